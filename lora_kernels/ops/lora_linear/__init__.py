@@ -1,0 +1,222 @@
+"""``lora_linear``: a frozen linear layer and its low-rank adapter in one operation."""
+
+import torch
+from torch import Tensor
+
+from lora_kernels import dispatch
+from lora_kernels.dropout import draw_seed, drop_threshold
+from lora_kernels.ops.lora_linear import autograd  # noqa: F401  (registers the ops)
+from lora_kernels.ops.lora_linear.reference import lora_linear_reference
+
+__all__ = ["explain", "lora_linear"]
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
+    bias: Tensor | None = None,
+    *,
+    output_scale: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The output of a frozen linear layer with a LoRA adapter.
+
+    .. math::
+        y = c \\odot (x W^T + s \\cdot D(x) A^T B^T) + b
+
+    with ``W = weight``, ``A = lora_a``, ``B = lora_b``, ``s = scaling``, ``b = bias``,
+    ``c = output_scale`` (ones if None) and D the dropout of :mod:`lora_kernels.dropout`.
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; c is the
+    m / ||W + s B A|| of Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024.
+
+    Args:
+        x: ``[..., K]``, bf16, fp16, fp32 or fp64, any strides. ``[K]`` alone is one token.
+        weight: ``[N, K]`` in x's dtype, frozen; or None for the adapter's contribution alone.
+        lora_a: ``[R, K]``, any floating dtype; rounded to x's dtype where it meets x.
+        lora_b: ``[N, R]``, any floating dtype. R >= 1, no other rule.
+        scaling: s, a number, or a 0-d tensor on the CPU or on x's device. No gradient.
+        bias: ``[N]`` in x's dtype.
+        output_scale: c ``[N]``, any floating dtype.
+        dropout_p: probability in [0, 1) with which an element of x is dropped, quantised to
+            1/65536. Pass 0 outside training: the operation has no mode.
+        seed: 0-d int64 on x's device; the mask is a function of it. None draws one from torch's
+            default generator of that device.
+        backend: ``auto``, ``reference``, ``composed``, ``triton`` or ``native``; see
+            :func:`explain`.
+
+    Returns:
+        y ``[..., N]`` in x's dtype. Sums are accumulated in fp32 (fp64 for fp64).
+
+    Gradients reach x, lora_a, lora_b, bias and output_scale, each computed only if needed, each in
+    the dtype of its tensor. For the backward x itself, ``D(x) A^T`` ``[M, R]`` in fp32 and, on a CPU
+    under dropout, a mask of one bit per element are kept. Double backward and ``torch.func``
+    transforms are not supported. Under autocast x, weight and bias are cast to autocast's dtype.
+
+    Raises:
+        TypeError: an argument is no tensor, or has a dtype that is not supported.
+        ValueError: a shape, device or value does not fit, or the named backend cannot serve.
+    """
+    x, weight, bias = _cast_for_autocast(x, weight, bias)
+    _check(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed)
+    backend = dispatch.requested(backend)
+    if not isinstance(scaling, Tensor):
+        # A product, because torch.compile keeps a number that enters one symbolic: no recompilation
+        # for a new scaling.
+        scaling = torch.ones((), dtype=torch.float64, device="cpu") * scaling
+    if drop_threshold(dropout_p) == 0:
+        seed = None
+    elif seed is None:
+        seed = draw_seed(x.device)
+    if backend == "reference":
+        return lora_linear_reference(
+            x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed
+        )
+    return torch.ops.lora_kernels.lora_linear(
+        x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed, backend
+    )
+
+
+def explain(
+    x: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    *,
+    output_scale: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+) -> dispatch.Choice:
+    """The backend that :func:`lora_linear` would take for this call, and why.
+
+    Takes the same arguments (meta tensors serve too, for their shapes), launches nothing, and
+    raises what the call would raise.
+
+    Returns:
+        A named tuple ``(backend, reason)``.
+    """
+    x, weight, bias = _cast_for_autocast(x, weight, bias)
+    _check(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed)
+    return dispatch.choose(backend, x.device)
+
+
+def _cast_for_autocast(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x, weight and bias as ``torch.nn.functional.linear`` would see them under autocast."""
+    if not isinstance(x, Tensor) or x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return x, weight, bias
+    if not x.is_floating_point() or x.dtype == torch.float64:
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return (
+        x.to(dtype),
+        weight if weight is None else weight.to(dtype),
+        bias if bias is None else bias.to(dtype),
+    )
+
+
+def _check(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed) -> None:
+    """Raise for the first argument that does not fit; shapes are stated as the caller knows them."""
+    for name, tensor in (("x", x), ("lora_a", lora_a), ("lora_b", lora_b)):
+        _check_floating(name, tensor)
+    for name, tensor in (("weight", weight), ("bias", bias), ("output_scale", output_scale)):
+        if tensor is not None:
+            _check_floating(name, tensor)
+    if x.ndim == 0:
+        raise ValueError("x: expected at least one dimension [..., in_features], got a 0-d tensor")
+    if lora_a.ndim != 2 or lora_a.shape[0] < 1:
+        raise ValueError(
+            f"lora_a: expected [rank, in_features] with rank >= 1, got {list(lora_a.shape)}"
+        )
+    rank, in_features = lora_a.shape
+    if x.shape[-1] != in_features:
+        raise ValueError(
+            f"x: expected [..., {in_features}] to match lora_a {list(lora_a.shape)}, "
+            f"got {list(x.shape)}"
+        )
+    if lora_b.ndim != 2 or lora_b.shape[1] != rank:
+        raise ValueError(
+            f"lora_b: expected [out_features, {rank}] to match lora_a {list(lora_a.shape)}, "
+            f"got {list(lora_b.shape)}"
+        )
+    out_features = lora_b.shape[0]
+    if weight is not None:
+        _check_weight(weight, x, out_features, in_features)
+    for name, vector in (("bias", bias), ("output_scale", output_scale)):
+        if vector is not None and tuple(vector.shape) != (out_features,):
+            raise ValueError(f"{name}: expected [{out_features}], got {list(vector.shape)}")
+    if bias is not None and bias.dtype != x.dtype:
+        raise TypeError(f"bias: expected x's dtype {x.dtype}, got {bias.dtype}")
+    for name, tensor in (
+        ("weight", weight),
+        ("lora_a", lora_a),
+        ("lora_b", lora_b),
+        ("bias", bias),
+        ("output_scale", output_scale),
+    ):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
+    _check_scaling(scaling, x)
+    _check_dropout(dropout_p, seed, x)
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(
+            f"{name}: expected dtype bfloat16, float16, float32 or float64, got {tensor.dtype}"
+        )
+
+
+def _check_weight(weight: Tensor, x: Tensor, out_features: int, in_features: int) -> None:
+    if tuple(weight.shape) != (out_features, in_features):
+        raise ValueError(
+            f"weight: expected [{out_features}, {in_features}] to match lora_b and lora_a, "
+            f"got {list(weight.shape)}"
+        )
+    if weight.dtype != x.dtype:
+        raise TypeError(f"weight: expected x's dtype {x.dtype}, got {weight.dtype}")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "weight: expected a frozen tensor (requires_grad=False), got one that requires grad; "
+            "lora_linear computes no gradient for the base weight"
+        )
+
+
+def _check_scaling(scaling: float | Tensor, x: Tensor) -> None:
+    if not isinstance(scaling, Tensor):
+        if isinstance(scaling, (int, float, torch.SymFloat)):
+            return
+        raise TypeError(f"scaling: expected a number or a 0-d tensor, got {type(scaling).__name__}")
+    if scaling.ndim != 0:
+        raise ValueError(f"scaling: expected a 0-d tensor, got shape {list(scaling.shape)}")
+    if scaling.requires_grad:
+        raise ValueError("scaling: expected a tensor without gradient, got one that requires grad")
+    if scaling.device.type != "cpu" and scaling.device != x.device:
+        raise ValueError(f"scaling: expected the CPU or x's device {x.device}, got {scaling.device}")
+
+
+def _check_dropout(dropout_p: float, seed: Tensor | None, x: Tensor) -> None:
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+    if seed is None:
+        return
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
+        came = seed.dtype if isinstance(seed, Tensor) else type(seed).__name__
+        raise TypeError(f"seed: expected a 0-d int64 tensor, got {came}")
+    if seed.ndim != 0 or seed.device != x.device:
+        raise ValueError(
+            f"seed: expected a 0-d tensor on x's device {x.device}, "
+            f"got shape {list(seed.shape)} on {seed.device}"
+        )

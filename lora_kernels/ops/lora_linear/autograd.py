@@ -1,0 +1,213 @@
+"""torch.library registration of ``lora_linear`` and its autograd.Function.
+
+Three ops: ``lora_linear`` is what a graph sees without gradients; with gradients its Autograd
+kernel runs ``lora_linear_forward``, which also returns what the backward needs, and later
+``lora_linear_backward``. The registration by ``define`` and ``impl`` with the Function as the
+Autograd kernel costs a fraction of ``torch.library.custom_op`` per call.
+
+Optional results are empty tensors of shape ``[0]`` where they do not exist.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lora_kernels import dispatch
+from lora_kernels.dropout import GROUP, drop_threshold
+from lora_kernels.ops.lora_linear import composed
+
+_library = torch.library.Library("lora_kernels", "FRAGMENT")
+
+_OPERANDS = (
+    "Tensor x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor scaling, Tensor? bias, "
+    "Tensor? output_scale, float dropout_p, Tensor? seed"
+)
+_library.define(f"lora_linear({_OPERANDS}, str backend) -> Tensor")
+_library.define(
+    f"lora_linear_forward({_OPERANDS}, bool save_unscaled, str backend)"
+    " -> (Tensor y, Tensor h, Tensor mask, Tensor unscaled)"
+)
+_library.define(
+    "lora_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor lora_a, Tensor lora_b, "
+    "Tensor scaling, Tensor? h, Tensor? output_scale, Tensor? unscaled, Tensor mask, "
+    "float dropout_p, Tensor? seed, bool[5] needs, str backend)"
+    " -> (Tensor dx, Tensor grad_a, Tensor grad_b, Tensor grad_bias, Tensor grad_output_scale)"
+)
+
+_OP = torch.ops.lora_kernels.lora_linear.default
+_FORWARD = torch.ops.lora_kernels.lora_linear_forward.default
+_BACKWARD = torch.ops.lora_kernels.lora_linear_backward.default
+
+
+def stores_mask(device: torch.device, dropout_p: float) -> bool:
+    """Whether the forward hands its packed keep-mask to the backward.
+
+    On a CPU without the compiled kernel regenerating the mask costs more than K/8 bytes a row.
+    Elsewhere it is regenerated. Known from the arguments alone, so that fake tensors agree.
+    """
+    return drop_threshold(dropout_p) > 0 and device.type in ("cpu", "meta")
+
+
+# --- kernels ---------------------------------------------------------------------------------
+
+
+def _without_autocast(function):
+    """The ops do their own casts; autocast must not add any below them."""
+
+    def kernel(first: Tensor, *args):
+        kind = first.device.type
+        if not torch.is_autocast_enabled(kind):
+            return function(first, *args)
+        with torch.autocast(kind, enabled=False):
+            return function(first, *args)
+
+    return kernel
+
+
+@_without_autocast
+def _forward(x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, save_unscaled, backend):
+    dispatch.choose(backend, x.device)
+    y, h, mask, unscaled = composed.forward(
+        x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, save_unscaled
+    )
+    if mask is None or not stores_mask(x.device, dropout_p):
+        mask = x.new_empty(0, dtype=torch.uint8)
+    return y, h, mask, x.new_empty(0) if unscaled is None else unscaled
+
+
+def _inference(x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, backend):
+    return _forward(
+        x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, False, backend
+    )[0]
+
+
+@_without_autocast
+def _backward(
+    dy, x, weight, a, b, scaling, h, output_scale, unscaled, mask, dropout_p, seed, needs, backend
+):
+    dispatch.choose(backend, dy.device)
+    grads = composed.backward(
+        dy, x, weight, a, b, scaling, h, output_scale, unscaled,
+        mask if mask.numel() else None, dropout_p, seed, tuple(needs),
+    )  # fmt: skip
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("lora_linear", _inference, _key)
+    _library.impl("lora_linear_forward", _forward, _key)
+    _library.impl("lora_linear_backward", _backward, _key)
+
+
+# --- shapes ----------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("lora_kernels::lora_linear", lib=_library)
+def _(x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, backend):
+    return x.new_empty((*x.shape[:-1], b.shape[0]))
+
+
+@torch.library.register_fake("lora_kernels::lora_linear_forward", lib=_library)
+def _(x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, save_unscaled, backend):
+    rows, (rank, columns) = math.prod(x.shape[:-1]), a.shape
+    return (
+        x.new_empty((*x.shape[:-1], b.shape[0])),
+        x.new_empty((rows, rank), dtype=composed.accumulator_dtype(x.dtype)),
+        x.new_empty(
+            (rows, -(-columns // GROUP)) if stores_mask(x.device, dropout_p) else 0,
+            dtype=torch.uint8,
+        ),
+        x.new_empty((rows, b.shape[0]) if save_unscaled else 0),
+    )
+
+
+@torch.library.register_fake("lora_kernels::lora_linear_backward", lib=_library)
+def _(dy, x, weight, a, b, scaling, h, output_scale, unscaled, mask, dropout_p, seed, needs, backend):
+    needs_x, needs_a, needs_b, needs_bias, needs_output_scale = needs
+    return (
+        dy.new_empty((*dy.shape[:-1], a.shape[1]) if needs_x else 0),
+        a.new_empty(a.shape) if needs_a else dy.new_empty(0),
+        b.new_empty(b.shape) if needs_b else dy.new_empty(0),
+        dy.new_empty(dy.shape[-1] if needs_bias else 0),
+        output_scale.new_empty(output_scale.shape) if needs_output_scale else dy.new_empty(0),
+    )
+
+
+# --- autograd --------------------------------------------------------------------------------
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """Saves the caller's x and h, each only if the gradient that reads it is needed."""
+
+    @staticmethod
+    def forward(ctx, x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, backend):
+        needs = ctx.needs_input_grad
+        _, _, needs_a, needs_b, _, _, needs_output_scale = needs[:7]
+        with torch._C._AutoDispatchBelowAutograd():
+            y, h, mask, unscaled = _FORWARD(
+                x, weight, a, b, scaling, bias, output_scale, dropout_p, seed,
+                needs_output_scale, backend,
+            )  # fmt: skip
+        ctx.save_for_backward(
+            x if needs_a else None,
+            weight,
+            a,
+            b,
+            scaling,
+            h if needs_b else None,
+            output_scale,
+            unscaled if needs_output_scale else None,
+            mask,
+            seed,
+        )
+        ctx.dropout_p, ctx.backend = dropout_p, backend
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, a, b, scaling, h, output_scale, unscaled, mask, seed = ctx.saved_tensors
+        needs_x, _, needs_a, needs_b, _, needs_bias, needs_output_scale = ctx.needs_input_grad[:7]
+        needs = [needs_x, needs_a, needs_b, needs_bias, needs_output_scale]
+        with torch._C._AutoDispatchBelowAutograd():
+            grads = _BACKWARD(
+                dy, x, weight, a, b, scaling, h, output_scale, unscaled, mask,
+                ctx.dropout_p, seed, needs, ctx.backend,
+            )  # fmt: skip
+        dx, grad_a, grad_b, grad_bias, grad_output_scale = (
+            grad if needed else None for grad, needed in zip(grads, needs, strict=True)
+        )
+        return dx, None, grad_a, grad_b, None, grad_bias, grad_output_scale, None, None, None
+
+
+def _requires_grad(args) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(arg, Tensor) and arg.requires_grad for arg in args
+    )
+
+
+def _autograd(*args):
+    if _requires_grad(args):
+        return LoRALinearFunction.apply(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _OP(*args)
+
+
+def _refuse_gradients(op, name: str):
+    def kernel(*args):
+        if _requires_grad(args):
+            raise RuntimeError(
+                f"{name} is not differentiable: lora_linear's backward is implemented once; "
+                "double backward is not supported"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return kernel
+
+
+_library.impl("lora_linear", _autograd, "Autograd")
+_library.impl("lora_linear_forward", _refuse_gradients(_FORWARD, "lora_linear_forward"), "Autograd")
+_library.impl("lora_linear_backward", _refuse_gradients(_BACKWARD, "lora_linear_backward"), "Autograd")

@@ -1,0 +1,213 @@
+"""``lora_linear`` on the vendor's GEMMs (oneDNN, cuBLAS), forward and backward written by hand.
+
+Dimensions: M tokens, K in_features, N out_features, R rank.
+
+The base GEMM runs in x's dtype exactly as the frozen layer would. What the adapter adds are narrow
+GEMMs with the rank as one side and one accumulating GEMM into the base's result. Nothing of size
+M*K or M*N is allocated on behalf of the adapter, except one row chunk at a time under dropout.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_kernels.dropout import drop_threshold, keep_scale, packed_keep_mask, zero_dropped
+
+# Elements of x that a row chunk may hold: small enough for the last-level cache of a small CPU.
+_CHUNK_ELEMENTS = 1 << 20
+
+
+def forward(
+    x: Tensor,  # [..., K]
+    weight: Tensor | None,  # [N, K]
+    lora_a: Tensor,  # [R, K]
+    lora_b: Tensor,  # [N, R]
+    scaling: Tensor,  # []
+    bias: Tensor | None,  # [N]
+    output_scale: Tensor | None,  # [N]
+    dropout_p: float,
+    seed: Tensor | None,  # []
+    save_unscaled: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """``(y, h, mask, unscaled)``: the result and what a backward may need.
+
+    h is ``D(x) A^T`` ``[M, R]`` in fp32 (fp64 for fp64), mask the packed keep-mask or None,
+    unscaled the result before ``output_scale`` and ``bias`` where ``save_unscaled`` asks for it.
+    """
+    rows = x.reshape(-1, x.shape[-1])  # [M, K]
+    mask = None
+    if drop_threshold(dropout_p) > 0:
+        mask = packed_keep_mask(seed, dropout_p, *rows.shape)
+    h = _shrink(rows, lora_a, mask, dropout_p)
+    tail = h.to(x.dtype)  # [M, R]
+    scaled_b = _scaled(lora_b, scaling, x.dtype)  # [N, R]
+    base_bias = bias if output_scale is None else None
+    if weight is None:
+        y = tail @ scaled_b.t()
+        if base_bias is not None:
+            y += base_bias
+    else:
+        y = F.linear(rows, weight, base_bias)
+        y.addmm_(tail, scaled_b.t())
+    unscaled = None
+    if output_scale is not None:
+        unscaled = y if save_unscaled else None
+        y = y * output_scale.to(y.dtype) if save_unscaled else y.mul_(output_scale.to(y.dtype))
+        if bias is not None:
+            y += bias
+    return y.view(*x.shape[:-1], -1), h, mask, unscaled
+
+
+def backward(
+    dy: Tensor,  # [..., N]
+    x: Tensor | None,  # [..., K], needed for the gradient of A
+    weight: Tensor | None,  # [N, K]
+    lora_a: Tensor,  # [R, K]
+    lora_b: Tensor,  # [N, R]
+    scaling: Tensor,  # []
+    h: Tensor | None,  # [M, R] fp32, needed for the gradient of B
+    output_scale: Tensor | None,  # [N]
+    unscaled: Tensor | None,  # [M, N], needed for the gradient of output_scale
+    mask: Tensor | None,  # [M, ceil(K/8)]; regenerated from the seed where it was not stored
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: tuple[bool, bool, bool, bool, bool],  # x, lora_a, lora_b, bias, output_scale
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, lora_a, lora_b (in their dtypes), bias and output_scale; None if not needed."""
+    needs_x, needs_a, needs_b, needs_bias, needs_output_scale = needs
+    rows_dy = dy.reshape(-1, dy.shape[-1])  # [M, N]
+    num_rows, columns = rows_dy.shape[0], lora_a.shape[1]
+    dx = grad_a = grad_b = grad_bias = grad_output_scale = None
+    if needs_bias:
+        grad_bias = rows_dy.sum(0)
+    if needs_output_scale:
+        grad_output_scale = _column_dot(rows_dy, unscaled).to(output_scale.dtype)
+    if output_scale is not None and (needs_x or needs_a or needs_b):
+        rows_dy = rows_dy * output_scale.to(dy.dtype)
+    if needs_b:
+        grad_b = _transposed_product(rows_dy, h)  # [N, R]
+        grad_b = grad_b.mul_(scaling).to(lora_b.dtype)
+    if not (needs_x or needs_a):
+        return dx, grad_a, grad_b, grad_bias, grad_output_scale
+
+    # The dropout scale rides on B, so that t already carries it to both of its products.
+    t = _narrow_product(rows_dy, lora_b, scaling * keep_scale(dropout_p))  # [M, R] fp32
+    if needs_x:
+        dx = t.new_zeros((num_rows, columns), dtype=dy.dtype) if weight is None else rows_dy @ weight
+    if drop_threshold(dropout_p) == 0:
+        if needs_x:
+            dx.addmm_(t.to(dy.dtype), lora_a.to(dy.dtype))
+        if needs_a:
+            grad_a = _transposed_product(t, x.reshape(-1, columns))
+    else:
+        if mask is None:
+            mask = packed_keep_mask(seed, dropout_p, num_rows, columns)
+        rows_x = x.reshape(-1, columns) if needs_a else None
+        grad_a = t.new_zeros(lora_a.shape) if needs_a else None
+        a = lora_a.to(dy.dtype) if needs_x else None
+        for chunk in _row_chunks(num_rows, columns):
+            if needs_x:
+                dx[chunk] += zero_dropped(t[chunk].to(dy.dtype) @ a, mask[chunk])
+            if needs_a:
+                grad_a += _transposed_product(t[chunk], zero_dropped(rows_x[chunk], mask[chunk]))
+    if needs_x:
+        dx = dx.view(*dy.shape[:-1], columns)
+    if needs_a:
+        grad_a = grad_a.to(lora_a.dtype)
+    return dx, grad_a, grad_b, grad_bias, grad_output_scale
+
+
+def _shrink(x: Tensor, lora_a: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
+    """``h = D(x) A^T`` ``[M, R]`` in the accumulator's dtype."""
+    if mask is None:
+        return _narrow_product(x, lora_a.t())
+    h = x.new_empty((x.shape[0], lora_a.shape[0]), dtype=accumulator_dtype(x.dtype))
+    for chunk in _row_chunks(*x.shape):
+        h[chunk] = _narrow_product(zero_dropped(x[chunk], mask[chunk]), lora_a.t())
+    return h.mul_(keep_scale(dropout_p))
+
+
+def _scaled(factor: Tensor, scaling: Tensor | float, dtype: torch.dtype) -> Tensor:
+    """``scaling * factor`` in ``dtype``, rounded once."""
+    wide = torch.promote_types(accumulator_dtype(factor.dtype), accumulator_dtype(dtype))
+    return (factor.to(wide) * scaling).to(dtype)
+
+
+def _narrow_product(wide: Tensor, narrow: Tensor, scaling: Tensor | None = None) -> Tensor:
+    """``wide @ (scaling * narrow)``: ``[M, D] x [D, R] -> [M, R]`` in the accumulator's dtype.
+
+    fp16 never rounds the result to fp16: h and t may lie below its smallest number. A CPU has no
+    half-precision product with a wider result; there bf16, whose range is fp32's, is rounded once,
+    and fp16 is widened a row chunk at a time.
+    """
+    accumulator = accumulator_dtype(wide.dtype)
+    if wide.dtype == torch.float16 and wide.device.type == "cpu":
+        factor = narrow.float() if scaling is None else narrow.float() * scaling
+        out = wide.new_empty((wide.shape[0], narrow.shape[1]), dtype=accumulator)
+        for chunk in _row_chunks(*wide.shape):
+            torch.mm(wide[chunk].float(), factor, out=out[chunk])
+        return out
+    if wide.dtype == torch.float16:
+        # B may be tiny (it starts at zero): keep its own exponent range, scale the result.
+        factor, exponent = _to_half_range(narrow.float())
+        out = torch.mm(wide, factor, out_dtype=torch.float32) * exponent
+        return out if scaling is None else out.mul_(scaling)
+    factor = narrow.to(wide.dtype) if scaling is None else _scaled(narrow, scaling, wide.dtype)
+    if wide.dtype == torch.bfloat16 and wide.device.type == "cuda":
+        return torch.mm(wide, factor, out_dtype=torch.float32)
+    return (wide @ factor).to(accumulator)
+
+
+def _transposed_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left^T @ right``: ``[M, P], [M, Q] -> [P, Q]`` in the accumulator's dtype.
+
+    One side is an activation in x's dtype, the other h or t in fp32. The fp32 side is rounded to
+    the activation's dtype for the product; in fp16 it is first scaled into range.
+    """
+    wide = left if right.dtype == torch.float32 else right
+    dtype = wide.dtype
+    if dtype == torch.float16 and wide.device.type == "cpu":
+        out = left.new_zeros((left.shape[1], right.shape[1]), dtype=torch.float32)
+        for chunk in _row_chunks(*wide.shape):
+            out.addmm_(left[chunk].float().t(), right[chunk].float())
+        return out
+    if dtype == torch.float16:
+        if wide is left:
+            right, exponent = _to_half_range(right)
+        else:
+            left, exponent = _to_half_range(left)
+        return torch.mm(left.t(), right, out_dtype=torch.float32).mul_(exponent)
+    left, right = left.to(dtype), right.to(dtype)
+    if dtype == torch.bfloat16 and wide.device.type == "cuda":
+        return torch.mm(left.t(), right, out_dtype=torch.float32)
+    return (left.t() @ right).to(accumulator_dtype(dtype))
+
+
+def _to_half_range(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``(x / e)`` in fp16 and the power of two ``e`` (0-d, fp32) that brings max|x| near 1.
+
+    All on the device: nothing is read back. Zeros and non-finite values keep e = 1.
+    """
+    _, exponent = torch.frexp(x.abs().amax()) if x.numel() else torch.frexp(x.new_zeros(()))
+    exponent = torch.ldexp(x.new_ones(()), exponent)
+    exponent = torch.where(torch.isfinite(exponent) & (exponent > 0), exponent, 1.0)
+    return (x / exponent).half(), exponent
+
+
+def _column_dot(left: Tensor, right: Tensor) -> Tensor:
+    """``sum over rows of left * right``: two ``[M, N]`` to ``[N]``, accumulated in fp32 by chunks."""
+    accumulator = accumulator_dtype(left.dtype)
+    out = left.new_zeros(left.shape[1], dtype=accumulator)
+    for chunk in _row_chunks(*left.shape):
+        out += (left[chunk].to(accumulator) * right[chunk]).sum(0)
+    return out
+
+
+def _row_chunks(rows: int, columns: int) -> list[slice]:
+    """Slices of rows that hold at most ``_CHUNK_ELEMENTS`` elements (at least one row) each."""
+    step = max(1, _CHUNK_ELEMENTS // max(columns, 1))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
