@@ -1,0 +1,11 @@
+"""The benchmark harness behind `python -m lora_kernels bench`; nothing else imports it.
+
+measure.py    interleaved repetitions, laps, medians, ratios
+memory.py     bytes saved for backward, peak memory of a step
+machine.py    what was measured on: versions, device, ceilings
+providers.py  who competes, in the op and in the training step
+op.py         one lora_linear call, forward and backward
+step.py       one training step of a Llama
+report.py     JSON lines, and the tables and plots made from them
+cli.py        the command line
+"""

@@ -1,0 +1,277 @@
+"""`python -m lora_kernels bench op|step`."""
+
+import argparse
+import itertools
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from lora_kernels.bench import machine, measure, op, report, step
+from lora_kernels.bench.memory import STABLE_MALLOC
+from lora_kernels.bench.providers import (
+    OP_PROVIDERS,
+    STEP_PROVIDERS,
+    MissingExtra,
+    default_providers,
+)
+
+PROVIDERS = {"op": OP_PROVIDERS, "step": STEP_PROVIDERS}
+CASES = {"op": op, "step": step}
+
+# M×K×N. On a CPU: the three kinds of linear in SmolLM2-135M, 2×256 tokens. On a GPU: an 8B Llama's.
+DEFAULT_SHAPES = {
+    "cpu": "512x576x576,512x576x1536,512x1536x576",
+    "cuda": "8192x4096x4096,8192x4096x14336,8192x14336x4096,2048x4096x4096",
+}
+
+
+def main(argv: list[str]) -> int:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    # transformers and peft announce their own future to whoever runs them.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        cases = list(cases_of(args))
+        names = provider_names(args)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        if args.only_memory:
+            if len(cases) != 1:
+                parser.error("--only-memory measures one case; give one shape, dtype and dropout")
+            print(json.dumps(asdict(CASES[args.kind].peak_memory(cases[0], args.only_memory))))
+            return 0
+        return run(args, cases, names, argv)
+    except MissingExtra as error:
+        print(f"lora_kernels bench: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the cases finished before are in the file", file=sys.stderr)
+        return 130
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m lora_kernels bench",
+        description="Times LoRA's providers side by side: interleaved repetitions, medians, "
+        "ratios within a repetition; peak memory in a process of its own per provider.",
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    for kind, what in (
+        ("op", "one lora_linear call, forward and backward"),
+        ("step", "a training step of a Llama with random weights"),
+    ):
+        sub = kinds.add_parser(
+            kind,
+            help=what,
+            description=what,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        add = sub.add_argument
+        add("--dtype", default="bf16", help="comma-separated: bf16, fp16, fp32")
+        add("--dropout", default="0", help="comma-separated probabilities in [0, 1)")
+        add("--rank", type=_positive, default=16, help="adapter rank")
+        add("--alpha", type=float, default=32, help="scaling is alpha / rank")
+        add("--providers", help=f"comma-separated: {', '.join(PROVIDERS[kind])}")
+        add("--reps", type=_positive, default=7, help="interleaved repetitions")
+        add("--threads", type=_positive, help="CPU threads (torch's default when not given)")
+        add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+        add("--out", type=Path, default=Path("bench-report") / f"{kind}.jsonl", help="result file")
+        add("--no-memory", action="store_true", help="skip the process per provider")
+        add("--only-memory", metavar="PROVIDER", choices=PROVIDERS[kind], help=argparse.SUPPRESS)
+        if kind == "op":
+            shapes = "comma-separated MxKxN: tokens x in_features x out_features"
+            add("--shapes", help=f"{shapes} (the default depends on the device)")
+            add("--compile", action="store_true", help="add torch.compile of the naive formula")
+        else:
+            defaults = step.StepCase()
+            add("--tokens", default=f"{defaults.batch}x{defaults.length}", help="BATCHxLENGTH")
+            for size in ("layers", "hidden", "heads", "kv_heads", "intermediate", "vocab"):
+                option = "--" + size.replace("_", "-")
+                add(option, type=_positive, default=getattr(defaults, size), help="of the Llama")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
+    return value
+
+
+def _sizes(text: str, option: str, names: str) -> tuple[int, ...]:
+    parts = text.lower().split("x")
+    expected = names.count("x") + 1
+    if len(parts) != expected or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"{option}: expected {names} in positive numbers, got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+def cases_of(args: argparse.Namespace):
+    """Every combination of the comma-separated options."""
+    dtypes = args.dtype.split(",")
+    for dtype in dtypes:
+        if dtype not in step.DTYPES:
+            raise ValueError(f"--dtype: expected {', '.join(step.DTYPES)}, got {dtype!r}")
+    try:
+        dropouts = [float(text) for text in args.dropout.split(",")]
+    except ValueError:
+        raise ValueError(f"--dropout: expected numbers, got {args.dropout!r}") from None
+    if not all(0 <= dropout < 1 for dropout in dropouts):
+        raise ValueError(f"--dropout: expected probabilities in [0, 1), got {args.dropout!r}")
+    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: cuda was asked for, and torch sees no CUDA device")
+    common = {"rank": args.rank, "alpha": args.alpha, "device": args.device}
+    grid = itertools.product(dtypes, dropouts)
+
+    if args.kind == "op":
+        shapes = args.shapes or DEFAULT_SHAPES[torch.device(args.device).type]
+        sizes = [_sizes(text, "--shapes", "MxKxN") for text in shapes.split(",")]
+        for (dtype, dropout), (m, k, n) in itertools.product(grid, sizes):
+            yield op.OpCase(m, k, n, dtype=dtype, dropout=dropout, **common)
+        return
+    if args.hidden % args.heads or args.heads % args.kv_heads:
+        raise ValueError(
+            "--hidden must be a multiple of --heads, and --heads of --kv-heads; got "
+            f"{args.hidden}, {args.heads}, {args.kv_heads}"
+        )
+    batch, length = _sizes(args.tokens, "--tokens", "BATCHxLENGTH")
+    model = {
+        name: getattr(args, name)
+        for name in ("layers", "hidden", "heads", "kv_heads", "intermediate", "vocab")
+    }
+    for dtype, dropout in grid:
+        yield step.StepCase(
+            dtype=dtype, dropout=dropout, batch=batch, length=length, **model, **common
+        )
+
+
+def provider_names(args: argparse.Namespace) -> list[str] | None:
+    """The names asked for, or None for each case's default."""
+    if args.providers is None:
+        return None
+    names = list(dict.fromkeys(args.providers.split(",")))
+    unknown = [name for name in names if name not in PROVIDERS[args.kind]]
+    if unknown:
+        raise ValueError(
+            f"--providers: expected names of {', '.join(PROVIDERS[args.kind])}; got "
+            f"{', '.join(unknown)}"
+        )
+    return names
+
+
+def run(args, cases: list, names: list[str] | None, argv: list[str]) -> int:
+    rows: list[dict] = []
+    measured = False
+    for index, case in enumerate(cases):
+        say(f"[{index + 1}/{len(cases)}] {case.title}")
+        chosen = names or default_providers(args.kind, case.torch_dtype)
+        if args.kind == "op" and args.compile and "compile" not in chosen:
+            chosen.append("compile")
+        meta = machine.meta(torch.device(case.device), _command(argv))
+        group = measure_case(args, case, chosen, meta)
+        measured |= any(not row["skipped"] for row in group)
+        rows += group
+        report.write_rows(args.out, rows)
+        report.print_case(group, plain=not sys.stdout.isatty())
+        print(flush=True)
+    say(f"{len(rows)} rows written to {args.out}")
+    return 0 if measured else 1
+
+
+def _command(argv: list[str]) -> str:
+    """The command without where its output went: a path says nothing about the measurement."""
+    kept, skip = [], False
+    for word in argv:
+        if skip or word.startswith("--out="):
+            skip = False
+        elif word == "--out":
+            skip = True
+        else:
+            kept.append(word)
+    return shlex.join(["python", "-m", "lora_kernels", "bench", *kept])
+
+
+def measure_case(args, case, names: list[str], meta: dict) -> list[dict]:
+    """Times, saved bytes and peak memory of every provider in one case, as rows."""
+    say("  preparing and warming up: " + ", ".join(names))
+    contestants, skipped = CASES[args.kind].prepare(case, names)
+    for name, reason in skipped.items():
+        say(f"  {name} skipped: {reason}")
+
+    details: dict[str, dict] = {}
+    for name, contestant in contestants.items():
+        saved = contestant.saved()
+        details[name] = {
+            "timing": contestant.timing,
+            "saved_bytes": sum(storage.bytes for storage in saved),
+        }
+        if args.kind == "op":
+            details[name]["saved"] = [asdict(storage) for storage in saved]
+        else:
+            details[name]["loss"] = contestant.first_loss
+
+    floor = None
+    if args.kind == "op":
+        limits = machine.ceilings(torch.device(case.device), case.torch_dtype)
+        meta = meta | {"ceilings": limits}
+        floor = op.floor(case, limits)
+
+    progress = Progress(args.reps, len(contestants))
+    runs = {name: contestant.run for name, contestant in contestants.items()}
+    laps = measure.interleave(runs, args.reps, progress.ran) if runs else {}
+    del runs, contestants
+
+    if not args.no_memory:
+        for name in laps:
+            say(f"  peak memory of {name}, in its own process")
+            details[name]["memory"] = memory_in_own_process(case, name, args.threads)
+    return report.rows_of(args.kind, case, meta, laps, skipped, details, floor)
+
+
+def memory_in_own_process(case, name: str, threads: int | None) -> dict | None:
+    """Runs this command again with --only-memory; None, and a line saying so, if that fails."""
+    command = [sys.executable, "-m", "lora_kernels", "bench", *case.argv()]
+    command += [f"--only-memory={name}", *([f"--threads={threads}"] if threads else [])]
+    # The package that is running, also where it was found through the current directory.
+    package_root = str(Path(__file__).resolve().parents[2])
+    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | STABLE_MALLOC | {"PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        say(f"  no peak memory of {name}: {last}")
+        return None
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+class Progress:
+    """A line per repetition, with what is left."""
+
+    def __init__(self, reps: int, runs_per_rep: int) -> None:
+        self._reps, self._runs_per_rep = reps, runs_per_rep
+        self._done = 0
+        self._began = time.perf_counter()
+
+    def ran(self, rep: int, name: str, laps: measure.Laps) -> None:
+        self._done += 1
+        if self._done % self._runs_per_rep:
+            return
+        elapsed = time.perf_counter() - self._began
+        left = elapsed / (rep + 1) * (self._reps - rep - 1)
+        say(f"  repetition {rep + 1}/{self._reps}, {elapsed:.0f} s so far, about {left:.0f} s left")
+
+
+def say(line: str) -> None:
+    """Progress goes to stderr: stdout is the result."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,124 @@
+"""What a measurement was made on, and how fast that is at a plain GEMM and a plain copy."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import time
+
+import torch
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions; None for what is not installed."""
+    # Triton has been published under several names; all of them are imported as triton.
+    spellings = {"triton": ("triton", "pytorch-triton", "triton-windows")}
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("torch", "triton", "transformers", "peft"):
+        known = (_version(spelling) for spelling in spellings.get(name, (name,)))
+        found[name] = next(filter(None, known), None)
+    return found
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as cpuinfo:
+            fields = dict(line.rstrip("\n").split("\t: ", 1) for line in cpuinfo if "\t: " in line)
+    except (OSError, ValueError):
+        fields = {}
+    return fields.get("model name") or platform.processor() or platform.machine()
+
+
+def cpu_features() -> list[str]:
+    """The instruction sets that decide how fast half-precision GEMMs are."""
+    try:
+        with open("/proc/cpuinfo") as cpuinfo:
+            flags = next((set(line.split()) for line in cpuinfo if line.startswith("flags")), set())
+    except OSError:
+        flags = set()
+    wanted = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
+    return [flag for flag in wanted if flag in flags]
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return cpu_name()
+
+
+def last_level_cache_bytes(device: torch.device) -> int:
+    """L2 of a GPU, L3 of a CPU; 32 MiB where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    try:
+        with open("/sys/devices/system/cpu/cpu0/cache/index3/size") as size:
+            text = size.read().strip()
+        return int(text[:-1]) * units[text[-1]]
+    except (OSError, ValueError, KeyError, IndexError):
+        return 32 << 20
+
+
+def meta(device: torch.device, command: str) -> dict:
+    """What a row carries about where it comes from. No host name, no path, no user."""
+    found = {
+        "time": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": command,
+        "versions": versions(),
+        "device": device_name(device),
+        "device_type": device.type,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_name(),
+        "cpu_features": cpu_features(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        found["cuda"] = torch.version.cuda or torch.version.hip
+    return found
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Measured FLOP/s of a large square GEMM and bytes/s (read + written) of a large copy.
+
+    The best of five: a ceiling is what the machine can do, not what it does on average.
+    """
+    cuda = device.type == "cuda"
+    size = 8192 if cuda else 2048
+    # Signed random data: a GPU multiplies zeros measurably faster.
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    source = torch.randn((1 << 28) if cuda else (1 << 26), device=device)
+    target = torch.empty_like(source)
+    gemm = _best_seconds(lambda: torch.mm(a, b), device)
+    copy = _best_seconds(lambda: target.copy_(source), device)
+    return {
+        "flops_per_second": 2 * size**3 / gemm,
+        "bytes_per_second": 2 * source.numel() * source.element_size() / copy,
+    }
+
+
+def _best_seconds(call, device: torch.device, tries: int = 5) -> float:
+    best = float("inf")
+    for attempt in range(tries + 1):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            took = start.elapsed_time(end) * 1e-3
+        else:
+            began = time.perf_counter()
+            call()
+            took = time.perf_counter() - began
+        if attempt:  # the first one warms up
+            best = min(best, took)
+    return best

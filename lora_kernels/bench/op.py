@@ -1,0 +1,216 @@
+"""One `lora_linear` call, forward and backward, at one shape.
+
+Every timed run goes through several sets of inputs, together larger than the last-level cache, so
+that x, W and dy come from memory as they do between the layers of a model. On CUDA the sets are
+captured in two graphs, forward and backward, so that no launch is timed that a graph would hide.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from lora_kernels.bench import machine, measure
+from lora_kernels.bench.memory import (
+    PeakMemory,
+    SavedStorage,
+    describe,
+    peak_of,
+    saved_for_backward,
+)
+from lora_kernels.bench.providers import OP_PROVIDERS, Call, MissingExtra, OpInputs
+from lora_kernels.bench.step import DTYPES
+
+MAX_SETS = 64
+
+
+@dataclass(frozen=True)
+class OpCase:
+    m: int
+    k: int
+    n: int
+    dtype: str = "bf16"
+    dropout: float = 0.0
+    rank: int = 16
+    alpha: float = 32
+    device: str = "cpu"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def title(self) -> str:
+        return (
+            f"lora_linear: M {self.m}, K {self.k}, N {self.n}, r {self.rank}, {self.dtype}, "
+            f"dropout {self.dropout:g}"
+        )
+
+    def argv(self) -> list[str]:
+        """The command line that asks for this case again."""
+        values = asdict(self)
+        shape = "x".join(str(values.pop(dim)) for dim in ("m", "k", "n"))
+        return ["op", f"--shapes={shape}", *(f"--{name}={value}" for name, value in values.items())]
+
+
+def make_inputs(case: OpCase, seed: int) -> OpInputs:
+    generator = torch.Generator(case.device).manual_seed(seed)
+
+    def draw(rows: int, columns: int, spread: float, dtype: torch.dtype) -> Tensor:
+        values = torch.randn(rows, columns, generator=generator, device=case.device)
+        return (values * spread).to(dtype)
+
+    dtype = case.torch_dtype
+    return OpInputs(
+        x=draw(case.m, case.k, 1.0, dtype).requires_grad_(),
+        weight=draw(case.n, case.k, case.k**-0.5, dtype),
+        lora_a=draw(case.rank, case.k, case.k**-0.5, torch.float32),
+        lora_b=draw(case.n, case.rank, 0.01, torch.float32),
+        dy=draw(case.m, case.n, 1.0, dtype),
+    )
+
+
+def how_many_sets(case: OpCase) -> int:
+    """Enough for three times the last-level cache, and at least two."""
+    elements = case.m * case.k + case.n * case.k + case.m * case.n
+    cache = machine.last_level_cache_bytes(torch.device(case.device))
+    return min(MAX_SETS, max(2, math.ceil(3 * cache / (elements * case.torch_dtype.itemsize))))
+
+
+class Op:
+    """One provider's calls on all sets of inputs."""
+
+    def __init__(self, case: OpCase, name: str, sets: list[OpInputs]) -> None:
+        self.device = torch.device(case.device)
+        self._sets = sets
+        self._rank = case.rank
+        self._calls = [OP_PROVIDERS[name](inputs, case) for inputs in sets]
+        self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
+        self._static: list[Tensor] = []
+        self.timing = "events" if self.device.type == "cuda" else "wall clock"
+
+    def warm_up(self) -> None:
+        self._forward_and_backward(measure.Clock(self.device))
+        if self.device.type == "cuda":
+            self._capture()
+
+    def run(self) -> measure.Laps:
+        """Seconds per call, over all sets."""
+        clock = measure.Clock(self.device)
+        if self._graphs:
+            forward, backward = self._graphs
+            clock.start()
+            forward.replay()
+            clock.lap("forward")
+            backward.replay()
+            clock.lap("backward")
+        else:
+            self._forward_and_backward(clock)
+        laps = {name: took / len(self._calls) for name, took in clock.seconds().items()}
+        laps["both"] = laps["forward"] + laps["backward"]
+        return laps
+
+    def saved(self) -> list[SavedStorage]:
+        call, inputs = self._calls[0], self._sets[0]
+        # x is counted, unlike the weights: it is an activation, kept alive for backward.
+        own = [*call.frozen, *(leaf for leaf in call.leaves if leaf is not inputs.x)]
+        return saved_for_backward(
+            call.forward, own, lambda saved: self._name(saved, inputs.x, self._rank)
+        )
+
+    @staticmethod
+    def _name(saved: Tensor, x: Tensor, rank: int) -> str:
+        if saved.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+            return "x"
+        if saved.dim() == 0:
+            return "seed" if saved.dtype is torch.int64 else "scalar"
+        if saved.dtype in (torch.bool, torch.uint8):
+            return "mask"
+        rank_sized = saved.dim() == 2 and saved.shape[1] == rank
+        return f"h {describe(saved)}" if rank_sized else describe(saved)
+
+    def _forward_and_backward(self, clock: measure.Clock) -> None:
+        for call, inputs in zip(self._calls, self._sets, strict=True):
+            clock.start()
+            y = call.forward()
+            clock.lap("forward")
+            grads = torch.autograd.grad(y, call.leaves, inputs.dy)
+            clock.lap("backward")
+            del y, grads
+
+    def _capture(self) -> None:
+        """Two graphs in one pool, replayed in the order of their capture: what backward frees of
+        the forward's memory it may use again, since forward is replayed before it each time."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._forward_and_backward(measure.Clock(self.device))
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        pool = torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(forward, pool=pool):
+                outputs = [call.forward() for call in self._calls]
+            with torch.cuda.graph(backward, pool=pool):
+                for y, call, inputs in zip(outputs, self._calls, self._sets, strict=True):
+                    self._static.extend(torch.autograd.grad(y, call.leaves, inputs.dy))
+        except RuntimeError:  # a provider that synchronises: events then, and the row says so
+            torch.cuda.synchronize()
+            self._static.clear()
+            return
+        self._static.extend(y.detach() for y in outputs)
+        self._graphs = (forward, backward)
+        self.timing = "cuda graph"
+
+
+def prepare(case: OpCase, names: list[str]) -> tuple[dict[str, Op], dict[str, str]]:
+    """The calls that can run here, and for those that cannot, why."""
+    sets = [make_inputs(case, seed) for seed in range(how_many_sets(case))]
+    ops, skipped = {}, {}
+    for name in names:
+        try:
+            op = Op(case, name, sets)
+            op.warm_up()
+            ops[name] = op
+        except MissingExtra:
+            raise
+        except Exception as error:  # one provider's trouble is not the others'
+            skipped[name] = f"{type(error).__name__}: {error}"
+    return ops, skipped
+
+
+def peak_memory(case: OpCase, name: str) -> PeakMemory:
+    """Peak of one warmed-up forward and backward; to be called in a process of its own."""
+    inputs = make_inputs(case, seed=0)
+    call: Call = OP_PROVIDERS[name](inputs, case)
+
+    def forward_and_backward() -> None:
+        torch.autograd.grad(call.forward(), call.leaves, inputs.dy)
+
+    forward_and_backward()
+    return peak_of(forward_and_backward, torch.device(case.device))
+
+
+def floor(case: OpCase, ceilings: dict[str, float]) -> measure.Laps:
+    """The time nothing can beat: the frozen GEMMs at the measured ceilings, and the passes over
+    x (forward), dy and x (backward) that the adapter's products need (DESIGN §3)."""
+    size = case.torch_dtype.itemsize
+    x, weight, y = (size * count for count in (case.m * case.k, case.n * case.k, case.m * case.n))
+    gemm_flops = 2 * case.m * case.k * case.n
+    gemm = max(
+        gemm_flops / ceilings["flops_per_second"],
+        (x + weight + y) / ceilings["bytes_per_second"],
+    )
+    laps = {
+        "forward": gemm + x / ceilings["bytes_per_second"],
+        "backward": gemm + (x + y) / ceilings["bytes_per_second"],
+    }
+    laps["both"] = laps["forward"] + laps["backward"]
+    return laps

@@ -1,0 +1,141 @@
+"""A training step of a Llama with random weights, by default of SmolLM2-135M's shape.
+
+Timed: forward with the loss, and backward; `step` is their sum. The optimizer (AdamW on the
+adapters) is a lap of its own, outside `step`: it is the same for every provider and none of ours.
+"""
+
+import gc
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.bench import measure
+from lora_kernels.bench.memory import PeakMemory, SavedStorage, peak_of, saved_for_backward
+from lora_kernels.bench.providers import STEP_PROVIDERS, Contestant, MissingExtra
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class StepCase:
+    dtype: str = "bf16"
+    dropout: float = 0.0
+    rank: int = 16
+    alpha: float = 32
+    batch: int = 2
+    length: int = 256
+    layers: int = 30
+    hidden: int = 576
+    heads: int = 9
+    kv_heads: int = 3
+    intermediate: int = 1536
+    vocab: int = 49152
+    device: str = "cpu"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def title(self) -> str:
+        return (
+            f"training step: {self.layers} layers of {self.hidden}, {self.batch}x{self.length} "
+            f"tokens, r {self.rank}, {self.dtype}, dropout {self.dropout:g}"
+        )
+
+    def argv(self) -> list[str]:
+        """The command line that asks for this case again."""
+        values = asdict(self)
+        tokens = f"{values.pop('batch')}x{values.pop('length')}"
+        options = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+        return ["step", f"--tokens={tokens}", *options]
+
+
+def base_model(case: StepCase) -> nn.Module:
+    """The frozen Llama that all contestants share."""
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtra("transformers") from None
+    config = transformers.LlamaConfig(
+        hidden_size=case.hidden,
+        num_hidden_layers=case.layers,
+        num_attention_heads=case.heads,
+        num_key_value_heads=case.kv_heads,
+        intermediate_size=case.intermediate,
+        vocab_size=case.vocab,
+        max_position_embeddings=max(2048, case.length),
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    with torch.device(case.device):
+        model = transformers.LlamaForCausalLM(config)
+    return model.to(case.torch_dtype).train().requires_grad_(False)
+
+
+class Step:
+    """One contestant's training step on fixed token ids."""
+
+    def __init__(self, case: StepCase, contestant: Contestant) -> None:
+        self.device = torch.device(case.device)
+        self.timing = "events" if self.device.type == "cuda" else "wall clock"
+        self.first_loss: float | None = None
+        self._contestant = contestant
+        generator = torch.Generator().manual_seed(1)
+        shape = (case.batch, case.length)
+        self._ids = torch.randint(case.vocab, shape, generator=generator).to(self.device)
+        trained = [p for p in contestant.model.parameters() if p.requires_grad]
+        self._optimizer = torch.optim.AdamW(trained, lr=1e-5) if trained else None
+
+    def loss(self) -> Tensor:
+        with self._contestant.around_forward():
+            return self._contestant.model(input_ids=self._ids, labels=self._ids).loss
+
+    def run(self) -> measure.Laps:
+        clock = measure.Clock(self.device)
+        with self._contestant.around_step():
+            clock.start()
+            loss = self.loss()
+            clock.lap("forward")
+            loss.backward()
+            clock.lap("backward")
+            if self._optimizer:
+                self._optimizer.step()
+                clock.lap("optimizer")
+                self._optimizer.zero_grad(set_to_none=True)
+        if self.first_loss is None:
+            self.first_loss = loss.item()
+        laps = clock.seconds()
+        laps["step"] = laps["forward"] + laps["backward"]
+        return laps
+
+    def saved(self) -> list[SavedStorage]:
+        model = self._contestant.model
+        with self._contestant.around_step():
+            return saved_for_backward(self.loss, [*model.parameters(), *model.buffers()])
+
+
+def prepare(case: StepCase, names: list[str]) -> tuple[dict[str, Step], dict[str, str]]:
+    """The steps that can run here, and for those that cannot, why."""
+    base = base_model(case)
+    steps, skipped = {}, {}
+    for name in names:
+        try:
+            step = Step(case, STEP_PROVIDERS[name](base, case))
+            step.run()  # warms up: primitive caches, the allocator, the optimizer's state
+            steps[name] = step
+        except MissingExtra:
+            raise
+        except Exception as error:  # one provider's trouble is not the others'
+            skipped[name] = f"{type(error).__name__}: {error}"
+    return steps, skipped
+
+
+def peak_memory(case: StepCase, name: str) -> PeakMemory:
+    """Peak of one warmed-up step; to be called in a process of its own."""
+    step = Step(case, STEP_PROVIDERS[name](base_model(case), case))
+    step.run()
+    gc.collect()
+    return peak_of(lambda: step.run() and None, step.device)
