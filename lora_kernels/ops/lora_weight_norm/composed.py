@@ -6,10 +6,12 @@ One buffer holds a block of ``W + s B A`` in the accumulator's dtype; it is fill
 the rank as its reduction, reduced, and filled again while it is still in the cache.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-# Elements of a block. On a CPU it stays near a core's second-level cache (smaller ones were slower);
+# Elements of a block. On a CPU it stays near a second-level cache (smaller blocks were slower);
 # a GPU wants few launches, and 2**22 fp32 elements are 40 % of the last-level cache of an A100.
 _CPU_BLOCK = 1 << 19
 _DEVICE_BLOCK = 1 << 22
@@ -26,33 +28,29 @@ def weight_norm(
     lora_b: Tensor,  # [N, R]
     scaling: Tensor,  # []
 ) -> Tensor:  # [N]
-    accumulator = _accumulator_dtype(weight.dtype)
+    accumulator = accumulator_dtype(weight.dtype)
     a = lora_a.to(accumulator)
-    b = lora_b.to(accumulator) * scaling.to(accumulator)
-    # Blocks run along the dimension in which whole lines are contiguous in memory.
-    if weight.stride(0) < weight.stride(1):
-        return _column_norms(weight.t(), a.t(), b.t())
-    return _row_norms(weight, b, a)
-
-
-def _row_norms(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Norms of the rows of ``weight + left @ right``: ``[P, Q] + [P, R] @ [R, Q] -> [P]``."""
-    norms = left.new_empty(weight.shape[0])
-    for lines, block in _blocks(weight, left, right):
+    b = lora_b.to(accumulator) * scaling
+    if is_column_major(weight):
+        squares = b.new_zeros(weight.shape[0])
+        for _, block in adapted_blocks(weight.t(), a.t(), b.t()):
+            squares += block.square_().sum(0)
+        return squares.sqrt_()
+    norms = b.new_empty(weight.shape[0])
+    for lines, block in adapted_blocks(weight, b, a):
         torch.linalg.vector_norm(block, dim=1, out=norms[lines])
     return norms
 
 
-def _column_norms(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Norms of the columns of ``weight + left @ right``: ``[P, Q] + [P, R] @ [R, Q] -> [Q]``."""
-    squares = left.new_zeros(weight.shape[1])
-    for _, block in _blocks(weight, left, right):
-        squares += block.square_().sum(0)
-    return squares.sqrt_()
+def adapted_blocks(
+    weight: Tensor,  # [P, Q]
+    left: Tensor,  # [P, R]
+    right: Tensor,  # [R, Q]
+) -> Iterator[tuple[slice, Tensor]]:
+    """Consecutive row slices, and the rows of ``weight + left @ right`` that they name.
 
-
-def _blocks(weight: Tensor, left: Tensor, right: Tensor):
-    """Consecutive row slices and the rows of ``weight + left @ right`` they name, in one buffer."""
+    Every block is the same buffer, in left's dtype: it is valid until the next one is asked for.
+    """
     rows, columns = weight.shape
     limit = _CPU_BLOCK if weight.device.type == "cpu" else _DEVICE_BLOCK
     step = min(max(limit // max(columns, 1), 1), max(rows, 1))
@@ -67,7 +65,12 @@ def _blocks(weight: Tensor, left: Tensor, right: Tensor):
         yield lines, block
 
 
-def _accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+def is_column_major(weight: Tensor) -> bool:
+    """Whether blocks should be taken from the transpose, whose rows lie together in memory."""
+    return weight.stride(0) < weight.stride(1)
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -83,4 +86,4 @@ _library.impl("lora_weight_norm", _kernel, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("lora_kernels::lora_weight_norm", lib=_library)
 def _(weight, lora_a, lora_b, scaling):
-    return weight.new_empty(weight.shape[0], dtype=_accumulator_dtype(weight.dtype))
+    return weight.new_empty(weight.shape[0], dtype=accumulator_dtype(weight.dtype))
