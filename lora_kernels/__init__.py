@@ -4,10 +4,9 @@ Importing this package needs torch and nothing else: no GPU, no Triton, no compi
 """
 
 from lora_kernels.ops.lora_linear import explain, lora_linear
-
 from lora_kernels.version import __version__
 
-__all__ = ["accelerate", "explain", "lora_linear"]
+__all__ = ["__version__", "accelerate", "explain", "lora_linear"]
 
 
 def accelerate(model):

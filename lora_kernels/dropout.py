@@ -1,7 +1,7 @@
 """The dropout generator: its definition in torch, and the seed.
 
-The keep-mask of an ``[M, K]`` activation is a pure function of ``(seed, p, M, K, stream)``. No kernel
-has to store it: forward and backward regenerate the same bits, on a CPU and on a GPU.
+The keep-mask of an ``[M, K]`` activation is a pure function of ``(seed, p, M, K, stream)``. No
+kernel has to store it: forward and backward regenerate the same bits, on a CPU and on a GPU.
 
 Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11) is
 called once per group of eight neighbouring columns, which get 16 bits each:
@@ -78,7 +78,7 @@ def packed_keep_mask(seed: Tensor, p: float, rows: int, columns: int, stream: in
 
 
 def keep_mask(seed: Tensor, p: float, rows: int, columns: int, stream: int = 0) -> Tensor:
-    """The keep-mask as booleans ``[rows, columns]``; the definition that every kernel is tested on."""
+    """The keep-mask as booleans ``[rows, columns]``: the definition every kernel is tested on."""
     packed = packed_keep_mask(seed, p, rows, columns, stream)
     bit = torch.arange(GROUP, dtype=torch.uint8, device=packed.device)
     lanes = (packed.unsqueeze(-1) >> bit) & 1  # [rows, groups, GROUP]

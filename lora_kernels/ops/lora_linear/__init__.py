@@ -55,8 +55,8 @@ def lora_linear(
         y ``[..., N]`` in x's dtype. Sums are accumulated in fp32 (fp64 for fp64).
 
     Gradients reach x, lora_a, lora_b, bias and output_scale, each computed only if needed, each in
-    the dtype of its tensor. For the backward x itself, ``D(x) A^T`` ``[M, R]`` in fp32 and, on a CPU
-    under dropout, a mask of one bit per element are kept. Double backward and ``torch.func``
+    the dtype of its tensor. For the backward x itself, ``D(x) A^T`` ``[M, R]`` in fp32 and, on a
+    CPU under dropout, a mask of one bit per element are kept. Double backward and ``torch.func``
     transforms are not supported. Under autocast x, weight and bias are cast to autocast's dtype.
 
     Raises:
@@ -126,7 +126,7 @@ def _cast_for_autocast(
 
 
 def _check(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed) -> None:
-    """Raise for the first argument that does not fit; shapes are stated as the caller knows them."""
+    """Raise for the first argument that does not fit, in the words of the caller."""
     for name, tensor in (("x", x), ("lora_a", lora_a), ("lora_b", lora_b)):
         _check_floating(name, tensor)
     for name, tensor in (("weight", weight), ("bias", bias), ("output_scale", output_scale)):
@@ -204,7 +204,9 @@ def _check_scaling(scaling: float | Tensor, x: Tensor) -> None:
     if scaling.requires_grad:
         raise ValueError("scaling: expected a tensor without gradient, got one that requires grad")
     if scaling.device.type != "cpu" and scaling.device != x.device:
-        raise ValueError(f"scaling: expected the CPU or x's device {x.device}, got {scaling.device}")
+        raise ValueError(
+            f"scaling: expected the CPU or x's device {x.device}, got {scaling.device}"
+        )
 
 
 def _check_dropout(dropout_p: float, seed: Tensor | None, x: Tensor) -> None:

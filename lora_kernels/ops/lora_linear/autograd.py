@@ -78,9 +78,9 @@ def _forward(x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, save
 
 
 def _inference(x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, backend):
-    return _forward(
-        x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, False, backend
-    )[0]
+    return _forward(x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, False, backend)[
+        0
+    ]
 
 
 @_without_autocast
@@ -124,7 +124,9 @@ def _(x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, save_unscal
 
 
 @torch.library.register_fake("lora_kernels::lora_linear_backward", lib=_library)
-def _(dy, x, weight, a, b, scaling, h, output_scale, unscaled, mask, dropout_p, seed, needs, backend):
+def _(
+    dy, x, weight, a, b, scaling, h, output_scale, unscaled, mask, dropout_p, seed, needs, backend
+):
     needs_x, needs_a, needs_b, needs_bias, needs_output_scale = needs
     return (
         dy.new_empty((*dy.shape[:-1], a.shape[1]) if needs_x else 0),
@@ -210,4 +212,6 @@ def _refuse_gradients(op, name: str):
 
 _library.impl("lora_linear", _autograd, "Autograd")
 _library.impl("lora_linear_forward", _refuse_gradients(_FORWARD, "lora_linear_forward"), "Autograd")
-_library.impl("lora_linear_backward", _refuse_gradients(_BACKWARD, "lora_linear_backward"), "Autograd")
+_library.impl(
+    "lora_linear_backward", _refuse_gradients(_BACKWARD, "lora_linear_backward"), "Autograd"
+)

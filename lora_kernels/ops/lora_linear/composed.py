@@ -52,10 +52,10 @@ def forward(
     unscaled = None
     if output_scale is not None:
         unscaled = y if save_unscaled else None
-        y = y * output_scale.to(y.dtype) if save_unscaled else y.mul_(output_scale.to(y.dtype))
-        if bias is not None:
-            y += bias
-    return y.view(*x.shape[:-1], -1), h, mask, unscaled
+        y = _scale_columns(y, output_scale, bias)
+    # Not a view to autograd: the caller could not change a view made inside a Function in place.
+    y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], lora_b.shape[0]))
+    return y, h, mask, unscaled
 
 
 def backward(
@@ -73,7 +73,7 @@ def backward(
     seed: Tensor | None,
     needs: tuple[bool, bool, bool, bool, bool],  # x, lora_a, lora_b, bias, output_scale
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, lora_a, lora_b (in their dtypes), bias and output_scale; None if not needed."""
+    """Gradients of x, lora_a, lora_b, bias and output_scale; None where not needed."""
     needs_x, needs_a, needs_b, needs_bias, needs_output_scale = needs
     rows_dy = dy.reshape(-1, dy.shape[-1])  # [M, N]
     num_rows, columns = rows_dy.shape[0], lora_a.shape[1]
@@ -83,17 +83,19 @@ def backward(
     if needs_output_scale:
         grad_output_scale = _column_dot(rows_dy, unscaled).to(output_scale.dtype)
     if output_scale is not None and (needs_x or needs_a or needs_b):
-        rows_dy = rows_dy * output_scale.to(dy.dtype)
+        rows_dy = _scale_columns(rows_dy, output_scale, None)
     if needs_b:
-        grad_b = _transposed_product(rows_dy, h)  # [N, R]
-        grad_b = grad_b.mul_(scaling).to(lora_b.dtype)
+        # The scaling goes to h: the product may come out rounded, and is not to be rounded twice.
+        grad_b = _transposed_product(rows_dy, h * scaling).to(lora_b.dtype)  # [N, R]
     if not (needs_x or needs_a):
         return dx, grad_a, grad_b, grad_bias, grad_output_scale
 
     # The dropout scale rides on B, so that t already carries it to both of its products.
     t = _narrow_product(rows_dy, lora_b, scaling * keep_scale(dropout_p))  # [M, R] fp32
     if needs_x:
-        dx = t.new_zeros((num_rows, columns), dtype=dy.dtype) if weight is None else rows_dy @ weight
+        dx = (
+            t.new_zeros((num_rows, columns), dtype=dy.dtype) if weight is None else rows_dy @ weight
+        )
     if drop_threshold(dropout_p) == 0:
         if needs_x:
             dx.addmm_(t.to(dy.dtype), lora_a.to(dy.dtype))
@@ -194,8 +196,24 @@ def _to_half_range(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / exponent).half(), exponent
 
 
+def _scale_columns(y: Tensor, output_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """``output_scale * y + bias`` in y's dtype, rounded once.
+
+    The scale itself is not rounded to a half-precision dtype: its error would be the same in every
+    row, and the sums over the rows in the gradients would not average it out.
+    """
+    accumulator = accumulator_dtype(y.dtype)
+    scale = output_scale.to(accumulator)
+    offset = None if bias is None else bias.to(accumulator)
+    out = torch.empty_like(y)
+    for chunk in _row_chunks(*y.shape):
+        scaled = y[chunk].to(accumulator) * scale
+        out[chunk] = scaled if offset is None else scaled.add_(offset)
+    return out
+
+
 def _column_dot(left: Tensor, right: Tensor) -> Tensor:
-    """``sum over rows of left * right``: two ``[M, N]`` to ``[N]``, accumulated in fp32 by chunks."""
+    """The sum over rows of ``left * right``: two ``[M, N]`` to ``[N]``, in fp32 by chunks."""
     accumulator = accumulator_dtype(left.dtype)
     out = left.new_zeros(left.shape[1], dtype=accumulator)
     for chunk in _row_chunks(*left.shape):

@@ -1,0 +1,116 @@
+"""Random problems for ``lora_linear`` and one way to run them forward and backward."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops.lora_linear.reference import lora_linear_reference
+
+
+@dataclass(frozen=True)
+class LoRAProblem:
+    """The inputs of one call: signed random data, scaled so that y and every gradient are O(1)."""
+
+    x: Tensor  # [..., K]
+    weight: Tensor | None  # [N, K]
+    lora_a: Tensor  # [R, K]
+    lora_b: Tensor  # [N, R]
+    scaling: Tensor  # []
+    bias: Tensor | None  # [N]
+    output_scale: Tensor | None  # [N]
+    dropout_p: float
+    seed: Tensor | None  # []
+    dy: Tensor  # [..., N]
+
+    @staticmethod
+    def random(
+        leading: tuple[int, ...],
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        adapter_dtype: torch.dtype | None = None,
+        with_weight: bool = True,
+        with_bias: bool = True,
+        with_output_scale: bool = False,
+        dropout_p: float = 0.0,
+        device: str = "cpu",
+        generator_seed: int = 0,
+    ) -> "LoRAProblem":
+        """Draw a problem; the values depend on ``generator_seed`` and the sizes only."""
+        generator = torch.Generator().manual_seed(generator_seed)
+
+        def draw(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+            values = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+            return values.to(device=device, dtype=dtype)
+
+        adapter_dtype = adapter_dtype or dtype
+        weight = draw(out_features, in_features, scale=in_features**-0.5)
+        return LoRAProblem(
+            x=draw(*leading, in_features),
+            weight=weight if with_weight else None,
+            lora_a=draw(rank, in_features, scale=in_features**-0.5, dtype=adapter_dtype),
+            lora_b=draw(out_features, rank, scale=rank**-0.5, dtype=adapter_dtype),
+            scaling=torch.tensor(0.7, dtype=torch.float64),
+            bias=draw(out_features) if with_bias else None,
+            output_scale=(
+                1 + 0.3 * draw(out_features, dtype=adapter_dtype) if with_output_scale else None
+            ),
+            dropout_p=dropout_p,
+            seed=torch.tensor(0x1234_5678_9ABC_DEF1, device=device) if dropout_p else None,
+            dy=draw(*leading, out_features),
+        )
+
+    def with_(self, **changes) -> "LoRAProblem":
+        """The same problem with some inputs replaced."""
+        return replace(self, **changes)
+
+    def double(self) -> "LoRAProblem":
+        """The same values in fp64."""
+        floats = {
+            field.name: value.detach().double()
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor) and value.is_floating_point()
+        }
+        return replace(self, **floats)
+
+
+DIFFERENTIABLE = ("x", "lora_a", "lora_b", "bias", "output_scale")
+
+
+def run_forward_backward(
+    function: Callable[..., Tensor],
+    problem: LoRAProblem,
+    needs: tuple[str, ...] = DIFFERENTIABLE,
+    autocast: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """``function``'s result and the gradients named in ``needs``, as ``{"y": ..., "x": ...}``.
+
+    ``function`` takes the arguments of the reference. Inputs are detached first, keeping their
+    strides, so that runs do not touch each other.
+    """
+    inputs = {
+        field.name: value.detach() if isinstance(value, Tensor) else value
+        for field in fields(problem)
+        if field.name != "dy"
+        for value in (getattr(problem, field.name),)
+    }
+    leaves = [name for name in DIFFERENTIABLE if name in needs and inputs[name] is not None]
+    for name in leaves:
+        inputs[name].requires_grad_()
+    with torch.autocast(problem.x.device.type, dtype=autocast, enabled=autocast is not None):
+        y = function(**inputs)
+    gradients = (
+        torch.autograd.grad(y, [inputs[name] for name in leaves], problem.dy) if leaves else ()
+    )
+    return {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+
+
+def oracle_results(
+    problem: LoRAProblem, needs: tuple[str, ...] = DIFFERENTIABLE
+) -> dict[str, Tensor]:
+    """The definition evaluated in fp64 on the same values."""
+    return run_forward_backward(lora_linear_reference, problem.double(), needs)

@@ -1,0 +1,29 @@
+"""Every test starts from the same seed, and uninitialised memory reads as NaN."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+# The same examples on every machine and run; HYPOTHESIS_PROFILE=search looks for new ones.
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.register_profile("search", deadline=None, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(20240607)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """``torch.empty`` and its kin give NaN (the largest integer for integers)."""
+    torch.use_deterministic_algorithms(True)
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.isnan(torch.empty(3)).all()
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(False)

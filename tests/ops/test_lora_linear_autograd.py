@@ -1,0 +1,280 @@
+"""lora_linear as torch sees it: op registration, compile, checkpointing, what is saved."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from lora_kernels import explain, lora_linear
+from lora_kernels.testing import LoRAProblem
+
+OPERANDS = (
+    "x", "weight", "lora_a", "lora_b", "scaling", "bias", "output_scale", "dropout_p",
+)  # fmt: skip
+OP = torch.ops.lora_kernels.lora_linear.default
+
+
+def leaves(problem: LoRAProblem, requires_grad: bool = True):
+    named = {
+        name: getattr(problem, name)
+        for name in ("x", "lora_a", "lora_b", "bias", "output_scale")
+        if getattr(problem, name) is not None
+    }
+    for tensor in named.values():
+        tensor.requires_grad_(requires_grad)
+    return named
+
+
+def call(problem: LoRAProblem, **changes):
+    arguments = {name: getattr(problem, name) for name in OPERANDS}
+    return lora_linear(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("whole", [True, False], ids=["all_operands", "adapter_alone"])
+def test_opcheck(requires_grad, dropout_p, whole):
+    p = LoRAProblem.random(
+        (2, 9), 21, 13, 3, with_weight=whole, with_bias=whole, with_output_scale=whole,
+        dropout_p=dropout_p,
+    )  # fmt: skip
+    leaves(p, requires_grad)
+    arguments = (
+        p.x, p.weight, p.lora_a, p.lora_b, p.scaling, p.bias, p.output_scale, dropout_p, p.seed,
+        "auto",
+    )  # fmt: skip
+    torch.library.opcheck(OP, arguments)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_opcheck_of_the_inner_ops(dropout_p):
+    p = LoRAProblem.random((11,), 21, 13, 3, with_output_scale=True, dropout_p=dropout_p)
+    operands = (
+        p.x, p.weight, p.lora_a, p.lora_b, p.scaling, p.bias, p.output_scale, dropout_p, p.seed,
+    )  # fmt: skip
+    forward = torch.ops.lora_kernels.lora_linear_forward.default
+    torch.library.opcheck(forward, (*operands, True, "auto"))
+    _, h, mask, unscaled = forward(*operands, True, "auto")
+    for needs in ([True] * 5, [False] * 5, [True, False, True, False, True]):
+        torch.library.opcheck(
+            torch.ops.lora_kernels.lora_linear_backward.default,
+            (p.dy, p.x, p.weight, p.lora_a, p.lora_b, p.scaling, h, p.output_scale, unscaled, mask,
+             dropout_p, p.seed, needs, "auto"),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_compile_once_for_twelve_scalings_and_shapes(backend):
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def function(x, weight, lora_a, lora_b, scaling, bias):
+        return lora_linear(x, weight, lora_a, lora_b, scaling, bias, dropout_p=0.25).relu()
+
+    for step in range(12):
+        problem = LoRAProblem.random((2, 30 + step), 21, 13, 3, generator_seed=step)
+        named = leaves(problem)
+        scaling = 0.1 + 0.3 * step
+        y = function(
+            problem.x, problem.weight, problem.lora_a, problem.lora_b, scaling, problem.bias
+        )
+        gradients = torch.autograd.grad(y, list(named.values()), problem.dy)
+        assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_compiled_equals_eager(requires_grad):
+    torch._dynamo.reset()
+    problem = LoRAProblem.random((2, 9), 21, 13, 3, with_output_scale=True)
+    named = leaves(problem, requires_grad)
+    seed = torch.tensor(3)
+    eager = call(problem, dropout_p=0.3, seed=seed)
+    compiled = torch.compile(lambda: call(problem, dropout_p=0.3, seed=seed), fullgraph=True)()
+    assert torch.equal(eager, compiled)
+    if requires_grad:
+        expected = torch.autograd.grad(eager, list(named.values()), problem.dy)
+        actual = torch.autograd.grad(compiled, list(named.values()), problem.dy)
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_replays_the_mask(use_reentrant):
+    problem = LoRAProblem.random((12,), 40, 24, 3, dropout_p=0.5)
+    named = leaves(problem)
+
+    def run(wrap):
+        torch.manual_seed(11)
+        y = wrap(lambda x: call(problem, x=x).tanh(), problem.x)
+        y.backward(problem.dy)
+        gradients = [tensor.grad.clone() for tensor in named.values()]
+        for tensor in named.values():
+            tensor.grad = None
+        return y, gradients
+
+    plain = run(lambda f, x: f(x))
+    replayed = run(lambda f, x: checkpoint(f, x, use_reentrant=use_reentrant))
+    assert torch.equal(plain[0], replayed[0])
+    assert all(torch.equal(a, b) for a, b in zip(plain[1], replayed[1], strict=True))
+
+
+def test_manual_seed_reproduces_and_calls_differ():
+    problem = LoRAProblem.random((12,), 40, 24, 3, dropout_p=0.5)
+    torch.manual_seed(1)
+    first, second = call(problem), call(problem)
+    torch.manual_seed(1)
+    assert torch.equal(call(problem), first)
+    assert not torch.equal(first, second)
+    seed = torch.tensor(4)
+    assert torch.equal(call(problem, seed=seed), call(problem, seed=seed))
+
+
+def test_meta_tensors():
+    problem = LoRAProblem.random(
+        (2, 9), 21, 13, 3, with_output_scale=True, dropout_p=0.1, device="meta"
+    )
+    named = leaves(problem)
+    y = call(problem)
+    assert y.is_meta and y.shape == (2, 9, 13)
+    gradients = torch.autograd.grad(y, list(named.values()), problem.dy)
+    for gradient, tensor in zip(gradients, named.values(), strict=True):
+        assert (
+            gradient.is_meta and gradient.shape == tensor.shape and gradient.dtype == tensor.dtype
+        )
+    assert explain(problem.x, problem.weight, problem.lora_a, problem.lora_b).backend == "composed"
+
+
+def saved_bytes(problem: LoRAProblem, **changes) -> dict[tuple[int, ...], torch.Tensor]:
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        call(problem, **changes)
+    return saved
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_saved_tensors(dtype, dropout_p):
+    """x itself, h, the weights, the scaling, the seed and one bit per element: nothing else."""
+    rows, columns, rank = 96, 203, 5
+    problem = LoRAProblem.random(
+        (rows,), columns, 64, rank, dtype=dtype, adapter_dtype=torch.float32, dropout_p=dropout_p
+    )
+    leaves(problem)
+    saved = saved_bytes(problem)
+    given = [problem.x, problem.weight, problem.lora_a, problem.lora_b]
+    pointers = {tensor.data_ptr() for tensor in given}
+    assert pointers <= {tensor.data_ptr() for tensor in saved}, "saved as given, not as copies"
+    own = [tensor for tensor in saved if tensor.data_ptr() not in pointers and tensor.numel() > 1]
+    expected = [rows * rank * 4]  # h in fp32
+    if dropout_p:
+        expected.append(rows * math.ceil(columns / 8))
+    assert sorted(t.numel() * t.element_size() for t in own) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    "frozen, absent", [(("lora_a",), "x"), (("lora_b",), "h"), (("lora_a", "lora_b"), "both")]
+)
+def test_saves_only_what_the_needed_gradients_read(frozen, absent):
+    problem = LoRAProblem.random((96,), 203, 64, 5)
+    for name, tensor in leaves(problem).items():
+        tensor.requires_grad_(name not in frozen)
+    shapes = [tuple(tensor.shape) for tensor in saved_bytes(problem)]
+    assert ((96, 203) in shapes) == (absent == "h")
+    assert ((96, 5) in shapes) == (absent == "x")
+
+
+def test_non_contiguous_x_is_saved_as_it_is():
+    problem = LoRAProblem.random((8, 12), 40, 24, 3)
+    x = problem.x.transpose(0, 1)
+    leaves(problem)
+    x = x.detach().requires_grad_()
+    assert x.data_ptr() in {tensor.data_ptr() for tensor in saved_bytes(problem, x=x)}
+
+
+def test_in_place_change_of_a_saved_tensor_is_noticed():
+    problem = LoRAProblem.random((8,), 16, 12, 3)
+    leaves(problem)
+    y = call(problem)
+    with torch.no_grad():
+        problem.lora_b.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_double_backward_is_refused():
+    problem = LoRAProblem.random((8,), 16, 12, 3)
+    leaves(problem)
+    (dx,) = torch.autograd.grad(call(problem).square().sum(), problem.x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        dx.sum().backward()
+    h = problem.x.detach() @ problem.lora_a.detach().t()
+    with pytest.raises(RuntimeError, match="lora_linear_backward is not differentiable"):
+        torch.ops.lora_kernels.lora_linear_backward(
+            problem.dy.requires_grad_(), problem.x, problem.weight, problem.lora_a, problem.lora_b,
+            problem.scaling, h, None, None, torch.empty(0, dtype=torch.uint8), 0.0, None,
+            [True] * 5, "auto",
+        )  # fmt: skip
+
+
+def test_backward_runs_in_autograds_threads_and_twice():
+    problem = LoRAProblem.random((8,), 16, 12, 3, dropout_p=0.3)
+    named = list(leaves(problem).values())
+    y = call(problem)
+    first = torch.autograd.grad(y, named, problem.dy, retain_graph=True)
+    second = torch.autograd.grad(y, named, problem.dy)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_grad_scaler_trains_fp16_from_zero_b():
+    """A LoRA layer trains in fp16 under autocast and GradScaler: B leaves zero, the loss falls."""
+    problem = LoRAProblem.random((64,), 32, 24, 4, with_bias=False)
+    target = problem.x @ (problem.weight + 0.3 * torch.randn_like(problem.weight) / 32**0.5).t()
+    lora_a = problem.lora_a.clone().requires_grad_()
+    lora_b = torch.zeros_like(problem.lora_b, requires_grad=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = torch.optim.AdamW([lora_a, lora_b], lr=2e-2)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            y = lora_linear(problem.x, problem.weight, lora_a, lora_b, 2.0)
+        loss = (y.float() - target).square().mean()
+        losses.append(loss.item())
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert lora_b.abs().max() > 1e-3
+    assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "override, expected", [("reference", "reference"), ("composed", "composed")]
+)
+def test_backend_of_the_process(override, expected):
+    program = (
+        "import torch, lora_kernels as lk\n"
+        "x, w, a, b = torch.randn(3, 4), torch.randn(5, 4), torch.randn(2, 4), torch.randn(5, 2)\n"
+        "a.requires_grad_()\n"
+        "node = type(lk.lora_linear(x, w, a, b, 1.0).grad_fn).__name__\n"
+        "print(lk.explain(x, w, a, b).backend, node)"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True,
+        env={**os.environ, "LORA_KERNELS_BACKEND": override},
+    ).stdout.split()  # fmt: skip
+    assert output[0] == expected
+    assert ("LoRALinearFunction" in output[1]) == (expected == "composed")
+
+
+def test_unknown_backend_of_the_process():
+    run = subprocess.run(
+        [sys.executable, "-c", "import lora_kernels"], capture_output=True, text=True,
+        env={**os.environ, "LORA_KERNELS_BACKEND": "fast"},
+    )  # fmt: skip
+    assert run.returncode != 0
+    assert "LORA_KERNELS_BACKEND: expected auto or one of" in run.stderr and "'fast'" in run.stderr

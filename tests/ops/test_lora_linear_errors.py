@@ -1,0 +1,156 @@
+"""Bad input: the message names the argument, what was expected and what came."""
+
+import re
+
+import pytest
+import torch
+
+from lora_kernels import explain, lora_linear
+
+
+def arguments():
+    return {
+        "x": torch.randn(3, 8),
+        "weight": torch.randn(6, 8),
+        "lora_a": torch.randn(2, 8),
+        "lora_b": torch.randn(6, 2),
+        "scaling": 0.5,
+    }
+
+
+BAD = {
+    "x_not_a_tensor": ({"x": [1.0]}, TypeError, "x: expected a tensor, got list"),
+    "x_integer": (
+        {"x": torch.ones(3, 8, dtype=torch.int32)},
+        TypeError,
+        "x: expected dtype bfloat16, float16, float32 or float64, got torch.int32",
+    ),
+    "x_0d": ({"x": torch.tensor(1.0)}, ValueError, "x: expected at least one dimension"),
+    "x_columns": (
+        {"x": torch.randn(3, 7)},
+        ValueError,
+        "x: expected [..., 8] to match lora_a [2, 8], got [3, 7]",
+    ),
+    "lora_a_rank_0": (
+        {"lora_a": torch.randn(0, 8), "lora_b": torch.randn(6, 0)},
+        ValueError,
+        "lora_a: expected [rank, in_features] with rank >= 1, got [0, 8]",
+    ),
+    "lora_a_1d": (
+        {"lora_a": torch.randn(8)},
+        ValueError,
+        "lora_a: expected [rank, in_features] with rank >= 1, got [8]",
+    ),
+    "lora_a_float8": (
+        {"lora_a": torch.randn(2, 8).to(torch.float8_e4m3fn)},
+        TypeError,
+        "lora_a: expected dtype",
+    ),
+    "lora_b_rank": (
+        {"lora_b": torch.randn(6, 3)},
+        ValueError,
+        "lora_b: expected [out_features, 2] to match lora_a [2, 8], got [6, 3]",
+    ),
+    "weight_shape": (
+        {"weight": torch.randn(8, 6)},
+        ValueError,
+        "weight: expected [6, 8] to match lora_b and lora_a, got [8, 6]",
+    ),
+    "weight_dtype": (
+        {"weight": torch.randn(6, 8).half()},
+        TypeError,
+        "weight: expected x's dtype torch.float32, got torch.float16",
+    ),
+    "weight_trainable": (
+        {"weight": torch.randn(6, 8, requires_grad=True)},
+        ValueError,
+        "weight: expected a frozen tensor (requires_grad=False)",
+    ),
+    "weight_device": (
+        {"weight": torch.randn(6, 8, device="meta")},
+        ValueError,
+        "weight: expected x's device cpu, got meta",
+    ),
+    "bias_shape": ({"bias": torch.randn(5)}, ValueError, "bias: expected [6], got [5]"),
+    "bias_dtype": (
+        {"bias": torch.randn(6).double()},
+        TypeError,
+        "bias: expected x's dtype torch.float32, got torch.float64",
+    ),
+    "output_scale_shape": (
+        {"output_scale": torch.randn(1, 6)},
+        ValueError,
+        "output_scale: expected [6], got [1, 6]",
+    ),
+    "scaling_string": (
+        {"scaling": "2"},
+        TypeError,
+        "scaling: expected a number or a 0-d tensor, got str",
+    ),
+    "scaling_vector": (
+        {"scaling": torch.ones(6)},
+        ValueError,
+        "scaling: expected a 0-d tensor, got shape [6]",
+    ),
+    "scaling_trainable": (
+        {"scaling": torch.tensor(1.0, requires_grad=True)},
+        ValueError,
+        "scaling: expected a tensor without gradient",
+    ),
+    "scaling_device": (
+        {"scaling": torch.tensor(1.0, device="meta")},
+        ValueError,
+        "scaling: expected the CPU or x's device cpu, got meta",
+    ),
+    "dropout_one": (
+        {"dropout_p": 1.0},
+        ValueError,
+        "dropout_p: expected a probability in [0, 1), got 1.0",
+    ),
+    "dropout_negative": (
+        {"dropout_p": -0.1},
+        ValueError,
+        "dropout_p: expected a probability in [0, 1), got -0.1",
+    ),
+    "dropout_nan": (
+        {"dropout_p": float("nan")},
+        ValueError,
+        "dropout_p: expected a probability in [0, 1), got nan",
+    ),
+    "seed_number": (
+        {"dropout_p": 0.1, "seed": 3},
+        TypeError,
+        "seed: expected a 0-d int64 tensor, got int",
+    ),
+    "seed_dtype": (
+        {"dropout_p": 0.1, "seed": torch.tensor(3.0)},
+        TypeError,
+        "seed: expected a 0-d int64 tensor, got torch.float32",
+    ),
+    "seed_shape": (
+        {"dropout_p": 0.1, "seed": torch.tensor([3])},
+        ValueError,
+        "seed: expected a 0-d tensor on x's device cpu, got shape [1]",
+    ),
+    "backend_unknown": ({"backend": "cuda"}, ValueError, "backend: expected 'auto' or one of"),
+    "backend_absent": (
+        {"backend": "native"},
+        ValueError,
+        "backend='native' cannot serve this call",
+    ),
+}
+
+
+@pytest.mark.parametrize("function", [lora_linear, explain])
+@pytest.mark.parametrize("case", BAD)
+def test_message(case, function):
+    changes, error, message = BAD[case]
+    with pytest.raises(error, match=re.escape(message)):
+        function(**{**arguments(), **changes})
+
+
+def test_trainable_weight_is_accepted_without_gradients():
+    weight = torch.randn(6, 8, requires_grad=True)
+    with torch.no_grad():
+        y = lora_linear(**{**arguments(), "weight": weight})
+    assert y.shape == (3, 6)
