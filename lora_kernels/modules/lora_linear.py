@@ -1,0 +1,269 @@
+"""``LoRALinear``: a frozen ``torch.nn.Linear`` with a LoRA or DoRA adapter."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_kernels.modules.adapter_layer import (
+    AdapterLayer,
+    adapter_dtype_over,
+    check_adapter,
+    check_initialisation,
+    check_size,
+)
+from lora_kernels.modules.merging import merged_weight
+from lora_kernels.ops.lora_linear import lora_linear
+from lora_kernels.ops.lora_weight_norm import lora_weight_norm
+
+
+class LoRALinear(AdapterLayer):
+    """A frozen linear layer and a trainable adapter of rank r in one operation.
+
+    .. math::
+        y = x W^T + b + s \\cdot D(x) A^T B^T
+
+    x is ``[..., in_features]``, W ``[out_features, in_features]``, A ``[r, in_features]``,
+    B ``[out_features, r]``, ``s = alpha / r`` (``alpha / sqrt(r)`` with rsLoRA), D dropout in
+    training. With DoRA every output is scaled by ``m / ||W + s B A||``, m trainable and the norm
+    treated as a constant; under active dropout the norm's factor meets ``D(x)`` as in PEFT.
+
+    Parameters have PEFT's names and initial values: ``base_layer.weight`` and ``base_layer.bias``
+    (frozen), ``lora_A.weight``, ``lora_B.weight``, ``lora_B.bias`` with ``lora_bias`` and
+    ``lora_magnitude_vector`` with DoRA. A state dict loads into PEFT's layer of the same shape (see
+    :meth:`peft_state_dict`) and PEFT's into this one.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        rank: r, at least 1; it may exceed K and N.
+        alpha: numerator of the scaling.
+        bias: whether the base layer has a bias.
+        dropout_p: probability in [0, 1) with which an element of the adapter's input is dropped.
+        use_rslora: scale by ``alpha / sqrt(rank)``.
+        lora_bias: give B a bias, which contributes ``s * bias``.
+        use_dora: learn the magnitude of the adapted weight's rows; not together with lora_bias.
+        init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with standard
+            deviation 1/rank, B zero), or False (both random, so that the layer is changed).
+        device: where the layer is made; on "meta" no data is touched.
+        dtype: of the base layer.
+        adapter_dtype: of the adapter; None is fp32 over a half-precision base, else the base's.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which and why.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        alpha: float,
+        *,
+        bias: bool = True,
+        dropout_p: float = 0.0,
+        use_rslora: bool = False,
+        lora_bias: bool = False,
+        use_dora: bool = False,
+        init_lora_weights: bool | str = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            check_size(name, size)
+        self._wrap(
+            nn.Linear(in_features, out_features, bias, device=device, dtype=dtype),
+            rank,
+            alpha,
+            dropout_p,
+            use_rslora,
+            lora_bias,
+            use_dora,
+            init_lora_weights,
+            adapter_dtype,
+        )
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rank: int = 16,
+        alpha: float = 32,
+        *,
+        dropout_p: float = 0.0,
+        use_rslora: bool = False,
+        lora_bias: bool = False,
+        use_dora: bool = False,
+        init_lora_weights: bool | str = True,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> "LoRALinear":
+        """Wrap an existing linear layer: its parameters are shared, not copied, and frozen.
+
+        Arguments are those of the constructor. ``linear`` becomes ``base_layer``.
+
+        Raises:
+            TypeError: linear is no ``torch.nn.Linear`` over plain parameters.
+            ValueError: linear has hooks, which the fused forward would not run.
+        """
+        _check_linear(linear)
+        layer = cls.__new__(cls)
+        layer._wrap(
+            linear,
+            rank,
+            alpha,
+            dropout_p,
+            use_rslora,
+            lora_bias,
+            use_dora,
+            init_lora_weights,
+            adapter_dtype,
+        )
+        return layer
+
+    def _wrap(
+        self,
+        linear: nn.Linear,
+        rank: int,
+        alpha: float,
+        dropout_p: float,
+        use_rslora: bool,
+        lora_bias: bool,
+        use_dora: bool,
+        init_lora_weights: bool | str,
+        adapter_dtype: torch.dtype | None,
+    ) -> None:
+        check_adapter(rank, alpha, init_lora_weights)
+        _check_options(dropout_p, lora_bias, use_dora, init_lora_weights)
+        dtype = adapter_dtype_over(linear.weight, adapter_dtype)
+        super().__init__(linear, rank, alpha, use_rslora, use_dora)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.dropout_p = dropout_p
+        made = {"device": linear.weight.device, "dtype": dtype}
+        self.lora_A = nn.Linear(self.in_features, rank, bias=False, **made)
+        self.lora_B = nn.Linear(rank, self.out_features, bias=lora_bias, **made)
+        magnitude = nn.Parameter(torch.empty(self.out_features, **made)) if use_dora else None
+        self.register_parameter("lora_magnitude_vector", magnitude)
+        self.reset_lora_parameters(init_lora_weights)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base_layer.bias
+
+    @torch.no_grad()
+    def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
+        """Give the adapter its initial values; see the class for the kinds there are.
+
+        DoRA's magnitude becomes the norm of the adapted weight, so that it changes nothing yet.
+        """
+        check_initialisation(init_lora_weights)
+        self.lora_A.reset_parameters()  # Kaiming-uniform with a = sqrt(5), as torch's own layers
+        self.lora_B.reset_parameters()
+        if init_lora_weights == "gaussian":
+            nn.init.normal_(self.lora_A.weight, std=1 / self.rank)
+        if init_lora_weights:
+            for parameter in self.lora_B.parameters():
+                nn.init.zeros_(parameter)
+        if self.use_dora:
+            self.lora_magnitude_vector.copy_(self._weight_norm())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features] -> [..., out_features]`` in x's dtype, or autocast's."""
+        if self.disable_adapters:
+            self.unmerge()
+        if self.disable_adapters or self._merge is not None:
+            return self.base_layer(x)
+        weight, bias = self.base_layer.weight, self._total_bias()
+        operands = (weight, self.lora_A.weight, self.lora_B.weight, self._scaling, bias)
+        dropout_p = self.dropout_p if self.training else 0.0
+        if not self.use_dora:
+            return lora_linear(x, *operands, dropout_p=dropout_p)
+        output_scale = self._output_scale()
+        if dropout_p == 0:
+            return lora_linear(x, *operands, output_scale=output_scale)
+        # PEFT's y = x W' + b + (c - 1) D(x) W' + c s D(x) A' B' with the terms in D(x) joined.
+        dropped = F.dropout(x, dropout_p)
+        y = lora_linear(dropped, *operands, output_scale=output_scale)
+        return y + F.linear(x - dropped, weight)
+
+    def _weight_norm(self) -> Tensor:
+        return lora_weight_norm(
+            self.base_layer.weight, self.lora_A.weight, self.lora_B.weight, self._scaling
+        )
+
+    def _total_bias(self) -> Tensor | None:
+        """``b + s * lora_B.bias`` in the base layer's dtype."""
+        bias, lora_bias = self.base_layer.bias, self.lora_B.bias
+        if lora_bias is None:
+            return bias
+        total = lora_bias.to(torch.promote_types(lora_bias.dtype, torch.float32)) * self._scaling
+        if bias is not None:
+            total = total + bias
+        return total.to(self.base_layer.weight.dtype)
+
+    def _merged_parameters(self) -> dict[str, Tensor]:
+        merged = {}
+        if self.lora_B.bias is not None:
+            if self.base_layer.bias is None:
+                raise RuntimeError(
+                    "merge: the adapter has a bias (lora_bias=True) and the base layer has none "
+                    "to merge it into"
+                )
+            merged["bias"] = self._total_bias()
+        merged["weight"] = merged_weight(
+            self.base_layer.weight,
+            self.lora_A.weight,
+            self.lora_B.weight,
+            self._scaling,
+            self._output_scale() if self.use_dora else None,
+        )
+        return merged
+
+    def extra_repr(self) -> str:
+        parts = [
+            f"in_features={self.in_features}, out_features={self.out_features}",
+            f"rank={self.rank}, alpha={self.alpha}",
+        ]
+        if self.dropout_p:
+            parts.append(f"dropout_p={self.dropout_p}")
+        parts += [name for name in ("use_rslora", "use_dora", "merged") if getattr(self, name)]
+        return ", ".join(parts)
+
+
+def _check_options(dropout_p, lora_bias, use_dora, init_lora_weights) -> None:
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+    if lora_bias and use_dora:
+        raise ValueError("lora_bias: not defined together with use_dora=True")
+    if lora_bias and init_lora_weights == "gaussian":
+        raise ValueError(
+            "lora_bias: expected init_lora_weights=True or False with it, got 'gaussian'"
+        )
+
+
+def _check_linear(linear: nn.Linear) -> None:
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
+    if type(linear).forward is not nn.Linear.forward:
+        raise TypeError(
+            f"linear: {type(linear).__name__} has a forward of its own, which the fused forward "
+            "would not run"
+        )
+    if not isinstance(linear.weight, nn.Parameter):
+        raise TypeError(
+            "linear: expected weight to be a plain Parameter, got "
+            f"{type(linear.weight).__name__}; remove its parametrization first"
+        )
+    hooks = (
+        linear._forward_hooks,
+        linear._forward_pre_hooks,
+        linear._backward_hooks,
+        linear._backward_pre_hooks,
+    )
+    if any(hooks) or "forward" in vars(linear):
+        raise ValueError(
+            "linear: it has hooks or a replaced forward, which the fused forward would not run; "
+            "remove them first"
+        )
