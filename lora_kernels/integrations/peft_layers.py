@@ -1,0 +1,150 @@
+"""Our forward inside PEFT's LoRA layer, chosen anew at every call.
+
+The classes here carry the names of the PEFT classes that they extend, so that repr, pickles and anything that looks at
+`type(layer).__name__` see what they saw before.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention
+from torch import Tensor
+
+from lora_kernels.integrations.peft_state import ActiveAdapter, LayerState, read_call, read_layer
+from lora_kernels.ops.lora_linear import lora_linear
+from lora_kernels.ops.lora_weight_norm import lora_weight_norm
+
+__all__ = [
+    "Linear",
+    "LoraLayer",
+    "MultiheadAttention",
+    "PeftLinear",
+    "delegated_calls",
+    "forget_calls",
+    "fused_forward",
+    "read_layer",
+]
+
+# How often, and why, PEFT's own forward served an accelerated layer. Kept apart from the layers: nothing of ours is
+# copied, pickled or saved with them.
+_delegated_calls: weakref.WeakKeyDictionary[torch.nn.Module, Counter[str]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class Linear(PeftLinear):
+    """`peft.tuners.lora.layer.Linear` with `lora_linear` as its forward wherever that computes the same function."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        state = read_call(self, x, args, kwargs)
+        if isinstance(state, str):
+            if not torch.compiler.is_compiling():
+                _delegated_calls.setdefault(self, Counter())[state] += 1
+            return super().forward(x, *args, **kwargs)
+        if not state.adapters:
+            return super().forward(x, *args, **kwargs)
+        return fused_forward(x, state)
+
+
+def delegated_calls(layer: torch.nn.Module) -> dict[str, int]:
+    """How many calls of the layer PEFT's own forward has served, by reason. Compiled calls are not counted."""
+    return dict(_delegated_calls.get(layer, ()))
+
+
+def forget_calls(layer: torch.nn.Module) -> None:
+    _delegated_calls.pop(layer, None)
+
+
+def fused_forward(
+    x: Tensor,  # [..., K]
+    state: LayerState,
+) -> Tensor:  # [..., N], the dtype of the base layer's result
+    """The active adapters in PEFT's order, the first of them in one operation with the base layer."""
+    weight, bias, adapters = state
+    first, *others = adapters if len(adapters) == 1 else _join(adapters)
+    if first.magnitude is None:
+        y = _lora(x, weight, bias, first)
+    elif first.dropout_p == 0.0:
+        c = _dora_scale(weight, first)
+        y = lora_linear(x, weight, first.lora_a, first.lora_b, first.scaling, bias, output_scale=c)
+    else:
+        y, others = F.linear(x, weight, bias), [first, *others]
+    dtype = y.dtype
+    for adapter in others:
+        if adapter.magnitude is None:
+            y = y + _lora(x, None, None, adapter)
+        else:
+            y = _add_dora(y, x, weight, bias, adapter)
+    return y.to(dtype)
+
+
+def _lora(x: Tensor, weight: Tensor | None, bias: Tensor | None, adapter: ActiveAdapter) -> Tensor:
+    lora_a, lora_b, lora_bias, scaling, dropout_p, _ = adapter
+    if lora_bias is not None:
+        lora_bias = lora_bias * scaling
+        bias = (lora_bias if bias is None else bias + lora_bias).to(x.dtype)
+    return lora_linear(x, weight, lora_a, lora_b, scaling, bias, dropout_p=dropout_p)
+
+
+def _add_dora(
+    y: Tensor,  # [..., N], the result so far, with the bias
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
+    adapter: ActiveAdapter,
+) -> Tensor:  # [..., N], in the wider dtype of y and the magnitude, as in PEFT
+    """``y + (c - 1) base + c s B A D(x)``, base being y without its bias, or ``W D(x)`` under dropout."""
+    c = _dora_scale(weight, adapter)
+    if adapter.dropout_p > 0.0:
+        # In A's dtype, as in PEFT: a half-precision 1 / (1 - p) is off by the same amount everywhere.
+        x = F.dropout(x.to(adapter.lora_a.dtype), adapter.dropout_p).to(x.dtype)
+        base = F.linear(x, weight)
+    else:
+        base = y if bias is None else y - bias
+    return y + (c - 1) * base + c * _lora(x, None, None, adapter._replace(dropout_p=0.0))
+
+
+def _dora_scale(weight: Tensor, adapter: ActiveAdapter) -> Tensor:
+    """``c = m / ||W + s B A||`` by rows; the norm is a constant to the gradient."""
+    lora_a, lora_b, _, scaling, _, magnitude = adapter
+    return magnitude / lora_weight_norm(weight, lora_a, lora_b, scaling)
+
+
+def _join(adapters: list[ActiveAdapter]) -> list[ActiveAdapter]:
+    """Neighbours without DoRA and without active dropout become one adapter: ranks joined, scalings in B.
+
+    Only DoRA makes the order matter; without it the adapters that can be joined come first.
+    """
+    if all(adapter.magnitude is None for adapter in adapters):
+        adapters = sorted(adapters, key=_stands_alone)
+    joined = []
+    for stands_alone, group in groupby(adapters, key=_stands_alone):
+        members = list(group)
+        joined.extend(members if stands_alone or len(members) == 1 else [_joined(members)])
+    return joined
+
+
+def _stands_alone(adapter: ActiveAdapter) -> bool:
+    return adapter.magnitude is not None or adapter.dropout_p > 0.0
+
+
+def _joined(adapters: list[ActiveAdapter]) -> ActiveAdapter:
+    lora_a = torch.cat([adapter.lora_a for adapter in adapters])
+    # In fp32, so that the scaling costs a half-precision B no rounding of its own.
+    lora_b = torch.cat(
+        [adapter.scaling * _at_least_fp32(adapter.lora_b) for adapter in adapters], 1
+    )
+    biases = [a.scaling * a.lora_bias for a in adapters if a.lora_bias is not None]
+    lora_bias = sum(biases[1:], biases[0]) if biases else None
+    return ActiveAdapter(lora_a, lora_b, lora_bias, 1.0, 0.0, None)
+
+
+def _at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype is torch.float64 else tensor.float()

@@ -1,0 +1,284 @@
+"""Reads one PEFT LoRA layer: can a fused forward serve it as it stands, and with what?
+
+Everything here looks at live objects and keeps nothing, because all of it can change between two calls: adapters,
+scalings, dropout, hooks, dtypes, where the weights are. A layer is read once per forward, so the order is: cheap and
+likely first, and attributes come from the modules' own dictionaries (`nn.Module.__getattr__` costs ten times as much).
+
+Dimensions: K in_features, N out_features, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora import dora
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+from transformers.pytorch_utils import Conv1D
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class ActiveAdapter(NamedTuple):
+    """One active adapter of a layer, as it stands."""
+
+    lora_a: Tensor  # [R, K]
+    lora_b: Tensor  # [N, R]
+    lora_bias: Tensor | None  # [N]
+    scaling: float | Tensor
+    dropout_p: float  # 0.0 where dropout is not active
+    magnitude: Tensor | None  # [N], DoRA's m
+
+
+class LayerState(NamedTuple):
+    """What a fused forward needs. No adapters: the layer is its base layer (disabled, merged, none active)."""
+
+    weight: Tensor | None  # [N, K], any strides
+    bias: Tensor | None  # [N]
+    adapters: list[ActiveAdapter]
+
+
+_BASE_ALONE = LayerState(None, None, [])
+
+
+def read_call(layer: LoraLayer, x: Any, args: tuple, kwargs: dict) -> LayerState | str:
+    """The layer's state for this very call, or the reason why PEFT's own forward has to serve it."""
+    if args:
+        return "extra positional arguments for the base layer"
+    if kwargs:
+        for name, value in kwargs.items():
+            if name == "adapter_names" and value is not None:
+                return "mixed batch (adapter_names)"
+            if value is not None or name not in ("adapter_names", "alora_offsets"):
+                return f"extra argument {name!r}"
+    state = read_layer(layer)
+    if isinstance(state, str) or not state.adapters:
+        return state
+    return _unsupported_input(x, state.weight) or _unsupported_context() or state
+
+
+def read_layer(layer: LoraLayer) -> LayerState | str:
+    """The layer's present state, or the reason why no call can be fused as long as it stands like this."""
+    if layer._disable_adapters or layer.merged_adapters:
+        return _BASE_ALONE
+    children = layer._modules
+    lora_a_modules = children["lora_A"]._modules
+    active = [name for name in layer.active_adapters if name in lora_a_modules]
+    if not active:
+        return _BASE_ALONE
+    if "forward" in layer.__dict__ or "_hf_hook" in layer.__dict__:
+        return "the layer has a forward or a hook of its own (accelerate's offload or device map)"
+    if (
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    ):
+        return "global module hooks are registered"
+
+    base = _read_base(layer, children["base_layer"])
+    if isinstance(base, str):
+        return base
+    weight, bias = base
+    adapters = []
+    for name in active:
+        adapter = _read_adapter(layer, name, weight)
+        if isinstance(adapter, str):
+            return adapter
+        adapters.append(adapter)
+    return LayerState(weight, bias, adapters)
+
+
+def _read_base(layer: LoraLayer, base: nn.Module) -> tuple[Tensor, Tensor | None] | str:
+    kind = type(base)
+    transposed = kind is Conv1D
+    if transposed:
+        if not layer.fan_in_fan_out:
+            return "a Conv1D base without fan_in_fan_out"
+    elif kind is not nn.Linear and kind.forward is not nn.Linear.forward:
+        return f"base layer {kind.__name__} has a forward of its own"
+    elif layer.fan_in_fan_out:
+        return "fan_in_fan_out with a base that is not Conv1D"
+    bypassed = _bypassed(base)
+    if bypassed:
+        return f"base_layer has {bypassed}"
+    weight = base._parameters.get("weight")
+    unsupported = _unsupported_parameter(weight)
+    if unsupported:
+        return f"base weight: {unsupported}"
+    if "bias" not in base._parameters:
+        return "base bias is not a parameter of the base layer"
+    bias = base._parameters["bias"]
+    if bias is not None:
+        unsupported = _unsupported_parameter(bias)
+        if unsupported:
+            return f"base bias: {unsupported}"
+        if bias.dtype is not weight.dtype:
+            return f"base bias is {_short(bias.dtype)}, base weight {_short(weight.dtype)}"
+    if weight.requires_grad:
+        return "base weight requires grad"
+    if hasattr(weight, "ds_id"):
+        return "base weight is partitioned (DeepSpeed ZeRO-3)"
+    if transposed:
+        weight = weight.t()
+    if weight.shape != (layer.out_features, layer.in_features):
+        return (
+            f"base weight has shape {tuple(weight.shape)}, not "
+            f"{(layer.out_features, layer.in_features)}: offloaded or partitioned"
+        )
+    return weight, bias
+
+
+def _read_adapter(layer: LoraLayer, name: str, weight: Tensor) -> ActiveAdapter | str:
+    children = layer._modules
+    lora_a_module = children["lora_A"]._modules[name]
+    lora_b_module = children["lora_B"]._modules[name]
+    dropout = children["lora_dropout"]._modules[name]
+    for role, module in (("lora_A", lora_a_module), ("lora_B", lora_b_module)):
+        if type(module).forward is not nn.Linear.forward:
+            return f"{role} of {name!r} is {type(module).__name__}, not nn.Linear"
+        bypassed = _bypassed(module)
+        if bypassed:
+            return f"{role} of {name!r} has {bypassed}"
+        unsupported = _unsupported_parameter(module._parameters.get("weight"))
+        if unsupported:
+            return f"{role} of {name!r}: {unsupported}"
+    lora_a = lora_a_module._parameters["weight"]
+    lora_b = lora_b_module._parameters["weight"]
+    lora_bias = lora_b_module._parameters.get("bias")
+    if lora_bias is not None and (unsupported := _unsupported_parameter(lora_bias)):
+        return f"lora_B's bias of {name!r}: {unsupported}"
+    if lora_a_module._parameters.get("bias") is not None:
+        return f"lora_A of {name!r} has a bias"
+    if lora_a.device != weight.device or lora_b.device != weight.device:
+        return f"adapter {name!r} is on {lora_a.device}, the base weight on {weight.device}"
+    if lora_a.dtype is not weight.dtype or lora_b.dtype is not weight.dtype:
+        if lora_a.dtype is torch.float64 or lora_b.dtype is torch.float64:
+            return f"adapter {name!r} is float64 over a {_short(weight.dtype)} base"
+        if not layer.cast_input_dtype_enabled:
+            return "cast_input_dtype is disabled and the adapter has another dtype than the base"
+
+    scaling = layer.scaling[name]
+    if isinstance(scaling, Tensor):
+        if type(scaling) is not Tensor or scaling.dim() != 0 or scaling.requires_grad:
+            return f"scaling of {name!r} is not a plain 0-d tensor without grad"
+    elif not isinstance(scaling, (int, float)):
+        return f"scaling of {name!r} is a {type(scaling).__name__}"
+
+    dropout_p = _read_dropout(dropout)
+    if isinstance(dropout_p, str):
+        return f"lora_dropout of {name!r} {dropout_p}"
+    magnitude = None
+    if name in layer.lora_variant:
+        magnitude = _read_magnitude(layer, name, weight, lora_bias)
+        if isinstance(magnitude, str):
+            return magnitude
+        if not layer.training:  # PEFT's DoRA looks at the layer's mode before the dropout's
+            dropout_p = 0.0
+    return ActiveAdapter(lora_a, lora_b, lora_bias, scaling, dropout_p, magnitude)
+
+
+def _read_dropout(dropout: nn.Module) -> float | str:
+    kind = type(dropout)
+    if kind is nn.Identity:
+        p = 0.0
+    elif kind is nn.Dropout:
+        if dropout.inplace:
+            return "works in place"
+        p = dropout.p if dropout.training else 0.0
+        if p >= 1.0:
+            return "drops everything (p = 1)"
+    else:
+        return f"is {kind.__name__}, not nn.Dropout"
+    bypassed = _bypassed(dropout)
+    return f"has {bypassed}" if bypassed else p
+
+
+def _read_magnitude(
+    layer: LoraLayer, name: str, weight: Tensor, lora_bias: Tensor | None
+) -> Tensor | str:
+    variant = type(layer.lora_variant[name])
+    if variant is not DoraLinearVariant:
+        return f"adapter {name!r} is of the variant {variant.__name__}"
+    if lora_bias is not None:
+        return f"adapter {name!r} has DoRA and lora_bias at once"
+    module = layer._modules["lora_magnitude_vector"]._modules[name]
+    if type(module) is not DoraLinearLayer:
+        return f"DoRA of {name!r} is {type(module).__name__}, not DoraLinearLayer"
+    bypassed = _bypassed(module)
+    if bypassed:
+        return f"lora_magnitude_vector of {name!r} has {bypassed}"
+    magnitude = module._parameters.get("weight")
+    unsupported = _unsupported_parameter(magnitude)
+    if unsupported:
+        return f"lora_magnitude_vector of {name!r}: {unsupported}"
+    if magnitude.device != weight.device:
+        return f"lora_magnitude_vector of {name!r} is on {magnitude.device}"
+    if dora.ENABLE_DORA_CACHING and not module.training:
+        return "PEFT's DoRA cache is enabled"
+    return magnitude
+
+
+def _bypassed(module: nn.Module) -> str | None:
+    """What would be left out if a fused forward used the module's weights without calling the module."""
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        return "forward hooks"
+    if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return "backward hooks"
+    if "forward" in own or "_hf_hook" in own:
+        return "a forward or a hook of its own (accelerate's offload or device map)"
+    return None
+
+
+def _unsupported_parameter(parameter: Any) -> str | None:
+    """Why the tensor cannot be handed to a kernel. A missing one is computed on access (parametrizations)."""
+    if type(parameter) is not nn.Parameter and type(parameter) is not Tensor:
+        if parameter is None:
+            return "not a parameter of its module (parametrized?)"
+        return f"a tensor subclass ({type(parameter).__name__})"
+    if parameter.dtype not in _FLOATS:
+        return f"dtype {_short(parameter.dtype)}"
+    if parameter.layout is not torch.strided:
+        return f"layout {parameter.layout}"
+    if parameter.numel() == 0:
+        return "empty (partitioned or offloaded)"
+    return None
+
+
+def _unsupported_input(x: Any, weight: Tensor) -> str | None:
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return f"x is a {type(x).__name__}, not a plain tensor"
+    if x.layout is not torch.strided or x.is_nested:
+        return "x is not a dense tensor"
+    if x.dtype not in _FLOATS:
+        return f"x is {_short(x.dtype)}"
+    if x.device != weight.device:
+        return f"x is on {x.device}, the base weight on {weight.device}"
+    if x.dtype is not weight.dtype or x.dtype is torch.float64:
+        autocast = torch.is_autocast_enabled(x.device.type)
+        if x.dtype is not weight.dtype and not autocast:
+            return f"x is {_short(x.dtype)} and the base weight {_short(weight.dtype)}, outside autocast"
+        if autocast and torch.float64 in (x.dtype, weight.dtype):
+            return "float64 under autocast"
+    return None
+
+
+def _unsupported_context() -> str | None:
+    """Where a standard torch graph, or a derivative our op does not define, is asked for."""
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return "tracing or exporting: the graph keeps to torch's own operations"
+    if torch._C._are_functorch_transforms_active():
+        return "inside a torch.func transform"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    return None
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
