@@ -1,6 +1,7 @@
 """What a measurement was made on, and how fast that is at a plain GEMM and a plain copy."""
 
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
@@ -85,10 +86,12 @@ def meta(device: torch.device, command: str) -> dict:
     return found
 
 
+@functools.cache
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Measured FLOP/s of a large square GEMM and bytes/s (read + written) of a large copy.
 
-    The best of five: a ceiling is what the machine can do, not what it does on average.
+    The best of five: a ceiling is what the machine can do, not what it does on average. Measured
+    once per process.
     """
     cuda = device.type == "cuda"
     size = 8192 if cuda else 2048

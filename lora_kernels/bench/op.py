@@ -6,7 +6,7 @@ captured in two graphs, forward and backward, so that no launch is timed that a 
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,8 +19,9 @@ from lora_kernels.bench.memory import (
     peak_of,
     saved_for_backward,
 )
-from lora_kernels.bench.providers import OP_PROVIDERS, Call, MissingExtra, OpInputs
+from lora_kernels.bench.providers import OP_PROVIDERS, Call, MissingExtra, OpInputs, naive_formula
 from lora_kernels.bench.step import DTYPES
+from lora_kernels.testing import error_bound
 
 MAX_SETS = 64
 
@@ -170,12 +171,45 @@ class Op:
         self.timing = "cuda graph"
 
 
+def wrong(case: OpCase, name: str, inputs: OpInputs) -> str | None:
+    """What in this provider's results breaks the package's error policy; None when nothing does.
+
+    Without dropout, whose masks differ between providers. Against fp64 on the provider's own
+    adapters; allowed is what the policy allows beside the plain formula in x's dtype.
+    """
+    case = replace(case, dropout=0.0)
+    call = OP_PROVIDERS[name](inputs, case)
+    if len(call.leaves) == 1:  # frozen has no adapter to get wrong
+        return None
+
+    def results(y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+        return [y.detach(), *torch.autograd.grad(y, leaves, inputs.dy.to(y.dtype))]
+
+    def formula(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in call.leaves]
+        x, lora_a, lora_b = leaves
+        weight = inputs.weight.to(dtype)
+        return results(naive_formula(x, weight, lora_a, lora_b, case.scaling, 0.0), leaves)
+
+    ours = results(call.forward(), call.leaves)
+    compared = zip(ours, formula(case.torch_dtype), formula(torch.float64), strict=True)
+    for what, (got, eager, oracle) in zip(("y", "dx", "dA", "dB"), compared, strict=True):
+        error = (got.double() - oracle).abs().max().item()
+        bound = error_bound(eager, oracle, case.torch_dtype)
+        if not error <= bound:  # so that a NaN is refused
+            return f"{what} is off by {error:.3g}, allowed is {bound:.3g}"
+    return None
+
+
 def prepare(case: OpCase, names: list[str]) -> tuple[dict[str, Op], dict[str, str]]:
     """The calls that can run here, and for those that cannot, why."""
     sets = [make_inputs(case, seed) for seed in range(how_many_sets(case))]
     ops, skipped = {}, {}
     for name in names:
         try:
+            if reason := wrong(case, name, sets[0]):
+                skipped[name] = f"not timed, its result is wrong: {reason}"
+                continue
             op = Op(case, name, sets)
             op.warm_up()
             ops[name] = op

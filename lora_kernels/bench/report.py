@@ -180,6 +180,9 @@ def footnotes(rows: list[dict]) -> list[str]:
             f"peak of step: above what was resident before it, a process per provider"
             f" ({', '.join(methods)})."
         )
+    losses = [f"{row['provider']} {row['loss']:.4f}" for row in rows if row["loss"] is not None]
+    if losses:
+        notes.append(f"loss of the first step: {', '.join(losses)}.")
     for row in rows:
         if row["saved"]:
             parts = (f"{part['name']} {format_bytes(part['bytes'])}" for part in row["saved"])

@@ -1,0 +1,465 @@
+"""The harness: what it measures on known functions, its rows, its tables."""
+
+import importlib.util
+import json
+import platform
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lora_kernels import dispatch
+from lora_kernels.bench import machine, measure, memory, op, providers, report, step
+from lora_kernels.bench.measure import Spread
+
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "readme_tables.py"
+
+
+# ---- time
+
+
+def test_spread_is_the_median_and_the_quartiles():
+    assert Spread.of([5.0, 1.0, 4.0, 2.0, 3.0]) == Spread(median=3.0, q1=2.0, q3=4.0)
+    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
+    with pytest.raises(ValueError, match="no values"):
+        Spread.of([])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_rounds_give_every_provider_every_place_equally_often(count):
+    names = [f"p{i}" for i in range(count)]
+    orders = list(measure.rounds(names, reps=2 * count))
+    assert all(sorted(order) == names for order in orders)
+    for place in range(count):
+        assert sorted(order[place] for order in orders) == sorted(names * 2)
+    # Each name follows every neighbour it has, not always the same one.
+    followers = {pair for order in orders for pair in pairwise(order)}
+    assert all((b, a) in followers for a, b in followers)
+
+
+def test_interleave_runs_everyone_once_per_repetition_and_keeps_the_order_of_repetitions():
+    ran, told = [], []
+    counts = {"a": 0, "b": 0, "c": 0}
+
+    def run(name):
+        ran.append(name)
+        counts[name] += 1
+        return {"step": float(counts[name])}
+
+    runs = {name: lambda name=name: run(name) for name in counts}
+    laps = measure.interleave(runs, 4, lambda rep, name, took: told.append((rep, name, took)))
+
+    assert ran == [name for order in measure.rounds(["a", "b", "c"], 4) for name in order]
+    assert laps == {name: [{"step": float(i)} for i in (1, 2, 3, 4)] for name in "abc"}
+    assert [rep for rep, *_ in told] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+
+
+def test_ratios_are_taken_within_a_repetition():
+    # The machine becomes three times slower in the middle: the quotient does not move, while the
+    # quotient of the medians (40 / 10) would.
+    ours = [{"step": seconds, "optimizer": 1.0} for seconds in (10.0, 30.0, 10.0, 40.0, 40.0)]
+    frozen = [{"step": lap["step"] / 2} for lap in ours]
+    frozen[4]["step"] = 10.0
+    assert measure.ratios(ours, frozen) == {"step": Spread(2.0, 2.0, 2.0)}
+    with pytest.raises(ValueError, match="zip"):
+        measure.ratios(ours, frozen[:3])
+
+
+def test_clock_adds_laps_of_one_name_and_drops_what_lies_before_a_start(monkeypatch):
+    times = iter([0.0, 1.0, 3.0, 100.0, 105.0, 112.0])
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(times))
+    clock = measure.Clock(torch.device("cpu"))
+    for _ in range(2):
+        clock.start()
+        clock.lap("forward")
+        clock.lap("backward")
+    assert clock.seconds() == {"forward": 1.0 + 5.0, "backward": 2.0 + 7.0}
+
+
+# ---- memory
+
+
+def test_saved_bytes_are_exact():
+    x = torch.randn(6, 5, requires_grad=True)
+    weight = torch.randn(5, 7, requires_grad=True)
+
+    def forward():
+        y = x @ weight  # saves x and weight
+        z = y.exp()  # saves its result
+        return (z * z).sum()  # saves z, twice the same storage
+
+    saved = memory.saved_for_backward(forward, parameters=[weight])
+    assert [storage.bytes for storage in saved] == [6 * 7 * 4, 6 * 5 * 4]
+    assert [storage.name for storage in saved] == ["float32[6,7]", "float32[6,5]"]
+
+
+def test_saved_bytes_count_the_whole_storage_that_a_view_keeps_alive():
+    scores = torch.randn(1000, requires_grad=True)
+    (saved,) = memory.saved_for_backward(lambda: (scores * 1.0)[:10].sin().sum(), [])
+    assert saved == memory.SavedStorage("float32[10]", 4000)
+
+
+def test_saved_bytes_skip_parameters_and_their_views():
+    linear = nn.Linear(4, 3)
+    x = torch.randn(2, 4, requires_grad=True)
+    parameters = list(linear.parameters())
+    assert memory.saved_for_backward(lambda: linear(x).sum(), [*parameters, x]) == []
+
+
+@pytest.mark.skipif(memory._status_bytes("VmHWM") is None, reason="needs Linux's /proc")
+def test_peak_is_above_the_resting_memory_and_forgets_earlier_peaks():
+    torch.ones(64 << 20, dtype=torch.uint8)  # a higher peak before, which must not count
+
+    def step_of_24_mb():
+        first = torch.ones(16 << 20, dtype=torch.uint8)
+        second = torch.ones(8 << 20, dtype=torch.uint8)
+        del first, second
+
+    peak = memory.peak_of(step_of_24_mb, torch.device("cpu"))
+    if peak.method.startswith("VmHWM"):
+        assert 23 << 20 <= peak.step_bytes <= 28 << 20
+    assert peak.peak_bytes >= peak.step_bytes
+
+
+def test_peak_without_proc_says_how_it_was_read(monkeypatch):
+    monkeypatch.setattr(memory, "_status_bytes", lambda field: None)
+    peak = memory.peak_of(lambda: None, torch.device("cpu"))
+    assert peak.method == "ru_maxrss of the process"
+    assert peak.peak_bytes == peak.step_bytes > 10 << 20
+
+
+# ---- the machine and the floor
+
+
+def test_meta_names_no_path_and_no_host():
+    meta = machine.meta(torch.device("cpu"), "python -m lora_kernels bench op")
+    assert meta["versions"]["torch"] == torch.__version__
+    assert meta["threads"] == torch.get_num_threads()
+    text = json.dumps(meta)
+    assert str(Path.cwd()) not in text and f'"{platform.node()}"' not in text
+
+
+def test_floor_is_the_frozen_gemms_and_one_pass_over_each_operand():
+    case = op.OpCase(m=100, k=20, n=30, dtype="bf16")
+    flops, x, w, y = 2 * 100 * 20 * 30, 2 * 100 * 20, 2 * 20 * 30, 2 * 100 * 30
+    compute_bound = op.floor(case, {"flops_per_second": 1e3, "bytes_per_second": 1e6})
+    assert compute_bound["forward"] == pytest.approx(flops / 1e3 + x / 1e6)
+    assert compute_bound["backward"] == pytest.approx(flops / 1e3 + (x + y) / 1e6)
+    memory_bound = op.floor(case, {"flops_per_second": 1e12, "bytes_per_second": 1e3})
+    assert memory_bound["forward"] == pytest.approx((x + w + y + x) / 1e3)
+    assert memory_bound["both"] == pytest.approx(memory_bound["forward"] + memory_bound["backward"])
+
+
+def test_ceilings_are_positive(monkeypatch):
+    monkeypatch.setattr(torch, "randn", lambda *sizes, device: torch.ones(64, 64))
+    limits = machine.ceilings.__wrapped__(torch.device("cpu"), torch.float32)
+    assert set(limits) == {"flops_per_second", "bytes_per_second"}
+    assert all(value > 0 for value in limits.values())
+
+
+# ---- cases and providers
+
+
+def parsed(argv):
+    from lora_kernels.bench import cli
+
+    return list(cli.cases_of(cli.make_parser().parse_args(argv)))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        op.OpCase(m=3, k=5, n=7, dtype="fp16", dropout=0.25, rank=3, alpha=1.5),
+        step.StepCase(dtype="fp32", dropout=0.1, batch=3, length=7, layers=2, kv_heads=1),
+    ],
+    ids=["op", "step"],
+)
+def test_a_case_survives_its_own_command_line(case):
+    assert parsed(case.argv()) == [case]
+
+
+SMALL = op.OpCase(m=24, k=40, n=56, dtype="fp32", rank=4, alpha=6)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "name", [n for n in providers.OP_PROVIDERS if n not in ("frozen", "compile")]
+)
+def test_every_op_provider_computes_the_formula(name, dtype):
+    if name.startswith("peft"):
+        pytest.importorskip("peft")
+    case = replace(SMALL, dtype=dtype)
+    if name in dispatch.BACKENDS and dispatch.unavailable(name, torch.device("cpu")):
+        pytest.skip("this backend has no kernel here")
+    assert op.wrong(case, name, op.make_inputs(case, seed=0)) is None
+
+
+@pytest.mark.parametrize(
+    ("what", "broken"),
+    [
+        ("y is off", lambda *args: providers.naive_formula(*args) * (1 + 1e-3)),
+        ("y is off by nan", lambda *args: providers.naive_formula(*args) * float("nan")),
+        ("dB is off", lambda x, w, a, b, s, p: providers.naive_formula(x, w, a, b.detach(), s, p)
+            + 0 * b.sum()),
+    ],
+    ids=["scaled", "nan", "no gradient"],
+)  # fmt: skip
+def test_a_provider_with_a_wrong_result_is_not_timed(what, broken, monkeypatch):
+    call = lambda inputs, case: providers.naive_op(inputs, case, broken)  # noqa: E731
+    monkeypatch.setitem(providers.OP_PROVIDERS, "broken", call)
+    ops, skipped = op.prepare(SMALL, ["frozen", "broken"])
+    assert list(ops) == ["frozen"]
+    assert "not timed" in skipped["broken"] and what in skipped["broken"]
+
+
+def test_op_saved_bytes_are_those_of_the_formula():
+    """Naive without dropout: x and h, and nothing but them."""
+    case = op.OpCase(m=24, k=40, n=56, dtype="fp32", rank=4)
+    contestant = op.Op(case, "naive", [op.make_inputs(case, 0)])
+    named = {storage.name: storage.bytes for storage in contestant.saved()}
+    assert named == {"x": 24 * 40 * 4, "h float32[24,4]": 24 * 4 * 4}
+
+
+def test_ours_saves_less_than_naive_with_dropout():
+    case = op.OpCase(m=64, k=128, n=64, dtype="bf16", dropout=0.1, rank=4)
+    inputs = [op.make_inputs(case, 0)]
+    ours = {s.name: s.bytes for s in op.Op(case, "ours", inputs).saved()}
+    naive = op.Op(case, "naive", inputs).saved()
+    assert ours.pop("x") == 64 * 128 * 2
+    assert ours.pop("h float32[64,4]") == 64 * 4 * 4
+    assert sum(ours.values()) <= 64 * 128 // 8 + 64  # at most a packed mask and scalars
+    assert sum(s.bytes for s in naive) > 2 * 64 * 128 * 2
+
+
+def test_a_provider_that_fails_is_skipped_with_its_reason(monkeypatch):
+    def broken(inputs, case):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setitem(providers.OP_PROVIDERS, "broken", broken)
+    ops, skipped = op.prepare(op.OpCase(m=8, k=8, n=8, dtype="fp32", rank=2), ["frozen", "broken"])
+    assert list(ops) == ["frozen"]
+    assert skipped == {"broken": "RuntimeError: no such kernel"}
+
+
+def test_step_contestants_share_weights_and_agree():
+    pytest.importorskip("peft")
+    case = step.StepCase(
+        dtype="fp32", batch=2, length=8, layers=2, hidden=32, heads=4, kv_heads=2,
+        intermediate=48, vocab=64, rank=4,
+    )  # fmt: skip
+    base = step.base_model(case)
+    made = {
+        name: providers.STEP_PROVIDERS[name](base, case)
+        for name in ("frozen", "peft", "peft-base-dtype", "ours")
+    }
+    weight = base.model.layers[0].mlp.up_proj.weight
+    for contestant in made.values():
+        pointers = {p.data_ptr() for p in contestant.model.parameters()}
+        assert weight.data_ptr() in pointers
+    assert not any(p.requires_grad for p in made["frozen"].model.parameters())
+    trained = [n for n, p in made["ours"].model.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 7 * 2 and all("lora_" in name for name in trained)
+
+    steps = {name: step.Step(case, contestant) for name, contestant in made.items()}
+    laps = {name: contestant.run() for name, contestant in steps.items()}
+    assert set(laps["frozen"]) == {"forward", "backward", "step"}
+    assert set(laps["ours"]) == {"forward", "backward", "step", "optimizer"}
+    assert laps["ours"]["step"] == laps["ours"]["forward"] + laps["ours"]["backward"]
+    loss = {name: contestant.first_loss for name, contestant in steps.items()}
+    assert loss["ours"] == pytest.approx(loss["peft"], rel=1e-5)
+    assert loss["peft-base-dtype"] == pytest.approx(loss["peft"], rel=1e-5)
+    assert abs(loss["frozen"] - loss["peft"]) > 1e-6  # the adapters do something
+
+    dropping = replace(case, dropout=0.1)
+    saved = {}
+    for name in ("peft", "ours"):
+        contestant = providers.STEP_PROVIDERS[name](base, dropping)
+        saved[name] = sum(storage.bytes for storage in step.Step(dropping, contestant).saved())
+    assert saved["ours"] < saved["peft"]
+
+
+def test_frozen_makes_dx_down_to_the_first_layer():
+    pytest.importorskip("transformers")
+    case = step.StepCase(
+        dtype="fp32", batch=1, length=4, layers=1, hidden=16, heads=2, kv_heads=1,
+        intermediate=24, vocab=32,
+    )  # fmt: skip
+    contestant = providers.frozen_step(step.base_model(case), case)
+    seen = []
+
+    def watch(module, args, output):
+        output.register_hook(seen.append)
+
+    contestant.model.get_input_embeddings().register_forward_hook(watch)
+    step.Step(case, contestant).run()
+    assert len(seen) == 1 and seen[0].abs().sum() > 0
+
+
+def test_missing_peft_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(providers.MissingExtra, match=r'pip install "lora_kernels\[bench\]"'):
+        op.prepare(SMALL, ["peft"])
+
+
+# ---- rows and tables
+
+
+META = {
+    "time": "2026-01-01 00:00 UTC",
+    "command": "python -m lora_kernels bench op",
+    "versions": {"torch": "2.13.0"},
+    "device": "a CPU",
+    "threads": 2,
+}
+
+
+def known_rows():
+    case = op.OpCase(m=2, k=3, n=4)
+
+    def laps(total):
+        return [{"forward": 0.25 * t, "backward": 0.75 * t, "both": t} for t in total]
+
+    taken = {
+        "frozen": laps([1.0, 2.0, 4.0]),
+        "peft": laps([2.0, 4.0, 8.0]),
+        "ours": laps([1.1, 2.2, 4.4]),
+    }
+    details = {
+        name: {
+            "timing": "wall clock",
+            "saved_bytes": 1_500_000,
+            "saved": [{"name": "x", "bytes": 1_500_000}],
+            "memory": {"peak_bytes": 9_000_000, "step_bytes": 2_000, "method": "VmHWM"},
+        }
+        for name in taken
+    }
+    floor = {"forward": 0.1, "backward": 0.2, "both": 0.3}
+    return report.rows_of("op", case, META, taken, {"triton": "no GPU\nat all"}, details, floor)
+
+
+def test_rows_hold_medians_quartiles_and_ratios():
+    rows = {row["provider"]: row for row in known_rows()}
+    assert list(rows) == ["frozen", "peft", "ours", "triton"]
+    keys = {
+        "schema", "kind", "case", "title", "provider", "skipped", "reps", "seconds",
+        "over_frozen", "peft_over", "floor", "timing", "saved_bytes", "saved", "memory", "loss",
+        "meta",
+    }  # fmt: skip
+    assert all(set(row) == keys for row in rows.values())
+    ours = rows["ours"]
+    assert ours["seconds"]["both"] == {
+        "median": 2.2, "q1": pytest.approx(1.65), "q3": pytest.approx(3.3),
+        "samples": [1.1, 2.2, 4.4],
+    }  # fmt: skip
+    assert ours["over_frozen"]["both"]["median"] == pytest.approx(1.1)
+    assert ours["peft_over"]["backward"]["median"] == pytest.approx(2 / 1.1)
+    assert rows["triton"]["skipped"] and rows["triton"]["seconds"] == {}
+
+
+def test_rows_come_back_from_the_file(tmp_path):
+    path = tmp_path / "new" / "op.jsonl"
+    report.write_rows(path, known_rows())
+    report.write_rows(path, known_rows())
+    assert report.read_rows(path) == json.loads(json.dumps(known_rows()))
+    assert [p.name for p in path.parent.iterdir()] == ["op.jsonl"]
+    path.write_text(json.dumps({"schema": 99}) + "\n")
+    with pytest.raises(ValueError, match=r"schema 1, got \[99\]"):
+        report.read_rows(path)
+
+
+def test_table_shows_every_provider_and_the_floor():
+    headers, cells = report.table(known_rows())
+    assert all(len(line) == len(headers) for line in cells)
+    by_name = {line[0]: dict(zip(headers, line, strict=True)) for line in cells}
+    assert list(by_name) == ["frozen", "peft", "ours", "triton", "floor"]
+    assert by_name["ours"]["both"] == "2.20 s"
+    assert by_name["ours"]["/ frozen"] == "1.10 [1.10-1.10]"
+    assert by_name["ours"]["PEFT /"] == "1.82 [1.82-1.82]"
+    assert by_name["ours"]["saved"] == "1.50 MB"
+    assert by_name["ours"]["peak of step"] == "2.00 kB"
+    assert by_name["triton"]["forward"] == "skipped: no GPU"
+    assert by_name["floor"]["/ frozen"] == "0.15"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(2.0, "2.00 s"), (0.0314, "31.4 ms"), (5e-8, "0.05 µs")]
+)
+def test_seconds_are_readable(seconds, text):
+    assert report.format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(12, "12 B"), (1e3, "1.00 kB"), (2.5e11, "250 GB")])
+def test_bytes_are_readable(count, text):
+    assert report.format_bytes(count) == text
+
+
+README = """# Title
+before
+<!-- bench:here/op -->
+old numbers
+<!-- /bench:here/op -->
+after
+"""
+
+
+@pytest.fixture
+def readme_tables():
+    spec = importlib.util.spec_from_file_location("readme_tables", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_readme_tables_are_idempotent_and_touch_nothing_else(tmp_path, readme_tables):
+    report.write_rows(tmp_path / "here" / "op.jsonl", known_rows())
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    options = ["--readme", str(readme), "--results", str(tmp_path)]
+
+    assert readme_tables([*options, "--check"]) == 1
+    assert readme.read_text() == README
+    assert readme_tables(options) == 0
+    once = readme.read_text()
+    assert "| ours |" in once and "old numbers" not in once
+    assert once.startswith("# Title\nbefore\n<!-- bench:here/op -->\n")
+    assert once.endswith("\n<!-- /bench:here/op -->\nafter\n")
+    assert readme_tables(options) == 0
+    assert readme.read_text() == once
+    assert readme_tables([*options, "--check"]) == 0
+
+
+def test_readme_tables_draw_the_same_plot_twice(tmp_path, readme_tables):
+    pytest.importorskip("matplotlib")
+    report.write_rows(tmp_path / "here" / "op.jsonl", known_rows())
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    drawn = []
+    for _ in range(2):
+        readme_tables(["--readme", str(readme), "--results", str(tmp_path), "--plots"])
+        drawn.append((tmp_path / "here" / "op.svg").read_bytes())
+    assert drawn[0] == drawn[1] and b"<svg" in drawn[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<!-- bench:a -->\n", "<!-- bench:a -->\n<!-- /bench:b -->", README + README],
+    ids=["not closed", "closed as another", "twice"],
+)
+def test_markers_that_do_not_match_are_refused(text):
+    with pytest.raises(ValueError, match="closing marker"):
+        report.fill_markers(text, lambda name: "")
+
+
+def test_a_marker_without_results_is_an_error(tmp_path, readme_tables):
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    with pytest.raises(SystemExit, match="here/op"):
+        readme_tables(["--readme", str(readme), "--results", str(tmp_path)])
+
+
+def test_the_readme_of_this_repository_is_what_its_results_say(readme_tables):
+    assert readme_tables(["--check"]) == 0
