@@ -170,8 +170,10 @@ def test_shapes_strides_and_dtypes(
     leading, in_features, out_features, rank, dtype, adapter_dtype, dropout_p, strides
 ):
     if dtype.itemsize == 2:
-        # A half result of few tokens hangs on a handful of roundings: the ratio would be luck.
-        leading, out_features = (16, *leading), out_features + 8
+        # A maximum over few tokens, or over the few that survive a high p, hangs on a handful of
+        # roundings: the ratio of two such maxima is luck.
+        leading, dropout_p = (64, *leading), min(dropout_p, 0.1)
+        in_features, out_features = in_features + 24, out_features + 24
     problem = LoRAProblem.random(
         leading, in_features, out_features, rank, dtype=dtype, adapter_dtype=adapter_dtype,
         dropout_p=dropout_p, with_output_scale=True,
