@@ -1,16 +1,32 @@
 """LoRA as fast as the frozen layer it adapts: kernels, their autograd, drop-in layers.
 
-Importing this package needs torch and nothing else: no GPU, no Triton, no compiled extension.
+Importing this package needs torch and nothing else: no GPU, no Triton, no PEFT, no compiled part.
 """
 
+from typing import TYPE_CHECKING
+
+from lora_kernels.modules import LoRAEmbedding, LoRALinear
 from lora_kernels.ops.lora_linear import explain, lora_linear
+from lora_kernels.ops.lora_weight_norm import lora_weight_norm
 from lora_kernels.version import __version__
 
-__all__ = ["__version__", "accelerate", "explain", "lora_linear"]
+if TYPE_CHECKING:
+    from lora_kernels.integrations.peft import accelerate
+
+__all__ = [
+    "LoRAEmbedding",
+    "LoRALinear",
+    "__version__",
+    "accelerate",
+    "explain",
+    "lora_linear",
+    "lora_weight_norm",
+]
 
 
-def accelerate(model):
-    """Placeholder replaced when the integration lands."""
-    from lora_kernels.integrations.peft import accelerate as accelerate_peft
+def __getattr__(name: str):
+    if name == "accelerate":  # PEFT is imported when it is asked for
+        from lora_kernels.integrations.peft import accelerate
 
-    return accelerate_peft(model)
+        return accelerate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

