@@ -1,0 +1,85 @@
+"""How much the demo does, and on what."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Settings:
+    """length: tokens of a sequence. batch: sequences of a step. held_out: sequences per text.
+    measurements: held-out losses during training. reps: repetitions of the timed steps."""
+
+    out: Path
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+    quick: bool
+    steps: int
+    batch: int
+    length: int = 256
+    held_out: int = 16
+    measurements: int = 4
+    reps: int = 9
+    new_tokens: int = 64
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    learning_rate: float = 1e-3
+
+    @property
+    def adapters(self) -> Path:
+        return self.out / "adapters"
+
+
+def settings_from(*, steps: int | None, out: Path, device: str, seed: int, quick: bool) -> Settings:
+    """Settings for the command line's options; `steps` and `device` are chosen where left open."""
+    chosen = pick_device(device)
+    return Settings(
+        out=out,
+        device=chosen,
+        dtype=fastest_dtype(chosen),
+        seed=seed,
+        quick=quick,
+        steps=steps or (6 if quick else 60),
+        batch=8 if chosen.type == "cuda" else 2,
+        **(dict(held_out=4, measurements=1, reps=2, new_tokens=12) if quick else {}),
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(f"--device {name}: this PyTorch ({torch.__version__}) sees no GPU")
+    return device
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the hardware multiplies it, else fp32.
+
+    On a CPU that is measured: without bf16 instructions such a product takes several times as long
+    as in fp32, with them half of it or less, and no flag of PyTorch tells this for every CPU.
+    """
+    if device.type == "cuda":
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if supported else torch.float32
+    if device.type != "cpu":
+        return torch.float32
+    seconds = {dtype: _seconds_of_product(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    return min(seconds, key=seconds.get)
+
+
+def _seconds_of_product(dtype: torch.dtype) -> float:
+    x, weight = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+    F.linear(x, weight)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        F.linear(x, weight)
+        best = min(best, time.perf_counter() - start)
+    return best
