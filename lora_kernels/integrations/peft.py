@@ -1,4 +1,4 @@
-"""``accelerate(model)``: our forward in the LoRA layers of a PEFT model, everything else as PEFT has it."""
+"""``accelerate(model)``: our forward in the LoRA layers of a PEFT model, the rest as it was."""
 
 from __future__ import annotations
 
@@ -19,36 +19,40 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     .. math::
         y = x W^T + b + \sum_i s_i \cdot D_i(x) A_i^T B_i^T
 
-    The model is changed in place, by the class of its LoRA layers only: parameters, names, state dicts, hooks,
-    ``isinstance``, ``repr``, merging, switching, adding, deleting and saving adapters stay PEFT's. At every call a
-    layer looks at its own state and either computes the sum above, DoRA's version of it included, in one operation,
-    or calls PEFT's own forward where that would do something else: nothing is approximated. The result is PEFT's
-    within rounding; with dropout it is the same distribution under other random bits.
+    The model is changed in place, by the class of its LoRA layers only: parameters, names, state
+    dicts, hooks, ``isinstance``, ``repr``, merging, switching, adding, deleting and saving adapters
+    stay PEFT's. At every call a layer looks at its own state, and either computes the sum above (or
+    DoRA's version of it) in one operation, or calls PEFT's own forward where that would do anything
+    else. Nothing is approximated: the result is PEFT's within rounding; with dropout it has the
+    same distribution, drawn from other random bits. fp32 adapters over a half-precision base are
+    computed in the base's dtype, as PEFT computes them under autocast.
 
-    Adapters added to accelerated layers later are fast at once. Layers that PEFT creates later are not, until
-    ``accelerate`` is called again; it can be called any number of times. Call it before ``fully_shard``, DDP and
-    ``torch.compile``.
+    Adapters added to accelerated layers later are fast at once. Layers that PEFT creates later are
+    not, until ``accelerate`` is called again; it can be called any number of times. Call it before
+    ``fully_shard``, DDP and ``torch.compile``.
 
-    The fused forward has no double backward; call ``report.undo()`` for a gradient of a gradient.
+    The fused forward has no double backward: call ``report.undo()`` for a gradient of a gradient.
 
     Args:
-        model: a ``PeftModel``, or any module with ``peft.tuners.lora`` layers in it.
+        model: a ``PeftModel``, or any module with layers of ``peft.tuners.lora`` in it.
 
     Returns:
-        An :class:`AccelerationReport`: ``print`` it to see which layers are fast, which are not, and why.
+        An :class:`AccelerationReport`. ``print`` it to see which layers are fast, which are not,
+        and why.
 
     Raises:
-        ImportError: PEFT is not installed, or too old to have the layers this was written for.
+        ImportError: PEFT is not installed, or lacks the classes that ours extend.
         TypeError: ``model`` is not a module.
         ValueError: there is no LoRA layer in ``model``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     peft_layers = _import_layers()
-    if not any(isinstance(module, peft_layers.LoraLayer) for module in model.modules()):
+    layers = _lora_layers(model)
+    if not layers:
         raise ValueError(_no_lora_layer(model))
-    for name, layer in _lora_layers(model):
-        if _stays_peft(name, layer, model) is None and type(layer) is not peft_layers.Linear:
+    for name, layer in layers.items():
+        if type(layer) is peft_layers.PeftLinear and not _uncalled(name, model):
             layer.__class__ = peft_layers.Linear
     return AccelerationReport(weakref.ref(model)).refresh()
 
@@ -57,16 +61,16 @@ def accelerate(model: nn.Module) -> AccelerationReport:
 class AccelerationReport:
     """What became of each LoRA layer of a model; ``print`` shows it as a table.
 
-    Names are those of ``model.named_modules()``. The lists are as of the last :meth:`refresh`: hooks, offloading,
-    merging or another dtype can send a layer that was fast back to PEFT's forward, and the other way round.
+    Names are those of ``model.named_modules()``. The lists are as of the last :meth:`refresh`:
+    hooks, offloading or another dtype can send a layer that was fast back to PEFT's forward.
 
     Attributes:
-        fast: names of the layers that our forward serves.
+        fast: names of the layers that our forward serves. Where the adapters are disabled or merged
+            there is nothing to fuse, and PEFT runs the base layer.
         delegated: name of each other LoRA layer, and why PEFT's own forward serves it.
-        notes: name of a fast layer, and what to know about its numerics.
-        delegated_calls: of the accelerated layers, the calls so far that PEFT's forward served, by reason (calls
-            inside ``torch.compile`` are not counted). Calls with the adapters disabled or merged are not among
-            them: there is nothing to fuse.
+        notes: name of a fast layer, and what to know about it.
+        delegated_calls: name of an accelerated layer, and how many calls so far PEFT's forward has
+            served, by reason; calls inside ``torch.compile`` are not counted.
         peft_version: the PEFT that was found.
     """
 
@@ -78,25 +82,24 @@ class AccelerationReport:
     peft_version: str = ""
 
     def refresh(self) -> AccelerationReport:
-        """Look at the model again as it stands now. Returns the report itself: ``print(report.refresh())``."""
+        """Look at the model again, as it stands now, and return the report."""
         import peft
 
         peft_layers = _import_layers()
         model = self._live_model()
-        self.fast, self.delegated, self.notes, self.delegated_calls = [], {}, {}, {}
         self.peft_version = peft.__version__
-        for name, layer in _lora_layers(model):
-            reason = _stays_peft(name, layer, model)
-            state = None if reason else peft_layers.read_layer(layer)
-            if reason or isinstance(state, str):
-                self.delegated[name] = reason or state
-            else:
-                self.fast.append(name)
-                note = _note(state)
-                if note:
-                    self.notes[name] = note
-            calls = peft_layers.delegated_calls(layer)
-            if calls:
+        self.fast, self.delegated, self.notes, self.delegated_calls = [], {}, {}, {}
+        for name, layer in _lora_layers(model).items():
+            state = _not_ours(name, layer, model) or peft_layers.read_layer(layer)
+            note = _note(layer, state)
+            if isinstance(state, str) and note is None:
+                self.delegated[name] = state
+                continue
+            self.fast.append(name)
+            if note:
+                self.notes[name] = note
+        for name, layer in _lora_layers(model).items():
+            if calls := peft_layers.delegated_calls(layer):
                 self.delegated_calls[name] = calls
         return self
 
@@ -104,42 +107,42 @@ class AccelerationReport:
         """Give every LoRA layer of the model its PEFT class back. Doing it twice is harmless.
 
         Raises:
-            RuntimeError: ``fully_shard`` has built classes of its own on top of ours. Nothing is changed then.
+            RuntimeError: ``fully_shard`` has built classes of its own on top of ours. Nothing is
+                changed then.
         """
         peft_layers = _import_layers()
-        layers = [
-            (name, layer)
-            for name, layer in self._live_model().named_modules()
+        ours = {
+            name: layer
+            for name, layer in _lora_layers(self._live_model()).items()
             if isinstance(layer, peft_layers.Linear)
-        ]
-        for name, layer in layers:
+        }
+        for name, layer in ours.items():
             if type(layer) is not peft_layers.Linear:
                 raise RuntimeError(
-                    f"cannot undo: the class of {name} was changed to {_class_name(type(layer))} after accelerate "
-                    "(fully_shard does this); undo before sharding"
+                    f"cannot undo: since accelerate, the class of {name} has become "
+                    f"{_class_name(layer)} (fully_shard does this); undo before sharding"
                 )
-        for _, layer in layers:
+        for layer in ours.values():
             layer.__class__ = peft_layers.PeftLinear
             peft_layers.forget_calls(layer)
 
     def __str__(self) -> str:
         total = len(self.fast) + len(self.delegated)
-        lines = [
-            f"{len(self.fast)} of {total} LoRA layers take the fused forward (PEFT {self.peft_version})"
-        ]
-        if not self.peft_version.startswith(TESTED_PEFT + "."):
-            lines[0] += f"; tested with PEFT {TESTED_PEFT}"
+        title = f"{len(self.fast)} of {total} LoRA layers take the fused forward"
+        title += f" (PEFT {self.peft_version}"
+        if not self.peft_version.startswith(f"{TESTED_PEFT}."):
+            title += f", tested with {TESTED_PEFT}"
         rows = Counter((_pattern(name), "fused") for name in self.fast)
-        rows.update((_pattern(name), f"PEFT: {reason}") for name, reason in self.delegated.items())
-        lines += ["", *_table(("layers", "module", "forward"), rows)]
-        notes = Counter(self.notes.values())
-        lines += [f"note: {_layers(count)}: {note}" for note, count in notes.items()]
+        for name, reason in self.delegated.items():
+            rows[_pattern(name), f"PEFT: {reason}"] += 1
+        lines = [title + ")", "", *_table(rows)]
+        for note, count in Counter(self.notes.values()).items():
+            lines.append(f"note on {count} of them: {note}")
         calls = Counter()
         for counts in self.delegated_calls.values():
             calls.update(counts)
-        lines += [
-            f"calls served by PEFT so far: {count}: {reason}" for reason, count in calls.items()
-        ]
+        for reason, count in calls.items():
+            lines.append(f"calls that PEFT's forward has served: {count}: {reason}")
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -153,7 +156,7 @@ class AccelerationReport:
 
 
 def _import_layers():
-    """Our layer classes; they extend PEFT's, so this is where peft gets imported."""
+    """The module of our layer classes. They extend PEFT's: this is where PEFT gets imported."""
     try:
         import peft
     except ImportError as error:
@@ -162,72 +165,81 @@ def _import_layers():
         from lora_kernels.integrations import peft_layers
     except ImportError as error:
         raise ImportError(
-            f"accelerate() is written for PEFT {TESTED_PEFT}; PEFT {peft.__version__} lacks what it extends: {error}"
+            f"accelerate() was written for PEFT {TESTED_PEFT}, and PEFT {peft.__version__} lacks "
+            f"what it extends: {error}"
         ) from error
     return peft_layers
 
 
-def _lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     lora_layer = _import_layers().LoraLayer
-    return [
-        (name, module) for name, module in model.named_modules() if isinstance(module, lora_layer)
-    ]
+    return {name: m for name, m in model.named_modules() if isinstance(m, lora_layer)}
 
 
-def _stays_peft(name: str, layer: nn.Module, model: nn.Module) -> str | None:
-    """Why a layer's class is left alone, whatever its state; None for those we extend."""
+def _not_ours(name: str, layer: nn.Module, model: nn.Module) -> str | None:
+    """Why the layer does not have our class; None if it has."""
     peft_layers = _import_layers()
     if isinstance(layer, peft_layers.Linear):
         return None
     if type(layer) is not peft_layers.PeftLinear:
-        if isinstance(layer, peft_layers.PeftLinear):
-            return f"class {_class_name(type(layer))} extends PEFT's lora.Linear (accelerate before fully_shard)"
-        return f"class {_class_name(type(layer))} is not PEFT's lora.Linear"
-    parent = model.get_submodule(name.rpartition(".")[0].removesuffix("base_layer").rstrip("."))
-    if isinstance(parent, peft_layers.MultiheadAttention):
+        sharded = type(layer).__name__.startswith("FSDP")
+        hint = ": call accelerate before fully_shard" if sharded else ""
+        return f"{_class_name(layer)} is not PEFT's lora.Linear{hint}"
+    if _uncalled(name, model):
         return "lora.MultiheadAttention reads its weights and never calls it"
-    return None
+    return "new or undone: call accelerate again"
 
 
-def _note(state) -> str | None:
+def _uncalled(name: str, model: nn.Module) -> bool:
+    """Whether the layer is the output projection inside a ``lora.MultiheadAttention``."""
+    owner = model.get_submodule(name.rpartition(".")[0].removesuffix("base_layer").rstrip("."))
+    return isinstance(owner, _import_layers().MultiheadAttention)
+
+
+def _note(layer: nn.Module, state) -> str | None:
+    """What to know about a fast layer; None also for a layer that is not."""
+    if isinstance(state, str):
+        # FSDP makes the weights whole before the layer is called: only the call can tell.
+        if "(DTensor)" in state and getattr(layer, "_is_fsdp_managed_module", False):
+            return "sharded by FSDP between its calls: fused in a call if whole by then"
+        return None
     for adapter in state.adapters:
         for tensor in (adapter.lora_a, adapter.lora_b):
-            if tensor.dtype is not state.weight.dtype and state.weight.dtype in (
-                torch.bfloat16,
-                torch.float16,
-            ):
-                adapters, base = (
-                    str(t.dtype).removeprefix("torch.") for t in (tensor, state.weight)
+            if state.weight.element_size() < min(tensor.element_size(), 4):
+                adapters, base = _short(tensor.dtype), _short(state.weight.dtype)
+                return (
+                    f"{adapters} adapters over a {base} base: computed in {base}, "
+                    "as PEFT does under autocast"
                 )
-                return f"{adapters} adapters over a {base} base: computed in {base}, as PEFT does under autocast"
     return None
 
 
 def _no_lora_layer(model: nn.Module) -> str:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    others = {_class_name(type(m)) for m in model.modules() if isinstance(m, BaseTunerLayer)}
-    found = f"; found layers of other PEFT methods: {', '.join(sorted(others))}" if others else ""
+    others = {_class_name(m) for m in model.modules() if isinstance(m, BaseTunerLayer)}
+    found = f" (layers of other PEFT methods: {', '.join(sorted(others))})" if others else ""
     return (
-        "model: expected a model with LoRA layers, as peft.get_peft_model(model, LoraConfig(...)) makes it, got "
-        f"{type(model).__name__} without any{found}"
+        "model: expected a model with LoRA layers, such as peft.get_peft_model(model, "
+        f"LoraConfig(...)) returns, got {type(model).__name__} without one{found}"
     )
 
 
-def _class_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+def _class_name(instance: object) -> str:
+    return f"{type(instance).__module__}.{type(instance).__qualname__}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _pattern(name: str) -> str:
-    """Layers of one kind in many blocks under one name: ``layers.0.q_proj`` and on are ``layers.*.q_proj``."""
+    """One name for a layer of every block: ``layers.*.q_proj`` for ``layers.0.q_proj`` and on."""
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-def _layers(count: int) -> str:
-    return f"{count} layer" if count == 1 else f"{count} layers"
-
-
-def _table(head: tuple[str, str, str], rows: Counter) -> list[str]:
-    cells = [head] + [(str(count), module, forward) for (module, forward), count in rows.items()]
+def _table(rows: Counter[tuple[str, str]]) -> list[str]:
+    cells = [("layers", "module", "forward")]
+    cells += [(str(count), module, forward) for (module, forward), count in rows.items()]
     counts, modules = (max(len(row[column]) for row in cells) for column in (0, 1))
     return [f"{row[0]:>{counts}}  {row[1]:<{modules}}  {row[2]}" for row in cells]

@@ -1,7 +1,9 @@
 """Our forward inside PEFT's LoRA layer, chosen anew at every call.
 
-The classes here carry the names of the PEFT classes that they extend, so that repr, pickles and anything that looks at
-`type(layer).__name__` see what they saw before.
+`Linear` carries the name of the PEFT class that it extends, so that repr, pickles and anything that
+looks at `type(layer).__name__` see what they saw before.
+
+Dimensions: K in_features, N out_features.
 """
 
 from __future__ import annotations
@@ -32,15 +34,15 @@ __all__ = [
     "read_layer",
 ]
 
-# How often, and why, PEFT's own forward served an accelerated layer. Kept apart from the layers: nothing of ours is
-# copied, pickled or saved with them.
+# How often, and why, PEFT's own forward served an accelerated layer. Kept apart from the layers, so
+# that nothing of ours is copied, pickled or saved with them.
 _delegated_calls: weakref.WeakKeyDictionary[torch.nn.Module, Counter[str]] = (
     weakref.WeakKeyDictionary()
 )
 
 
 class Linear(PeftLinear):
-    """`peft.tuners.lora.layer.Linear` with `lora_linear` as its forward wherever that computes the same function."""
+    """PEFT's `lora.Linear`, whose forward is `lora_linear` wherever that is the same function."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state = read_call(self, x, args, kwargs)
@@ -54,7 +56,7 @@ class Linear(PeftLinear):
 
 
 def delegated_calls(layer: torch.nn.Module) -> dict[str, int]:
-    """How many calls of the layer PEFT's own forward has served, by reason. Compiled calls are not counted."""
+    """How many calls of the layer PEFT's own forward has served, by reason; compiled ones aside."""
     return dict(_delegated_calls.get(layer, ()))
 
 
@@ -66,7 +68,7 @@ def fused_forward(
     x: Tensor,  # [..., K]
     state: LayerState,
 ) -> Tensor:  # [..., N], the dtype of the base layer's result
-    """The active adapters in PEFT's order, the first of them in one operation with the base layer."""
+    """The active adapters in PEFT's order, the first in one operation with the base layer."""
     weight, bias, adapters = state
     first, *others = adapters if len(adapters) == 1 else _join(adapters)
     if first.magnitude is None:
@@ -100,10 +102,10 @@ def _add_dora(
     bias: Tensor | None,  # [N]
     adapter: ActiveAdapter,
 ) -> Tensor:  # [..., N], in the wider dtype of y and the magnitude, as in PEFT
-    """``y + (c - 1) base + c s B A D(x)``, base being y without its bias, or ``W D(x)`` under dropout."""
+    """``y + (c - 1) base + c s B A D(x)``; base is y without its bias, under dropout ``W D(x)``."""
     c = _dora_scale(weight, adapter)
     if adapter.dropout_p > 0.0:
-        # In A's dtype, as in PEFT: a half-precision 1 / (1 - p) is off by the same amount everywhere.
+        # In A's dtype, as in PEFT: a half-precision 1 / (1 - p) is off by the same in every row.
         x = F.dropout(x.to(adapter.lora_a.dtype), adapter.dropout_p).to(x.dtype)
         base = F.linear(x, weight)
     else:
@@ -118,7 +120,7 @@ def _dora_scale(weight: Tensor, adapter: ActiveAdapter) -> Tensor:
 
 
 def _join(adapters: list[ActiveAdapter]) -> list[ActiveAdapter]:
-    """Neighbours without DoRA and without active dropout become one adapter: ranks joined, scalings in B.
+    """Neighbours without DoRA and without active dropout become one adapter of their joined ranks.
 
     Only DoRA makes the order matter; without it the adapters that can be joined come first.
     """
@@ -138,9 +140,8 @@ def _stands_alone(adapter: ActiveAdapter) -> bool:
 def _joined(adapters: list[ActiveAdapter]) -> ActiveAdapter:
     lora_a = torch.cat([adapter.lora_a for adapter in adapters])
     # In fp32, so that the scaling costs a half-precision B no rounding of its own.
-    lora_b = torch.cat(
-        [adapter.scaling * _at_least_fp32(adapter.lora_b) for adapter in adapters], 1
-    )
+    scaled = [adapter.scaling * _at_least_fp32(adapter.lora_b) for adapter in adapters]
+    lora_b = torch.cat(scaled, dim=1)
     biases = [a.scaling * a.lora_bias for a in adapters if a.lora_bias is not None]
     lora_bias = sum(biases[1:], biases[0]) if biases else None
     return ActiveAdapter(lora_a, lora_b, lora_bias, 1.0, 0.0, None)

@@ -1,8 +1,9 @@
 """Reads one PEFT LoRA layer: can a fused forward serve it as it stands, and with what?
 
-Everything here looks at live objects and keeps nothing, because all of it can change between two calls: adapters,
-scalings, dropout, hooks, dtypes, where the weights are. A layer is read once per forward, so the order is: cheap and
-likely first, and attributes come from the modules' own dictionaries (`nn.Module.__getattr__` costs ten times as much).
+Everything here looks at live objects and keeps nothing, because all of it can change between two
+calls: adapters, scalings, dropout, hooks, dtypes, where the weights are. A layer is read once per
+forward, so attributes come from the modules' own dictionaries: `nn.Module.__getattr__` would cost
+ten times as much.
 
 Dimensions: K in_features, N out_features, R rank.
 """
@@ -21,6 +22,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
+_COMPUTED = object()
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -36,7 +38,7 @@ class ActiveAdapter(NamedTuple):
 
 
 class LayerState(NamedTuple):
-    """What a fused forward needs. No adapters: the layer is its base layer (disabled, merged, none active)."""
+    """What a fused forward needs. Without adapters (disabled, merged, none active) nothing is."""
 
     weight: Tensor | None  # [N, K], any strides
     bias: Tensor | None  # [N]
@@ -47,7 +49,7 @@ _BASE_ALONE = LayerState(None, None, [])
 
 
 def read_call(layer: LoraLayer, x: Any, args: tuple, kwargs: dict) -> LayerState | str:
-    """The layer's state for this very call, or the reason why PEFT's own forward has to serve it."""
+    """The layer's state for this very call, or why PEFT's own forward has to serve it."""
     if args:
         return "extra positional arguments for the base layer"
     if kwargs:
@@ -63,7 +65,7 @@ def read_call(layer: LoraLayer, x: Any, args: tuple, kwargs: dict) -> LayerState
 
 
 def read_layer(layer: LoraLayer) -> LayerState | str:
-    """The layer's present state, or the reason why no call can be fused as long as it stands like this."""
+    """The layer's present state, or why no call can be fused as long as it stands like this."""
     if layer._disable_adapters or layer.merged_adapters:
         return _BASE_ALONE
     children = layer._modules
@@ -107,13 +109,10 @@ def _read_base(layer: LoraLayer, base: nn.Module) -> tuple[Tensor, Tensor | None
     bypassed = _bypassed(base)
     if bypassed:
         return f"base_layer has {bypassed}"
-    weight = base._parameters.get("weight")
+    weight, bias = _tensor_of(base, "weight"), _tensor_of(base, "bias")
     unsupported = _unsupported_parameter(weight)
     if unsupported:
         return f"base weight: {unsupported}"
-    if "bias" not in base._parameters:
-        return "base bias is not a parameter of the base layer"
-    bias = base._parameters["bias"]
     if bias is not None:
         unsupported = _unsupported_parameter(bias)
         if unsupported:
@@ -135,6 +134,9 @@ def _read_base(layer: LoraLayer, base: nn.Module) -> tuple[Tensor, Tensor | None
 
 
 def _read_adapter(layer: LoraLayer, name: str, weight: Tensor) -> ActiveAdapter | str:
+    variant = layer.lora_variant.get(name)
+    if variant is not None and type(variant) is not DoraLinearVariant:
+        return f"adapter {name!r} is of the variant {type(variant).__name__}"
     children = layer._modules
     lora_a_module = children["lora_A"]._modules[name]
     lora_b_module = children["lora_B"]._modules[name]
@@ -145,15 +147,16 @@ def _read_adapter(layer: LoraLayer, name: str, weight: Tensor) -> ActiveAdapter 
         bypassed = _bypassed(module)
         if bypassed:
             return f"{role} of {name!r} has {bypassed}"
-        unsupported = _unsupported_parameter(module._parameters.get("weight"))
+    lora_a, lora_b = _tensor_of(lora_a_module, "weight"), _tensor_of(lora_b_module, "weight")
+    unsupported = _unsupported_parameter(lora_a) or _unsupported_parameter(lora_b)
+    if unsupported:
+        return f"weights of {name!r}: {unsupported}"
+    lora_bias = _tensor_of(lora_b_module, "bias")
+    if lora_bias is not None:
+        unsupported = _unsupported_parameter(lora_bias)
         if unsupported:
-            return f"{role} of {name!r}: {unsupported}"
-    lora_a = lora_a_module._parameters["weight"]
-    lora_b = lora_b_module._parameters["weight"]
-    lora_bias = lora_b_module._parameters.get("bias")
-    if lora_bias is not None and (unsupported := _unsupported_parameter(lora_bias)):
-        return f"lora_B's bias of {name!r}: {unsupported}"
-    if lora_a_module._parameters.get("bias") is not None:
+            return f"lora_B's bias of {name!r}: {unsupported}"
+    if _tensor_of(lora_a_module, "bias") is not None:
         return f"lora_A of {name!r} has a bias"
     if lora_a.device != weight.device or lora_b.device != weight.device:
         return f"adapter {name!r} is on {lora_a.device}, the base weight on {weight.device}"
@@ -174,7 +177,7 @@ def _read_adapter(layer: LoraLayer, name: str, weight: Tensor) -> ActiveAdapter 
     if isinstance(dropout_p, str):
         return f"lora_dropout of {name!r} {dropout_p}"
     magnitude = None
-    if name in layer.lora_variant:
+    if variant is not None:
         magnitude = _read_magnitude(layer, name, weight, lora_bias)
         if isinstance(magnitude, str):
             return magnitude
@@ -202,9 +205,6 @@ def _read_dropout(dropout: nn.Module) -> float | str:
 def _read_magnitude(
     layer: LoraLayer, name: str, weight: Tensor, lora_bias: Tensor | None
 ) -> Tensor | str:
-    variant = type(layer.lora_variant[name])
-    if variant is not DoraLinearVariant:
-        return f"adapter {name!r} is of the variant {variant.__name__}"
     if lora_bias is not None:
         return f"adapter {name!r} has DoRA and lora_bias at once"
     module = layer._modules["lora_magnitude_vector"]._modules[name]
@@ -213,7 +213,7 @@ def _read_magnitude(
     bypassed = _bypassed(module)
     if bypassed:
         return f"lora_magnitude_vector of {name!r} has {bypassed}"
-    magnitude = module._parameters.get("weight")
+    magnitude = _tensor_of(module, "weight")
     unsupported = _unsupported_parameter(magnitude)
     if unsupported:
         return f"lora_magnitude_vector of {name!r}: {unsupported}"
@@ -225,7 +225,7 @@ def _read_magnitude(
 
 
 def _bypassed(module: nn.Module) -> str | None:
-    """What would be left out if a fused forward used the module's weights without calling the module."""
+    """What would be left out if the module's weights were used without calling the module."""
     own = module.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"]:
         return "forward hooks"
@@ -236,11 +236,19 @@ def _bypassed(module: nn.Module) -> str | None:
     return None
 
 
+def _tensor_of(module: nn.Module, name: str) -> Any:
+    """The tensor under that name, without running code (a parametrization's). FSDP and DataParallel
+    put plain tensors where parameters were."""
+    if name in module._parameters:
+        return module._parameters[name]
+    return module.__dict__.get(name, _COMPUTED)
+
+
 def _unsupported_parameter(parameter: Any) -> str | None:
-    """Why the tensor cannot be handed to a kernel. A missing one is computed on access (parametrizations)."""
+    """Why the tensor cannot be handed to a kernel."""
     if type(parameter) is not nn.Parameter and type(parameter) is not Tensor:
-        if parameter is None:
-            return "not a parameter of its module (parametrized?)"
+        if parameter is _COMPUTED:
+            return "computed when it is read (parametrized)"
         return f"a tensor subclass ({type(parameter).__name__})"
     if parameter.dtype not in _FLOATS:
         return f"dtype {_short(parameter.dtype)}"
@@ -263,7 +271,8 @@ def _unsupported_input(x: Any, weight: Tensor) -> str | None:
     if x.dtype is not weight.dtype or x.dtype is torch.float64:
         autocast = torch.is_autocast_enabled(x.device.type)
         if x.dtype is not weight.dtype and not autocast:
-            return f"x is {_short(x.dtype)} and the base weight {_short(weight.dtype)}, outside autocast"
+            dtypes = f"x is {_short(x.dtype)} and the base weight {_short(weight.dtype)}"
+            return f"{dtypes}, outside autocast"
         if autocast and torch.float64 in (x.dtype, weight.dtype):
             return "float64 under autocast"
     return None

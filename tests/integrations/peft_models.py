@@ -1,4 +1,4 @@
-"""Small PEFT models with every weight random, and the comparison of an accelerated one with PEFT's own.
+"""Small PEFT models with every weight random, and the comparison of an accelerated one with them.
 
 Parity means the error policy: both models against the same model in fp64.
 """
@@ -19,7 +19,7 @@ LAYERS = ["up", "gate", "down"]
 
 
 class Net(nn.Module):
-    """Two linears, one of them without a bias, and a Conv1D between them; sizes that are multiples of nothing."""
+    """A linear, a Conv1D and a linear without a bias; sizes that are multiples of nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Net(nn.Module):
         self.head = nn.Linear(31, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.tanh_(self.up(x))
+        hidden = torch.tanh(self.up(x))
         return self.head(self.down(torch.tanh(self.gate(hidden))))
 
 
@@ -53,7 +53,7 @@ def lora_config(**settings) -> LoraConfig:
 
 
 def randomise(model: nn.Module) -> None:
-    """Signed random values in every adapter tensor: PEFT starts B, its bias and some magnitudes trivially."""
+    """Signed random values in every adapter tensor and bias; PEFT starts some of them at zero."""
     for name, parameter in model.named_parameters():
         if "lora_magnitude_vector" in name:
             parameter.data.mul_(torch.empty_like(parameter).uniform_(0.5, 1.5))
@@ -85,7 +85,7 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class DefinedDropout(nn.Module):
-    """The package's dropout as a module that PEFT can call: the same draws in the same order as the fused forward."""
+    """The package's dropout as a module for PEFT: it draws seeds as the fused forward does."""
 
     def __init__(self, p: float) -> None:
         super().__init__()

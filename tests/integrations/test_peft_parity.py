@@ -1,4 +1,4 @@
-"""An accelerated model computes what PEFT computes, within the error policy: values, gradients, training steps."""
+"""An accelerated model computes PEFT's values, gradients and training, by the error policy."""
 
 import copy
 
@@ -77,7 +77,6 @@ cases = pytest.mark.parametrize("configs", CONFIGS.values(), ids=CONFIGS.keys())
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_output_and_gradients(configs, mode):
     plain = build(*configs).train(mode == "train")
-    # Twice the tokens make the accelerated model's x a view with strides that are not its shape's.
     x = inputs(2, 14)
     assert_parity(accelerated(plain), with_defined_dropout(plain), x)
 
