@@ -148,11 +148,12 @@ class LoRAEmbedding(AdapterLayer):
 
     @torch.no_grad()
     def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
-        """Give the adapter its initial values; see the class for the kinds there are.
+        """Give the adapter its initial values, see the class; a merged layer is unmerged first.
 
         DoRA's magnitude becomes the norm of the adapted weight, so that it changes nothing yet.
         """
         check_initialisation(init_lora_weights)
+        self.unmerge()
         if init_lora_weights:
             nn.init.zeros_(self.lora_embedding_A)
         else:

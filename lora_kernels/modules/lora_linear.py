@@ -152,18 +152,21 @@ class LoRALinear(AdapterLayer):
 
     @torch.no_grad()
     def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
-        """Give the adapter its initial values; see the class for the kinds there are.
+        """Give the adapter its initial values, see the class; a merged layer is unmerged first.
 
         DoRA's magnitude becomes the norm of the adapted weight, so that it changes nothing yet.
         """
         check_initialisation(init_lora_weights)
-        self.lora_A.reset_parameters()  # Kaiming-uniform with a = sqrt(5), as torch's own layers
-        self.lora_B.reset_parameters()
+        self.unmerge()
         if init_lora_weights == "gaussian":
             nn.init.normal_(self.lora_A.weight, std=1 / self.rank)
+        else:
+            self.lora_A.reset_parameters()  # Kaiming-uniform with a = sqrt(5)
         if init_lora_weights:
             for parameter in self.lora_B.parameters():
                 nn.init.zeros_(parameter)
+        else:
+            self.lora_B.reset_parameters()
         if self.use_dora:
             self.lora_magnitude_vector.copy_(self._weight_norm())
 
