@@ -1,0 +1,1 @@
+"""Triton helpers that several operations share. Importing this package imports no Triton."""

@@ -1,0 +1,164 @@
+"""Compiling Triton kernels for GPUs that are not there, and reading off what they would use.
+
+``record_launches`` runs a launcher on meta tensors for an imagined device and notes what it would
+have launched; ``compile_launch`` compiles one of these as Triton would on that device, with the
+same specialisation of its arguments. So what is checked without a GPU is what runs on one.
+"""
+
+import functools
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+_TYPE_OF = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int64: "i64",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as a launcher asked for it."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    arguments: dict[str, object]  # every parameter of the kernel
+    options: dict[str, int]  # num_warps, num_stages
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel uses, and its assembly."""
+
+    registers: int  # per thread
+    stack: int  # bytes per thread: spills and local arrays
+    shared: int  # bytes per block
+    assembly: str
+
+    def instructions(self, mnemonic: str) -> int:
+        return self.assembly.count(mnemonic)
+
+
+def record_launches(module, function: Callable[[], object], limits) -> list[Launch]:
+    """What ``function`` would launch through ``module`` on a device with these ``limits``.
+
+    ``module`` is an operation's ``launch``: its kernels are replaced by recorders and its
+    ``_limits`` by ``limits``. ``function`` should use meta tensors.
+    """
+    launches = []
+    with ExitStack() as stack:
+        for name, value in list(vars(module).items()):
+            if isinstance(value, JITFunction):
+                recorder = _Recorder(value, launches)
+                stack.enter_context(mock.patch.object(module, name, recorder))
+        stack.enter_context(mock.patch.object(module, "_limits", lambda device: limits))
+        function()
+    return launches
+
+
+class _Recorder:
+    """Stands for a kernel: ``recorder[grid](*args, **kwargs)`` notes instead of launching."""
+
+    def __init__(self, kernel: JITFunction, launches: list[Launch]):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        def note(*args, **kwargs):
+            names = self.kernel.arg_names
+            arguments = dict(zip(names, args, strict=False))
+            arguments.update((name, kwargs[name]) for name in names if name in kwargs)
+            options = {name: kwargs[name] for name in kwargs if name not in names}
+            assert set(arguments) == set(names), set(names) ^ set(arguments)
+            self.launches.append(Launch(self.kernel, grid, arguments, options))
+
+        return note
+
+
+def compile_launch(launch: Launch, capability: int) -> Resources:
+    """Compile for an NVIDIA GPU of that compute capability (80, 90, 100, ...); none is needed."""
+    compiled = _compile(launch, GPUTarget("cuda", capability, 32))
+    registers, stack = _usage(compiled.asm["cubin"])
+    return Resources(registers, stack, compiled.metadata.shared, compiled.asm["ptx"])
+
+
+def compile_launch_for_amd(launch: Launch, architecture: str = "gfx942") -> Resources:
+    """Compile for an AMD GPU; registers are the vector registers."""
+    compiled = _compile(launch, GPUTarget("hip", architecture, 64))
+    assembly = compiled.asm["amdgcn"]
+
+    def noted(pattern: str) -> int:
+        return int(re.search(pattern, assembly)[1])
+
+    return Resources(
+        noted(r"\.vgpr_count:\s+(\d+)"),
+        noted(r"\.private_segment_fixed_size:\s+(\d+)"),
+        compiled.metadata.shared,
+        assembly,
+    )
+
+
+def _compile(launch: Launch, target: GPUTarget):
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        argument = launch.arguments[parameter.name]
+        kind, aligned = ("constexpr", False) if parameter.is_constexpr else _specialise(argument)
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[(index,)] = argument
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=launch.options)
+
+
+def _specialise(argument: object) -> tuple[str, bool]:
+    """Triton's type of a run-time argument, and whether it counts as divisible by 16."""
+    if isinstance(argument, TensorDescriptor):
+        block = ", ".join(map(str, argument.block_shape))
+        return f"tensordesc<{_TYPE_OF[argument.base.dtype]}[{block}]>", False
+    if isinstance(argument, Tensor):
+        # Memory that torch allocates is aligned; a view may start anywhere.
+        offset = argument.storage_offset() * argument.element_size()
+        return f"*{_TYPE_OF[argument.dtype]}", offset % 16 == 0
+    if isinstance(argument, float):
+        return "fp32", False
+    if argument == 1:
+        return "constexpr", False
+    return "i32" if -(2**31) <= argument < 2**31 else "i64", argument % 16 == 0
+
+
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread and stack bytes of the one kernel in ``cubin``."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_cuobjdump(), "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    return int(found[1]), int(found[2])
+
+
+@functools.cache
+def _cuobjdump() -> str:
+    """The tool that Triton's wheel brings along."""
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
