@@ -1,7 +1,9 @@
 """What the drop-in layers share: scaling, merging, state dicts."""
 
+import copy
 import math
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Literal, NamedTuple
 
 import torch
@@ -35,7 +37,7 @@ class AdapterLayer(nn.Module):
         self, base_layer: nn.Module, rank: int, alpha: float, use_rslora: bool, use_dora: bool
     ) -> None:
         super().__init__()
-        self.base_layer = base_layer.requires_grad_(False)
+        self.base_layer = _with_own_parameter_table(base_layer).requires_grad_(False)
         self.rank, self.alpha = rank, alpha
         self.use_rslora, self.use_dora = use_rslora, use_dora
         self.disable_adapters = False
@@ -62,7 +64,7 @@ class AdapterLayer(nn.Module):
     def scaling(self, value: float | Tensor) -> None:
         if self._merge is not None:
             raise RuntimeError("scaling: the layer is merged with the present one; unmerge() first")
-        if isinstance(value, (int, float)):
+        if isinstance(value, Real):
             value = torch.tensor(value, dtype=torch.float64, device="cpu")
         if not isinstance(value, Tensor):
             raise TypeError(
@@ -229,6 +231,13 @@ class AdapterLayer(nn.Module):
         return self
 
 
+def _with_own_parameter_table(module: nn.Module) -> nn.Module:
+    """A shallow copy: the same Parameters, but ``merge`` replaces them in it alone."""
+    own = copy.copy(module)
+    own._parameters = dict(module._parameters)
+    return own
+
+
 def _put_back_original(module: AdapterLayer, state_dict, prefix: str, local_metadata) -> None:
     """State dicts are those of the unmerged layer, whatever its state.
 
@@ -246,7 +255,7 @@ def _put_back_original(module: AdapterLayer, state_dict, prefix: str, local_meta
 def check_adapter(rank: int, alpha: float, init_lora_weights: bool | str) -> None:
     """Raise for the first hyperparameter that does not fit."""
     check_size("rank", rank)
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+    if isinstance(alpha, bool) or not isinstance(alpha, Real):
         raise TypeError(f"alpha: expected a number, got {type(alpha).__name__}")
     if not math.isfinite(alpha):
         raise ValueError(f"alpha: expected a finite number, got {alpha}")
@@ -254,10 +263,24 @@ def check_adapter(rank: int, alpha: float, init_lora_weights: bool | str) -> Non
 
 
 def check_size(name: str, size: int) -> None:
-    if isinstance(size, bool) or not isinstance(size, int):
+    if isinstance(size, bool) or not isinstance(size, Integral):
         raise TypeError(f"{name}: expected an integer, got {type(size).__name__}")
     if size < 1:
         raise ValueError(f"{name}: expected at least 1, got {size}")
+
+
+def check_base_layer(name: str, module: nn.Module) -> None:
+    """Raise where ``module.weight`` cannot be shared with, or replaced in, a copy of the module."""
+    if not isinstance(module.weight, nn.Parameter):
+        raise TypeError(
+            f"{name}: expected weight to be a plain Parameter, got "
+            f"{type(module.weight).__name__}; remove its parametrization first"
+        )
+    if "forward" in vars(module):
+        raise ValueError(
+            f"{name}: its forward was replaced on the instance, which would bypass the adapter; "
+            "remove what replaced it first"
+        )
 
 
 def check_initialisation(init_lora_weights: bool | str) -> None:

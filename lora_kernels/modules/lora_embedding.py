@@ -10,6 +10,7 @@ from lora_kernels.modules.adapter_layer import (
     AdapterLayer,
     adapter_dtype_over,
     check_adapter,
+    check_base_layer,
     check_initialisation,
     check_size,
 )
@@ -105,16 +106,18 @@ class LoRAEmbedding(AdapterLayer):
     ) -> "LoRAEmbedding":
         """Wrap an existing embedding: its weight is shared, not copied, and frozen.
 
-        Arguments are those of the constructor. ``embedding`` becomes ``base_layer`` and is called
-        as it is, with its hooks, also where it is a subclass.
+        Arguments are those of the constructor. ``base_layer`` is a shallow copy of ``embedding``,
+        with the forward of its class and its hooks; ``embedding`` itself is never merged into.
 
         Raises:
-            TypeError: embedding is no ``torch.nn.Embedding``.
+            TypeError: embedding is no ``torch.nn.Embedding`` over a plain parameter.
+            ValueError: its forward was replaced, or its ``embed_scale`` has several elements.
         """
         if not isinstance(embedding, nn.Embedding):
             raise TypeError(
                 f"embedding: expected a torch.nn.Embedding, got {type(embedding).__name__}"
             )
+        check_base_layer("embedding", embedding)
         layer = cls.__new__(cls)
         layer._wrap(embedding, rank, alpha, use_rslora, use_dora, init_lora_weights, adapter_dtype)
         return layer

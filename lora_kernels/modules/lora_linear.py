@@ -1,5 +1,7 @@
 """``LoRALinear``: a frozen ``torch.nn.Linear`` with a LoRA or DoRA adapter."""
 
+from numbers import Real
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -8,6 +10,7 @@ from lora_kernels.modules.adapter_layer import (
     AdapterLayer,
     adapter_dtype_over,
     check_adapter,
+    check_base_layer,
     check_initialisation,
     check_size,
 )
@@ -99,11 +102,11 @@ class LoRALinear(AdapterLayer):
     ) -> "LoRALinear":
         """Wrap an existing linear layer: its parameters are shared, not copied, and frozen.
 
-        Arguments are those of the constructor. ``linear`` becomes ``base_layer``.
+        Arguments are those of the constructor. ``linear`` itself is never merged into.
 
         Raises:
             TypeError: linear is no ``torch.nn.Linear`` over plain parameters.
-            ValueError: linear has hooks, which the fused forward would not run.
+            ValueError: linear has hooks or a replaced forward, which would not be run.
         """
         _check_linear(linear)
         layer = cls.__new__(cls)
@@ -234,7 +237,7 @@ class LoRALinear(AdapterLayer):
 
 
 def _check_options(dropout_p, lora_bias, use_dora, init_lora_weights) -> None:
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
         raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
@@ -254,19 +257,14 @@ def _check_linear(linear: nn.Linear) -> None:
             f"linear: {type(linear).__name__} has a forward of its own, which the fused forward "
             "would not run"
         )
-    if not isinstance(linear.weight, nn.Parameter):
-        raise TypeError(
-            "linear: expected weight to be a plain Parameter, got "
-            f"{type(linear.weight).__name__}; remove its parametrization first"
-        )
+    check_base_layer("linear", linear)
     hooks = (
         linear._forward_hooks,
         linear._forward_pre_hooks,
         linear._backward_hooks,
         linear._backward_pre_hooks,
     )
-    if any(hooks) or "forward" in vars(linear):
+    if any(hooks):
         raise ValueError(
-            "linear: it has hooks or a replaced forward, which the fused forward would not run; "
-            "remove them first"
+            "linear: it has hooks, which the fused forward would not run; remove them first"
         )

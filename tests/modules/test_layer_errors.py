@@ -140,7 +140,7 @@ UNFIT = {
     "forward_hook": (
         lambda: hooked("register_forward_hook"),
         ValueError,
-        "linear: it has hooks or a replaced forward, which the fused forward would not run",
+        "linear: it has hooks, which the fused forward would not run",
     ),
     "pre_hook": (lambda: hooked("register_forward_pre_hook"), ValueError, "linear: it has hooks"),
     "backward_hook": (
@@ -148,7 +148,11 @@ UNFIT = {
         ValueError,
         "linear: it has hooks",
     ),
-    "replaced_forward": (replaced_forward, ValueError, "linear: it has hooks"),
+    "replaced_forward": (
+        replaced_forward,
+        ValueError,
+        "linear: its forward was replaced on the instance",
+    ),
 }
 
 
@@ -161,6 +165,13 @@ def test_layers_that_cannot_be_wrapped(build, error, message):
 def test_embeddings_that_cannot_be_wrapped():
     with pytest.raises(TypeError, match=r"embedding: expected a torch.nn.Embedding, got Linear"):
         LoRAEmbedding.from_embedding(nn.Linear(8, 6))
+    embedding = nn.Embedding(8, 6)
+    embedding.forward = lambda x: x
+    with pytest.raises(ValueError, match="embedding: its forward was replaced on the instance"):
+        LoRAEmbedding.from_embedding(embedding)
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Embedding(8, 6))
+    with pytest.raises(TypeError, match="embedding: expected weight to be a plain Parameter"):
+        LoRAEmbedding.from_embedding(parametrized)
     embedding = nn.Embedding(8, 6)
     embedding.embed_scale = torch.ones(6)
     with pytest.raises(ValueError, match=r"embed_scale to be a number or one element, got .*\[6\]"):

@@ -144,7 +144,7 @@ def test_a_new_adapter_changes_nothing_and_is_drawn_as_pefts(use_dora, init_lora
         assert_within_policy("magnitude", layer.lora_magnitude_vector, theirs, oracle)
     x = indices()
     assert torch.equal(layer(x), embedding(x))
-    assert layer.base_layer is embedding and layer.weight is embedding.weight
+    assert layer.weight is embedding.weight
     assert not embedding.weight.requires_grad and layer.padding_idx == 1
 
 

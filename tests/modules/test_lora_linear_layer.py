@@ -230,7 +230,7 @@ def test_from_linear_shares_and_freezes():
     linear = nn.Linear(IN, OUT, dtype=torch.bfloat16).eval()
     weight = linear.weight
     layer = LoRALinear.from_linear(linear)
-    assert layer.base_layer is linear and layer.weight is weight and layer.bias is linear.bias
+    assert layer.weight is weight and layer.bias is linear.bias and not weight.requires_grad
     assert (layer.rank, layer.alpha, float(layer.scaling)) == (16, 32, 2.0)
     assert not layer.training
     assert {name for name, p in layer.named_parameters() if p.requires_grad} == {

@@ -229,6 +229,26 @@ def test_merging_does_not_write_to_shared_weights():
     assert head.weight is embedding.weight and torch.equal(bits(head.weight), frozen)
 
 
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Embedding])
+def test_layers_around_one_base_layer_do_not_meet(kind):
+    base = kind(31, 22)
+    wrap = LoRALinear.from_linear if kind is nn.Linear else LoRAEmbedding.from_embedding
+    first, second = (wrap(base, 3, init_lora_weights=False) for _ in range(2))
+    x = draw_input(first)
+    expected = [bits(module(x)) for module in (base, second)]
+    first.merge("none")
+    assert [torch.equal(bits(m(x)), e) for m, e in zip((base, second), expected, strict=True)]
+    assert first.weight is not base.weight and second.weight is base.weight
+
+
+def test_hooks_of_an_embedding_still_run():
+    embedding = nn.Embedding(31, 22)
+    embedding.register_forward_hook(lambda module, args, y: y + 1)
+    layer = LoRAEmbedding.from_embedding(embedding, 3)
+    x = draw_input(layer)
+    assert same_bits(layer(x), embedding.weight[x] + 1)
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_no_gradient_reaches_a_merged_adapter(kind):
     layer = make(**KINDS[kind])
