@@ -137,6 +137,17 @@ def test_bench_without_peft_names_the_extra(kind, monkeypatch, capsys, tmp_path)
     assert not out.exists()
 
 
+@pytest.mark.parametrize("load", [0.1, 7.0, None])
+def test_bench_warns_of_a_busy_machine(load, monkeypatch, tmp_path, capsys):
+    from lora_kernels.bench import machine
+
+    monkeypatch.setattr(machine, "load", lambda: load)
+    argv = ["bench", *TINY_OP, "--providers=frozen", "--no-memory"]
+    assert main([*argv, f"--out={tmp_path / 'rows.jsonl'}"]) == 0
+    assert ("the machine is busy (load 7.0)" in capsys.readouterr().err) == (load == 7.0)
+    assert rows(tmp_path / "rows.jsonl")[0]["meta"]["load"] == load
+
+
 def test_bench_needs_no_peft_where_no_provider_does(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "peft", None)
     argv = ["bench", *TINY_OP, "--providers=frozen,ours", "--no-memory"]

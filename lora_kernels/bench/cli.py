@@ -179,6 +179,12 @@ def run(args, cases: list, names: list[str] | None, argv: list[str]) -> int:
         if args.kind == "op" and args.compile and "compile" not in chosen:
             chosen.append("compile")
         meta = machine.meta(torch.device(case.device), _command(argv))
+        # The first case only: after that the load is our own.
+        if index == 0 and (meta["load"] or 0) > 0.5:
+            say(
+                f"  the machine is busy (load {meta['load']}): with as many threads as CPUs, one "
+                "busy neighbour makes every thread wait; times below may be of little worth"
+            )
         group = measure_case(args, case, chosen, meta)
         measured |= any(not row["skipped"] for row in group)
         rows += group

@@ -67,6 +67,14 @@ def last_level_cache_bytes(device: torch.device) -> int:
         return 32 << 20
 
 
+def load() -> float | None:
+    """Processes that wanted a CPU during the last minute, on average; None where not known."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):
+        return None
+
+
 def meta(device: torch.device, command: str) -> dict:
     """What a row carries about where it comes from. No host name, no path, no user."""
     found = {
@@ -80,6 +88,7 @@ def meta(device: torch.device, command: str) -> dict:
         "cpu_features": cpu_features(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": load(),
     }
     if device.type == "cuda":
         found["cuda"] = torch.version.cuda or torch.version.hip
