@@ -23,6 +23,7 @@ from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
 _COMPUTED = object()
+_OWN_FORWARD = "a forward or a hook of its own (accelerate's offload or device map)"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -68,22 +69,17 @@ def read_layer(layer: LoraLayer) -> LayerState | str:
     """The layer's present state, or why no call can be fused as long as it stands like this."""
     if layer._disable_adapters or layer.merged_adapters:
         return _BASE_ALONE
-    children = layer._modules
-    lora_a_modules = children["lora_A"]._modules
-    active = [name for name in layer.active_adapters if name in lora_a_modules]
+    with_adapter = layer._modules["lora_A"]._modules
+    active = [name for name in layer.active_adapters if name in with_adapter]
     if not active:
         return _BASE_ALONE
-    if "forward" in layer.__dict__ or "_hf_hook" in layer.__dict__:
-        return "the layer has a forward or a hook of its own (accelerate's offload or device map)"
-    if (
-        nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    ):
-        return "global module hooks are registered"
-
-    base = _read_base(layer, children["base_layer"])
+    # Modules before tensors: what they say also holds while FSDP has the tensors sharded.
+    reason = _unsupported_layer(layer)
+    for name in active:
+        reason = reason or _unsupported_adapter(layer, name)
+    if reason:
+        return reason
+    base = _read_base(layer)
     if isinstance(base, str):
         return base
     weight, bias = base
@@ -96,26 +92,78 @@ def read_layer(layer: LoraLayer) -> LayerState | str:
     return LayerState(weight, bias, adapters)
 
 
-def _read_base(layer: LoraLayer, base: nn.Module) -> tuple[Tensor, Tensor | None] | str:
-    kind = type(base)
-    transposed = kind is Conv1D
-    if transposed:
-        if not layer.fan_in_fan_out:
-            return "a Conv1D base without fan_in_fan_out"
-    elif kind is not nn.Linear and kind.forward is not nn.Linear.forward:
-        return f"base layer {kind.__name__} has a forward of its own"
-    elif layer.fan_in_fan_out:
-        return "fan_in_fan_out with a base that is not Conv1D"
+# --- modules: classes, hooks, replaced forwards ----------------------------------------------
+
+
+def _unsupported_layer(layer: LoraLayer) -> str | None:
+    own = layer.__dict__
+    if "forward" in own or "_hf_hook" in own:
+        return f"the layer has {_OWN_FORWARD}"
+    if (
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    ):
+        return "global module hooks are registered"
+    base = layer._modules["base_layer"]
+    forward = type(base).forward
+    if forward is not nn.Linear.forward and forward is not Conv1D.forward:
+        return f"base layer {type(base).__name__} has a forward of its own"
+    if layer.fan_in_fan_out != (forward is Conv1D.forward):
+        return f"fan_in_fan_out = {layer.fan_in_fan_out} over a {type(base).__name__}"
     bypassed = _bypassed(base)
-    if bypassed:
-        return f"base_layer has {bypassed}"
+    return f"base_layer has {bypassed}" if bypassed else None
+
+
+def _unsupported_adapter(layer: LoraLayer, name: str) -> str | None:
+    children = layer._modules
+    variant = layer.lora_variant.get(name)
+    if variant is not None:
+        if type(variant) is not DoraLinearVariant:
+            return f"adapter {name!r} is of the variant {type(variant).__name__}"
+        magnitude = children["lora_magnitude_vector"]._modules[name]
+        if type(magnitude) is not DoraLinearLayer:
+            return f"DoRA of {name!r} is {type(magnitude).__name__}, not DoraLinearLayer"
+        if bypassed := _bypassed(magnitude):
+            return f"lora_magnitude_vector of {name!r} has {bypassed}"
+        if dora.ENABLE_DORA_CACHING and not magnitude.training:
+            return "PEFT's DoRA cache is enabled"
+    for role in ("lora_A", "lora_B"):
+        module = children[role]._modules[name]
+        if type(module).forward is not nn.Linear.forward:
+            return f"{role} of {name!r} is {type(module).__name__}, not nn.Linear"
+        if bypassed := _bypassed(module):
+            return f"{role} of {name!r} has {bypassed}"
+    dropout = children["lora_dropout"]._modules[name]
+    if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
+        return f"lora_dropout of {name!r} is {type(dropout).__name__}, not nn.Dropout"
+    bypassed = _bypassed(dropout)
+    return f"lora_dropout of {name!r} has {bypassed}" if bypassed else None
+
+
+def _bypassed(module: nn.Module) -> str | None:
+    """What would be left out if the module's weights were used without calling the module."""
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+        return "forward hooks"
+    if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return "backward hooks"
+    if "forward" in own or "_hf_hook" in own:
+        return _OWN_FORWARD
+    return None
+
+
+# --- tensors: where and what they are --------------------------------------------------------
+
+
+def _read_base(layer: LoraLayer) -> tuple[Tensor, Tensor | None] | str:
+    base = layer._modules["base_layer"]
     weight, bias = _tensor_of(base, "weight"), _tensor_of(base, "bias")
-    unsupported = _unsupported_parameter(weight)
-    if unsupported:
+    if unsupported := _unsupported_parameter(weight):
         return f"base weight: {unsupported}"
     if bias is not None:
-        unsupported = _unsupported_parameter(bias)
-        if unsupported:
+        if unsupported := _unsupported_parameter(bias):
             return f"base bias: {unsupported}"
         if bias.dtype is not weight.dtype:
             return f"base bias is {_short(bias.dtype)}, base weight {_short(weight.dtype)}"
@@ -123,39 +171,24 @@ def _read_base(layer: LoraLayer, base: nn.Module) -> tuple[Tensor, Tensor | None
         return "base weight requires grad"
     if hasattr(weight, "ds_id"):
         return "base weight is partitioned (DeepSpeed ZeRO-3)"
-    if transposed:
+    if layer.fan_in_fan_out:
         weight = weight.t()
-    if weight.shape != (layer.out_features, layer.in_features):
-        return (
-            f"base weight has shape {tuple(weight.shape)}, not "
-            f"{(layer.out_features, layer.in_features)}: offloaded or partitioned"
-        )
+    expected = (layer.out_features, layer.in_features)
+    if weight.shape != expected:
+        return f"base weight is {tuple(weight.shape)}, not {expected}: partitioned or offloaded"
     return weight, bias
 
 
 def _read_adapter(layer: LoraLayer, name: str, weight: Tensor) -> ActiveAdapter | str:
-    variant = layer.lora_variant.get(name)
-    if variant is not None and type(variant) is not DoraLinearVariant:
-        return f"adapter {name!r} is of the variant {type(variant).__name__}"
     children = layer._modules
     lora_a_module = children["lora_A"]._modules[name]
     lora_b_module = children["lora_B"]._modules[name]
-    dropout = children["lora_dropout"]._modules[name]
-    for role, module in (("lora_A", lora_a_module), ("lora_B", lora_b_module)):
-        if type(module).forward is not nn.Linear.forward:
-            return f"{role} of {name!r} is {type(module).__name__}, not nn.Linear"
-        bypassed = _bypassed(module)
-        if bypassed:
-            return f"{role} of {name!r} has {bypassed}"
     lora_a, lora_b = _tensor_of(lora_a_module, "weight"), _tensor_of(lora_b_module, "weight")
-    unsupported = _unsupported_parameter(lora_a) or _unsupported_parameter(lora_b)
-    if unsupported:
+    if unsupported := _unsupported_parameter(lora_a) or _unsupported_parameter(lora_b):
         return f"weights of {name!r}: {unsupported}"
     lora_bias = _tensor_of(lora_b_module, "bias")
-    if lora_bias is not None:
-        unsupported = _unsupported_parameter(lora_bias)
-        if unsupported:
-            return f"lora_B's bias of {name!r}: {unsupported}"
+    if lora_bias is not None and (unsupported := _unsupported_parameter(lora_bias)):
+        return f"lora_B's bias of {name!r}: {unsupported}"
     if _tensor_of(lora_a_module, "bias") is not None:
         return f"lora_A of {name!r} has a bias"
     if lora_a.device != weight.device or lora_b.device != weight.device:
@@ -173,67 +206,27 @@ def _read_adapter(layer: LoraLayer, name: str, weight: Tensor) -> ActiveAdapter 
     elif not isinstance(scaling, (int, float)):
         return f"scaling of {name!r} is a {type(scaling).__name__}"
 
-    dropout_p = _read_dropout(dropout)
-    if isinstance(dropout_p, str):
-        return f"lora_dropout of {name!r} {dropout_p}"
+    dropout, dropout_p = children["lora_dropout"]._modules[name], 0.0
+    if type(dropout) is nn.Dropout:
+        if dropout.inplace:
+            return f"lora_dropout of {name!r} works in place"
+        if dropout.training:
+            dropout_p = dropout.p
+        if dropout_p >= 1.0:
+            return f"lora_dropout of {name!r} drops everything (p = 1)"
+
     magnitude = None
-    if variant is not None:
-        magnitude = _read_magnitude(layer, name, weight, lora_bias)
-        if isinstance(magnitude, str):
-            return magnitude
+    if name in layer.lora_variant:
+        magnitude = _tensor_of(children["lora_magnitude_vector"]._modules[name], "weight")
+        if unsupported := _unsupported_parameter(magnitude):
+            return f"lora_magnitude_vector of {name!r}: {unsupported}"
+        if magnitude.device != weight.device:
+            return f"lora_magnitude_vector of {name!r} is on {magnitude.device}"
+        if lora_bias is not None:
+            return f"adapter {name!r} has DoRA and lora_bias at once"
         if not layer.training:  # PEFT's DoRA looks at the layer's mode before the dropout's
             dropout_p = 0.0
     return ActiveAdapter(lora_a, lora_b, lora_bias, scaling, dropout_p, magnitude)
-
-
-def _read_dropout(dropout: nn.Module) -> float | str:
-    kind = type(dropout)
-    if kind is nn.Identity:
-        p = 0.0
-    elif kind is nn.Dropout:
-        if dropout.inplace:
-            return "works in place"
-        p = dropout.p if dropout.training else 0.0
-        if p >= 1.0:
-            return "drops everything (p = 1)"
-    else:
-        return f"is {kind.__name__}, not nn.Dropout"
-    bypassed = _bypassed(dropout)
-    return f"has {bypassed}" if bypassed else p
-
-
-def _read_magnitude(
-    layer: LoraLayer, name: str, weight: Tensor, lora_bias: Tensor | None
-) -> Tensor | str:
-    if lora_bias is not None:
-        return f"adapter {name!r} has DoRA and lora_bias at once"
-    module = layer._modules["lora_magnitude_vector"]._modules[name]
-    if type(module) is not DoraLinearLayer:
-        return f"DoRA of {name!r} is {type(module).__name__}, not DoraLinearLayer"
-    bypassed = _bypassed(module)
-    if bypassed:
-        return f"lora_magnitude_vector of {name!r} has {bypassed}"
-    magnitude = _tensor_of(module, "weight")
-    unsupported = _unsupported_parameter(magnitude)
-    if unsupported:
-        return f"lora_magnitude_vector of {name!r}: {unsupported}"
-    if magnitude.device != weight.device:
-        return f"lora_magnitude_vector of {name!r} is on {magnitude.device}"
-    if dora.ENABLE_DORA_CACHING and not module.training:
-        return "PEFT's DoRA cache is enabled"
-    return magnitude
-
-
-def _bypassed(module: nn.Module) -> str | None:
-    """What would be left out if the module's weights were used without calling the module."""
-    own = module.__dict__
-    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-        return "forward hooks"
-    if own["_backward_hooks"] or own["_backward_pre_hooks"]:
-        return "backward hooks"
-    if "forward" in own or "_hf_hook" in own:
-        return "a forward or a hook of its own (accelerate's offload or device map)"
-    return None
 
 
 def _tensor_of(module: nn.Module, name: str) -> Any:
@@ -257,6 +250,9 @@ def _unsupported_parameter(parameter: Any) -> str | None:
     if parameter.numel() == 0:
         return "empty (partitioned or offloaded)"
     return None
+
+
+# --- the call --------------------------------------------------------------------------------
 
 
 def _unsupported_input(x: Any, weight: Tensor) -> str | None:
