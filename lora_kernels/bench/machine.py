@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -99,25 +100,25 @@ def meta(device: torch.device, command: str) -> dict:
 def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Measured FLOP/s of a large square GEMM and bytes/s (read + written) of a large copy.
 
-    The best of five: a ceiling is what the machine can do, not what it does on average. Measured
-    once per process.
+    The best of many: a ceiling is what the machine can do, not what it does on average, and on a
+    shared machine only a short call sometimes runs undisturbed. Measured once per process.
     """
     cuda = device.type == "cuda"
-    size = 8192 if cuda else 2048
-    # Signed random data: a GPU multiplies zeros measurably faster.
-    a = torch.randn(size, size, device=device).to(dtype)
-    b = torch.randn(size, size, device=device).to(dtype)
-    source = torch.randn((1 << 28) if cuda else (1 << 26), device=device)
+    gemm_flops = 0.0
+    for size in (4096, 8192) if cuda else (768, 1536):
+        # Signed random data: a GPU multiplies zeros measurably faster.
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        seconds = _best_seconds(functools.partial(torch.mm, a, b), device)
+        gemm_flops = max(gemm_flops, 2 * size**3 / seconds)
+    # Four times the last-level cache, so that it is memory that is copied.
+    source = torch.randn(last_level_cache_bytes(device), device=device)
     target = torch.empty_like(source)
-    gemm = _best_seconds(lambda: torch.mm(a, b), device)
-    copy = _best_seconds(lambda: target.copy_(source), device)
-    return {
-        "flops_per_second": 2 * size**3 / gemm,
-        "bytes_per_second": 2 * source.numel() * source.element_size() / copy,
-    }
+    seconds = _best_seconds(functools.partial(target.copy_, source), device)
+    copy_bytes = 2 * source.numel() * source.element_size() / seconds
+    return {"flops_per_second": gemm_flops, "bytes_per_second": copy_bytes}
 
 
-def _best_seconds(call, device: torch.device, tries: int = 5) -> float:
+def _best_seconds(call: Callable[[], object], device: torch.device, tries: int = 20) -> float:
     best = float("inf")
     for attempt in range(tries + 1):
         if device.type == "cuda":
