@@ -159,8 +159,9 @@ def test_unmerge_puts_the_frozen_parameters_back(kind, dtype, keep):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("kind", ["lora", "lora_bias", "dora", "embedding", "embedding_dora"])
 def test_a_thousand_merges_and_switches_leave_the_same_bits(kind, dtype):
+    kind = KINDS[kind]
     layer = make(dtype, **kind)
     adapters = {"mine": copy.deepcopy(layer.state_dict())}
     adapters |= {name: make(dtype, **kind).adapter_state_dict() for name in ("a", "b")}
@@ -177,10 +178,9 @@ def test_a_thousand_merges_and_switches_leave_the_same_bits(kind, dtype):
         seen += [bits(layer(x)), bits(layer.weight)]
         if step % 2:
             layer.unmerge()
-            seen.append(seen[0])
             assert torch.equal(bits(layer(x)), seen[0])
-        expected.setdefault(name, seen[:3])
-        assert all(torch.equal(a, b) for a, b in zip(seen[:3], expected[name], strict=True))
+        expected.setdefault(name, seen)
+        assert all(torch.equal(a, b) for a, b in zip(seen, expected[name], strict=True))
     layer.unmerge()
     for name, parameter in layer.base_layer.named_parameters():
         assert torch.equal(bits(parameter), frozen[name])
