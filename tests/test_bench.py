@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import lora_kernels
 from lora_kernels import dispatch
 from lora_kernels.bench import machine, measure, memory, op, providers, report, step
 from lora_kernels.bench.measure import Spread
@@ -245,12 +246,15 @@ def test_a_provider_that_fails_is_skipped_with_its_reason(monkeypatch):
     assert skipped == {"broken": "RuntimeError: no such kernel"}
 
 
+SMALL_STEP = step.StepCase(
+    dtype="fp32", batch=2, length=8, layers=2, hidden=32, heads=4, kv_heads=2,
+    intermediate=48, vocab=64, rank=4,
+)  # fmt: skip
+
+
 def test_step_contestants_share_weights_and_agree():
     pytest.importorskip("peft")
-    case = step.StepCase(
-        dtype="fp32", batch=2, length=8, layers=2, hidden=32, heads=4, kv_heads=2,
-        intermediate=48, vocab=64, rank=4,
-    )  # fmt: skip
+    case = SMALL_STEP
     base = step.base_model(case)
     made = {
         name: providers.STEP_PROVIDERS[name](base, case)
@@ -264,6 +268,7 @@ def test_step_contestants_share_weights_and_agree():
     trained = [n for n, p in made["ours"].model.named_parameters() if p.requires_grad]
     assert len(trained) == 2 * 7 * 2 and all("lora_" in name for name in trained)
 
+    assert made["ours"].impostor() is None
     steps = {name: step.Step(case, contestant) for name, contestant in made.items()}
     laps = {name: contestant.run() for name, contestant in steps.items()}
     assert set(laps["frozen"]) == {"forward", "backward", "step"}
@@ -280,6 +285,21 @@ def test_step_contestants_share_weights_and_agree():
         contestant = providers.STEP_PROVIDERS[name](base, dropping)
         saved[name] = sum(storage.bytes for storage in step.Step(dropping, contestant).saved())
     assert saved["ours"] < saved["peft"]
+
+
+def test_a_step_that_peft_serves_is_not_timed_as_ours(monkeypatch):
+    pytest.importorskip("peft")
+    accelerate = lora_kernels.accelerate
+
+    def with_a_hook(model):
+        layer = model.base_model.model.model.layers[1].mlp.up_proj
+        layer.lora_A["default"].register_forward_hook(lambda *args: None)
+        return accelerate(model)
+
+    monkeypatch.setattr(lora_kernels, "accelerate", with_a_hook)
+    steps, skipped = step.prepare(SMALL_STEP, ["frozen", "ours"])
+    assert list(steps) == ["frozen"]
+    assert "not timed" in skipped["ours"] and "up_proj is left to PEFT" in skipped["ours"]
 
 
 def test_frozen_makes_dx_down_to_the_first_layer():

@@ -162,6 +162,8 @@ class Contestant:
     around_forward: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     # Entered around the whole step.
     around_step: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    # Asked after a step: why this model is not what its name says; None when it is.
+    impostor: Callable[[], str | None] = lambda: None
 
 
 def _own_copy(base: nn.Module) -> nn.Module:
@@ -233,10 +235,19 @@ def our_step(
     from lora_kernels import accelerate
 
     model = _with_adapters(base, case, base_dtype)
-    accelerate(model)
-    if backend is None:
-        return Contestant(model)
-    return Contestant(model, around_step=lambda: _forced_backend(backend))
+    report = accelerate(model)
+    around = contextlib.nullcontext if backend is None else lambda: _forced_backend(backend)
+    return Contestant(model, around_step=around, impostor=lambda: _left_to_peft(report))
+
+
+def _left_to_peft(report) -> str | None:
+    """A layer that PEFT's own forward served: its time must not be published as ours."""
+    report.refresh()
+    for name, reason in report.delegated.items():
+        return f"{name} is left to PEFT: {reason}"
+    for name, reasons in report.delegated_calls.items():
+        return f"calls of {name} are left to PEFT: {', '.join(reasons)}"
+    return None
 
 
 @contextlib.contextmanager

@@ -123,9 +123,13 @@ def prepare(case: StepCase, names: list[str]) -> tuple[dict[str, Step], dict[str
     steps, skipped = {}, {}
     for name in names:
         try:
-            step = Step(case, STEP_PROVIDERS[name](base, case))
+            contestant = STEP_PROVIDERS[name](base, case)
+            step = Step(case, contestant)
             step.run()  # warms up: primitive caches, the allocator, the optimizer's state
-            steps[name] = step
+            if reason := contestant.impostor():
+                skipped[name] = f"not timed: {reason}"
+            else:
+                steps[name] = step
         except MissingExtra:
             raise
         except Exception as error:  # one provider's trouble is not the others'
