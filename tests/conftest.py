@@ -1,4 +1,4 @@
-"""Every test starts from the same seed, and uninitialised memory reads as NaN."""
+"""Every test starts from the same seed, on one thread; memory can be poisoned with NaN."""
 
 import os
 
@@ -11,6 +11,9 @@ from hypothesis import settings
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("search", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+
+# Tiny tensors by the thousand: on a busy machine a second thread is mostly waited for.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
