@@ -1,4 +1,4 @@
-"""FSDP2 over an accelerated model: two processes compute what one does with PEFT alone."""
+"""FSDP2 and DDP over an accelerated model: two processes compute what one does with plain PEFT."""
 
 import copy
 import warnings
@@ -11,6 +11,7 @@ from peft_models import accelerated, build, inputs, lora_config, lora_layers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 import lora_kernels
 from lora_kernels.testing import assert_within_policy
@@ -21,28 +22,32 @@ LORA = lora_config(lora_bias=True)
 DORA = lora_config(use_dora=True)
 
 
-def shard_layers_and_model(model: nn.Module, **settings) -> None:
+def shard_layers_and_model(model: nn.Module, **settings) -> nn.Module:
     for layer in lora_layers(model).values():
         fully_shard(layer, **settings)
-    fully_shard(model, **settings)
+    return fully_shard(model, **settings)
 
 
-def shard_model(model: nn.Module, **settings) -> None:
-    fully_shard(model, **settings)
+def shard_model(model: nn.Module, **settings) -> nn.Module:
+    return fully_shard(model, **settings)
 
 
-def shard_base_layers(model: nn.Module, **settings) -> None:
+def shard_base_layers(model: nn.Module, **settings) -> nn.Module:
     """Their weights are whole only inside their own forward (PEFT's DoRA fails on that)."""
     for layer in lora_layers(model).values():
         fully_shard(layer.base_layer, **settings)
-    fully_shard(model, **settings)
+    return fully_shard(model, **settings)
 
 
-def shard_adapters(model: nn.Module, **settings) -> None:
+def shard_adapters(model: nn.Module, **settings) -> nn.Module:
     for layer in lora_layers(model).values():
         for module in (*layer.lora_A.values(), *layer.lora_B.values()):
             fully_shard(module, **settings)
-    fully_shard(model, **settings)
+    return fully_shard(model, **settings)
+
+
+def replicate(model: nn.Module, **settings) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
 
 
 def loss_and_gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -57,7 +62,8 @@ def loss_and_gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     results = {"y": y.detach()}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            results[name] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+            results[name.removeprefix("module.")] = grad
     return results
 
 
@@ -70,9 +76,8 @@ def check(rank: int, shard: Callable, configs: list, fused: bool) -> None:
     model = accelerated(plain)
     report = lora_kernels.accelerate(model)
     mesh = init_device_mesh("cpu", (PROCESSES,))
-    shard(model, mesh=mesh)
     rows = slice(rank * 9, (rank + 1) * 9)
-    ours = loss_and_gradients(model, x[rows])
+    ours = loss_and_gradients(shard(model, mesh=mesh), x[rows])
     assert ours.keys() == single.keys()
     for name, value in ours.items():
         part = rows if name == "y" else slice(None)
@@ -81,24 +86,25 @@ def check(rank: int, shard: Callable, configs: list, fused: bool) -> None:
     report.refresh()
     assert (len(report.fast) == 3) == fused, str(report)
     assert (report.delegated_calls == {}) == fused, str(report)
-    if fused:
-        assert all("sharded by FSDP" in note for note in report.notes.values())
-    else:
+    if fused and shard is not replicate:
+        assert all("sharded by FSDP" in report.notes[name] for name in report.fast)
+    elif not fused:
         assert all("hooks" in reason for reason in report.delegated.values())
     assert str(lora_kernels.accelerate(model)) == str(report)
 
 
-def check_mixed_precision(rank: int) -> None:
+def check_mixed_precision() -> None:
     """fp32 parameters at rest, bf16 in the forward: the layer sees bf16 everywhere."""
     plain = build(lora_config())
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     results = []
     for model in (copy.deepcopy(plain), accelerated(plain)):
-        shard_layers_and_model(model, mp_policy=policy)
-        results.append(loss_and_gradients(model, inputs(9).detach()))
+        sharded = shard_layers_and_model(model, mp_policy=policy)
+        results.append(loss_and_gradients(sharded, inputs(9).detach()))
     exact = loss_and_gradients(copy.deepcopy(plain).double(), inputs(9).detach().double())
-    for name in exact:
-        assert_within_policy(name, results[1][name], results[0][name], exact[name])
+    for name, oracle in exact.items():
+        theirs, ours = (result[name] for result in results)
+        assert_within_policy(name, ours, theirs, oracle, torch.bfloat16)
     assert lora_kernels.accelerate(model).delegated_calls == {}
 
 
@@ -125,6 +131,7 @@ def run_process(rank: int, rendezvous: str) -> None:
     )
     try:
         for shard, configs, fused in (
+            (replicate, [LORA, DORA], True),
             (shard_layers_and_model, [LORA, DORA], True),
             (shard_model, [LORA, DORA], True),
             (shard_base_layers, [LORA, lora_config(r=2)], False),
@@ -134,7 +141,7 @@ def run_process(rank: int, rendezvous: str) -> None:
                 check(rank, shard, configs, fused)
             except Exception as error:
                 raise AssertionError(f"{shard.__name__}: {error}") from error
-        check_mixed_precision(rank)
+        check_mixed_precision()
         check_undo_and_late_accelerate()
     finally:
         dist.destroy_process_group()

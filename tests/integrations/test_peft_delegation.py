@@ -297,6 +297,10 @@ def set_dropout(model: nn.Module, dropout: nn.Module) -> None:
 
 
 NOT_PLAIN = {
+    "fan_in_fan_out of a linear": (
+        "fan_in_fan_out = True over a Linear",
+        lambda m: setattr(up(m), "fan_in_fan_out", True),
+    ),
     "base weight trainable": (
         "base weight requires grad",
         lambda m: up(m).base_layer.weight.requires_grad_(True),
@@ -372,6 +376,15 @@ def test_not_plain(case):
         prepare(model)
 
     assert_delegates(build(lora_config()), reason, silently)
+
+
+@pytest.mark.parametrize("case", ["base weight trainable", "fp64 adapters", "lora_B weight_norm"])
+def test_delegation_compiles_without_a_graph_break(case):
+    _, prepare = NOT_PLAIN[case]
+    fast = accelerated(build(lora_config()))
+    prepare(fast)
+    compiled = torch.compile(fast, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(inputs(9)), fast(inputs(9)))
 
 
 def test_in_place_dropout():

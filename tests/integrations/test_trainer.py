@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import lora_kernels
 from lora_kernels.integrations.peft_layers import delegated_calls
+from lora_kernels.testing import assert_within_policy
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -151,6 +152,29 @@ def test_generate_and_load_again(tmp_path):
     merged = loaded.merge_and_unload()
     assert not lora_layers(merged)
     assert torch.equal(merged.generate(input_ids=prompt, **settings), tokens)
+
+
+def test_adapters_tied_to_the_embedding():
+    """The head's A and B are transposed views of the embedding's."""
+    settings = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
+    plain, fast = llama(**settings), llama(**settings)
+    report = lora_kernels.accelerate(fast)
+    assert report.fast == ["base_model.model.lm_head"]
+    one = torch.tensor(1.0)
+    exact = loss_and_gradients(llama(**settings).double(), one.double())
+    ours, theirs = loss_and_gradients(fast, one), loss_and_gradients(plain, one)
+    for name, oracle in exact.items():
+        assert_within_policy(name, ours[name], theirs[name], oracle)
+
+
+def test_adapters_added_by_transformers_itself():
+    model = llama().unload()
+    model.add_adapter(peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"]))
+    randomise(model)
+    expected = model(input_ids=TOKENS).logits
+    report = lora_kernels.accelerate(model)
+    assert len(report.fast) == 2
+    torch.testing.assert_close(model(input_ids=TOKENS).logits, expected)
 
 
 def test_compiles_without_a_graph_break():
