@@ -113,6 +113,7 @@ def test_memory_grows_with_the_tokens():
         (["op", "--only-memory=naive", "--dropout=0,0.1"], "--only-memory measures one case"),
         (["step", "--tokens=512"], "--tokens: expected BATCHxLENGTH"),
         (["step", "--hidden=100"], "--hidden must be a multiple of --heads"),
+        (["op", "--device=tpu"], "--device: expected cpu or cuda, got 'tpu'"),
         (["step", "--device=cuda"], "torch sees no CUDA device"),
         ([], "required: kind"),
     ],

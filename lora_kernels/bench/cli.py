@@ -71,22 +71,25 @@ def make_parser() -> argparse.ArgumentParser:
         ("op", "one lora_linear call, forward and backward"),
         ("step", "a training step of a Llama with random weights"),
     ):
-        sub = kinds.add_parser(
-            kind,
-            help=what,
-            description=what,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
-        add = sub.add_argument
-        add("--dtype", default="bf16", help="comma-separated: bf16, fp16, fp32")
-        add("--dropout", default="0", help="comma-separated probabilities in [0, 1)")
-        add("--rank", type=_positive, default=16, help="adapter rank")
-        add("--alpha", type=float, default=32, help="scaling is alpha / rank")
-        add("--providers", help=f"comma-separated: {', '.join(PROVIDERS[kind])}")
-        add("--reps", type=_positive, default=7, help="interleaved repetitions")
+        add = kinds.add_parser(kind, help=what, description=what).add_argument
+        add("--dtype", default="bf16", help="comma-separated: bf16, fp16, fp32 (%(default)s)")
+        add("--dropout", default="0", help="comma-separated probabilities in [0, 1) (%(default)s)")
+        add("--rank", type=_positive, default=16, help="adapter rank (%(default)s)")
+        add("--alpha", type=float, default=32, help="scaling is alpha / rank (%(default)s)")
+        add("--providers", help=f"comma-separated, of: {', '.join(PROVIDERS[kind])}")
+        add("--reps", type=_positive, default=7, help="interleaved repetitions (%(default)s)")
         add("--threads", type=_positive, help="CPU threads (torch's default when not given)")
-        add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-        add("--out", type=Path, default=Path("bench-report") / f"{kind}.jsonl", help="result file")
+        add(
+            "--device",
+            default="cuda" if torch.cuda.is_available() else "cpu",
+            help="cpu or cuda (%(default)s)",
+        )
+        add(
+            "--out",
+            type=Path,
+            default=Path("bench-report") / f"{kind}.jsonl",
+            help="result file (%(default)s)",
+        )
         add("--no-memory", action="store_true", help="skip the process per provider")
         add("--only-memory", metavar="PROVIDER", choices=PROVIDERS[kind], help=argparse.SUPPRESS)
         if kind == "op":
@@ -95,10 +98,19 @@ def make_parser() -> argparse.ArgumentParser:
             add("--compile", action="store_true", help="add torch.compile of the naive formula")
         else:
             defaults = step.StepCase()
-            add("--tokens", default=f"{defaults.batch}x{defaults.length}", help="BATCHxLENGTH")
+            add(
+                "--tokens",
+                default=f"{defaults.batch}x{defaults.length}",
+                help="BATCHxLENGTH (%(default)s)",
+            )
             for size in ("layers", "hidden", "heads", "kv_heads", "intermediate", "vocab"):
                 option = "--" + size.replace("_", "-")
-                add(option, type=_positive, default=getattr(defaults, size), help="of the Llama")
+                add(
+                    option,
+                    type=_positive,
+                    default=getattr(defaults, size),
+                    help="of the Llama (%(default)s)",
+                )
     return parser
 
 
@@ -129,6 +141,8 @@ def cases_of(args: argparse.Namespace):
         raise ValueError(f"--dropout: expected numbers, got {args.dropout!r}") from None
     if not all(0 <= dropout < 1 for dropout in dropouts):
         raise ValueError(f"--dropout: expected probabilities in [0, 1), got {args.dropout!r}")
+    if args.device.split(":")[0] not in DEFAULT_SHAPES:
+        raise ValueError(f"--device: expected cpu or cuda, got {args.device!r}")
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: cuda was asked for, and torch sees no CUDA device")
     common = {"rank": args.rank, "alpha": args.alpha, "device": args.device}

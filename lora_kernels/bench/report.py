@@ -197,6 +197,7 @@ def print_case(rows: list[dict], plain: bool) -> None:
         try:
             from rich.console import Console
             from rich.table import Table
+            from rich.text import Text
         except ImportError:
             plain = True
     if plain:
@@ -207,9 +208,9 @@ def print_case(rows: list[dict], plain: bool) -> None:
     else:
         drawn = Table(title=rows[0]["title"])
         for index, header in enumerate(headers):
-            drawn.add_column(header, justify="right" if index else "left")
+            drawn.add_column(header, justify="right" if index else "left", overflow="fold")
         for line in cells:
-            drawn.add_row(*line)
+            drawn.add_row(*map(Text, line))  # a reason for skipping may look like markup
         Console().print(drawn)
     for note in footnotes(rows):
         print(note)
