@@ -6,6 +6,7 @@ and time; until a table under ``tuned/`` says otherwise it is ``composed``, whic
 switched off without touching a program; it is read once, at import.
 """
 
+import functools
 import os
 from typing import NamedTuple
 
@@ -40,14 +41,44 @@ def requested(backend: str) -> str:
     return backend
 
 
-def unavailable(backend: str, device: torch.device) -> str | None:
-    """Why ``backend`` cannot run on ``device``; None when it can."""
+def unavailable(backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """Why ``backend`` cannot run on ``device`` (for activations of ``dtype``); None when it can."""
     if backend in ("reference", "composed"):
         return None
+    if backend == "triton":
+        return _triton_unavailable(device, dtype)
     return f"no {backend} kernel of this operation exists for {device.type!r} devices yet"
 
 
-def choose(backend: str, device: torch.device) -> Choice:
+@functools.cache
+def _triton_unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    if dtype == torch.float64:
+        return "the Triton kernels accumulate in fp32 and do not take float64"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "on a CPU the Triton kernels run only in the interpreter (TRITON_INTERPRET=1)"
+        if dtype == torch.bfloat16:
+            return "Triton's interpreter computes bfloat16 products wrongly"
+        return _triton_missing()
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"no triton kernel of this operation exists for {device.type!r} devices yet"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"compute capability 8.0 or newer is needed, this device has {capability}"
+    return _triton_missing()
+
+
+def _triton_missing() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return "the package triton is not installed"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+        return f"triton 3.6 or newer is needed, {triton.__version__} is installed"
+    return None
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype | None = None) -> Choice:
     """Resolve ``backend`` for a call on ``device``; a named backend that cannot serve raises."""
     backend = requested(backend)
     if backend == "auto":
@@ -56,7 +87,7 @@ def choose(backend: str, device: torch.device) -> Choice:
             f"no kernel has a recorded measurement on {device.type!r} devices that beats the "
             "vendor's GEMMs",
         )
-    reason = unavailable(backend, device)
+    reason = unavailable(backend, device, dtype)
     if reason is not None:
         raise ValueError(f"backend={backend!r} cannot serve this call: {reason}")
     return Choice(backend, "asked for by the caller or by LORA_KERNELS_BACKEND")

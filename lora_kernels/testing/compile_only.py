@@ -59,19 +59,20 @@ class Resources:
         return self.assembly.count(mnemonic)
 
 
-def record_launches(module, function: Callable[[], object], limits) -> list[Launch]:
-    """What ``function`` would launch through ``module`` on a device with these ``limits``.
+def record_launches(modules: list, function: Callable[[], object], limits) -> list[Launch]:
+    """What ``function`` would launch through ``modules`` on a device with these ``limits``.
 
-    ``module`` is an operation's ``launch``: its kernels are replaced by recorders and its
-    ``_limits`` by ``limits``. ``function`` should use meta tensors.
+    ``modules`` are those that launch: in each the kernels are replaced by recorders and its
+    ``limits_of`` by ``limits``. ``function`` should use meta tensors.
     """
     launches = []
     with ExitStack() as stack:
-        for name, value in list(vars(module).items()):
-            if isinstance(value, JITFunction):
-                recorder = _Recorder(value, launches)
-                stack.enter_context(mock.patch.object(module, name, recorder))
-        stack.enter_context(mock.patch.object(module, "_limits", lambda device: limits))
+        for module in modules:
+            for name, value in list(vars(module).items()):
+                if isinstance(value, JITFunction):
+                    recorder = _Recorder(value, launches)
+                    stack.enter_context(mock.patch.object(module, name, recorder))
+            stack.enter_context(mock.patch.object(module, "limits_of", lambda device: limits))
         function()
     return launches
 

@@ -106,7 +106,7 @@ def explain(
     """
     x, weight, bias = _cast_for_autocast(x, weight, bias)
     _check(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed)
-    return dispatch.choose(backend, x.device)
+    return dispatch.choose(backend, x.device, x.dtype)
 
 
 def _cast_for_autocast(

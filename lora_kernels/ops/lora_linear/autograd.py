@@ -41,13 +41,23 @@ _FORWARD = torch.ops.lora_kernels.lora_linear_forward.default
 _BACKWARD = torch.ops.lora_kernels.lora_linear_backward.default
 
 
-def stores_mask(device: torch.device, dropout_p: float) -> bool:
+def stores_mask(device: torch.device, dropout_p: float, backend: str) -> bool:
     """Whether the forward hands its packed keep-mask to the backward.
 
     On a CPU without the compiled kernel regenerating the mask costs more than K/8 bytes a row.
     Elsewhere it is regenerated. Known from the arguments alone, so that fake tensors agree.
     """
-    return drop_threshold(dropout_p) > 0 and device.type in ("cpu", "meta")
+    return drop_threshold(dropout_p) > 0 and device.type in ("cpu", "meta") and backend != "triton"
+
+
+def _implementation(backend: str, x: Tensor):
+    """The module whose forward and backward serve the call; raises if the backend cannot."""
+    if dispatch.choose(backend, x.device, x.dtype).backend != "triton":
+        return composed
+    # Not at the top: importing the package does not import Triton.
+    from lora_kernels.ops.lora_linear import launch
+
+    return launch
 
 
 # --- kernels ---------------------------------------------------------------------------------
@@ -68,11 +78,10 @@ def _without_autocast(function):
 
 @_without_autocast
 def _forward(x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, save_unscaled, backend):
-    dispatch.choose(backend, x.device)
-    y, h, mask, unscaled = composed.forward(
+    y, h, mask, unscaled = _implementation(backend, x).forward(
         x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, save_unscaled
     )
-    if mask is None or not stores_mask(x.device, dropout_p):
+    if mask is None or not stores_mask(x.device, dropout_p, backend):
         mask = x.new_empty(0, dtype=torch.uint8)
     return y, h, mask, x.new_empty(0) if unscaled is None else unscaled
 
@@ -87,8 +96,7 @@ def _inference(x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, ba
 def _backward(
     dy, x, weight, a, b, scaling, h, output_scale, unscaled, mask, dropout_p, seed, needs, backend
 ):
-    dispatch.choose(backend, dy.device)
-    grads = composed.backward(
+    grads = _implementation(backend, dy).backward(
         dy, x, weight, a, b, scaling, h, output_scale, unscaled,
         mask if mask.numel() else None, dropout_p, seed, tuple(needs),
     )  # fmt: skip
@@ -116,7 +124,7 @@ def _(x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, save_unscal
         x.new_empty((*x.shape[:-1], b.shape[0])),
         x.new_empty((rows, rank), dtype=composed.accumulator_dtype(x.dtype)),
         x.new_empty(
-            (rows, -(-columns // GROUP)) if stores_mask(x.device, dropout_p) else 0,
+            (rows, -(-columns // GROUP)) if stores_mask(x.device, dropout_p, backend) else 0,
             dtype=torch.uint8,
         ),
         x.new_empty((rows, b.shape[0]) if save_unscaled else 0),

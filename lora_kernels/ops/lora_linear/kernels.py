@@ -132,7 +132,7 @@ def rank_gradient_kernel(
         seed = tl.load(seed_ptr)
     accumulator = tl.zeros((BLOCK_D, BLOCK_R), tl.float32)
     for start in range(first, last, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
+        rows = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_M)
         inside_m = (rows < M)[:, None]
         wide_ptrs = wide_ptr + rows[:, None] * stride_wm + columns[None, :] * stride_wd
         wide = tl.load(wide_ptrs, mask=inside_m & inside_d[None, :], other=0.0)
@@ -187,7 +187,7 @@ def output_gradient_kernel(
     bias_sum = tl.zeros((BLOCK_N,), tl.float32)
     scale_sum = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(first, last, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
+        rows = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_M)
         inside = (rows < last)[:, None] & inside_n[None, :]
         dy_ptrs = dy_ptr + rows[:, None] * stride_dm + columns[None, :] * stride_dn
         dy = tl.load(dy_ptrs, mask=inside, other=0.0).to(tl.float32)

@@ -5,25 +5,29 @@ Dimensions: M tokens, K in_features, N out_features, R rank.
 Takes and returns what :mod:`composed` does; the keep-mask is never stored, every kernel regenerates
 it from the seed, which it reads through a pointer. Nothing is read back from the device and nothing
 tuned inside a call, so that all of it can be captured in a CUDA graph; workspaces come from torch's
-allocator. Tensor descriptors (TMA) are made on the host: as kernel arguments they need neither a
-workspace nor Triton's allocator, which other threads would not see.
+allocator.
 """
-
-import functools
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.dropout import drop_threshold, keep_scale
-from lora_kernels.kernels.gemm_tail import gemm_tail_kernel, gemm_tail_tma_kernel
 from lora_kernels.kernels.reduce import reduce_partials_kernel, scale_cast_kernel
 from lora_kernels.ops.lora_linear import tiles
+from lora_kernels.ops.lora_linear.gemm import gemm_with_tail
 from lora_kernels.ops.lora_linear.kernels import (
     output_gradient_kernel,
     rank_gradient_kernel,
     shrink_kernel,
+)
+from lora_kernels.ops.lora_linear.operands import (
+    Dropout,
+    is_aligned,
+    limits_of,
+    on_device,
+    padded_rows,
+    precision,
+    scaling_argument,
 )
 from lora_kernels.ops.lora_linear.tiles import cdiv
 
@@ -51,11 +55,11 @@ def forward(
     if tokens == 0:
         return y.view(*x.shape[:-1], out_features), h, None, unscaled
     cell = _cell("forward", rows, columns, out_features, rank, dropout_p)
-    drop = _Drop(seed, dropout_p, tokens, columns)
-    with _on_device(rows):
+    drop = Dropout(seed, dropout_p, tokens, columns)
+    with on_device(rows):
         tail = _shrink(cell, rows, lora_a, h, drop, keep_scale(dropout_p))
         scaled_b = _scale_cast(lora_b, scaling, x.dtype)  # [N, R]
-        _gemm_with_tail(
+        gemm_with_tail(
             cell,
             rows,
             None if weight is None else weight.t(),
@@ -101,8 +105,8 @@ def backward(
         return (dx if dx is None else dx.view(*dy.shape[:-1], columns), *grads[1:])
 
     cell = _cell("backward", rows_dy, columns, out_features, rank, dropout_p)
-    drop = _Drop(seed, dropout_p, tokens, columns)
-    with _on_device(rows_dy):
+    drop = Dropout(seed, dropout_p, tokens, columns)
+    with on_device(rows_dy):
         rescale = output_scale is not None and (needs_x or needs_a or needs_b)
         if rescale or needs_bias or needs_output_scale:
             rows_dy = _output_gradients(
@@ -121,22 +125,11 @@ def backward(
             tail = _shrink(cell, rows_dy, lora_b.t(), t, None, factor, scaling, rounded=needs_x)
         if needs_x:
             a = lora_a if lora_a.dtype == dy.dtype else _scale_cast(lora_a, 1.0, dy.dtype)
-            _gemm_with_tail(cell, rows_dy, weight, tail, a, dx, drop=drop)
+            gemm_with_tail(cell, rows_dy, weight, tail, a, dx, drop=drop)
             dx = dx.view(*dy.shape[:-1], columns)
         if needs_a:
             _a_gradient(cell, x.reshape(-1, columns), t, grad_a, drop)
     return dx, *grads[1:]
-
-
-class _Drop:
-    """The mask of an ``[M, K]`` activation as the kernels take it; off where nothing is dropped."""
-
-    def __init__(self, seed: Tensor | None, dropout_p: float, rows: int, columns: int):
-        self.threshold = drop_threshold(dropout_p)
-        self.on = self.threshold > 0
-        self.seed = seed
-        # 32 bits count the groups until there are 2^31 of them; then it takes two counter words.
-        self.long_counter = rows * cdiv(columns, 8) >= 2**31
 
 
 def _shrink(
@@ -144,7 +137,7 @@ def _shrink(
     wide: Tensor,  # [M, D]
     narrow: Tensor,  # [R, D]
     out: Tensor,  # [M, R] fp32, written
-    drop: _Drop | None,
+    drop: Dropout | None,
     factor: float,
     scaling: Tensor | float = 1.0,
     rounded: bool = True,
@@ -155,8 +148,8 @@ def _shrink(
         cell,
         depth,
         narrow.element_size(),
-        _limits(wide.device),
-        aligned=_is_aligned(wide) and _is_aligned(narrow),
+        limits_of(wide.device),
+        aligned=is_aligned(wide) and is_aligned(narrow),
     )
     copy = _copy_for_gemm(out, wide.dtype) if rounded else None
     blocks = cdiv(cdiv(depth, tile.BLOCK_D), tile.parts)
@@ -170,7 +163,7 @@ def _shrink(
         copy if has_copy else out,
         drop.seed if drop is not None and drop.on else out,
         drop.threshold if drop is not None else 0,
-        _scaling_argument(scaling),
+        scaling_argument(scaling),
         factor,
         tokens,
         depth,
@@ -183,7 +176,7 @@ def _shrink(
         LONG_COUNTER=drop is not None and drop.long_counter,
         SPLIT=parts > 1,
         HAS_ROUNDED=has_copy,
-        PRECISION=_precision(wide.dtype),
+        PRECISION=precision(wide.dtype),
         BLOCK_M=tile.BLOCK_M,
         BLOCK_D=tile.BLOCK_D,
         BLOCK_R=tile.BLOCK_R,
@@ -208,7 +201,7 @@ def _b_gradient(
 ) -> Tensor | None:  # [M, R], t in dy's dtype
     """The gradient of B and, where its partial sums are cheaper than reading dy again, t."""
     tile = tiles.rank_gradient_tile(
-        _without_dropout(cell), dy.shape[1], _limits(dy.device), aligned=_is_aligned(dy)
+        _without_dropout(cell), dy.shape[1], limits_of(dy.device), aligned=is_aligned(dy)
     )
     project = t is not None and tiles.projects_in_same_pass(cell, dy.shape[1], tile.BLOCK_D)
     gradient, projection = _rank_gradient(tile, dy, h, lora_b if project else None, None, False)
@@ -225,9 +218,9 @@ def _a_gradient(
     x: Tensor,  # [M, K]
     t: Tensor,  # [M, R] fp32
     grad_a: Tensor,  # [R, K], written: t^T D(x), the dropout's scale being in t
-    drop: _Drop,
+    drop: Dropout,
 ) -> None:
-    tile = tiles.rank_gradient_tile(cell, x.shape[1], _limits(x.device), aligned=_is_aligned(x))
+    tile = tiles.rank_gradient_tile(cell, x.shape[1], limits_of(x.device), aligned=is_aligned(x))
     gradient, _ = _rank_gradient(tile, x, t, None, drop, True)
     _reduce(gradient, grad_a, 1.0, 1.0, None)
 
@@ -237,7 +230,7 @@ def _rank_gradient(
     wide: Tensor,  # [M, D]
     narrow: Tensor,  # [M, R] fp32
     factor: Tensor | None,  # [D, R]
-    drop: _Drop | None,
+    drop: Dropout | None,
     rank_first: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Partial sums of ``D(wide)^T narrow`` ``[S, D, R]`` (``[S, R, D]``) and ``wide @ factor``."""
@@ -265,7 +258,7 @@ def _rank_gradient(
         HAS_PROJECTION=factor is not None,
         DROPOUT=drop is not None and drop.on,
         LONG_COUNTER=drop is not None and drop.long_counter,
-        PRECISION=_precision(wide.dtype),
+        PRECISION=precision(wide.dtype),
         BLOCK_M=tile.BLOCK_M,
         BLOCK_D=tile.BLOCK_D,
         BLOCK_R=tile.BLOCK_R,
@@ -273,134 +266,6 @@ def _rank_gradient(
         num_stages=tile.num_stages,
     )
     return gradient, projection
-
-
-def _gemm_with_tail(
-    cell: tiles.Cell,
-    left: Tensor,  # [M, D]
-    right: Tensor | None,  # [D, C]; None: the tail alone
-    tail_left: Tensor,  # [M, R]
-    tail_right: Tensor,  # [R, C]
-    out: Tensor,  # [M, C] contiguous, written
-    *,
-    unscaled: Tensor | None = None,  # [M, C] contiguous, written
-    bias: Tensor | None = None,  # [C]
-    output_scale: Tensor | None = None,  # [C]
-    drop: _Drop | None = None,  # of the tail
-) -> None:
-    """``out = output_scale * (left @ right + D(tail_left @ tail_right)) + bias``."""
-    limits = _limits(left.device)
-    if right is not None and tiles.strategy(cell, limits) == "hybrid":
-        plain = output_scale is None
-        _gemm_with_tail(
-            cell, left, None, tail_left, tail_right, out, bias=bias if plain else None, drop=drop
-        )
-        out.addmm_(left, right)
-        if plain:
-            return
-        if unscaled is not None:
-            unscaled.copy_(out)
-        out.mul_(output_scale.to(out.dtype))
-        if bias is not None:
-            out += bias
-        return
-    operands = (
-        (tail_left, tail_right, out) if right is None else (left, right, tail_left, tail_right, out)
-    )
-    tile = tiles.gemm_tile(
-        cell,
-        out.shape[1],
-        limits,
-        aligned=all(map(_is_aligned, operands)),
-        has_main=right is not None,
-        two_results=unscaled is not None,
-    )
-    launch = _launch_tma if tile.tma else _launch_pointers
-    launch(tile, left, right, tail_left, tail_right, out, unscaled, bias, output_scale, drop)
-
-
-def _launch_pointers(
-    tile, left, right, tail_left, tail_right, out, unscaled, bias, output_scale, drop
-) -> None:
-    (tokens, columns), rank = out.shape, tail_left.shape[1]
-    grid = (cdiv(tokens, tile.BLOCK_M) * cdiv(columns, tile.BLOCK_C),)
-    gemm_tail_kernel[grid](
-        left,
-        left if right is None else right,
-        tail_left,
-        tail_right,
-        out,
-        out if unscaled is None else unscaled,
-        *_epilogue_arguments(out, bias, output_scale, drop),
-        tokens,
-        columns,
-        left.shape[1],
-        rank,
-        *left.stride(),
-        *((0, 0) if right is None else right.stride()),
-        *tail_left.stride(),
-        *tail_right.stride(),
-        HAS_MAIN=right is not None,
-        **_epilogue_constants(tile, unscaled, bias, output_scale, drop, left.dtype),
-    )
-
-
-def _launch_tma(
-    tile, left, right, tail_left, tail_right, out, unscaled, bias, output_scale, drop
-) -> None:
-    (tokens, columns), rank = out.shape, tail_left.shape[1]
-    right_transposed, tail_transposed = right.stride(1) != 1, tail_right.stride(1) != 1
-    num_tiles = cdiv(tokens, tile.BLOCK_M) * cdiv(columns, tile.BLOCK_C)
-    half = [tile.BLOCK_M, tile.BLOCK_C // 2]
-    out_desc = _descriptor(out, half)
-    gemm_tail_tma_kernel[(min(num_tiles, _limits(left.device).multiprocessors),)](
-        _descriptor(left, [tile.BLOCK_M, tile.BLOCK_D]),
-        _descriptor(right, [tile.BLOCK_D, tile.BLOCK_C], right_transposed),
-        _descriptor(tail_left, [tile.BLOCK_M, tile.BLOCK_R]),
-        _descriptor(tail_right, [tile.BLOCK_R, tile.BLOCK_C], tail_transposed),
-        out_desc,
-        out_desc if unscaled is None else _descriptor(unscaled, half),
-        *_epilogue_arguments(out, bias, output_scale, drop),
-        tokens,
-        columns,
-        left.shape[1],
-        rank,
-        RIGHT_TRANSPOSED=right_transposed,
-        TAIL_TRANSPOSED=tail_transposed,
-        HAS_TAIL=True,
-        # A tail of one step is unrolled, and then there is no inner loop to flatten into.
-        FLATTEN=rank > tile.BLOCK_R,
-        **_epilogue_constants(tile, unscaled, bias, output_scale, drop, left.dtype),
-    )
-
-
-def _epilogue_arguments(out, bias, output_scale, drop) -> tuple:
-    """bias, output_scale, seed and threshold; ``out`` stands for a pointer that is not read."""
-    dropping = drop is not None and drop.on
-    return (
-        out if bias is None else bias.contiguous(),
-        out if output_scale is None else output_scale.contiguous(),
-        drop.seed if dropping else out,
-        drop.threshold if dropping else 0,
-    )
-
-
-def _epilogue_constants(tile, unscaled, bias, output_scale, drop, dtype) -> dict:
-    return {
-        "HAS_BIAS": bias is not None,
-        "HAS_OUTPUT_SCALE": output_scale is not None,
-        "HAS_UNSCALED": unscaled is not None,
-        "DROPOUT": drop is not None and drop.on,
-        "LONG_COUNTER": drop is not None and drop.long_counter,
-        "PRECISION": _precision(dtype),
-        "BLOCK_M": tile.BLOCK_M,
-        "BLOCK_C": tile.BLOCK_C,
-        "BLOCK_D": tile.BLOCK_D,
-        "BLOCK_R": tile.BLOCK_R,
-        "GROUP_M": tile.GROUP_M,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
 
 
 def _output_gradients(
@@ -413,7 +278,7 @@ def _output_gradients(
     tokens, columns = dy.shape
     block_m, block_n = 32, 128
     blocks = cdiv(tokens, block_m)
-    parts = min(blocks, cdiv(2 * _limits(dy.device).multiprocessors, cdiv(columns, block_n)))
+    parts = min(blocks, cdiv(2 * limits_of(dy.device).multiprocessors, cdiv(columns, block_n)))
     rows_per_part = cdiv(blocks, parts) * block_m
     parts = cdiv(tokens, rows_per_part)
     scaled = dy if output_scale is None else dy.new_empty(dy.shape)
@@ -458,7 +323,7 @@ def _reduce(
         partials,
         out,
         out if rounded is None else rounded,
-        _scaling_argument(scaling),
+        scaling_argument(scaling),
         factor,
         partials.shape[0],
         out.numel(),
@@ -472,11 +337,11 @@ def _reduce(
 
 def _scale_cast(factor: Tensor, scaling: Tensor | float, dtype: torch.dtype) -> Tensor:
     """``scaling * factor`` in ``dtype``, rounded once, with rows that TMA can address."""
-    out = _padded_rows(factor, factor.shape, dtype)
+    out = padded_rows(factor, factor.shape, dtype)
     scale_cast_kernel[(cdiv(factor.numel(), _BLOCK),)](
         factor,
         out,
-        _scaling_argument(scaling),
+        scaling_argument(scaling),
         factor.numel(),
         factor.shape[1],
         *factor.stride(),
@@ -489,43 +354,7 @@ def _scale_cast(factor: Tensor, scaling: Tensor | float, dtype: torch.dtype) -> 
 
 def _copy_for_gemm(narrow: Tensor, dtype: torch.dtype) -> Tensor:
     """Where the rounded copy of h or t goes: itself if it is in that dtype already."""
-    return narrow if narrow.dtype == dtype else _padded_rows(narrow, narrow.shape, dtype)
-
-
-def _padded_rows(like: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """An empty ``[P, Q]`` whose rows begin at multiples of 16 bytes. The padding is never read."""
-    rows, columns = shape
-    unit = 16 // dtype.itemsize
-    return like.new_empty((rows, cdiv(columns, unit) * unit), dtype=dtype)[:, :columns]
-
-
-def _is_aligned(matrix: Tensor) -> bool:
-    """16-byte aligned base and rows (or columns), the other side contiguous: what TMA needs."""
-    size = matrix.element_size()
-    for outer, inner in ((0, 1), (1, 0)):
-        pitch = matrix.stride(outer)
-        if matrix.stride(inner) == 1 and pitch >= matrix.shape[inner] and pitch * size % 16 == 0:
-            return matrix.data_ptr() % 16 == 0
-    return False
-
-
-def _descriptor(matrix: Tensor, block: list[int], transposed: bool = False) -> TensorDescriptor:
-    if transposed:
-        matrix, block = matrix.t(), block[::-1]
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)
-
-
-def _scaling_argument(scaling: Tensor | float) -> Tensor | float:
-    """A pointer for a tensor on the device; a tensor on the CPU is a number already known."""
-    if isinstance(scaling, Tensor):
-        return scaling if scaling.is_cuda else scaling.item()
-    return scaling
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """How fp32 products are made: torch's switch for TF32 decides, as for its own GEMMs."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+    return narrow if narrow.dtype == dtype else padded_rows(narrow, narrow.shape, dtype)
 
 
 def _cell(direction, activation, in_features, out_features, rank, dropout_p) -> tiles.Cell:
@@ -539,27 +368,9 @@ def _cell(direction, activation, in_features, out_features, rank, dropout_p) -> 
         out_features=out_features,
         rank=rank,
         dropout=drop_threshold(dropout_p) > 0,
-        ieee=dtype == torch.float32 and _precision(dtype) == "ieee",
+        ieee=dtype == torch.float32 and precision(dtype) == "ieee",
     )
 
 
 def _without_dropout(cell: tiles.Cell) -> tiles.Cell:
     return tiles.replace(cell, dropout=False)
-
-
-@functools.cache
-def _limits(device: torch.device) -> tiles.DeviceLimits:
-    if device.type == "cpu":
-        return tiles.DeviceLimits()
-    properties = torch.cuda.get_device_properties(device)
-    return tiles.DeviceLimits(
-        name=properties.name,
-        capability=10 * properties.major + properties.minor,
-        multiprocessors=properties.multi_processor_count,
-        shared_memory=properties.shared_memory_per_block_optin,
-    )
-
-
-def _on_device(tensor: Tensor):
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

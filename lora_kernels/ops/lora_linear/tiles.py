@@ -126,7 +126,7 @@ def shrink_tile(
         BLOCK_D=block_d,
         BLOCK_R=block_r,
         parts=parts,
-        num_warps=8 if block_r == MAX_BLOCK_R and block_m == 64 else 4,
+        num_warps=8 if block_r == MAX_BLOCK_R and block_m >= 32 else 4,
         num_stages=_stages(4, stage, converted, limits),
     )
     return replace(tile, **_tuned(cell, limits).get("shrink", {}))
@@ -179,15 +179,16 @@ def gemm_tile(
     limits: DeviceLimits,
     *,
     aligned: bool,
+    row_major: bool,
     has_main: bool,
     two_results: bool,
 ) -> GemmTile:
     """For the ``[M, columns]`` result of the GEMM with a tail.
 
-    ``aligned``: every operand can be described to TMA; ``has_main``: not the tail alone;
-    ``two_results``: the unscaled result is written too.
+    ``aligned``: TMA can address every operand; ``row_major``: the left ones by rows;
+    ``has_main``: not the tail alone; ``two_results``: the unscaled result is written too.
     """
-    tma = aligned and limits.capability >= 90 and cell.itemsize == 2 and has_main
+    tma = aligned and row_major and limits.capability >= 90 and cell.itemsize == 2 and has_main
     block_m = _clamp(next_power_of_two(cell.tokens), 16, 128)
     block_r = 16 if cell.rank <= 16 else 32 if cell.rank <= 64 else 64
     block_c, block_d, num_warps, num_stages = 128, 32, 8, 4
