@@ -122,7 +122,9 @@ def _(x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, save_unscal
     rows, (rank, columns) = math.prod(x.shape[:-1]), a.shape
     return (
         x.new_empty((*x.shape[:-1], b.shape[0])),
-        x.new_empty((rows, rank), dtype=composed.accumulator_dtype(x.dtype)),
+        x.new_empty(
+            (rows, rank), dtype=torch.float32 if backend == "triton" else composed.product_dtype(x)
+        ),
         x.new_empty(
             (rows, -(-columns // GROUP)) if stores_mask(x.device, dropout_p, backend) else 0,
             dtype=torch.uint8,

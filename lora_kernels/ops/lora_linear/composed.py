@@ -31,7 +31,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """``(y, h, mask, unscaled)``: the result and what a backward may need.
 
-    h is ``D(x) A^T`` ``[M, R]`` in fp32 (fp64 for fp64), mask the packed keep-mask or None,
+    h is ``D(x) A^T`` ``[M, R]`` in :func:`product_dtype`, mask the packed keep-mask or None,
     unscaled the result before ``output_scale`` and ``bias`` where ``save_unscaled`` asks for it.
     """
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
@@ -65,7 +65,7 @@ def backward(
     lora_a: Tensor,  # [R, K]
     lora_b: Tensor,  # [N, R]
     scaling: Tensor,  # []
-    h: Tensor | None,  # [M, R] fp32, needed for the gradient of B
+    h: Tensor | None,  # [M, R], needed for the gradient of B
     output_scale: Tensor | None,  # [N]
     unscaled: Tensor | None,  # [M, N], needed for the gradient of output_scale
     mask: Tensor | None,  # [M, ceil(K/8)]; regenerated from the seed where it was not stored
@@ -91,7 +91,7 @@ def backward(
         return dx, grad_a, grad_b, grad_bias, grad_output_scale
 
     # The dropout scale rides on B, so that t already carries it to both of its products.
-    t = _narrow_product(rows_dy, lora_b, scaling * keep_scale(dropout_p))  # [M, R] fp32
+    t = _narrow_product(rows_dy, lora_b, scaling * keep_scale(dropout_p))  # [M, R]
     if needs_x:
         dx = (
             t.new_zeros((num_rows, columns), dtype=dy.dtype) if weight is None else rows_dy @ weight
@@ -105,7 +105,7 @@ def backward(
         if mask is None:
             mask = packed_keep_mask(seed, dropout_p, num_rows, columns)
         rows_x = x.reshape(-1, columns) if needs_a else None
-        grad_a = t.new_zeros(lora_a.shape) if needs_a else None
+        grad_a = t.new_zeros(lora_a.shape, dtype=accumulator_dtype(t.dtype)) if needs_a else None
         a = lora_a.to(dy.dtype) if needs_x else None
         for chunk in _row_chunks(num_rows, columns):
             if needs_x:
@@ -120,13 +120,14 @@ def backward(
 
 
 def _shrink(x: Tensor, lora_a: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
-    """``h = D(x) A^T`` ``[M, R]`` in the accumulator's dtype."""
+    """``h = D(x) A^T`` ``[M, R]``."""
     if mask is None:
         return _narrow_product(x, lora_a.t())
-    h = x.new_empty((x.shape[0], lora_a.shape[0]), dtype=accumulator_dtype(x.dtype))
+    h = x.new_empty((x.shape[0], lora_a.shape[0]), dtype=product_dtype(x))
     for chunk in _row_chunks(*x.shape):
-        h[chunk] = _narrow_product(zero_dropped(x[chunk], mask[chunk]), lora_a.t())
-    return h.mul_(keep_scale(dropout_p))
+        kept = zero_dropped(x[chunk], mask[chunk])
+        h[chunk] = _narrow_product(kept, lora_a.t(), keep_scale(dropout_p))
+    return h
 
 
 def _scaled(factor: Tensor, scaling: Tensor | float, dtype: torch.dtype) -> Tensor:
@@ -135,17 +136,15 @@ def _scaled(factor: Tensor, scaling: Tensor | float, dtype: torch.dtype) -> Tens
     return (factor.to(wide) * scaling).to(dtype)
 
 
-def _narrow_product(wide: Tensor, narrow: Tensor, scaling: Tensor | None = None) -> Tensor:
-    """``wide @ (scaling * narrow)``: ``[M, D] x [D, R] -> [M, R]`` in the accumulator's dtype.
+def _narrow_product(wide: Tensor, narrow: Tensor, scaling: Tensor | float | None = None) -> Tensor:
+    """``wide @ (scaling * narrow)``: ``[M, D] x [D, R] -> [M, R]`` in :func:`product_dtype`.
 
-    fp16 never rounds the result to fp16: h and t may lie below its smallest number. A CPU has no
-    half-precision product with a wider result; there bf16, whose range is fp32's, is rounded once,
-    and fp16 is widened a row chunk at a time.
+    fp16 never rounds the result to fp16: h and t may lie below its smallest number. On a CPU it is
+    widened a row chunk at a time.
     """
-    accumulator = accumulator_dtype(wide.dtype)
     if wide.dtype == torch.float16 and wide.device.type == "cpu":
         factor = narrow.float() if scaling is None else narrow.float() * scaling
-        out = wide.new_empty((wide.shape[0], narrow.shape[1]), dtype=accumulator)
+        out = wide.new_empty((wide.shape[0], narrow.shape[1]), dtype=torch.float32)
         for chunk in _row_chunks(*wide.shape):
             torch.mm(wide[chunk].float(), factor, out=out[chunk])
         return out
@@ -157,14 +156,14 @@ def _narrow_product(wide: Tensor, narrow: Tensor, scaling: Tensor | None = None)
     factor = narrow.to(wide.dtype) if scaling is None else _scaled(narrow, scaling, wide.dtype)
     if wide.dtype == torch.bfloat16 and wide.device.type == "cuda":
         return torch.mm(wide, factor, out_dtype=torch.float32)
-    return (wide @ factor).to(accumulator)
+    return wide @ factor
 
 
 def _transposed_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left^T @ right``: ``[M, P], [M, Q] -> [P, Q]`` in the accumulator's dtype.
+    """``left^T @ right``: ``[M, P], [M, Q] -> [P, Q]`` in :func:`product_dtype`.
 
-    One side is an activation in x's dtype, the other h or t in fp32. The fp32 side is rounded to
-    the activation's dtype for the product; in fp16 it is first scaled into range.
+    One side is an activation in x's dtype, the other h or t. That one is rounded to the
+    activation's dtype for the product; in fp16 it is first scaled into range.
     """
     wide = left if right.dtype == torch.float32 else right
     dtype = wide.dtype
@@ -182,7 +181,7 @@ def _transposed_product(left: Tensor, right: Tensor) -> Tensor:
     left, right = left.to(dtype), right.to(dtype)
     if dtype == torch.bfloat16 and wide.device.type == "cuda":
         return torch.mm(left.t(), right, out_dtype=torch.float32)
-    return (left.t() @ right).to(accumulator_dtype(dtype))
+    return left.t() @ right
 
 
 def _to_half_range(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,6 +224,17 @@ def _row_chunks(rows: int, columns: int) -> list[slice]:
     """Slices of rows that hold at most ``_CHUNK_ELEMENTS`` elements (at least one row) each."""
     step = max(1, _CHUNK_ELEMENTS // max(columns, 1))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What h, t and the gradients of A and B come in from products with ``x``: fp32 (fp64 for fp64).
+
+    Except bf16 on a CPU, where torch has no product with a wider result: it is rounded once, and
+    keeping it wider would only cost copies. (bf16 has fp32's range, so nothing underflows.)
+    """
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        return torch.bfloat16
+    return accumulator_dtype(x.dtype)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
