@@ -53,7 +53,7 @@ def forward(
     unscaled = torch.empty_like(y) if save_unscaled else None
     h = rows.new_empty((tokens, rank), dtype=torch.float32)
     if tokens == 0:
-        return y.view(*x.shape[:-1], out_features), h, None, unscaled
+        return _like_rows_of(x, y), h, None, unscaled
     cell = _cell("forward", rows, columns, out_features, rank, dropout_p)
     drop = Dropout(seed, dropout_p, tokens, columns)
     with on_device(rows):
@@ -70,7 +70,7 @@ def forward(
             bias=bias,
             output_scale=output_scale,
         )
-    return y.view(*x.shape[:-1], out_features), h, None, unscaled
+    return _like_rows_of(x, y), h, None, unscaled
 
 
 def backward(
@@ -130,6 +130,11 @@ def backward(
         if needs_a:
             _a_gradient(cell, x.reshape(-1, columns), t, grad_a, drop)
     return dx, *grads[1:]
+
+
+def _like_rows_of(x: Tensor, y: Tensor) -> Tensor:
+    """``[M, N]`` as ``[..., N]``. Not a view to autograd: the caller may change it in place."""
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
 
 
 def _shrink(

@@ -110,9 +110,9 @@ def shrink_tile(
     block_d = 128 if block_r <= 32 and cell.itemsize == 2 else 64
     if cell.ieee:
         block_d, block_m = 32, min(block_m, 32 if block_r <= 64 else 16)
-    elif not aligned and block_r == MAX_BLOCK_R:
+    elif not aligned:
         # Every element has its own pointer and predicate in registers.
-        block_m = min(block_m, 32)
+        block_d, block_m = 64, min(block_m, 32 if block_r == MAX_BLOCK_R else 64)
     programs = cdiv(cell.tokens, block_m) * cdiv(cell.rank, block_r)
     blocks = cdiv(depth, block_d)
     parts = 1

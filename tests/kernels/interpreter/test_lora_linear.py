@@ -206,6 +206,16 @@ def test_offsets_past_31_bits(strategy):
     assert all(torch.equal(there[name], here[name]) for name in here)
 
 
+@pytest.mark.parametrize("leading", [(5,), (2, 3), (0, 3)], ids=str)
+def test_result_may_be_changed_in_place(leading):
+    problem = LoRAProblem.random(leading, 24, 16, 3)
+    lora_b = problem.lora_b.requires_grad_()
+    y = lora_linear(problem.x, problem.weight, problem.lora_a, lora_b, 1.0, backend="triton")
+    y += 1
+    y.sum().backward()
+    assert lora_b.grad.shape == lora_b.shape
+
+
 def test_nothing_but_x_and_h_is_kept(strategy):
     problem = LoRAProblem.random((16,), 64, 48, 4, dtype=torch.float16, dropout_p=0.3)
     kept = []

@@ -1,0 +1,168 @@
+"""The calls whose kernels are compiled without a GPU: what ``lora_linear`` launches for each.
+
+The tests in ``tests/kernels/compiled`` and the table of resources share them; the table is made by
+
+    python -m lora_kernels.testing.compile_cases > benchmarks/resources.md
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from lora_kernels.ops.lora_linear import gemm, launch, tiles
+from lora_kernels.testing.compile_only import Launch, Resources, compile_launch, record_launches
+
+# As cudaDeviceProp has them: A100, H200, B200.
+DEVICES = {
+    80: tiles.DeviceLimits("sm_80", 80, 108, 166_912),
+    90: tiles.DeviceLimits("sm_90", 90, 132, 232_448),
+    100: tiles.DeviceLimits("sm_100", 100, 148, 232_448),
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A forward and a backward of ``lora_linear``, with every gradient but that of the bias."""
+
+    tokens: int
+    in_features: int
+    out_features: int
+    rank: int
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    dropout_p: float = 0.0
+    with_output_scale: bool = False
+    strategy: str = "fused"
+
+    def run(self) -> None:
+        """On meta tensors: nothing is computed, only launched."""
+        m, k, n, r = self.tokens, self.in_features, self.out_features, self.rank
+
+        def empty(*shape: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        x, dy, weight, bias = empty(m, k), empty(m, n), empty(n, k), empty(n)
+        lora_a, lora_b = (empty(*s, dtype=self.adapter_dtype) for s in ((r, k), (n, r)))
+        scaling = torch.tensor(2.0)
+        seed = empty(dtype=torch.int64) if self.dropout_p else None
+        scale = empty(n, dtype=torch.float32) if self.with_output_scale else None
+        with tiles.use_cells({"*": {"strategy": self.strategy}}):
+            _, h, _, unscaled = launch.forward(
+                x, weight, lora_a, lora_b, scaling, bias, scale, self.dropout_p, seed,
+                self.with_output_scale,
+            )  # fmt: skip
+            launch.backward(
+                dy, x, weight, lora_a, lora_b, scaling, h, scale, unscaled, None, self.dropout_p,
+                seed, (True, True, True, False, self.with_output_scale),
+            )  # fmt: skip
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+# name: (call, compute capabilities)
+CALLS = {
+    "bf16, r 16, dropout": (Call(8192, 4096, 4096, 16, BF16, BF16, 0.1), (80, 90, 100)),
+    "bf16, fp32 adapters, r 64, DoRA": (
+        Call(8192, 4096, 4096, 64, BF16, FP32, with_output_scale=True),
+        (80, 90, 100),
+    ),
+    "bf16, fp32 adapters, r 160, dropout, hybrid": (
+        Call(8192, 4096, 4096, 160, BF16, FP32, 0.1, strategy="hybrid"),
+        (80, 90, 100),
+    ),
+    "fp16, fp32 adapters, r 3, dropout, odd sizes": (
+        Call(1000, 4097, 4095, 3, FP16, FP32, 0.1),
+        (80, 90, 100),
+    ),
+    "fp32, r 16, dropout, hybrid": (
+        Call(8192, 4096, 4096, 16, FP32, FP32, 0.1, strategy="hybrid"),
+        (90,),
+    ),
+    "bf16, r 16, one token": (Call(1, 4096, 4096, 16, BF16, BF16, strategy="hybrid"), (90,)),
+}
+
+
+@functools.cache
+def launches_of(call: Call, capability: int) -> list[Launch]:
+    """What the call launches on that device, each distinct kernel variant once."""
+    recorded = record_launches([launch, gemm], call.run, DEVICES[capability])
+    return list({compile_key(launched): launched for launched in recorded}.values())
+
+
+def compile_key(launched: Launch) -> str:
+    """Equal for launches that share one compiled kernel, give or take alignment of sizes."""
+    constants = {
+        parameter.name: launched.arguments[parameter.name]
+        for parameter in launched.kernel.params
+        if parameter.is_constexpr
+    }
+    dtypes = [str(getattr(argument, "dtype", "")) for argument in launched.arguments.values()]
+    return f"{launched.name} {constants} {launched.options} {dtypes}"
+
+
+@functools.cache
+def resources_of(call: Call, capability: int) -> list[tuple[Launch, Resources]]:
+    return [
+        (launched, compile_launch(launched, capability))
+        for launched in launches_of(call, capability)
+    ]
+
+
+def resource_table() -> str:
+    """Registers, spills and shared memory of every kernel, as Markdown."""
+    lines = [
+        f"# Resources of the kernels of lora_linear, compiled by Triton {triton.__version__}",
+        "",
+        "Generated without a GPU; the tests compare it for the Triton it names. To renew:",
+        "",
+        "    python -m lora_kernels.testing.compile_cases > benchmarks/resources.md",
+        "",
+        "Registers per thread, spills and other stack in bytes per thread, shared memory in bytes",
+        "per block. Tile: BLOCK_M x (BLOCK_C or BLOCK_D) [x BLOCK_D] / BLOCK_R, warps x stages.",
+    ]
+    for name, (call, capabilities) in CALLS.items():
+        shape = f"M {call.tokens}, K {call.in_features}, N {call.out_features}"
+        lines += ["", f"## {name} ({shape})", ""]
+        lines += [
+            "| sm | kernel | tile | variant | registers | stack | shared |",
+            "|---|---|---|---|---:|---:|---:|",
+        ]
+        for capability in capabilities:
+            for launched, used in resources_of(call, capability):
+                cells = (
+                    capability,
+                    launched.name.removesuffix("_kernel"),
+                    _tile(launched),
+                    _variant(launched),
+                    used.registers,
+                    used.stack,
+                    used.shared,
+                )
+                lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _tile(launched: Launch) -> str:
+    sizes = {
+        name: launched.arguments[name]
+        for name in ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_D")
+        if name in launched.arguments
+    }
+    rank = f" / {launched.arguments['BLOCK_R']}" if "BLOCK_R" in launched.arguments else ""
+    stages = f" x {launched.options['num_stages']}" if "num_stages" in launched.options else ""
+    return f"{' x '.join(map(str, sizes.values()))}{rank}, {launched.options['num_warps']}{stages}"
+
+
+def _variant(launched: Launch) -> str:
+    flags = [
+        name.removeprefix("HAS_").lower().replace("_", " ")
+        for name, argument in launched.arguments.items()
+        if argument is True
+    ]
+    return ", ".join(flags)
+
+
+if __name__ == "__main__":
+    print(resource_table(), end="")

@@ -1,0 +1,94 @@
+"""Every kernel compiled for sm_80, sm_90 and sm_100: it fits, does not spill, uses the hardware."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lora_kernels.testing.compile_cases import (
+    BF16,
+    CALLS,
+    DEVICES,
+    Call,
+    launches_of,
+    resources_of,
+)
+from lora_kernels.testing.compile_only import compile_launch, compile_launch_for_amd
+
+CASES = [
+    pytest.param(call, capability, id=f"{name}-sm_{capability}")
+    for name, (call, capabilities) in CALLS.items()
+    for capability in capabilities
+]
+MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+DOTS = {"shrink_kernel", "rank_gradient_kernel", "gemm_tail_kernel", "gemm_tail_tma_kernel"}
+
+
+@pytest.mark.parametrize("call, capability", CASES)
+def test_fits_and_does_not_spill(call, capability):
+    for launch, used in resources_of(call, capability):
+        assert used.stack == 0, (launch.name, used.stack)
+        assert used.shared <= DEVICES[capability].shared_memory, (launch.name, used.shared)
+        assert used.registers * 32 * launch.options["num_warps"] <= 65_536, launch.name
+
+
+@pytest.mark.parametrize("call, capability", CASES)
+def test_instructions(call, capability):
+    seen = set()
+    for launch, used in resources_of(call, capability):
+        seen.add(launch.name)
+        if launch.name not in DOTS:
+            continue
+        small = launch.arguments["BLOCK_M"] < 64 and launch.name != "rank_gradient_kernel"
+        if call.dtype == torch.float32:  # ieee: not on the matrix units
+            assert not any(used.instructions(mnemonic) for mnemonic in MATRIX.values())
+        else:
+            expected = "mma.sync" if small else MATRIX[capability]
+            assert used.instructions(expected), (launch.name, expected)
+        if launch.name == "gemm_tail_tma_kernel":
+            assert used.instructions("cp.async.bulk.tensor"), launch.name
+        elif call.in_features % 8 == 0:
+            assert used.instructions("cp.async.cg"), launch.name
+    on_tma = call.strategy == "fused" and capability >= 90 and call.in_features % 8 == 0
+    assert ("gemm_tail_tma_kernel" in seen) == on_tma
+    assert {"shrink_kernel", "rank_gradient_kernel"} <= seen
+
+
+@pytest.mark.parametrize(
+    "call", [call for call, capabilities in CALLS.values() if 90 in capabilities], ids=str
+)
+def test_no_cast_value_is_a_register_operand_of_wgmma(call):
+    """ptxas before 13.3 miscompiles a pipelined wgmma whose register operand was cast from fp32.
+
+    Only the mask, which selects and does not cast, may bring an operand into registers.
+    """
+    for launch, used in resources_of(call, 90):
+        if launch.name in DOTS and not launch.arguments["DROPOUT"]:
+            from_registers = re.findall(r"wgmma\.mma_async[^;]*\},\s*\{", used.assembly)
+            assert not from_registers, launch.name
+
+
+@pytest.mark.parametrize("rank", [16, 64, 256])
+def test_tail_is_free_on_sm_90(rank):
+    """The GEMM with a tail against the same GEMM without one: registers and shared memory."""
+    call = Call(8192, 4096, 4096, rank, BF16, BF16)
+    with_tail, *_ = [
+        launch for launch in launches_of(call, 90) if launch.name == "gemm_tail_tma_kernel"
+    ]
+    assert with_tail.arguments["HAS_TAIL"] and with_tail.arguments["RIGHT_TRANSPOSED"]
+    plain = replace(with_tail, arguments={**with_tail.arguments, "HAS_TAIL": False})
+    tail, base = compile_launch(with_tail, 90), compile_launch(plain, 90)
+    assert tail.registers <= 1.05 * base.registers, (tail.registers, base.registers)
+    assert tail.shared <= 1.05 * base.shared, (tail.shared, base.shared)
+
+
+@pytest.mark.parametrize("call", [CALLS["bf16, r 16, dropout"][0]], ids=["bf16, r 16, dropout"])
+def test_compiles_for_amd(call):
+    """By pointers; nothing but compiling is claimed there."""
+    for launch in launches_of(call, 80):
+        staged = replace(launch, options={**launch.options, "num_stages": 2})
+        used = compile_launch_for_amd(staged)
+        assert used.shared <= 65_536, launch.name
+        if launch.name in DOTS:
+            assert used.instructions("mfma"), launch.name
