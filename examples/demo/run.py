@@ -35,10 +35,14 @@ def run(options: argparse.Namespace) -> int:
         (settings.out / name).unlink(missing_ok=True)
 
     dtype = str(settings.dtype).removeprefix("torch.")
-    say(f"SmolLM2-135M-Instruct on {settings.device} in {dtype}: unpacking the weights ...")
-    base = load_base(settings.device, settings.dtype)
-    tokenizer = load_tokenizer()
-    results = Results(load_texts(tokenizer, settings.length, settings.held_out))
+    say(f"SmolLM2-135M-Instruct on {settings.device} in {dtype}, {settings.steps} steps per text")
+    with progress("Loading", 3) as advance:
+        tokenizer = load_tokenizer()
+        advance("tokenizer")
+        base = load_base(settings.device, settings.dtype)
+        advance("weights, unpacked")
+        results = Results(load_texts(tokenizer, settings.length, settings.held_out))
+        advance("texts")
     for text in results.texts:
         tokens = f"{text.train.numel():,} training and {text.held_out.numel():,} held-out tokens"
         say(f"{text.title}: {tokens}")
