@@ -88,7 +88,7 @@ def fused_forward(
 
 
 def _lora(x: Tensor, weight: Tensor | None, bias: Tensor | None, adapter: ActiveAdapter) -> Tensor:
-    lora_a, lora_b, lora_bias, scaling, dropout_p, _ = adapter
+    lora_a, lora_b, lora_bias, scaling, dropout_p, *_ = adapter
     if lora_bias is not None:
         lora_bias = lora_bias * scaling
         bias = (lora_bias if bias is None else bias + lora_bias).to(x.dtype)
@@ -102,21 +102,24 @@ def _add_dora(
     bias: Tensor | None,  # [N]
     adapter: ActiveAdapter,
 ) -> Tensor:  # [..., N], in the wider dtype of y and the magnitude, as in PEFT
-    """``y + (c - 1) base + c s B A D(x)``; base is y without its bias, under dropout ``W D(x)``."""
+    """``y + (c - 1) base + c s B A D(x)``; base is y without its bias, or ``W D(x)``."""
     c = _dora_scale(weight, adapter)
     if adapter.dropout_p > 0.0:
         # In A's dtype, as in PEFT: a half-precision 1 / (1 - p) is off by the same in every row.
         x = F.dropout(x.to(adapter.lora_a.dtype), adapter.dropout_p).to(x.dtype)
+    if adapter.own_base:
         base = F.linear(x, weight)
+    elif bias is None:
+        base = y
     else:
-        base = y if bias is None else y - bias
+        base = y - bias
     return y + (c - 1) * base + c * _lora(x, None, None, adapter._replace(dropout_p=0.0))
 
 
 def _dora_scale(weight: Tensor, adapter: ActiveAdapter) -> Tensor:
     """``c = m / ||W + s B A||`` by rows; the norm is a constant to the gradient."""
-    lora_a, lora_b, _, scaling, _, magnitude = adapter
-    return magnitude / lora_weight_norm(weight, lora_a, lora_b, scaling)
+    norm = lora_weight_norm(weight, adapter.lora_a, adapter.lora_b, adapter.scaling)
+    return adapter.magnitude / norm
 
 
 def _join(adapters: list[ActiveAdapter]) -> list[ActiveAdapter]:
@@ -144,7 +147,7 @@ def _joined(adapters: list[ActiveAdapter]) -> ActiveAdapter:
     lora_b = torch.cat(scaled, dim=1)
     biases = [a.scaling * a.lora_bias for a in adapters if a.lora_bias is not None]
     lora_bias = sum(biases[1:], biases[0]) if biases else None
-    return ActiveAdapter(lora_a, lora_b, lora_bias, 1.0, 0.0, None)
+    return ActiveAdapter(lora_a, lora_b, lora_bias, 1.0, 0.0, None, False)
 
 
 def _at_least_fp32(tensor: Tensor) -> Tensor:

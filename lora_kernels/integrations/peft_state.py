@@ -36,6 +36,7 @@ class ActiveAdapter(NamedTuple):
     scaling: float | Tensor
     dropout_p: float  # 0.0 where dropout is not active
     magnitude: Tensor | None  # [N], DoRA's m
+    own_base: bool  # DoRA that takes its share of the base from D(x), not from the result so far
 
 
 class LayerState(NamedTuple):
@@ -215,7 +216,7 @@ def _read_adapter(layer: LoraLayer, name: str, weight: Tensor) -> ActiveAdapter 
         if dropout_p >= 1.0:
             return f"lora_dropout of {name!r} drops everything (p = 1)"
 
-    magnitude = None
+    magnitude, own_base = None, False
     if name in layer.lora_variant:
         magnitude = _tensor_of(children["lora_magnitude_vector"]._modules[name], "weight")
         if unsupported := _unsupported_parameter(magnitude):
@@ -224,9 +225,11 @@ def _read_adapter(layer: LoraLayer, name: str, weight: Tensor) -> ActiveAdapter 
             return f"lora_magnitude_vector of {name!r} is on {magnitude.device}"
         if lora_bias is not None:
             return f"adapter {name!r} has DoRA and lora_bias at once"
-        if not layer.training:  # PEFT's DoRA looks at the layer's mode before the dropout's
+        # PEFT's DoRA asks the layer whether to drop, and then the dropout how.
+        own_base = layer.training and type(dropout) is nn.Dropout
+        if not own_base:
             dropout_p = 0.0
-    return ActiveAdapter(lora_a, lora_b, lora_bias, scaling, dropout_p, magnitude)
+    return ActiveAdapter(lora_a, lora_b, lora_bias, scaling, dropout_p, magnitude, own_base)
 
 
 def _tensor_of(module: nn.Module, name: str) -> Any:

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora import config as lora_configs
+from peft.tuners.lora import dora
 from peft_models import (
     Net,
     accelerated,
@@ -51,6 +52,12 @@ def assert_delegates(plain: nn.Module, reason: str, prepare: Callable[[nn.Module
 
 def up(model: nn.Module) -> nn.Module:
     return model.base_model.model.up
+
+
+def accelerated_layer(layer: nn.Module) -> nn.Module:
+    layer = copy.deepcopy(layer)
+    lora_kernels.accelerate(layer)
+    return layer
 
 
 # --- hooks and replaced forwards -------------------------------------------------------------
@@ -247,16 +254,36 @@ def test_weights_gathered_for_the_whole_layer_are_used():
     assert weight.numel() == 0
 
 
-def test_empty_weights_fail_as_pefts_do():
+UNUSABLE = {
+    "empty": lambda layer: setattr(layer.base_layer.weight, "data", torch.empty(0)),
+    "flat": lambda layer: setattr(layer.base_layer.weight, "data", torch.ones(37 * 23)),
+    "half bias": lambda layer: setattr(
+        layer.base_layer, "bias", nn.Parameter(torch.ones(37, dtype=torch.float16), False)
+    ),
+    "empty adapter": lambda layer: setattr(layer.lora_A["one"].weight, "data", torch.empty(0)),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_what_fails_in_peft_fails_in_the_same_words(case):
     plain = build(lora_config())
     fast = accelerated(plain)
     for model in (plain, fast):
-        up(model).base_layer.weight.data = torch.empty(0)
+        UNUSABLE[case](up(model))
     with pytest.raises(RuntimeError) as theirs:
         plain(inputs(9))
     with pytest.raises(RuntimeError) as ours:
         fast(inputs(9))
     assert str(ours.value) == str(theirs.value)
+
+
+def test_an_adapter_on_another_device():
+    plain = build(lora_config())
+    fast = accelerated(plain)
+    for model in (plain, fast):
+        up(model).lora_A.to("meta")
+    assert up(fast)(inputs(9)).device == up(plain)(inputs(9)).device
+    assert delegated_calls(up(fast)) == {"adapter 'one' is on meta, the base weight on cpu": 1}
 
 
 def test_partitioned_parameters_are_known_by_their_mark():
@@ -408,6 +435,39 @@ def test_dora_cache_and_its_hooks():
     assert report.refresh().delegated == {}
     up(fast).lora_magnitude_vector["one"].register_forward_hook(lambda m, args, y: y * 2)
     assert report.refresh().delegated == {UP: "lora_magnitude_vector of 'one' has forward hooks"}
+
+
+def test_doras_own_forward():
+    class Doubled(dora.DoraLinearLayer):
+        def forward(self, x: Tensor, **kwargs) -> Tensor:
+            return super().forward(x, **kwargs) * 2
+
+    def prepare(model: nn.Module) -> None:
+        up(model).lora_magnitude_vector["one"].__class__ = Doubled
+
+    assert_delegates(build(lora_config(use_dora=True)), "DoRA of 'one' is Doubled", prepare)
+
+
+def test_complex_layers():
+    plain = up(build(lora_config())).to(torch.complex64)
+    fast = accelerated_layer(plain)
+    x = torch.randn(9, 23, dtype=torch.complex64)
+    assert torch.equal(fast(x), plain(x))
+    assert delegated_calls(fast) == {"base weight: dtype complex64": 1}
+
+
+def test_sparse_weights():
+    def sparse_layer() -> nn.Module:
+        layer = up(build(lora_config())).requires_grad_(False)
+        layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.to_sparse_csr(), False)
+        layer.base_layer.bias = None
+        return layer
+
+    plain, fast = sparse_layer(), sparse_layer()
+    lora_kernels.accelerate(fast)
+    x = inputs(9).detach()
+    assert torch.equal(fast(x), plain(x))
+    assert delegated_calls(fast) == {"base weight: layout torch.sparse_csr": 1}
 
 
 def test_x_of_another_dtype_fails_as_in_peft():

@@ -99,6 +99,18 @@ def test_ten_steps_of_sgd_reach_the_same_parameters(configs):
     assert_parity(accelerated(plain), with_defined_dropout(plain), inputs(11), train)
 
 
+@pytest.mark.parametrize("name", ["dropout", "dora with dropout", "two doras, one with dropout"])
+@pytest.mark.parametrize("in_training", ["layer", "dropout"])
+def test_modes_that_differ_between_a_layer_and_its_dropout(name, in_training):
+    """PEFT's DoRA asks the layer whether to drop, and the dropout how; LoRA asks the dropout."""
+    plain = build(*CONFIGS[name])
+    for layer in lora_layers(plain).values():
+        layer.training = in_training == "layer"
+        for dropout in layer.lora_dropout.values():
+            dropout.train(in_training == "dropout")
+    assert_parity(accelerated(plain), with_defined_dropout(plain), inputs(9))
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (3, 1, 4)], ids=str)
 @pytest.mark.parametrize(
     "config", [lora_config(), lora_config(use_dora=True)], ids=["lora", "dora"]

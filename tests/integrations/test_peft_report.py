@@ -14,6 +14,7 @@ from torch import nn
 
 import lora_kernels
 from lora_kernels.integrations import peft as integration
+from lora_kernels.integrations import peft_layers
 from lora_kernels.integrations.peft_state import read_call
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:Already unmerged")
@@ -147,6 +148,42 @@ def test_nothing_is_left_of_layers_that_are_gone():
     del model
     gc.collect()
     assert len(_delegated_calls) == before
+
+
+def test_undo_forgets_the_calls():
+    model = build(lora_config())
+    report = lora_kernels.accelerate(model)
+    with torch.no_grad():
+        model.base_model.model.up(inputs(2).detach().to_sparse())
+    assert report.refresh().delegated_calls
+    report.undo()
+    assert lora_kernels.accelerate(model).delegated_calls == {}
+
+
+@pytest.mark.parametrize(
+    ("configs", "operations"),
+    [
+        ([lora_config()], 1),
+        ([lora_config(lora_dropout=0.5)], 1),
+        ([lora_config(use_dora=True)], 1),
+        ([lora_config(), lora_config(r=5), lora_config()], 1),
+        ([lora_config(lora_dropout=0.5), lora_config(r=5), lora_config()], 2),
+        ([lora_config(lora_dropout=0.5), lora_config(), lora_config(lora_dropout=0.1)], 3),
+        ([lora_config(use_dora=True), lora_config(r=5), lora_config()], 2),
+    ],
+    ids=["one", "dropout", "dora", "three", "dropout first", "two dropouts", "dora first"],
+)
+def test_adapters_are_joined_where_they_can_be(monkeypatch, configs, operations):
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return lora_kernels.lora_linear(*args, **kwargs)
+
+    monkeypatch.setattr(peft_layers, "lora_linear", counted)
+    accelerated(build(*configs)).base_model.model.up(inputs(3))
+    assert len(calls) == operations
+    assert calls[0][1] is not None  # the first has the base layer's weight
 
 
 def test_untested_peft_versions_are_named(monkeypatch):
