@@ -9,7 +9,6 @@ M*K or M*N is allocated on behalf of the adapter, except one row chunk at a time
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lora_kernels.dropout import drop_threshold, keep_scale, packed_keep_mask, zero_dropped
 
@@ -41,14 +40,13 @@ def forward(
     h = _shrink(rows, lora_a, mask, dropout_p)
     tail = h.to(x.dtype)  # [M, R]
     scaled_b = _scaled(lora_b, scaling, x.dtype)  # [N, R]
-    base_bias = bias if output_scale is None else None
-    if weight is None:
+    # The tail first: the wide GEMM then adds to a result that is still in the cache.
+    if bias is None or output_scale is not None:
         y = tail @ scaled_b.t()
-        if base_bias is not None:
-            y += base_bias
     else:
-        y = F.linear(rows, weight, base_bias)
-        y.addmm_(tail, scaled_b.t())
+        y = torch.addmm(bias, tail, scaled_b.t())
+    if weight is not None:
+        y.addmm_(rows, weight.t())
     unscaled = None
     if output_scale is not None:
         unscaled = y if save_unscaled else None
@@ -92,26 +90,25 @@ def backward(
 
     # The dropout scale rides on B, so that t already carries it to both of its products.
     t = _narrow_product(rows_dy, lora_b, scaling * keep_scale(dropout_p))  # [M, R]
-    if needs_x:
-        dx = (
-            t.new_zeros((num_rows, columns), dtype=dy.dtype) if weight is None else rows_dy @ weight
-        )
+    a = lora_a.to(dy.dtype) if needs_x else None
     if drop_threshold(dropout_p) == 0:
         if needs_x:
-            dx.addmm_(t.to(dy.dtype), lora_a.to(dy.dtype))
+            dx = t.to(dy.dtype) @ a
         if needs_a:
             grad_a = _transposed_product(t, x.reshape(-1, columns))
     else:
         if mask is None:
             mask = packed_keep_mask(seed, dropout_p, num_rows, columns)
         rows_x = x.reshape(-1, columns) if needs_a else None
+        dx = rows_dy.new_empty((num_rows, columns)) if needs_x else None
         grad_a = t.new_zeros(lora_a.shape, dtype=accumulator_dtype(t.dtype)) if needs_a else None
-        a = lora_a.to(dy.dtype) if needs_x else None
         for chunk in _row_chunks(num_rows, columns):
             if needs_x:
-                dx[chunk] += zero_dropped(t[chunk].to(dy.dtype) @ a, mask[chunk])
+                dx[chunk] = zero_dropped(t[chunk].to(dy.dtype) @ a, mask[chunk])
             if needs_a:
                 grad_a += _transposed_product(t[chunk], zero_dropped(rows_x[chunk], mask[chunk]))
+    if needs_x and weight is not None:
+        dx.addmm_(rows_dy, weight)
     if needs_x:
         dx = dx.view(*dy.shape[:-1], columns)
     if needs_a:
@@ -227,7 +224,7 @@ def _row_chunks(rows: int, columns: int) -> list[slice]:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What h, t and the gradients of A and B come in from products with ``x``: fp32 (fp64 for fp64).
+    """h, t and the gradients of A and B come from products with ``x`` in fp32 (fp64 for fp64).
 
     Except bf16 on a CPU, where torch has no product with a wider result: it is rounded once, and
     keeping it wider would only cost copies. (bf16 has fp32's range, so nothing underflows.)
