@@ -1,7 +1,8 @@
 """Which backend serves a call, and why.
 
 ``auto`` never takes a kernel that has not been measured on the device kind at hand, correctness
-and time; until a table under ``tuned/`` says otherwise it is ``composed``, which runs anywhere.
+and time; until a table under ``tuned/`` says otherwise it is ``composed``, which runs anywhere. An
+operation looks its calls up in that table itself (``measured.py`` in its folder).
 ``LORA_KERNELS_BACKEND`` replaces ``auto`` for the whole process, so that the kernels can be
 switched off without touching a program; it is read once, at import.
 """

@@ -29,9 +29,10 @@ _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _LOW_32 = 0xFFFFFFFF
 
-# Groups per chunk: the six int64 temporaries of a chunk stay in the second-level cache (128 KiB
-# each), and a chunk never crosses a multiple of 2**32, so the high counter word is one number.
-_CHUNK = 1 << 14
+# Groups per chunk. On a CPU the six int64 temporaries of a chunk stay in the second-level cache
+# (128 KiB each); on a device each of the some sixty operations of a chunk is a launch. A power of
+# two never crosses a multiple of 2**32, so the high counter word is one number.
+_CPU_CHUNK, _DEVICE_CHUNK = 1 << 14, 1 << 22
 
 _BITS_OF = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -70,8 +71,9 @@ def packed_keep_mask(seed: Tensor, p: float, rows: int, columns: int, stream: in
     # On a CPU the key is read once; on a device it stays a tensor, which needs no synchronisation.
     seed_value = seed.item() if seed.device.type == "cpu" else seed
     key = (seed_value & _LOW_32, (seed_value >> 32) & _LOW_32)
-    for start in range(0, total, _CHUNK):
-        count = min(_CHUNK, total - start)
+    chunk = _CPU_CHUNK if seed.device.type == "cpu" else _DEVICE_CHUNK
+    for start in range(0, total, chunk):
+        count = min(chunk, total - start)
         words = _philox_words(start, count, key, stream, seed.device)
         packed[start : start + count] = _pack_lanes(words, threshold)
     return packed.view(rows, groups_per_row)

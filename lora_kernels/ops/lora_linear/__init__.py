@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lora_kernels import dispatch
 from lora_kernels.dropout import draw_seed, drop_threshold
-from lora_kernels.ops.lora_linear import autograd  # noqa: F401  (registers the ops)
+from lora_kernels.ops.lora_linear import autograd, measured  # noqa: F401  (registers the ops)
 from lora_kernels.ops.lora_linear.reference import lora_linear_reference
 
 __all__ = ["explain", "lora_linear"]
@@ -107,7 +107,7 @@ def explain(
     """
     x, weight, bias = _cast_for_autocast(x, weight, bias)
     _check(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed)
-    return dispatch.choose(backend, x.device, x.dtype)
+    return measured.explain(backend, x, weight, lora_a, lora_b, dropout_p)
 
 
 def _cast_for_autocast(

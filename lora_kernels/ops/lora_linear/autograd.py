@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_kernels import dispatch
 from lora_kernels.dropout import GROUP, drop_threshold
-from lora_kernels.ops.lora_linear import composed
+from lora_kernels.ops.lora_linear import composed, measured
 
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
 
@@ -50,9 +49,12 @@ def stores_mask(device: torch.device, dropout_p: float, backend: str) -> bool:
     return drop_threshold(dropout_p) > 0 and device.type in ("cpu", "meta") and backend != "triton"
 
 
-def _implementation(backend: str, x: Tensor):
-    """The module whose forward and backward serve the call; raises if the backend cannot."""
-    if dispatch.choose(backend, x.device, x.dtype).backend != "triton":
+def _implementation(backend: str, direction: str, *call):
+    """The module that serves one direction of the call; raises if a named backend cannot.
+
+    Chosen when the op runs, not when a graph is traced, so that it adds no guards.
+    """
+    if measured.choose(backend, direction, *call).backend != "triton":
         return composed
     # Not at the top: importing the package does not import Triton.
     from lora_kernels.ops.lora_linear import launch
@@ -78,7 +80,8 @@ def _without_autocast(function):
 
 @_without_autocast
 def _forward(x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, save_unscaled, backend):
-    y, h, mask, unscaled = _implementation(backend, x).forward(
+    implementation = _implementation(backend, "forward", x, weight, a, b, dropout_p)
+    y, h, mask, unscaled = implementation.forward(
         x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, save_unscaled
     )
     if mask is None or not stores_mask(x.device, dropout_p, backend):
@@ -96,7 +99,8 @@ def _inference(x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, ba
 def _backward(
     dy, x, weight, a, b, scaling, h, output_scale, unscaled, mask, dropout_p, seed, needs, backend
 ):
-    grads = _implementation(backend, dy).backward(
+    implementation = _implementation(backend, "backward", dy, weight, a, b, dropout_p)
+    grads = implementation.backward(
         dy, x, weight, a, b, scaling, h, output_scale, unscaled,
         mask if mask.numel() else None, dropout_p, seed, tuple(needs),
     )  # fmt: skip

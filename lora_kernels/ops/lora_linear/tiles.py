@@ -98,7 +98,7 @@ def strategy(cell: Cell, limits: DeviceLimits) -> str:
     the device's ceiling everywhere, and what ours reaches on an unknown device is not known. With
     ``hybrid`` the loss is bounded by one more write and read of the result.
     """
-    return _tuned(cell, limits).get("strategy", "hybrid")
+    return tuned(cell, limits).get("strategy", "hybrid")
 
 
 def shrink_tile(
@@ -129,7 +129,7 @@ def shrink_tile(
         num_warps=8 if block_r == MAX_BLOCK_R and block_m >= 32 else 4,
         num_stages=_stages(4, stage, converted, limits),
     )
-    return replace(tile, **_tuned(cell, limits).get("shrink", {}))
+    return replace(tile, **tuned(cell, limits).get("shrink", {}))
 
 
 def rank_gradient_tile(
@@ -160,7 +160,7 @@ def rank_gradient_tile(
         num_warps=8 if block_d * block_r >= 4096 else 4,
         num_stages=_stages(3, stage, converted, limits),
     )
-    return replace(tile, **_tuned(cell, limits).get("rank_gradient", {}))
+    return replace(tile, **tuned(cell, limits).get("rank_gradient", {}))
 
 
 def projects_in_same_pass(cell: Cell, depth: int, block_d: int) -> bool:
@@ -223,7 +223,7 @@ def gemm_tile(
     )
     if not has_main:
         return tile
-    return replace(tile, **_tuned(cell, limits).get("gemm", {}))
+    return replace(tile, **tuned(cell, limits).get("gemm", {}))
 
 
 def _stages(wanted: int, stage: int, besides: int, limits: DeviceLimits) -> int:
@@ -262,7 +262,13 @@ def use_cells(cells: dict | None):
         _replacement = before
 
 
-def _tuned(cell: Cell, limits: DeviceLimits) -> dict:
+def cells_are_replaced() -> bool:
+    """Whether :func:`use_cells` is active: what was looked up before does not hold then."""
+    return _replacement is not None
+
+
+def tuned(cell: Cell, limits: DeviceLimits) -> dict:
+    """What a table says about the cell; empty where it says nothing."""
     cells = shipped_cells(limits.name) if _replacement is None else _replacement
     return cells.get(cell.key) or cells.get("*", {})
 
