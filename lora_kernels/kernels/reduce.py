@@ -5,12 +5,12 @@ import triton.language as tl
 
 
 @triton.jit
-def load_scaling(scaling):
+def load_scaling(scaling, IS_POINTER: tl.constexpr):
     """``scaling`` as an fp32 scalar; it comes as a number or as a pointer to a 0-d tensor."""
-    scaling = tl.to_tensor(scaling)
-    if scaling.dtype.is_ptr():
-        scaling = tl.load(scaling)
-    return scaling.to(tl.float32)
+    if IS_POINTER:
+        return tl.load(scaling).to(tl.float32)
+    else:
+        return tl.cast(scaling, tl.float32)
 
 
 @triton.jit
@@ -24,6 +24,7 @@ def reduce_partials_kernel(
     numel,
     columns,
     stride_rounded,
+    SCALING_IS_POINTER: tl.constexpr,
     HAS_ROUNDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -34,7 +35,7 @@ def reduce_partials_kernel(
     for _ in range(num_partials):
         total += tl.load(partials_ptr + index, mask=inside, other=0.0)
         partials_ptr += numel
-    total *= load_scaling(scaling) * tl.cast(factor, tl.float32)
+    total *= load_scaling(scaling, SCALING_IS_POINTER) * tl.cast(factor, tl.float32)
     tl.store(out_ptr + index, total.to(out_ptr.dtype.element_ty), mask=inside)
     if HAS_ROUNDED:
         row = index // columns
@@ -52,6 +53,7 @@ def scale_cast_kernel(
     stride_row,
     stride_column,
     stride_out,
+    SCALING_IS_POINTER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """``out = scaling * factor``, rounded once to the dtype of ``out``."""
@@ -59,5 +61,5 @@ def scale_cast_kernel(
     inside = index < numel
     row, column = index // columns, index % columns
     factor = tl.load(factor_ptr + row * stride_row + column * stride_column, mask=inside)
-    scaled = factor.to(tl.float32) * load_scaling(scaling)
+    scaled = factor.to(tl.float32) * load_scaling(scaling, SCALING_IS_POINTER)
     tl.store(out_ptr + row * stride_out + column, scaled.to(out_ptr.dtype.element_ty), mask=inside)

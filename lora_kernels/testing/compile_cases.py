@@ -35,6 +35,7 @@ class Call:
     dropout_p: float = 0.0
     with_output_scale: bool = False
     strategy: str = "fused"
+    scaling_on_device: bool = False
 
     def run(self) -> None:
         """On meta tensors: nothing is computed, only launched."""
@@ -45,7 +46,7 @@ class Call:
 
         x, dy, weight, bias = empty(m, k), empty(m, n), empty(n, k), empty(n)
         lora_a, lora_b = (empty(*s, dtype=self.adapter_dtype) for s in ((r, k), (n, r)))
-        scaling = torch.tensor(2.0)
+        scaling = empty(dtype=torch.float32) if self.scaling_on_device else torch.tensor(2.0)
         seed = empty(dtype=torch.int64) if self.dropout_p else None
         scale = empty(n, dtype=torch.float32) if self.with_output_scale else None
         with tiles.use_cells({"*": {"strategy": self.strategy}}):
@@ -65,7 +66,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CALLS = {
     "bf16, r 16, dropout": (Call(8192, 4096, 4096, 16, BF16, BF16, 0.1), (80, 90, 100)),
     "bf16, fp32 adapters, r 64, DoRA": (
-        Call(8192, 4096, 4096, 64, BF16, FP32, with_output_scale=True),
+        Call(8192, 4096, 4096, 64, BF16, FP32, with_output_scale=True, scaling_on_device=True),
         (80, 90, 100),
     ),
     "bf16, fp32 adapters, r 160, dropout, hybrid": (

@@ -115,8 +115,6 @@ def _launch_tma(
         RIGHT_TRANSPOSED=right_transposed,
         TAIL_TRANSPOSED=tail_transposed,
         HAS_TAIL=True,
-        # A tail of one step is unrolled, and then there is no inner loop to flatten into.
-        FLATTEN=rank > tile.BLOCK_R,
         **_epilogue_constants(tile, unscaled, bias, output_scale, drop, left.dtype),
     )
 

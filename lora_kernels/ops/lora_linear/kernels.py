@@ -36,6 +36,7 @@ def shrink_kernel(
     DROPOUT: tl.constexpr,
     LONG_COUNTER: tl.constexpr,
     SPLIT: tl.constexpr,
+    SCALING_IS_POINTER: tl.constexpr,
     HAS_ROUNDED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -77,7 +78,7 @@ def shrink_kernel(
         out_ptr += part.to(tl.int64) * M * R
         tl.store(out_ptr + offsets, accumulator, mask=inside)
     else:
-        accumulator *= load_scaling(scaling) * tl.cast(factor, tl.float32)
+        accumulator *= load_scaling(scaling, SCALING_IS_POINTER) * tl.cast(factor, tl.float32)
         tl.store(out_ptr + offsets, accumulator, mask=inside)
         if HAS_ROUNDED:
             rounded = accumulator.to(rounded_ptr.dtype.element_ty)

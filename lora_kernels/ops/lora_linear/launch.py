@@ -58,7 +58,7 @@ def forward(
     drop = Dropout(seed, dropout_p, tokens, columns)
     with on_device(rows):
         tail = _shrink(cell, rows, lora_a, h, drop, keep_scale(dropout_p))
-        scaled_b = _scale_cast(lora_b, scaling, x.dtype)  # [N, R]
+        scaled_b = _scale_cast(lora_b, scaling_argument(scaling), x.dtype)  # [N, R]
         gemm_with_tail(
             cell,
             rows,
@@ -106,6 +106,7 @@ def backward(
 
     cell = _cell("backward", rows_dy, columns, out_features, rank, dropout_p)
     drop = Dropout(seed, dropout_p, tokens, columns)
+    scaling = scaling_argument(scaling)
     with on_device(rows_dy):
         rescale = output_scale is not None and (needs_x or needs_a or needs_b)
         if rescale or needs_bias or needs_output_scale:
@@ -168,7 +169,7 @@ def _shrink(
         copy if has_copy else out,
         drop.seed if drop is not None and drop.on else out,
         drop.threshold if drop is not None else 0,
-        scaling_argument(scaling),
+        scaling,
         factor,
         tokens,
         depth,
@@ -180,6 +181,7 @@ def _shrink(
         DROPOUT=drop is not None and drop.on,
         LONG_COUNTER=drop is not None and drop.long_counter,
         SPLIT=parts > 1,
+        SCALING_IS_POINTER=isinstance(scaling, Tensor),
         HAS_ROUNDED=has_copy,
         PRECISION=precision(wide.dtype),
         BLOCK_M=tile.BLOCK_M,
@@ -198,7 +200,7 @@ def _b_gradient(
     dy: Tensor,  # [M, N]
     h: Tensor,  # [M, R] fp32
     lora_b: Tensor,  # [N, R]
-    scaling: Tensor,  # []
+    scaling: Tensor | float,
     factor: float,
     grad_b: Tensor,  # [N, R], written: scaling * dy^T h
     t: Tensor | None,  # [M, R] fp32, written: scaling * factor * dy B
@@ -328,12 +330,13 @@ def _reduce(
         partials,
         out,
         out if rounded is None else rounded,
-        scaling_argument(scaling),
+        scaling,
         factor,
         partials.shape[0],
         out.numel(),
         out.shape[-1],
         out.shape[-1] if rounded is None else rounded.stride(0),
+        SCALING_IS_POINTER=isinstance(scaling, Tensor),
         HAS_ROUNDED=rounded is not None,
         BLOCK=_BLOCK,
         num_warps=4,
@@ -346,11 +349,12 @@ def _scale_cast(factor: Tensor, scaling: Tensor | float, dtype: torch.dtype) -> 
     scale_cast_kernel[(cdiv(factor.numel(), _BLOCK),)](
         factor,
         out,
-        scaling_argument(scaling),
+        scaling,
         factor.numel(),
         factor.shape[1],
         *factor.stride(),
         out.stride(0),
+        SCALING_IS_POINTER=isinstance(scaling, Tensor),
         BLOCK=_BLOCK,
         num_warps=4,
     )

@@ -48,7 +48,7 @@ def is_aligned(matrix: Tensor) -> bool:
 def scaling_argument(scaling: Tensor | float) -> Tensor | float:
     """A pointer for a tensor on the device; a tensor on the CPU is a number already known."""
     if isinstance(scaling, Tensor):
-        return scaling if scaling.is_cuda else scaling.item()
+        return float(scaling) if scaling.device.type == "cpu" else scaling
     return scaling
 
 

@@ -126,7 +126,7 @@ def shrink_tile(
         BLOCK_D=block_d,
         BLOCK_R=block_r,
         parts=parts,
-        num_warps=8 if block_r == MAX_BLOCK_R and block_m >= 32 else 4,
+        num_warps=8 if block_r >= 64 and block_m >= 32 else 4,
         num_stages=_stages(4, stage, converted, limits),
     )
     return replace(tile, **tuned(cell, limits).get("shrink", {}))
