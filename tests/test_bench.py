@@ -190,7 +190,8 @@ def test_every_op_provider_computes_the_formula(name, dtype):
     if name.startswith("peft"):
         pytest.importorskip("peft")
     case = replace(SMALL, dtype=dtype)
-    if name in dispatch.BACKENDS and dispatch.unavailable(name, torch.device("cpu")):
+    backend = name.split("-")[0]  # triton-fused
+    if backend in dispatch.BACKENDS and dispatch.unavailable(backend, torch.device("cpu")):
         pytest.skip("this backend has no kernel here")
     assert op.wrong(case, name, op.make_inputs(case, seed=0)) is None
 
@@ -227,7 +228,7 @@ def test_ours_saves_less_than_naive_with_dropout():
     ours = {s.name: s.bytes for s in op.Op(case, "ours", inputs).saved()}
     naive = op.Op(case, "naive", inputs).saved()
     assert ours.pop("x") == 64 * 128 * 2
-    assert ours.pop("h float32[64,4]") == 64 * 4 * 4
+    assert ours.pop("h bfloat16[64,4]") == 64 * 4 * 2
     assert sum(ours.values()) <= 64 * 128 // 8 + 64  # at most a packed mask and scalars
     assert sum(s.bytes for s in naive) > 2 * 64 * 128 * 2
 

@@ -6,6 +6,10 @@ machine.py    what was measured on: versions, device, ceilings
 providers.py  who competes, in the op and in the training step
 op.py         one lora_linear call, forward and backward
 step.py       one training step of a Llama
+layer.py      one training step of a decoder layer in plain torch
+case.py       everything that is measured of one case
+cells.py      which calls are measured on a GPU: the core and the grid
+grid.py       the grid, resumable
 report.py     JSON lines, and the tables and plots made from them
 cli.py        the command line
 """

@@ -1,21 +1,18 @@
-"""`python -m lora_kernels bench op|step`."""
+"""`python -m lora_kernels bench op|step|grid`."""
 
 import argparse
 import itertools
 import json
-import os
 import shlex
-import subprocess
 import sys
-import time
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from lora_kernels.bench import machine, measure, op, report, step
-from lora_kernels.bench.memory import STABLE_MALLOC
+from lora_kernels.bench import grid, machine, op, report, step
+from lora_kernels.bench.case import CASES, measure_case, say
 from lora_kernels.bench.providers import (
     OP_PROVIDERS,
     STEP_PROVIDERS,
@@ -24,7 +21,6 @@ from lora_kernels.bench.providers import (
 )
 
 PROVIDERS = {"op": OP_PROVIDERS, "step": STEP_PROVIDERS}
-CASES = {"op": op, "step": step}
 
 # M×K×N. On a CPU: the three kinds of linear in SmolLM2-135M, 2×256 tokens. On a GPU: an 8B Llama's.
 DEFAULT_SHAPES = {
@@ -34,6 +30,8 @@ DEFAULT_SHAPES = {
 
 
 def main(argv: list[str]) -> int:
+    if argv[:1] == ["grid"]:  # has its own parser, with its own --help
+        return grid.main(argv[1:])
     parser = make_parser()
     args = parser.parse_args(argv)
     # transformers and peft announce their own future to whoever runs them.
@@ -67,6 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
         "ratios within a repetition; peak memory in a process of its own per provider.",
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
+    kinds.add_parser("grid", help=grid.__doc__.splitlines()[0])
     for kind, what in (
         ("op", "one lora_linear call, forward and backward"),
         ("step", "a training step of a Llama with random weights"),
@@ -199,7 +198,9 @@ def run(args, cases: list, names: list[str] | None, argv: list[str]) -> int:
                 f"  the machine is busy (load {meta['load']}): with as many threads as CPUs, one "
                 "busy neighbour makes every thread wait; times below may be of little worth"
             )
-        group = measure_case(args, case, chosen, meta)
+        group = measure_case(
+            args.kind, case, chosen, meta, args.reps, not args.no_memory, args.threads
+        )
         measured |= any(not row["skipped"] for row in group)
         rows += group
         report.write_rows(args.out, rows)
@@ -220,78 +221,3 @@ def _command(argv: list[str]) -> str:
         else:
             kept.append(word)
     return shlex.join(["python", "-m", "lora_kernels", "bench", *kept])
-
-
-def measure_case(args, case, names: list[str], meta: dict) -> list[dict]:
-    """Times, saved bytes and peak memory of every provider in one case, as rows."""
-    say("  preparing and warming up: " + ", ".join(names))
-    contestants, skipped = CASES[args.kind].prepare(case, names)
-    for name, reason in skipped.items():
-        say(f"  {name} skipped: {reason}")
-
-    details: dict[str, dict] = {}
-    for name, contestant in contestants.items():
-        saved = contestant.saved()
-        details[name] = {
-            "timing": contestant.timing,
-            "saved_bytes": sum(storage.bytes for storage in saved),
-        }
-        if args.kind == "op":
-            details[name]["saved"] = [asdict(storage) for storage in saved]
-        else:
-            details[name]["loss"] = contestant.first_loss
-
-    floor = None
-    if args.kind == "op":
-        limits = machine.ceilings(torch.device(case.device), case.torch_dtype)
-        meta = meta | {"ceilings": limits}
-        floor = op.floor(case, limits)
-
-    progress = Progress(args.reps, len(contestants))
-    runs = {name: contestant.run for name, contestant in contestants.items()}
-    laps = measure.interleave(runs, args.reps, progress.ran) if runs else {}
-    del runs, contestants
-
-    if not args.no_memory:
-        for name in laps:
-            say(f"  peak memory of {name}, in its own process")
-            details[name]["memory"] = memory_in_own_process(case, name, args.threads)
-    return report.rows_of(args.kind, case, meta, laps, skipped, details, floor)
-
-
-def memory_in_own_process(case, name: str, threads: int | None) -> dict | None:
-    """Runs this command again with --only-memory; None, and a line saying so, if that fails."""
-    command = [sys.executable, "-m", "lora_kernels", "bench", *case.argv()]
-    command += [f"--only-memory={name}", *([f"--threads={threads}"] if threads else [])]
-    # The package that is running, also where it was found through the current directory.
-    package_root = str(Path(__file__).resolve().parents[2])
-    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | STABLE_MALLOC | {"PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        say(f"  no peak memory of {name}: {last}")
-        return None
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-class Progress:
-    """A line per repetition, with what is left."""
-
-    def __init__(self, reps: int, runs_per_rep: int) -> None:
-        self._reps, self._runs_per_rep = reps, runs_per_rep
-        self._done = 0
-        self._began = time.perf_counter()
-
-    def ran(self, rep: int, name: str, laps: measure.Laps) -> None:
-        self._done += 1
-        if self._done % self._runs_per_rep:
-            return
-        elapsed = time.perf_counter() - self._began
-        left = elapsed / (rep + 1) * (self._reps - rep - 1)
-        say(f"  repetition {rep + 1}/{self._reps}, {elapsed:.0f} s so far, about {left:.0f} s left")
-
-
-def say(line: str) -> None:
-    """Progress goes to stderr: stdout is the result."""
-    print(line, file=sys.stderr, flush=True)

@@ -91,6 +91,7 @@ class Op:
         self._sets = sets
         self._rank = case.rank
         self._calls = [OP_PROVIDERS[name](inputs, case) for inputs in sets]
+        self._around = self._calls[0].around
         self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
         self._static: list[Tensor] = []
         self.timing = "events" if self.device.type == "cuda" else "wall clock"
@@ -120,9 +121,14 @@ class Op:
         call, inputs = self._calls[0], self._sets[0]
         # x is counted, unlike the weights: it is an activation, kept alive for backward.
         own = [*call.frozen, *(leaf for leaf in call.leaves if leaf is not inputs.x)]
-        return saved_for_backward(
-            call.forward, own, lambda saved: self._name(saved, inputs.x, self._rank)
-        )
+        with self._around():
+            return saved_for_backward(
+                call.forward, own, lambda saved: self._name(saved, inputs.x, self._rank)
+            )
+
+    def peak(self) -> PeakMemory:
+        """Of one more forward and backward, after :meth:`warm_up`."""
+        return peak_of(lambda: forward_and_backward(self._calls[0], self._sets[0]), self.device)
 
     @staticmethod
     def _name(saved: Tensor, x: Tensor, rank: int) -> str:
@@ -136,13 +142,14 @@ class Op:
         return f"h {describe(saved)}" if rank_sized else describe(saved)
 
     def _forward_and_backward(self, clock: measure.Clock) -> None:
-        for call, inputs in zip(self._calls, self._sets, strict=True):
-            clock.start()
-            y = call.forward()
-            clock.lap("forward")
-            grads = torch.autograd.grad(y, call.leaves, inputs.dy)
-            clock.lap("backward")
-            del y, grads
+        with self._around():
+            for call, inputs in zip(self._calls, self._sets, strict=True):
+                clock.start()
+                y = call.forward()
+                clock.lap("forward")
+                grads = torch.autograd.grad(y, call.leaves, inputs.dy)
+                clock.lap("backward")
+                del y, grads
 
     def _capture(self) -> None:
         """Two graphs in one pool, replayed in the order of their capture: what backward frees of
@@ -157,9 +164,9 @@ class Op:
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         pool = torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(forward, pool=pool):
+            with self._around(), torch.cuda.graph(forward, pool=pool):
                 outputs = [call.forward() for call in self._calls]
-            with torch.cuda.graph(backward, pool=pool):
+            with self._around(), torch.cuda.graph(backward, pool=pool):
                 for y, call, inputs in zip(outputs, self._calls, self._sets, strict=True):
                     self._static.extend(torch.autograd.grad(y, call.leaves, inputs.dy))
         except RuntimeError:  # a provider that synchronises: events then, and the row says so
@@ -191,7 +198,8 @@ def wrong(case: OpCase, name: str, inputs: OpInputs) -> str | None:
         weight = inputs.weight.to(dtype)
         return results(naive_formula(x, weight, lora_a, lora_b, case.scaling, 0.0), leaves)
 
-    ours = results(call.forward(), call.leaves)
+    with call.around():
+        ours = results(call.forward(), call.leaves)
     compared = zip(ours, formula(case.torch_dtype), formula(torch.float64), strict=True)
     for what, (got, eager, oracle) in zip(("y", "dx", "dA", "dB"), compared, strict=True):
         error = (got.double() - oracle).abs().max().item()
@@ -223,13 +231,14 @@ def prepare(case: OpCase, names: list[str]) -> tuple[dict[str, Op], dict[str, st
 def peak_memory(case: OpCase, name: str) -> PeakMemory:
     """Peak of one warmed-up forward and backward; to be called in a process of its own."""
     inputs = make_inputs(case, seed=0)
-    call: Call = OP_PROVIDERS[name](inputs, case)
+    call = OP_PROVIDERS[name](inputs, case)
+    forward_and_backward(call, inputs)
+    return peak_of(lambda: forward_and_backward(call, inputs), torch.device(case.device))
 
-    def forward_and_backward() -> None:
+
+def forward_and_backward(call: Call, inputs: OpInputs) -> None:
+    with call.around():
         torch.autograd.grad(call.forward(), call.leaves, inputs.dy)
-
-    forward_and_backward()
-    return peak_of(forward_and_backward, torch.device(case.device))
 
 
 def floor(case: OpCase, ceilings: dict[str, float]) -> measure.Laps:

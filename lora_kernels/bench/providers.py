@@ -8,12 +8,15 @@ table below it: the command line, the memory process and the reports know it by 
 import contextlib
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lora_kernels.ops.lora_linear import tiles
+from lora_kernels.ops.lora_linear.operands import limits_of
 
 if TYPE_CHECKING:
     from lora_kernels.bench.op import OpCase
@@ -55,6 +58,8 @@ class Call:
     forward: Callable[[], Tensor]
     leaves: list[Tensor]  # what backward makes gradients for
     frozen: list[Tensor] = field(default_factory=list)  # weights that nobody trains
+    # Entered around forward and backward, not around the replay of a graph that has captured them.
+    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
 def _adapters(inputs: OpInputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -84,6 +89,30 @@ def naive_op(inputs: OpInputs, case: "OpCase", formula: Callable = naive_formula
     lora_a, lora_b = _adapters(inputs, inputs.x.dtype)
     return Call(
         lambda: formula(inputs.x, inputs.weight, lora_a, lora_b, case.scaling, case.dropout),
+        [inputs.x, lora_a, lora_b],
+        frozen=[inputs.weight],
+    )
+
+
+def naive_fp32_formula(
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [N, K]
+    lora_a: Tensor,  # [R, K], fp32
+    lora_b: Tensor,  # [N, R], fp32
+    scaling: float,
+    dropout_p: float,
+) -> Tensor:  # [M, N]
+    """PEFT's default arithmetic without PEFT: x goes to the fp32 adapters as an fp32 copy."""
+    h = F.linear(F.dropout(x.to(lora_a.dtype), dropout_p), lora_a)  # [M, R]
+    return (F.linear(x, weight) + scaling * F.linear(h, lora_b)).to(x.dtype)
+
+
+def naive_fp32_op(inputs: OpInputs, case: "OpCase") -> Call:
+    lora_a, lora_b = _adapters(inputs, torch.float32)
+    return Call(
+        lambda: naive_fp32_formula(
+            inputs.x, inputs.weight, lora_a, lora_b, case.scaling, case.dropout
+        ),
         [inputs.x, lora_a, lora_b],
         frozen=[inputs.weight],
     )
@@ -135,9 +164,23 @@ def our_op(
     )
 
 
+def triton_op(inputs: OpInputs, case: "OpCase", strategy: str) -> Call:
+    """Our kernels with the strategy forced; tile sizes stay those of the shipped table."""
+    return replace(
+        our_op(inputs, case, "triton"), around=lambda: forced_strategy(strategy, inputs.x.device)
+    )
+
+
+def forced_strategy(strategy: str, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    shipped = tiles.shipped_cells(limits_of(device).name)
+    cells = {key: cell | {"strategy": strategy} for key, cell in shipped.items()}
+    return tiles.use_cells({"*": {"strategy": strategy}} | cells)
+
+
 OP_PROVIDERS: dict[str, Callable[[OpInputs, "OpCase"], Call]] = {
     "frozen": frozen_op,
     "naive": naive_op,
+    "naive-fp32": naive_fp32_op,
     "compile": compiled_op,
     "peft": peft_op,
     "peft-base-dtype": lambda inputs, case: peft_op(inputs, case, base_dtype=True),
@@ -146,6 +189,8 @@ OP_PROVIDERS: dict[str, Callable[[OpInputs, "OpCase"], Call]] = {
     "reference": lambda inputs, case: our_op(inputs, case, "reference"),
     "composed": lambda inputs, case: our_op(inputs, case, "composed"),
     "triton": lambda inputs, case: our_op(inputs, case, "triton"),
+    "triton-hybrid": lambda inputs, case: triton_op(inputs, case, "hybrid"),
+    "triton-fused": lambda inputs, case: triton_op(inputs, case, "fused"),
     "native": lambda inputs, case: our_op(inputs, case, "native"),
 }
 

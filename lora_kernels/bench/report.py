@@ -2,15 +2,16 @@
 
 A row is one provider in one case:
 
-    schema, kind ("op" or "step"), case, title, provider, skipped (why, or null), timing, reps,
+    schema, kind ("op", "step" or "layer"), case, title, provider, skipped (why, or null),
+    timing, reps
     seconds         quantity -> {median, q1, q3, samples}
     over_frozen     quantity -> {median, q1, q3} of this / frozen, repetition by repetition
     peft_over       quantity -> {median, q1, q3} of PEFT / this, likewise
     floor           quantity -> seconds (op only)
     saved_bytes     kept by autograd for backward, parameters not counted
     saved           the largest of these storages by name (op only)
-    memory          {peak_bytes, step_bytes, method} of a process of its own, or null
-    loss            of the first step (step only)
+    memory          {peak_bytes, step_bytes, method}, or null; on a CPU of a process of its own
+    loss            of the first step (step, layer)
     meta            versions, device, threads, ceilings, command, time
 """
 
@@ -25,7 +26,11 @@ from pathlib import Path
 from lora_kernels.bench.measure import Laps, Spread, by_quantity, ratios
 
 SCHEMA = 1
-QUANTITIES = {"op": ("forward", "backward", "both"), "step": ("forward", "backward", "step")}
+QUANTITIES = {
+    "op": ("forward", "backward", "both"),
+    "step": ("forward", "backward", "step"),
+    "layer": ("forward", "backward", "step"),
+}
 
 
 def rows_of(
@@ -176,9 +181,9 @@ def footnotes(rows: list[dict]) -> list[str]:
     ]
     methods = sorted({row["memory"]["method"] for row in rows if row["memory"]})
     if methods:
+        own = ", a process per provider" if meta.get("device_type") == "cpu" else ""
         notes.append(
-            f"peak of step: above what was resident before it, a process per provider"
-            f" ({', '.join(methods)})."
+            f"peak of step: above what was resident before it{own} ({', '.join(methods)})."
         )
     losses = [f"{row['provider']} {row['loss']:.4f}" for row in rows if row["loss"] is not None]
     if losses:

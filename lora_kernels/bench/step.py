@@ -116,6 +116,11 @@ class Step:
         with self._contestant.around_step():
             return saved_for_backward(self.loss, [*model.parameters(), *model.buffers()])
 
+    def peak(self) -> PeakMemory:
+        """Of one more step; the first one is behind."""
+        gc.collect()
+        return peak_of(lambda: self.run() and None, self.device)
+
 
 def prepare(case: StepCase, names: list[str]) -> tuple[dict[str, Step], dict[str, str]]:
     """The steps that can run here, and for those that cannot, why."""
@@ -141,5 +146,4 @@ def peak_memory(case: StepCase, name: str) -> PeakMemory:
     """Peak of one warmed-up step; to be called in a process of its own."""
     step = Step(case, STEP_PROVIDERS[name](base_model(case), case))
     step.run()
-    gc.collect()
-    return peak_of(lambda: step.run() and None, step.device)
+    return step.peak()

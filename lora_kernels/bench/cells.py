@@ -1,0 +1,75 @@
+"""Which calls are measured on a GPU: a named core, and the grid around it.
+
+M tokens, K in_features, N out_features, r rank, p dropout; bf16, alpha = 2 r.
+"""
+
+import itertools
+
+from lora_kernels.bench.op import OpCase
+
+# K x N of the linears: q and o, k and v, gate and up, down.
+LLAMA_8B = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
+LLAMA_70B = ((8192, 8192), (8192, 1024), (8192, 28672), (28672, 8192))
+SQUARES = ((4096, 4096), (5120, 5120), (8192, 8192))
+
+TOKENS = (512, 2048, 8192, 16384)
+RANKS = (8, 16, 64, 128)
+DROPOUTS = (0.0, 0.1)
+
+# M, K, N, r, p. In order of worth: a run that is cut short keeps the first ones.
+_CORE = (
+    (8192, 4096, 4096, 16, 0.0),
+    (8192, 4096, 4096, 16, 0.1),
+    (8192, 4096, 14336, 16, 0.0),
+    (8192, 14336, 4096, 16, 0.0),
+    (8192, 4096, 4096, 64, 0.0),
+    (2048, 4096, 4096, 16, 0.0),
+    (8192, 4096, 14336, 16, 0.1),
+    (8192, 14336, 4096, 16, 0.1),
+    (8192, 4096, 4096, 64, 0.1),
+    (2048, 4096, 4096, 16, 0.1),
+    (8192, 4096, 1024, 16, 0.0),
+    (512, 4096, 4096, 16, 0.0),
+    (16384, 4096, 4096, 16, 0.0),
+    (8192, 8192, 8192, 16, 0.0),
+    (8192, 4096, 1024, 16, 0.1),
+    (512, 4096, 4096, 16, 0.1),
+    (16384, 4096, 4096, 16, 0.1),
+    (8192, 8192, 8192, 16, 0.1),
+    (8192, 4096, 4096, 8, 0.0),
+    (8192, 4096, 4096, 128, 0.0),
+    (8192, 5120, 5120, 16, 0.0),
+    (2048, 8192, 28672, 16, 0.0),
+    (2048, 28672, 8192, 64, 0.1),
+    (16384, 4096, 14336, 64, 0.1),
+)
+
+PROVIDERS = (
+    "frozen",
+    "naive",
+    "naive-fp32",
+    "composed",
+    "triton-hybrid",
+    "triton-fused",
+    "ours",
+)
+
+
+def core(device: str = "cuda", shrink: int = 1) -> list[OpCase]:
+    """The two dozen calls of `make gpu-check`. shrink: divides M, K and N, for trying it out."""
+    return [_case(*sizes, device, shrink) for sizes in _CORE]
+
+
+def grid(device: str = "cuda", shrink: int = 1) -> list[OpCase]:
+    """Every combination, the core first, larger M before smaller."""
+    linears = dict.fromkeys(LLAMA_8B + LLAMA_70B + SQUARES)
+    rest = itertools.product(sorted(TOKENS, key=lambda m: (m != 8192, m)), RANKS, DROPOUTS, linears)
+    cases = core(device, shrink)
+    cases += [_case(m, k, n, r, p, device, shrink) for m, r, p, (k, n) in rest]
+    return list(dict.fromkeys(cases))
+
+
+def _case(m: int, k: int, n: int, r: int, p: float, device: str, shrink: int) -> OpCase:
+    return OpCase(
+        m // shrink, k // shrink, n // shrink, dropout=p, rank=r, alpha=2 * r, device=device
+    )
