@@ -1,0 +1,44 @@
+"""`lora_linear` on a GPU; and the bodies of these checks, over `composed`, on a CPU.
+
+`make gpu-check` runs the same list without pytest.
+"""
+
+import os
+
+import pytest
+import torch
+
+from lora_kernels.testing import gpu_checks, gpu_long_checks
+
+# Read when the first CUDA context is made: poisoned memory switches deterministic algorithms on.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+CHECKS = gpu_checks.quick() + gpu_long_checks.long()
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+
+
+def by_name(checks):
+    return pytest.mark.parametrize("check", checks, ids=lambda check: check.name)
+
+
+@needs_gpu
+@by_name(CHECKS)
+def test_triton(check):
+    try:
+        check("cuda", "triton")
+    except gpu_checks.Skip as reason:
+        pytest.skip(str(reason))
+
+
+@needs_gpu
+@by_name([check for check in CHECKS if check.strategy == "fused"])
+def test_composed(check):
+    try:
+        check("cuda", "composed")
+    except gpu_checks.Skip as reason:
+        pytest.skip(str(reason))
+
+
+@by_name([check for check in CHECKS if check.on_cpu])
+def test_body_on_a_cpu(check):
+    check("cpu", "composed")
