@@ -283,7 +283,7 @@ def _output_gradients(
     grad_output_scale: Tensor | None,  # [N], written
 ) -> Tensor:  # [M, N]: dy, scaled if output_scale is given
     tokens, columns = dy.shape
-    block_m, block_n = 32, 128
+    block_m, block_n = 16, 128
     blocks = cdiv(tokens, block_m)
     parts = min(blocks, cdiv(2 * limits_of(dy.device).multiprocessors, cdiv(columns, block_n)))
     rows_per_part = cdiv(blocks, parts) * block_m

@@ -137,9 +137,9 @@ def rank_gradient_tile(
 ) -> RankGradientTile:
     """For ``[depth, M] @ [M, R]``. The rows are split until every SM has work for two blocks."""
     block_r = _clamp(next_power_of_two(cell.rank), 16, MAX_BLOCK_R)
-    block_d = 128 if block_r > 32 or cell.itemsize == 4 or cell.dropout else 256
-    if not aligned:
-        # Every element has its own pointer and predicate in registers.
+    block_d = 128 if block_r > 32 or cell.dropout else 256
+    if cell.itemsize == 4 or not aligned:
+        # Wide elements, or a pointer and a predicate in registers for each.
         block_d = 64
     block_d = _clamp(next_power_of_two(depth), 64, block_d)
     block_m = 64
