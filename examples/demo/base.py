@@ -35,10 +35,11 @@ def load_base(device: torch.device, dtype: torch.dtype) -> nn.Module:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.name_or_path = NAME
-    base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # Built in its dtype, not cast to it: the rotary frequencies stay fp32.
+    base = AutoModelForCausalLM.from_config(config, dtype=dtype)
     base.load_state_dict(loaded.state_dict())
     base.generation_config = deepcopy(loaded.generation_config)
-    return base.to(device, dtype).requires_grad_(False).eval()
+    return base.to(device).requires_grad_(False).eval()
 
 
 def load_tokenizer() -> PreTrainedTokenizerBase:

@@ -125,7 +125,7 @@ def markdown(results: Results, settings: Settings) -> str:
         f"{len(results.checks)} checks: {verdict}.",
         "## What they write",
         "Greedy, with a repetition penalty of 1.15. The adapters' models are the merged ones. "
-        f"{settings.new_tokens} tokens.",
+        f"At most {settings.new_tokens} tokens.",
         *written_sections(results),
         "## Texts",
         table(
@@ -245,9 +245,10 @@ def draw_curves(results: Results, path: Path) -> None:
         panel.annotate(
             f"{base:.2f} → {last:.2f}",
             (last_step, last),
-            xytext=(0, -16),
+            xytext=(0, -22),
             textcoords="offset points",
             ha="right",
+            bbox=dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1),
         )
         panel.set_title(f"Adapter {text.name}")
         panel.set_xlabel("training step")
@@ -262,7 +263,7 @@ def draw_curves(results: Results, path: Path) -> None:
     os.replace(partial, path)
 
 
-def smoothed(values: list[float], window: int = 9) -> list[float]:
+def smoothed(values: list[float], window: int = 15) -> list[float]:
     """The mean of up to `window` values around each, fewer at both ends."""
     half = window // 2
     slices = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
