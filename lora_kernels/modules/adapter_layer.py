@@ -65,7 +65,9 @@ class AdapterLayer(nn.Module):
         if self._merge is not None:
             raise RuntimeError("scaling: the layer is merged with the present one; unmerge() first")
         if isinstance(value, Real):
-            value = torch.tensor(value, dtype=torch.float64, device="cpu")
+            # A plain tensor even under inference_mode: a later training step saves it.
+            with torch.inference_mode(False):
+                value = torch.tensor(value, dtype=torch.float64, device="cpu")
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"scaling: expected a number or a 0-d tensor, got {type(value).__name__}"

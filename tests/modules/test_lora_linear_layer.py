@@ -397,3 +397,15 @@ def test_a_scaling_on_the_device_is_read_when_it_is_used():
     first = layer(x)
     scaling.fill_(0.0)
     assert torch.equal(layer(x), layer.base_layer(x)) and not torch.equal(first, layer(x))
+
+
+def test_a_number_set_as_scaling_under_inference_mode_can_be_trained_with():
+    layer = make(init_lora_weights=False)
+    x = torch.randn(4, IN)
+    with torch.inference_mode():
+        layer.scaling = 2.0
+    y = layer(x)
+    y.sum().backward()
+    adapter = layer.lora_B(layer.lora_A(x))
+    torch.testing.assert_close(y, layer.base_layer(x) + 2.0 * adapter)
+    assert layer.lora_A.weight.grad.abs().sum() > 0
