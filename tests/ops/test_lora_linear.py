@@ -275,3 +275,37 @@ def test_nan_and_infinity_stay_visible():
     y = run_forward_backward(composed, problem, ())["y"]
     assert torch.isnan(y[2]).all() and not torch.isfinite(y[4]).any()
     assert torch.isfinite(y[[0, 1, 3, 5]]).all()
+
+
+def test_a_half_layers_output_scale_is_not_rounded():
+    """An error of c would be the same in every row, and dA's sum over the rows would keep it."""
+    rows, columns, c = 4096, 8, 1.25 + 2**-11  # halfway between two numbers of fp16
+    problem = LoRAProblem.random(
+        (rows,), columns, 3, 2, dtype=torch.float16, adapter_dtype=torch.float32,
+        with_weight=False, with_bias=False,
+    ).with_(output_scale=torch.full((3,), c))  # fmt: skip
+    oracle = oracle_results(problem)["lora_a"]
+    ours = run_forward_backward(composed, problem, ("lora_a",))["lora_a"]
+    error = (ours - oracle).abs().max() / oracle.abs().max()
+    rounded = problem.output_scale.half().double()
+    assert error < 0.5 * (rounded / c - 1).abs().max()
+
+
+@pytest.mark.parametrize("leading", [(6,), (2, 3)], ids=str)
+def test_the_result_can_be_changed_in_place(leading):
+    problem = LoRAProblem.random(leading, 16, 12, 3, with_output_scale=True)
+
+    def then_in_place(**inputs):
+        return composed(**inputs).mul_(2)
+
+    doubled = run_forward_backward(then_in_place, problem)
+    plain = run_forward_backward(composed, problem)
+    assert all(torch.equal(doubled[name], 2 * plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_scaling_meets_an_fp32_b_before_b_is_rounded(dtype):
+    """With x and A ones the result is what s * B was rounded to: once."""
+    one, lora_b = torch.ones(1, 1, dtype=dtype), torch.randn(500, 1)
+    y = composed(x=one, weight=None, lora_a=one, lora_b=lora_b, scaling=0.7)
+    assert torch.equal(y[0], (lora_b.double() * 0.7).to(dtype)[:, 0])
