@@ -1,4 +1,4 @@
-"""`python -m lora_kernels doctor` and `python -m lora_kernels bench`."""
+"""`python -m lora_kernels doctor`, `bench` and `tune`."""
 
 import argparse
 import importlib.util
@@ -10,6 +10,7 @@ import torch
 COMMANDS = {
     "doctor": "versions, devices, which backends can serve, what auto picks and why",
     "bench": "times and memory beside PEFT and the frozen layer; `bench --help` for more",
+    "tune": "measures what auto may take on this GPU; `tune --help` for more",
 }
 
 # M, K, N, dropout: a decode step, a small model's step, a large model's step, with dropout.
@@ -27,6 +28,10 @@ def main(argv: list[str] | None = None) -> int:
         from lora_kernels.bench import cli
 
         return cli.main(argv[1:])
+    if argv[:1] == ["tune"]:
+        from lora_kernels.bench import tune
+
+        return tune.main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m lora_kernels")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in COMMANDS.items():

@@ -1,4 +1,4 @@
-"""The benchmark harness behind `python -m lora_kernels bench`; nothing else imports it.
+"""The harness behind `python -m lora_kernels bench` and `tune`; nothing else imports it.
 
 measure.py    interleaved repetitions, laps, medians, ratios
 memory.py     bytes saved for backward, peak memory of a step
@@ -10,6 +10,7 @@ layer.py      one training step of a decoder layer in plain torch
 case.py       everything that is measured of one case
 cells.py      which calls are measured on a GPU: the core and the grid
 grid.py       the grid, resumable
+tune.py       what auto may take on this GPU, and the tiles
 gpu_check.py  make gpu-check: sections, processes, time limits
 gpu_units.py  what each section does
 gpu_report.py its report

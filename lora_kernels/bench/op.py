@@ -84,13 +84,15 @@ def how_many_sets(case: OpCase) -> int:
 
 
 class Op:
-    """One provider's calls on all sets of inputs."""
+    """One provider's calls on all sets of inputs; ``calls`` where no provider makes them."""
 
-    def __init__(self, case: OpCase, name: str, sets: list[OpInputs]) -> None:
+    def __init__(
+        self, case: OpCase, name: str, sets: list[OpInputs], calls: list[Call] | None = None
+    ) -> None:
         self.device = torch.device(case.device)
         self._sets = sets
         self._rank = case.rank
-        self._calls = [OP_PROVIDERS[name](inputs, case) for inputs in sets]
+        self._calls = calls or [OP_PROVIDERS[name](inputs, case) for inputs in sets]
         self._around = self._calls[0].around
         self._graphs: tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph] | None = None
         self._static: list[Tensor] = []

@@ -1,0 +1,148 @@
+"""`python -m lora_kernels tune`: the search on made-up times, and the command on a CPU."""
+
+import json
+
+import pytest
+import torch
+
+from lora_kernels.__main__ import main
+from lora_kernels.bench import cells, op, tune
+from lora_kernels.bench.tune import Candidate
+from lora_kernels.ops.lora_linear import tiles
+
+CASE = op.OpCase(m=64, k=48, n=40, rank=4, dropout=0.25, dtype="fp32")
+FORWARD, BACKWARD = (tune.cell_of(CASE, direction).key for direction in tune.DIRECTIONS)
+
+
+def made_up(monkeypatch, seconds):
+    """Times by a function of (direction, name, candidate) in place of measured ones."""
+    rounds = []
+
+    def seconds_of(case, sets, allowed, reps, candidates):
+        rounds.append(candidates)
+        return {
+            direction: {
+                name: took
+                for name, candidate in candidates.items()
+                if (took := seconds(direction, candidate)) is not None
+            }
+            for direction in tune.DIRECTIONS
+        }
+
+    monkeypatch.setattr(tune, "seconds_of", seconds_of)
+    return rounds
+
+
+def test_the_search_finds_the_fastest_tiles_of_each_direction(monkeypatch):
+    def seconds(direction, candidate):
+        if candidate.backend == "composed":
+            return 1.0 if direction == "forward" else 0.5
+        options = candidate.options[direction]
+        took = {"fused": 0.9, "hybrid": 0.95}[options["strategy"]]
+        if options.get("gemm") == tune.GEMM_TILES[2] and options["strategy"] == "fused":
+            took -= 0.1
+        if direction == "backward" and options.get("shrink") == tune.SHRINK_TILES[0]:
+            took -= 0.05
+        if options.get("rank_gradient"):
+            took -= 0.001  # noise
+        return took
+
+    rounds = made_up(monkeypatch, seconds)
+    found = tune.tune(CASE, reps=1)
+    assert set(found) == {FORWARD, BACKWARD}
+    assert found[FORWARD] == {
+        "backend": "triton", "strategy": "fused", "gemm": tune.GEMM_TILES[2],
+        "seconds": {"composed": 1.0, "hybrid": 0.95, "fused": 0.8},
+    }  # fmt: skip
+    assert found[BACKWARD]["backend"] == "composed" and found[BACKWARD]["strategy"] == "fused"
+    assert found[BACKWARD]["shrink"] == tune.SHRINK_TILES[0]
+    assert "rank_gradient" not in found[BACKWARD]
+    assert len(rounds) == 5 and list(rounds[0]) == list(rounds[-1])
+    # What tiles.py reads is what was written.
+    with tiles.use_cells(found):
+        cell = tune.cell_of(CASE, "forward")
+        assert tiles.strategy(cell, tiles.DeviceLimits()) == "fused"
+        assert tiles.tuned(cell, tiles.DeviceLimits())["gemm"]["BLOCK_M"] == 256
+
+
+def test_where_our_kernels_do_not_run_the_cell_says_composed(monkeypatch):
+    made_up(monkeypatch, lambda d, c: 1.0 if c.backend == "composed" else None)
+    found = tune.tune(CASE, reps=1)
+    assert found[FORWARD] == {
+        "backend": "composed", "strategy": "hybrid", "seconds": {"composed": 1.0},
+    }  # fmt: skip
+
+
+def test_where_only_fused_is_wrong_hybrid_is_taken(monkeypatch):
+    def seconds(direction, candidate):
+        if candidate.backend == "composed":
+            return 1.0
+        return 0.9 if candidate.options[direction]["strategy"] == "hybrid" else None
+
+    made_up(monkeypatch, seconds)
+    assert tune.tune(CASE, reps=1)[FORWARD]["strategy"] == "hybrid"
+
+
+def test_every_tile_option_is_a_field_of_its_tile():
+    for options, tile in (
+        (tune.GEMM_TILES, tiles.GemmTile),
+        (tune.SHRINK_TILES, tiles.ShrinkTile),
+        (tune.RANK_GRADIENT_TILES, tiles.RankGradientTile),
+    ):
+        for option in options:
+            assert set(option) <= set(tile.__dataclass_fields__)
+
+
+def test_the_key_is_the_one_the_launcher_looks_up():
+    launch = pytest.importorskip("lora_kernels.ops.lora_linear.launch")
+    for case in (CASE, op.OpCase(m=100, k=8, n=24, rank=3, dtype="bf16")):
+        x = torch.empty(case.m, case.k, dtype=case.torch_dtype)
+        cell = launch._cell("forward", x, case.k, case.n, case.rank, case.dropout)
+        assert cell.key == tune.cell_of(case, "forward").key
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_a_wrong_candidate_is_not_timed(dropout, monkeypatch):
+    case = op.OpCase(m=64, k=48, n=40, rank=4, dropout=dropout, dtype="fp32")
+    sets = [op.make_inputs(case, 0)]
+    allowed = tune.expected(case, sets[0])
+    assert set(allowed) == {"y", "x", "lora_a", "lora_b"}
+    candidates = {"composed": Candidate("composed"), "absent": Candidate("native")}
+    times = tune.seconds_of(case, sets, allowed, 2, candidates)
+    assert list(times["forward"]) == list(times["backward"]) == ["composed"]
+    assert times["forward"]["composed"] > 0
+
+    our_linear = tune.our_linear
+    for factor in (1.001, float("nan")):
+        monkeypatch.setattr(
+            tune, "our_linear", lambda backend, f=factor, **kw: our_linear(backend, **kw) * f
+        )
+        assert tune.seconds_of(case, sets, allowed, 2, candidates)["forward"] == {}
+        assert "y is off by" in tune.wrong(case, sets[0], allowed, candidates["composed"])
+
+
+def test_the_command_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    core = cells.core
+    monkeypatch.setattr(cells, "core", lambda *args: core(*args)[:2])
+    out = tmp_path / "NVIDIA_X" / "lora_linear.json"
+    argv = ["tune", "--on-cpu", "--shrink=256", "--reps=1", f"--out={out}"]
+    clock = iter([0.0, 0.0, 61.0])
+    monkeypatch.setattr(tune.time, "monotonic", lambda: next(clock))
+    assert main([*argv, "--minutes=1"]) == 0
+    assert "1 calls left" in capsys.readouterr().err
+    first = json.loads(out.read_text())
+    assert len(first["cells"]) == 2 and first["measured_with"]["torch"] == torch.__version__
+    for cell in first["cells"].values():
+        assert cell["backend"] == "composed" and cell["seconds"]["composed"] > 0
+    monkeypatch.setattr(tune.time, "monotonic", lambda: 0.0)
+    assert main(argv) == 0
+    both = json.loads(out.read_text())["cells"]
+    assert len(both) == 4 and first["cells"].items() <= both.items()
+    assert main(argv) == 0 and "2 of them in the table" in capsys.readouterr().err
+    assert not list(out.parent.glob("*.tmp"))
+
+
+def test_without_a_gpu_it_says_so_and_ends_with_2(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["tune"]) == 2
+    assert "sees no CUDA device" in capsys.readouterr().err
