@@ -210,7 +210,7 @@ def gemm_tail_tma_kernel(
     GROUP_M: tl.constexpr,
 ):
     num_tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(C, BLOCK_C)
-    # Triton flattens a tile loop with one inner loop only, so flatten=True would change nothing here.
+    # Triton flattens a tile loop with one inner loop only; flatten=True would change nothing here.
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         block_m, block_c = tile_coordinates(tile, M, C, BLOCK_M, BLOCK_C, GROUP_M)
         first_row, first_column = block_m * BLOCK_M, block_c * BLOCK_C
