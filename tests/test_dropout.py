@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_kernels.dropout import (
+    _pack_lanes,
     _philox_words,
     draw_seed,
     drop_threshold,
@@ -87,11 +88,25 @@ def test_chunks_join_without_a_seam():
     seed = torch.tensor(99)
     rows, columns = 5, 8 * 7001  # 35,005 groups: three chunks
     mask = keep_mask(seed, 0.5, rows, columns)
-    for m, k in [(0, 0), (2, 8 * 2381), (2, 8 * 2382), (4, columns - 1)]:
-        g = m * (columns // 8) + k // 8
+    groups = mask.view(-1, 8)
+    seams = [0, 2**14, 2**15, groups.shape[0]]
+    for g in (g for seam in seams for g in range(seam - 4, seam + 4) if 0 <= g < len(groups)):
         words = philox_numpy([g, 0, 0, 0], [99, 0])
-        lane = (words[k % 8 // 2] >> (16 * (k % 2))) & 0xFFFF
-        assert mask[m, k].item() == (lane >= 32768)
+        lanes = [(words[lane // 2] >> (16 * (lane % 2))) & 0xFFFF for lane in range(8)]
+        assert groups[g].tolist() == [lane >= 32768 for lane in lanes]
+
+
+@pytest.mark.parametrize("threshold", [1, 2, 6554, 32768, 65535])
+def test_a_lane_is_kept_from_the_threshold_on(threshold):
+    lanes = [threshold - 1, threshold, 0, 65535, min(threshold + 1, 65535), threshold - 1, 1, 65534]
+    for turn in range(8):
+        turned = lanes[turn:] + lanes[:turn]
+        words = [
+            torch.tensor([low | high << 16])
+            for low, high in zip(turned[::2], turned[1::2], strict=True)
+        ]
+        (packed,) = _pack_lanes(tuple(words), threshold).tolist()
+        assert [packed >> j & 1 for j in range(8)] == [lane >= threshold for lane in turned]
 
 
 @settings(max_examples=25)
@@ -151,3 +166,11 @@ def test_streams_and_seeds_give_other_masks():
     for other in (keep_mask(seed, 0.5, 64, 64, stream=1), keep_mask(seed + 1, 0.5, 64, 64)):
         agreement = (base == other).double().mean()
         assert abs(agreement - 0.5) < 5 * (0.25 / base.numel()) ** 0.5
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 0x0123456789ABCDEF, -(2**63)])
+def test_a_key_that_stays_on_the_device_gives_the_same_words(seed):
+    tensor = torch.tensor(seed)
+    keys = [(value & 0xFFFFFFFF, (value >> 32) & 0xFFFFFFFF) for value in (seed, tensor)]
+    on_host, on_device = (_philox_words(2**33 - 5, 40, key, 3, tensor.device) for key in keys)
+    assert all(torch.equal(a, b) for a, b in zip(on_host, on_device, strict=True))

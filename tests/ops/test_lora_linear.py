@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_kernels import lora_linear
-from lora_kernels.dropout import drop_threshold, keep_mask, keep_scale
+from lora_kernels.dropout import drop_threshold, keep_mask, keep_scale, packed_keep_mask
+from lora_kernels.ops.lora_linear import composed as composed_backend
 from lora_kernels.ops.lora_linear.reference import lora_linear_reference
 from lora_kernels.testing import (
     LoRAProblem,
@@ -183,9 +184,10 @@ def test_shapes_strides_and_dtypes(
     )
 
 
+@pytest.mark.parametrize("elements", [64, 7], ids=["two_rows_or_one", "less_than_a_row"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_rows_in_several_chunks(dropout_p, monkeypatch, poisoned_memory):
-    monkeypatch.setattr("lora_kernels.ops.lora_linear.composed._CHUNK_ELEMENTS", 64)
+def test_rows_in_several_chunks(dropout_p, elements, monkeypatch, poisoned_memory):
+    monkeypatch.setattr("lora_kernels.ops.lora_linear.composed._CHUNK_ELEMENTS", elements)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         check(LoRAProblem.random(
             (50,), 33, 41, 5, dtype=dtype, dropout_p=dropout_p, with_output_scale=True
@@ -309,3 +311,23 @@ def test_the_scaling_meets_an_fp32_b_before_b_is_rounded(dtype):
     one, lora_b = torch.ones(1, 1, dtype=dtype), torch.randn(500, 1)
     y = composed(x=one, weight=None, lora_a=one, lora_b=lora_b, scaling=0.7)
     assert torch.equal(y[0], (lora_b.double() * 0.7).to(dtype)[:, 0])
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.float64], ids=str)
+def test_a_mask_that_was_not_kept_is_made_again(adapter_dtype):
+    """What a device does, and what the kernels' op promises: gradients in their tensor's dtype."""
+    p = LoRAProblem.random(
+        (33,), 21, 13, 3, dtype=torch.bfloat16, adapter_dtype=adapter_dtype, dropout_p=0.4
+    )
+    h = torch.randn(33, 3, dtype=torch.bfloat16)
+    mask = packed_keep_mask(p.seed, 0.4, 33, 21)
+    needs = (True, True, True, False, False)
+    kept, made_again = (
+        composed_backend.backward(
+            p.dy, p.x, p.weight, p.lora_a, p.lora_b, p.scaling, h, None, None, given, 0.4, p.seed,
+            needs,
+        )[:3]
+        for given in (mask, None)
+    )  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in zip(kept, made_again, strict=True))
+    assert [grad.dtype for grad in kept] == [torch.bfloat16, adapter_dtype, adapter_dtype]
