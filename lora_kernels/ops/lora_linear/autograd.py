@@ -159,10 +159,10 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, backend):
-        needs = ctx.needs_input_grad
-        _, _, needs_a, needs_b, _, _, needs_output_scale = needs[:7]
+        _, _, needs_a, needs_b, _, _, needs_output_scale = ctx.needs_input_grad[:7]
+        forward = _forward if _runs_at_once(x) else _FORWARD
         with torch._C._AutoDispatchBelowAutograd():
-            y, h, mask, unscaled = _FORWARD(
+            y, h, mask, unscaled = forward(
                 x, weight, a, b, scaling, bias, output_scale, dropout_p, seed,
                 needs_output_scale, backend,
             )  # fmt: skip
@@ -187,8 +187,9 @@ class LoRALinearFunction(torch.autograd.Function):
         x, weight, a, b, scaling, h, output_scale, unscaled, mask, seed = ctx.saved_tensors
         needs_x, _, needs_a, needs_b, _, needs_bias, needs_output_scale = ctx.needs_input_grad[:7]
         needs = [needs_x, needs_a, needs_b, needs_bias, needs_output_scale]
+        backward = _backward if _runs_at_once(dy) else _BACKWARD
         with torch._C._AutoDispatchBelowAutograd():
-            grads = _BACKWARD(
+            grads = backward(
                 dy, x, weight, a, b, scaling, h, output_scale, unscaled, mask,
                 ctx.dropout_p, seed, needs, ctx.backend,
             )  # fmt: skip
@@ -196,6 +197,19 @@ class LoRALinearFunction(torch.autograd.Function):
             grad if needed else None for grad, needed in zip(grads, needs, strict=True)
         )
         return dx, None, grad_a, grad_b, None, grad_bias, grad_output_scale, None, None, None
+
+
+def _runs_at_once(x: Tensor) -> bool:
+    """Whether nothing is recording or replacing operations, so that a kernel can be called straight.
+
+    A call through the dispatcher boxes a dozen arguments twice, which costs as much as a narrow
+    GEMM of a small layer. Graphs, fake tensors and dispatch modes need to see the op.
+    """
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and x.device.type in ("cpu", "cuda")
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 def _requires_grad(args) -> bool:
@@ -207,8 +221,9 @@ def _requires_grad(args) -> bool:
 def _autograd(*args):
     if _requires_grad(args):
         return LoRALinearFunction.apply(*args)
+    inference = _inference if _runs_at_once(args[0]) else _OP
     with torch._C._AutoDispatchBelowAutograd():
-        return _OP(*args)
+        return inference(*args)
 
 
 def _refuse_gradients(op, name: str):
