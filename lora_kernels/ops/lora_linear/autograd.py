@@ -200,7 +200,7 @@ class LoRALinearFunction(torch.autograd.Function):
 
 
 def _runs_at_once(x: Tensor) -> bool:
-    """Whether nothing is recording or replacing operations, so that a kernel can be called straight.
+    """Whether nothing records or replaces operations, so that a kernel can be called straight.
 
     A call through the dispatcher boxes a dozen arguments twice, which costs as much as a narrow
     GEMM of a small layer. Graphs, fake tensors and dispatch modes need to see the op.
