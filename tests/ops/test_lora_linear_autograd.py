@@ -280,3 +280,27 @@ def test_unknown_backend_of_the_process():
     )  # fmt: skip
     assert run.returncode != 0
     assert "LORA_KERNELS_BACKEND: expected auto or one of" in run.stderr and "'fast'" in run.stderr
+
+
+def test_autocast_around_the_backward_changes_nothing():
+    problem = LoRAProblem.random((9,), 21, 13, 3, with_output_scale=True, dropout_p=0.3)
+    named = list(leaves(problem).values())
+    y = call(problem)
+    plain = torch.autograd.grad(y, named, problem.dy, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = torch.autograd.grad(y, named, problem.dy)
+    assert all(torch.equal(a, b) for a, b in zip(plain, under_autocast, strict=True))
+
+
+@pytest.mark.parametrize("needed", ["x", "lora_a", "lora_b", "bias", "output_scale"])
+def test_the_backward_is_asked_for_what_is_needed_alone(needed, monkeypatch):
+    from lora_kernels.ops.lora_linear import composed
+
+    asked = []
+    backward = composed.backward
+    monkeypatch.setattr(composed, "backward", lambda *a: asked.append(a[-1]) or backward(*a))
+    problem = LoRAProblem.random((9,), 21, 13, 3, with_output_scale=True)
+    named = leaves(problem, requires_grad=False)
+    named[needed].requires_grad_()
+    call(problem, backend="composed").backward(problem.dy)
+    assert asked == [tuple(name == needed for name in named)]
