@@ -1,0 +1,66 @@
+"""What a GPU run will do, through the interpreter: the strategies as providers, and tuning."""
+
+import pytest
+
+from lora_kernels.bench import layer, op, tune
+from lora_kernels.ops.lora_linear import tiles
+
+STRATEGIES = ["triton-hybrid", "triton-fused"]
+
+
+@pytest.fixture(autouse=True)
+def one_set_of_inputs(monkeypatch):
+    monkeypatch.setattr(op, "how_many_sets", lambda case: 1)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_op_providers_run_and_are_right(dropout):
+    case = op.OpCase(m=40, k=48, n=56, rank=4, dtype="fp16", dropout=dropout)
+    ops, skipped = op.prepare(case, ["frozen", *STRATEGIES])
+    assert list(ops) == ["frozen", *STRATEGIES], skipped
+    assert all(each.run()["both"] > 0 and each.peak() for each in ops.values())
+
+
+def test_the_strategy_reaches_the_launcher(monkeypatch):
+    asked = []
+    strategy = tiles.strategy
+    monkeypatch.setattr(tiles, "strategy", lambda *args: asked.append(strategy(*args)) or asked[-1])
+    case = op.OpCase(m=24, k=16, n=24, rank=4, dtype="fp32")
+    for name in STRATEGIES:
+        asked.clear()
+        contestant = op.Op(case, name, [op.make_inputs(case, 0)])
+        contestant.run()
+        assert set(asked) == {name.removeprefix("triton-")} and len(asked) == 2
+
+
+def test_layer_providers_agree():
+    case = layer.small(layer.LayerCase(device="cpu", dtype="fp32"))
+    steps, skipped = layer.prepare(case, ["naive", *STRATEGIES])
+    assert not skipped
+    for name in STRATEGIES:
+        assert steps[name].first_loss == pytest.approx(steps["naive"].first_loss, rel=1e-4)
+
+
+def test_tuning_a_cell_from_end_to_end(monkeypatch):
+    """Few options; a tile that cannot be launched is left out, the cell is what tiles.py reads."""
+    monkeypatch.setattr(tune, "GEMM_TILES", ({"BLOCK_M": 64}, {"BLOCK_M": 48}))
+    monkeypatch.setattr(tune, "SHRINK_TILES", ({"BLOCK_M": 32},))
+    monkeypatch.setattr(tune, "RANK_GRADIENT_TILES", ({"BLOCK_D": 64},))
+    case = op.OpCase(m=40, k=48, n=56, rank=4, dtype="fp16", dropout=0.25)
+    seen = []
+    said = []
+    monkeypatch.setattr(tune, "say", said.append)
+    seconds_of = tune.seconds_of
+
+    def spy(*args):
+        seen.append(seconds_of(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(tune, "seconds_of", spy)
+    found = tune.tune(case, reps=1)
+    assert list(seen[0]["forward"]) == ["composed", "hybrid", "fused"], said
+    assert list(seen[1]["backward"]) == ["as it is", "{'BLOCK_M': 64}"]
+    assert any("{'BLOCK_M': 48} does not run" in line for line in said)
+    for direction in tune.DIRECTIONS:
+        cell = found[tune.cell_of(case, direction).key]
+        assert set(cell["seconds"]) == {"composed", "hybrid", "fused"}
