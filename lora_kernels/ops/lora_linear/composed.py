@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lora_kernels.dropout import drop_threshold, keep_scale, packed_keep_mask, zero_dropped
 
-# Elements of x that a row chunk may hold: small enough for the last-level cache of a small CPU.
-_CHUNK_ELEMENTS = 1 << 20
+# Elements of x that a row chunk may hold: small enough for the last-level cache of a small CPU; on
+# a device every operation of a chunk is a launch, and its work must outlast that.
+_CHUNK_ELEMENTS, _DEVICE_CHUNK_ELEMENTS = 1 << 20, 1 << 23
 
 
 def forward(
@@ -102,7 +103,7 @@ def backward(
         rows_x = x.reshape(-1, columns) if needs_a else None
         dx = rows_dy.new_empty((num_rows, columns)) if needs_x else None
         grad_a = t.new_zeros(lora_a.shape, dtype=accumulator_dtype(t.dtype)) if needs_a else None
-        for chunk in _row_chunks(num_rows, columns):
+        for chunk in _row_chunks(num_rows, columns, dy.device):
             if needs_x:
                 dx[chunk] = zero_dropped(t[chunk].to(dy.dtype) @ a, mask[chunk])
             if needs_a:
@@ -121,7 +122,7 @@ def _shrink(x: Tensor, lora_a: Tensor, mask: Tensor | None, dropout_p: float) ->
     if mask is None:
         return _narrow_product(x, lora_a.t())
     h = x.new_empty((x.shape[0], lora_a.shape[0]), dtype=product_dtype(x))
-    for chunk in _row_chunks(*x.shape):
+    for chunk in _row_chunks(*x.shape, x.device):
         kept = zero_dropped(x[chunk], mask[chunk])
         h[chunk] = _narrow_product(kept, lora_a.t(), keep_scale(dropout_p))
     return h
@@ -142,7 +143,7 @@ def _narrow_product(wide: Tensor, narrow: Tensor, scaling: Tensor | float | None
     if wide.dtype == torch.float16 and wide.device.type == "cpu":
         factor = narrow.float() if scaling is None else narrow.float() * scaling
         out = wide.new_empty((wide.shape[0], narrow.shape[1]), dtype=torch.float32)
-        for chunk in _row_chunks(*wide.shape):
+        for chunk in _row_chunks(*wide.shape, wide.device):
             torch.mm(wide[chunk].float(), factor, out=out[chunk])
         return out
     if wide.dtype == torch.float16:
@@ -166,7 +167,7 @@ def _transposed_product(left: Tensor, right: Tensor) -> Tensor:
     dtype = wide.dtype
     if dtype == torch.float16 and wide.device.type == "cpu":
         out = left.new_zeros((left.shape[1], right.shape[1]), dtype=torch.float32)
-        for chunk in _row_chunks(*wide.shape):
+        for chunk in _row_chunks(*wide.shape, wide.device):
             out.addmm_(left[chunk].float().t(), right[chunk].float())
         return out
     if dtype == torch.float16:
@@ -202,7 +203,7 @@ def _scale_columns(y: Tensor, output_scale: Tensor, bias: Tensor | None) -> Tens
     scale = output_scale.to(accumulator)
     offset = None if bias is None else bias.to(accumulator)
     out = torch.empty_like(y)
-    for chunk in _row_chunks(*y.shape):
+    for chunk in _row_chunks(*y.shape, y.device):
         scaled = y[chunk].to(accumulator) * scale
         out[chunk] = scaled if offset is None else scaled.add_(offset)
     return out
@@ -212,14 +213,15 @@ def _column_dot(left: Tensor, right: Tensor) -> Tensor:
     """The sum over rows of ``left * right``: two ``[M, N]`` to ``[N]``, in fp32 by chunks."""
     accumulator = accumulator_dtype(left.dtype)
     out = left.new_zeros(left.shape[1], dtype=accumulator)
-    for chunk in _row_chunks(*left.shape):
+    for chunk in _row_chunks(*left.shape, left.device):
         out += (left[chunk].to(accumulator) * right[chunk]).sum(0)
     return out
 
 
-def _row_chunks(rows: int, columns: int) -> list[slice]:
+def _row_chunks(rows: int, columns: int, device: torch.device) -> list[slice]:
     """Slices of rows that hold at most ``_CHUNK_ELEMENTS`` elements (at least one row) each."""
-    step = max(1, _CHUNK_ELEMENTS // max(columns, 1))
+    elements = _CHUNK_ELEMENTS if device.type == "cpu" else _DEVICE_CHUNK_ELEMENTS
+    step = max(1, elements // max(columns, 1))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
