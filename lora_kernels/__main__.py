@@ -98,9 +98,13 @@ def _choices(device: torch.device) -> list[str]:
     for m, k, n, dropout_p in SHAPES:
         x, weight = (torch.empty(rows, k, dtype=dtype, device=device) for rows in (m, n))
         lora_a, lora_b = (torch.empty(*s, device=device) for s in ((rank, k), (n, rank)))
-        choice = explain(x, weight, lora_a, lora_b, 2.0, dropout_p=dropout_p)
         shape = f"M {m}, K {k}, N {n}, r {rank}, bf16, dropout {dropout_p:g}"
-        lines += [f"  {shape}", f"      {choice.backend}: {choice.reason}"]
+        try:
+            choice = explain(x, weight, lora_a, lora_b, 2.0, dropout_p=dropout_p)
+            answer = f"{choice.backend}: {choice.reason}"
+        except ValueError as error:  # LORA_KERNELS_BACKEND names one that cannot serve
+            answer = f"raises: {error}"
+        lines += [f"  {shape}", f"      {answer}"]
     return lines
 
 

@@ -245,7 +245,7 @@ def forward_and_backward(call: Call, inputs: OpInputs) -> None:
 
 def floor(case: OpCase, ceilings: dict[str, float]) -> measure.Laps:
     """The time nothing can beat: the frozen GEMMs at the measured ceilings, and the passes over
-    x (forward), dy and x (backward) that the adapter's products need (DESIGN §3)."""
+    x (forward), dy and x (backward) that the adapter's products need."""
     size = case.torch_dtype.itemsize
     x, weight, y = (size * count for count in (case.m * case.k, case.n * case.k, case.m * case.n))
     gemm_flops = 2 * case.m * case.k * case.n

@@ -2,8 +2,10 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from lora_kernels import explain, lora_linear
 
@@ -19,6 +21,62 @@ def arguments():
 
 
 BAD = {
+    "no_columns": (
+        {"x": torch.randn(3, 0), "lora_a": torch.randn(2, 0), "weight": torch.randn(6, 0)},
+        ValueError,
+        "lora_a: expected [rank, in_features], both at least 1, got [2, 0]",
+    ),
+    "no_outputs": (
+        {"lora_b": torch.randn(0, 2), "weight": torch.randn(0, 8)},
+        ValueError,
+        "lora_b: expected [out_features >= 1, 2] to match lora_a [2, 8], got [0, 2]",
+    ),
+    "x_sparse": (
+        {"x": torch.eye(8).to_sparse()},
+        TypeError,
+        "x: expected a dense tensor, got layout torch.sparse_coo",
+    ),
+    "x_nested": (
+        {"x": torch.nested.nested_tensor([torch.randn(2, 8)], layout=torch.jagged)},
+        TypeError,
+        "x: expected a dense tensor, got a nested tensor",
+    ),
+    "scaling_complex": (
+        {"scaling": torch.tensor(1 + 1j)},
+        TypeError,
+        "scaling: expected a real number, got dtype torch.complex64",
+    ),
+    "dropout_string": (
+        {"dropout_p": "0.5"},
+        TypeError,
+        "dropout_p: expected a number, got str",
+    ),
+    "dropout_none": ({"dropout_p": None}, TypeError, "dropout_p: expected a number, got NoneType"),
+    "lora_a_device": (
+        {"lora_a": torch.randn(2, 8, device="meta")},
+        ValueError,
+        "lora_a: expected x's device cpu, got meta",
+    ),
+    "lora_b_device": (
+        {"lora_b": torch.randn(6, 2, device="meta")},
+        ValueError,
+        "lora_b: expected x's device cpu, got meta",
+    ),
+    "bias_device": (
+        {"bias": torch.randn(6, device="meta")},
+        ValueError,
+        "bias: expected x's device cpu, got meta",
+    ),
+    "output_scale_device": (
+        {"output_scale": torch.randn(6, device="meta")},
+        ValueError,
+        "output_scale: expected x's device cpu, got meta",
+    ),
+    "seed_device": (
+        {"dropout_p": 0.1, "seed": torch.empty((), dtype=torch.int64, device="meta")},
+        ValueError,
+        "seed: expected a 0-d tensor on x's device cpu, got shape [] on meta",
+    ),
     "x_not_a_tensor": ({"x": [1.0]}, TypeError, "x: expected a tensor, got list"),
     "x_integer": (
         {"x": torch.ones(3, 8, dtype=torch.int32)},
@@ -34,12 +92,12 @@ BAD = {
     "lora_a_rank_0": (
         {"lora_a": torch.randn(0, 8), "lora_b": torch.randn(6, 0)},
         ValueError,
-        "lora_a: expected [rank, in_features] with rank >= 1, got [0, 8]",
+        "lora_a: expected [rank, in_features], both at least 1, got [0, 8]",
     ),
     "lora_a_1d": (
         {"lora_a": torch.randn(8)},
         ValueError,
-        "lora_a: expected [rank, in_features] with rank >= 1, got [8]",
+        "lora_a: expected [rank, in_features], both at least 1, got [8]",
     ),
     "lora_a_float8": (
         {"lora_a": torch.randn(2, 8).to(torch.float8_e4m3fn)},
@@ -49,7 +107,7 @@ BAD = {
     "lora_b_rank": (
         {"lora_b": torch.randn(6, 3)},
         ValueError,
-        "lora_b: expected [out_features, 2] to match lora_a [2, 8], got [6, 3]",
+        "lora_b: expected [out_features >= 1, 2] to match lora_a [2, 8], got [6, 3]",
     ),
     "weight_shape": (
         {"weight": torch.randn(8, 6)},
@@ -154,3 +212,30 @@ def test_trainable_weight_is_accepted_without_gradients():
     with torch.no_grad():
         y = lora_linear(**{**arguments(), "weight": weight})
     assert y.shape == (3, 6)
+
+
+@pytest.mark.parametrize("mode", ["jvp", "dual_level"])
+def test_forward_mode_is_refused(mode):
+    """Its tangents would be dropped in silence; the definition has them."""
+    inputs = arguments()
+    x, tangent = inputs.pop("x"), torch.ones(3, 8)
+
+    def derivative(backend):
+        if mode == "jvp":
+            function = lambda x: lora_linear(x, **inputs, backend=backend)  # noqa: E731
+            return torch.func.jvp(function, (x,), (tangent,))[1]
+        with torch.no_grad(), forward_ad.dual_level():
+            y = lora_linear(forward_ad.make_dual(x, tangent), **inputs, backend=backend)
+            return forward_ad.unpack_dual(y).tangent
+
+    with pytest.raises(NotImplementedError, match="lora_linear: forward-mode differentiation"):
+        derivative("auto")
+    expected = tangent @ (inputs["weight"] + 0.5 * inputs["lora_b"] @ inputs["lora_a"]).t()
+    torch.testing.assert_close(derivative("reference"), expected)
+
+
+def test_any_real_number_is_a_scaling():
+    inputs = arguments()
+    expected = lora_linear(**inputs)
+    for scaling in (np.float32(0.5), np.float64(0.5), torch.tensor(0.5)):
+        assert torch.equal(lora_linear(**{**inputs, "scaling": scaling}), expected)

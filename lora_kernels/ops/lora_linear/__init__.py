@@ -1,7 +1,10 @@
 """``lora_linear``: a frozen linear layer and its low-rank adapter in one operation."""
 
+from numbers import Real
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lora_kernels import dispatch
 from lora_kernels.dropout import draw_seed, drop_threshold
@@ -63,14 +66,21 @@ def lora_linear(
     Raises:
         TypeError: an argument is no tensor, or has a dtype that is not supported.
         ValueError: a shape, device or value does not fit, or the named backend cannot serve.
+        NotImplementedError: forward-mode differentiation is active.
     """
     x, weight, bias = _cast_for_autocast(x, weight, bias)
     _check(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed)
     backend = dispatch.requested(backend)
+    if forward_ad._current_level >= 0 and backend != "reference":
+        raise NotImplementedError(
+            "lora_linear: forward-mode differentiation (torch.func.jvp, dual tensors) is defined "
+            "for backend='reference' only"
+        )
     if not isinstance(scaling, Tensor):
         # A product, because torch.compile keeps a number that enters one symbolic: no recompilation
         # for a new scaling.
-        scaling = torch.ones((), dtype=torch.float64, device="cpu") * scaling
+        number = scaling if isinstance(scaling, (int, float, torch.SymFloat)) else float(scaling)
+        scaling = torch.ones((), dtype=torch.float64, device="cpu") * number
     if drop_threshold(dropout_p) == 0:
         seed = None
     elif seed is None:
@@ -135,9 +145,9 @@ def _check(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, se
             _check_floating(name, tensor)
     if x.ndim == 0:
         raise ValueError("x: expected at least one dimension [..., in_features], got a 0-d tensor")
-    if lora_a.ndim != 2 or lora_a.shape[0] < 1:
+    if lora_a.ndim != 2 or lora_a.shape[0] < 1 or lora_a.shape[1] < 1:
         raise ValueError(
-            f"lora_a: expected [rank, in_features] with rank >= 1, got {list(lora_a.shape)}"
+            f"lora_a: expected [rank, in_features], both at least 1, got {list(lora_a.shape)}"
         )
     rank, in_features = lora_a.shape
     if x.shape[-1] != in_features:
@@ -145,10 +155,10 @@ def _check(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, se
             f"x: expected [..., {in_features}] to match lora_a {list(lora_a.shape)}, "
             f"got {list(x.shape)}"
         )
-    if lora_b.ndim != 2 or lora_b.shape[1] != rank:
+    if lora_b.ndim != 2 or lora_b.shape[1] != rank or lora_b.shape[0] < 1:
         raise ValueError(
-            f"lora_b: expected [out_features, {rank}] to match lora_a {list(lora_a.shape)}, "
-            f"got {list(lora_b.shape)}"
+            f"lora_b: expected [out_features >= 1, {rank}] to match lora_a "
+            f"{list(lora_a.shape)}, got {list(lora_b.shape)}"
         )
     out_features = lora_b.shape[0]
     if weight is not None:
@@ -178,6 +188,12 @@ def _check_floating(name: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{name}: expected dtype bfloat16, float16, float32 or float64, got {tensor.dtype}"
         )
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got {_kind(tensor)}")
+
+
+def _kind(tensor: Tensor) -> str:
+    return "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
 
 
 def _check_weight(weight: Tensor, x: Tensor, out_features: int, in_features: int) -> None:
@@ -197,11 +213,13 @@ def _check_weight(weight: Tensor, x: Tensor, out_features: int, in_features: int
 
 def _check_scaling(scaling: float | Tensor, x: Tensor) -> None:
     if not isinstance(scaling, Tensor):
-        if isinstance(scaling, (int, float, torch.SymFloat)):
+        if isinstance(scaling, (int, float, torch.SymFloat, Real)):
             return
         raise TypeError(f"scaling: expected a number or a 0-d tensor, got {type(scaling).__name__}")
     if scaling.ndim != 0:
         raise ValueError(f"scaling: expected a 0-d tensor, got shape {list(scaling.shape)}")
+    if scaling.is_complex():
+        raise TypeError(f"scaling: expected a real number, got dtype {scaling.dtype}")
     if scaling.requires_grad:
         raise ValueError("scaling: expected a tensor without gradient, got one that requires grad")
     if scaling.device.type != "cpu" and scaling.device != x.device:
@@ -211,6 +229,8 @@ def _check_scaling(scaling: float | Tensor, x: Tensor) -> None:
 
 
 def _check_dropout(dropout_p: float, seed: Tensor | None, x: Tensor) -> None:
+    if not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
     if seed is None:
