@@ -41,11 +41,11 @@ class Section:
 
 # In order of worth. The seconds add up to less than eight minutes.
 SECTIONS = (
-    Section("environment", "The machine and its ceilings", 40, 30),
-    Section("quick", "Correctness: every kernel, dtype and shape", 110, 60, workers=12),
+    Section("environment", "The machine and its ceilings", 30, 25),
+    Section("quick", "Correctness: every kernel, dtype and shape", 130, 60, workers=12),
     Section("shapes", "Correctness at the benchmark's sizes", 60, 50, workers=8),
     Section("core", "Benchmark: the core cells", 110, 40),
-    Section("long", "Correctness: graphs, streams, threads, offsets", 60, 45, workers=4),
+    Section("long", "Correctness: graphs, streams, threads, offsets", 55, 45, workers=4),
     Section("layer", "Benchmark: a decoder layer", 40, 30),
     Section("sanitizer", "compute-sanitizer memcheck", 55, 50, workers=3),
 )
