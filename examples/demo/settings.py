@@ -23,7 +23,7 @@ class Settings:
     length: int = 256
     held_out: int = 16
     measurements: int = 4
-    reps: int = 9
+    reps: int = 7
     new_tokens: int = 64
     rank: int = 16
     alpha: int = 32
