@@ -254,6 +254,21 @@ def _put_back_original(module: AdapterLayer, state_dict, prefix: str, local_meta
         state_dict[prefix + _MERGED_FOR_GOOD] = torch.ones((), dtype=torch.bool)
 
 
+def check_no_hooks(name: str, module: nn.Module) -> None:
+    """Raise where a module's weights cannot be used without calling it."""
+    own = module.__dict__
+    if (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+    ):
+        raise ValueError(
+            f"{name}: it has hooks, which the fused forward would not run; remove them, or put "
+            "them on the LoRA layer"
+        )
+
+
 def check_adapter(rank: int, alpha: float, init_lora_weights: bool | str) -> None:
     """Raise for the first hyperparameter that does not fit."""
     check_size("rank", rank)

@@ -12,6 +12,7 @@ from lora_kernels.modules.adapter_layer import (
     check_adapter,
     check_base_layer,
     check_initialisation,
+    check_no_hooks,
     check_size,
 )
 from lora_kernels.modules.merging import merged_weight
@@ -174,11 +175,18 @@ class LoRALinear(AdapterLayer):
             self.lora_magnitude_vector.copy_(self._weight_norm())
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in_features] -> [..., out_features]`` in x's dtype, or autocast's."""
+        """``[..., in_features] -> [..., out_features]`` in x's dtype, or autocast's.
+
+        Raises:
+            ValueError: base_layer, lora_A or lora_B has hooks. The layer itself may have them; its
+                parts are not called.
+        """
         if self.disable_adapters:
             self.unmerge()
         if self.disable_adapters or self._merge is not None:
             return self.base_layer(x)
+        for name, module in self._modules.items():
+            check_no_hooks(name, module)
         weight, bias = self.base_layer.weight, self._total_bias()
         operands = (weight, self.lora_A.weight, self.lora_B.weight, self._scaling, bias)
         dropout_p = self.dropout_p if self.training else 0.0
@@ -258,13 +266,4 @@ def _check_linear(linear: nn.Linear) -> None:
             "would not run"
         )
     check_base_layer("linear", linear)
-    hooks = (
-        linear._forward_hooks,
-        linear._forward_pre_hooks,
-        linear._backward_hooks,
-        linear._backward_pre_hooks,
-    )
-    if any(hooks):
-        raise ValueError(
-            "linear: it has hooks, which the fused forward would not run; remove them first"
-        )
+    check_no_hooks("linear", linear)

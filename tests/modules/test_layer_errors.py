@@ -224,3 +224,18 @@ def test_merging():
         layer.reset_lora_parameters("olora")
     with pytest.raises(RuntimeError, match="merge: the layer is on the meta device"):
         LoRALinear(8, 6, 2, 4, device="meta").merge()
+
+
+@pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_B"])
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook"])
+def test_hooks_on_a_part_are_not_skipped_in_silence(part, register):
+    layer = LoRALinear(8, 6, rank=2, alpha=4)
+    x = torch.randn(3, 8)
+    handle = getattr(getattr(layer, part), register)(lambda *_: None)
+    with pytest.raises(ValueError, match=f"{part}: it has hooks, which the fused forward"):
+        layer(x)
+    handle.remove()
+    calls = []
+    getattr(layer, register)(lambda *_: calls.append(1))
+    layer(x).sum().backward()
+    assert calls
