@@ -198,6 +198,23 @@ def test_dry_run_end_to_end(tmp_path):
     assert "Geometric means over 2 cells" in text and str(tmp_path) not in text
 
 
+def test_a_bare_machine_is_enough(tmp_path):
+    """torch and nothing else: no pytest, no hypothesis, no PEFT, no transformers."""
+    absent = ("pytest", "hypothesis", "peft", "transformers", "rich", "matplotlib", "ruff")
+    code = (
+        f"import sys; sys.modules |= dict.fromkeys({absent!r})\n"
+        "from lora_kernels.bench import gpu_check, gpu_report, gpu_units\n"
+        "for section in ('layer', 'long', 'core'):\n"
+        "    gpu_units.main([section, '--dry-run', f'--part={sys.argv[1]}'])\n"
+    )
+    part = tmp_path / "part.jsonl"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(part)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert {line["state"] for line in gpu_check.read_part(part)} == {"passed"}
+
+
 def test_without_a_gpu_it_says_so(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert gpu_check.main([f"--out={tmp_path / 'report'}"]) == 2
