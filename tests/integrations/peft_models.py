@@ -152,5 +152,7 @@ def assert_parity(
         exact = compute(oracle, x.detach().double().requires_grad_(x.requires_grad))
     ours, theirs = compute(fast, x), compute(plain, x)
     assert ours.keys() == theirs.keys() == exact.keys()
+    # fp32 gradients of fp32 adapters come out of half-precision products where others do.
+    computed_in = min((result.dtype for result in theirs.values()), key=lambda d: d.itemsize)
     for name, expected in theirs.items():
-        assert_within_policy(name, ours[name], expected, exact[name])
+        assert_within_policy(name, ours[name], expected, exact[name], computed_in)

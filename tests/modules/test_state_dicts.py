@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lora_kernels.modules import LoRAEmbedding, LoRALinear
-from lora_kernels.testing import assert_within_policy
 from lora_kernels.modules.peft_names import in_memory_name, our_names
+from lora_kernels.testing import assert_within_policy
 
 from peft_layers import LoraConfig, peft_twin  # isort: skip
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
