@@ -39,6 +39,7 @@ def forward(
     if drop_threshold(dropout_p) > 0:
         mask = packed_keep_mask(seed, dropout_p, *rows.shape)
     h = _shrink(rows, lora_a, mask, dropout_p)
+    scaling = _host_number(scaling)
     tail = h.to(x.dtype)  # [M, R]
     scaled_b = _scaled(lora_b, scaling, x.dtype)  # [N, R]
     # The tail first: the wide GEMM then adds to a result that is still in the cache.
@@ -74,6 +75,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, lora_a, lora_b, bias and output_scale; None where not needed."""
     needs_x, needs_a, needs_b, needs_bias, needs_output_scale = needs
+    scaling = _host_number(scaling)
     rows_dy = dy.reshape(-1, dy.shape[-1])  # [M, N]
     num_rows, columns = rows_dy.shape[0], lora_a.shape[1]
     dx = grad_a = grad_b = grad_bias = grad_output_scale = None
@@ -128,8 +130,15 @@ def _shrink(x: Tensor, lora_a: Tensor, mask: Tensor | None, dropout_p: float) ->
     return h
 
 
+def _host_number(scaling: Tensor) -> Tensor | float:
+    """A scaling that lies on the host as a number: it multiplies in one operation instead of two."""
+    return scaling.item() if scaling.device.type == "cpu" else scaling
+
+
 def _scaled(factor: Tensor, scaling: Tensor | float, dtype: torch.dtype) -> Tensor:
     """``scaling * factor`` in ``dtype``, rounded once."""
+    if factor.dtype == torch.float32 and dtype != torch.float64:
+        return (factor * scaling).to(dtype)
     wide = torch.promote_types(accumulator_dtype(factor.dtype), accumulator_dtype(dtype))
     return (factor.to(wide) * scaling).to(dtype)
 
