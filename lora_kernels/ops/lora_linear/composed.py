@@ -131,7 +131,7 @@ def _shrink(x: Tensor, lora_a: Tensor, mask: Tensor | None, dropout_p: float) ->
 
 
 def _host_number(scaling: Tensor) -> Tensor | float:
-    """A scaling that lies on the host as a number: it multiplies in one operation instead of two."""
+    """A scaling that lies on the host, as a number: one operation to multiply by, not two."""
     return scaling.item() if scaling.device.type == "cpu" else scaling
 
 
