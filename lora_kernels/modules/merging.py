@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from lora_kernels.dtypes import accumulator_dtype
 from lora_kernels.ops.lora_weight_norm.composed import (
-    accumulator_dtype,
     adapted_blocks,
     is_column_major,
 )

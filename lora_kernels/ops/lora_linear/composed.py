@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dropout import drop_threshold, keep_scale, packed_keep_mask, zero_dropped
+from lora_kernels.dtypes import accumulator_dtype
 
 # Elements of x that a row chunk may hold: small enough for the last-level cache of a small CPU; on
 # a device every operation of a chunk is a launch, and its work must outlast that.
@@ -243,7 +244,3 @@ def product_dtype(x: Tensor) -> torch.dtype:
     if x.dtype == torch.bfloat16 and x.device.type == "cpu":
         return torch.bfloat16
     return accumulator_dtype(x.dtype)
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

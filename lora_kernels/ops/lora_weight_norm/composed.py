@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lora_kernels.dtypes import accumulator_dtype
+
 # Elements of a block. On a CPU it stays near a second-level cache (smaller blocks were slower);
 # a GPU wants few launches, and 2**22 fp32 elements are 40 % of the last-level cache of an A100.
 _CPU_BLOCK = 1 << 19
@@ -68,10 +70,6 @@ def adapted_blocks(
 def is_column_major(weight: Tensor) -> bool:
     """Whether blocks should be taken from the transpose, whose rows lie together in memory."""
     return weight.stride(0) < weight.stride(1)
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _kernel(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: Tensor) -> Tensor:

@@ -1,0 +1,8 @@
+"""The dtype that sums are accumulated in, whatever the operation."""
+
+import torch
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
