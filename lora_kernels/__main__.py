@@ -63,10 +63,7 @@ def doctor() -> list[str]:
 
 
 def _extension() -> str:
-    for module in ("lora_kernels._native", "lora_kernels._C"):
-        if importlib.util.find_spec(module):
-            return f"built ({module})"
-    return "not built"
+    return "built" if importlib.util.find_spec("lora_kernels._native") else "not built"
 
 
 def _describe(device: torch.device) -> str:
