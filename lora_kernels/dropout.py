@@ -68,15 +68,45 @@ def packed_keep_mask(seed: Tensor, p: float, rows: int, columns: int, stream: in
     threshold = drop_threshold(p)
     if threshold == 0:
         return packed.fill_(255).view(rows, groups_per_row)
-    # On a CPU the key is read once; on a device it stays a tensor, which needs no synchronisation.
-    seed_value = seed.item() if seed.device.type == "cpu" else seed
-    key = (seed_value & _LOW_32, (seed_value >> 32) & _LOW_32)
-    chunk = _CPU_CHUNK if seed.device.type == "cpu" else _DEVICE_CHUNK
+    key, chunk = _key_and_chunk(seed)
     for start in range(0, total, chunk):
         count = min(chunk, total - start)
         words = _philox_words(start, count, key, stream, seed.device)
         packed[start : start + count] = _pack_lanes(words, threshold)
     return packed.view(rows, groups_per_row)
+
+
+def packed_keep_mask_of_rows(
+    seed: Tensor, p: float, rows: Tensor, columns: int, stream: int = 0
+) -> Tensor:
+    """The rows ``rows`` (int ``[P]``, any order) of :func:`packed_keep_mask`: ``[P, ceil(K/8)]``.
+
+    They do not depend on how many rows the whole mask has.
+    """
+    groups_per_row = -(-columns // GROUP)
+    packed = torch.empty((rows.shape[0], groups_per_row), dtype=torch.uint8, device=seed.device)
+    threshold = drop_threshold(p)
+    if threshold == 0:
+        return packed.fill_(255)
+    key, chunk = _key_and_chunk(seed)
+    step = max(1, chunk // groups_per_row)
+    groups = torch.arange(groups_per_row, dtype=torch.int64, device=seed.device)
+    for start in range(0, rows.shape[0], step):
+        some = rows[start : start + step]
+        counter = (some.long().unsqueeze(1) * groups_per_row + groups).flatten()
+        words = _philox_of(counter & _LOW_32, counter >> 32, key, stream)
+        packed[start : start + step] = _pack_lanes(words, threshold).view(-1, groups_per_row)
+    return packed
+
+
+def _key_and_chunk(seed: Tensor) -> tuple[tuple, int]:
+    """The two words of the key, and how many groups to draw at once.
+
+    On a CPU the key is read once; on a device it stays a tensor, which needs no synchronisation.
+    """
+    on_cpu = seed.device.type == "cpu"
+    value = seed.item() if on_cpu else seed
+    return (value & _LOW_32, (value >> 32) & _LOW_32), _CPU_CHUNK if on_cpu else _DEVICE_CHUNK
 
 
 def keep_mask(seed: Tensor, p: float, rows: int, columns: int, stream: int = 0) -> Tensor:
@@ -110,14 +140,21 @@ def _select_table(bits: torch.dtype, device: torch.device) -> Tensor:
 def _philox_words(
     first: int, count: int, key: tuple, stream: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four output words of groups ``first .. first + count - 1``, as int64 with 32 bits used.
+    """The output words of groups ``first .. first + count - 1``, as int64 with 32 bits used."""
+    low = first & _LOW_32
+    c0 = torch.arange(low, low + count, dtype=torch.int64, device=device)
+    return _philox_of(c0, first >> 32, key, stream)
+
+
+def _philox_of(
+    c0: Tensor, c1: int | Tensor, key: tuple, stream: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output words of the counters ``(c0, c1, stream, 0)``.
 
     Counter words that are the same for the whole chunk stay Python numbers, so the first two
     rounds cost half. The unsigned 64-bit products wrap in int64; shift and mask recover them.
     """
-    low = first & _LOW_32
-    c0 = torch.arange(low, low + count, dtype=torch.int64, device=device)
-    c1, c2, c3 = first >> 32, stream, 0
+    c2, c3 = stream, 0
     k0, k1 = key
     for _ in range(ROUNDS):
         c0, c1, c2, c3 = _philox_round(c0, c1, c2, c3, k0, k1)

@@ -14,6 +14,7 @@ from lora_kernels.dropout import (
     keep_mask,
     keep_scale,
     packed_keep_mask,
+    packed_keep_mask_of_rows,
     zero_dropped,
 )
 
@@ -174,3 +175,21 @@ def test_a_key_that_stays_on_the_device_gives_the_same_words(seed):
     keys = [(value & 0xFFFFFFFF, (value >> 32) & 0xFFFFFFFF) for value in (seed, tensor)]
     on_host, on_device = (_philox_words(2**33 - 5, 40, key, 3, tensor.device) for key in keys)
     assert all(torch.equal(a, b) for a, b in zip(on_host, on_device, strict=True))
+
+
+@pytest.mark.parametrize("stream", [0, 5])
+def test_the_mask_of_chosen_rows_is_those_rows_of_the_mask(stream, monkeypatch):
+    monkeypatch.setattr("lora_kernels.dropout._CPU_CHUNK", 16)  # several chunks
+    seed = torch.tensor(-0x1234_5678_9ABC)
+    rows = torch.tensor([7, 0, 7, 30, 12, 1, 2, 3, 29], dtype=torch.int32)
+    whole = packed_keep_mask(seed, 0.3, 31, 51, stream)
+    chosen = packed_keep_mask_of_rows(seed, 0.3, rows, 51, stream)
+    assert torch.equal(chosen, whole[rows.long()])
+
+
+def test_the_mask_of_chosen_rows_counts_past_32_bits():
+    seed = torch.tensor(77)
+    row = 2**33 + 3  # with one group a row, the group's number
+    chosen = packed_keep_mask_of_rows(seed, 0.5, torch.tensor([row, 3]), 8, 2)
+    assert chosen[0] != chosen[1]  # 8 bits: equal by luck for one seed in 256, not for this one
+    assert torch.equal(chosen[1], packed_keep_mask(seed, 0.5, 4, 8, 2)[3])

@@ -187,7 +187,7 @@ def test_shapes_strides_and_dtypes(
 @pytest.mark.parametrize("elements", [64, 7], ids=["two_rows_or_one", "less_than_a_row"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_rows_in_several_chunks(dropout_p, elements, monkeypatch, poisoned_memory):
-    monkeypatch.setattr("lora_kernels.ops.lora_linear.composed._CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr("lora_kernels.products._CHUNK_ELEMENTS", elements)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         check(LoRAProblem.random(
             (50,), 33, 41, 5, dtype=dtype, dropout_p=dropout_p, with_output_scale=True

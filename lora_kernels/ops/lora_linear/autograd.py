@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_kernels.dropout import GROUP, drop_threshold
 from lora_kernels.ops.lora_linear import composed, measured
+from lora_kernels.products import product_dtype
 
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
 
@@ -126,9 +127,7 @@ def _(x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, save_unscal
     rows, (rank, columns) = math.prod(x.shape[:-1]), a.shape
     return (
         x.new_empty((*x.shape[:-1], b.shape[0])),
-        x.new_empty(
-            (rows, rank), dtype=torch.float32 if backend == "triton" else composed.product_dtype(x)
-        ),
+        x.new_empty((rows, rank), dtype=torch.float32 if backend == "triton" else product_dtype(x)),
         x.new_empty(
             (rows, -(-columns // GROUP)) if stores_mask(x.device, dropout_p, backend) else 0,
             dtype=torch.uint8,

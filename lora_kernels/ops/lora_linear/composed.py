@@ -12,10 +12,13 @@ from torch import Tensor
 
 from lora_kernels.dropout import drop_threshold, keep_scale, packed_keep_mask, zero_dropped
 from lora_kernels.dtypes import accumulator_dtype
-
-# Elements of x that a row chunk may hold: small enough for the last-level cache of a small CPU; on
-# a device every operation of a chunk is a launch, and its work must outlast that.
-_CHUNK_ELEMENTS, _DEVICE_CHUNK_ELEMENTS = 1 << 20, 1 << 23
+from lora_kernels.products import (
+    narrow_product,
+    product_dtype,
+    row_chunks,
+    scaled,
+    transposed_product,
+)
 
 
 def forward(
@@ -42,7 +45,7 @@ def forward(
     h = _shrink(rows, lora_a, mask, dropout_p)
     scaling = _host_number(scaling)
     tail = h.to(x.dtype)  # [M, R]
-    scaled_b = _scaled(lora_b, scaling, x.dtype)  # [N, R]
+    scaled_b = scaled(lora_b, scaling, x.dtype)  # [N, R]
     # The tail first: the wide GEMM then adds to a result that is still in the cache.
     if bias is None or output_scale is not None:
         y = tail @ scaled_b.t()
@@ -88,29 +91,29 @@ def backward(
         rows_dy = _scale_columns(rows_dy, output_scale, None)
     if needs_b:
         # The scaling goes to h: the product may come out rounded, and is not to be rounded twice.
-        grad_b = _transposed_product(rows_dy, h * scaling).to(lora_b.dtype)  # [N, R]
+        grad_b = transposed_product(rows_dy, h * scaling).to(lora_b.dtype)  # [N, R]
     if not (needs_x or needs_a):
         return dx, grad_a, grad_b, grad_bias, grad_output_scale
 
     # The dropout scale rides on B, so that t already carries it to both of its products.
-    t = _narrow_product(rows_dy, lora_b, scaling * keep_scale(dropout_p))  # [M, R]
+    t = narrow_product(rows_dy, lora_b, scaling * keep_scale(dropout_p))  # [M, R]
     a = lora_a.to(dy.dtype) if needs_x else None
     if drop_threshold(dropout_p) == 0:
         if needs_x:
             dx = t.to(dy.dtype) @ a
         if needs_a:
-            grad_a = _transposed_product(t, x.reshape(-1, columns))
+            grad_a = transposed_product(t, x.reshape(-1, columns))
     else:
         if mask is None:
             mask = packed_keep_mask(seed, dropout_p, num_rows, columns)
         rows_x = x.reshape(-1, columns) if needs_a else None
         dx = rows_dy.new_empty((num_rows, columns)) if needs_x else None
         grad_a = t.new_zeros(lora_a.shape, dtype=accumulator_dtype(t.dtype)) if needs_a else None
-        for chunk in _row_chunks(num_rows, columns, dy.device):
+        for chunk in row_chunks(num_rows, columns, dy.device):
             if needs_x:
                 dx[chunk] = zero_dropped(t[chunk].to(dy.dtype) @ a, mask[chunk])
             if needs_a:
-                grad_a += _transposed_product(t[chunk], zero_dropped(rows_x[chunk], mask[chunk]))
+                grad_a += transposed_product(t[chunk], zero_dropped(rows_x[chunk], mask[chunk]))
     if needs_x and weight is not None:
         dx.addmm_(rows_dy, weight)
     if needs_x:
@@ -123,84 +126,17 @@ def backward(
 def _shrink(x: Tensor, lora_a: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
     """``h = D(x) A^T`` ``[M, R]``."""
     if mask is None:
-        return _narrow_product(x, lora_a.t())
+        return narrow_product(x, lora_a.t())
     h = x.new_empty((x.shape[0], lora_a.shape[0]), dtype=product_dtype(x))
-    for chunk in _row_chunks(*x.shape, x.device):
+    for chunk in row_chunks(*x.shape, x.device):
         kept = zero_dropped(x[chunk], mask[chunk])
-        h[chunk] = _narrow_product(kept, lora_a.t(), keep_scale(dropout_p))
+        h[chunk] = narrow_product(kept, lora_a.t(), keep_scale(dropout_p))
     return h
 
 
 def _host_number(scaling: Tensor) -> Tensor | float:
     """A scaling that lies on the host, as a number: one operation to multiply by, not two."""
     return scaling.item() if scaling.device.type == "cpu" else scaling
-
-
-def _scaled(factor: Tensor, scaling: Tensor | float, dtype: torch.dtype) -> Tensor:
-    """``scaling * factor`` in ``dtype``, rounded once."""
-    if factor.dtype == torch.float32 and dtype != torch.float64:
-        return (factor * scaling).to(dtype)
-    wide = torch.promote_types(accumulator_dtype(factor.dtype), accumulator_dtype(dtype))
-    return (factor.to(wide) * scaling).to(dtype)
-
-
-def _narrow_product(wide: Tensor, narrow: Tensor, scaling: Tensor | float | None = None) -> Tensor:
-    """``wide @ (scaling * narrow)``: ``[M, D] x [D, R] -> [M, R]`` in :func:`product_dtype`.
-
-    fp16 never rounds the result to fp16: h and t may lie below its smallest number. On a CPU it is
-    widened a row chunk at a time.
-    """
-    if wide.dtype == torch.float16 and wide.device.type == "cpu":
-        factor = narrow.float() if scaling is None else narrow.float() * scaling
-        out = wide.new_empty((wide.shape[0], narrow.shape[1]), dtype=torch.float32)
-        for chunk in _row_chunks(*wide.shape, wide.device):
-            torch.mm(wide[chunk].float(), factor, out=out[chunk])
-        return out
-    if wide.dtype == torch.float16:
-        # B may be tiny (it starts at zero): keep its own exponent range, scale the result.
-        factor, exponent = _to_half_range(narrow.float())
-        out = torch.mm(wide, factor, out_dtype=torch.float32) * exponent
-        return out if scaling is None else out.mul_(scaling)
-    factor = narrow.to(wide.dtype) if scaling is None else _scaled(narrow, scaling, wide.dtype)
-    if wide.dtype == torch.bfloat16 and wide.device.type == "cuda":
-        return torch.mm(wide, factor, out_dtype=torch.float32)
-    return wide @ factor
-
-
-def _transposed_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left^T @ right``: ``[M, P], [M, Q] -> [P, Q]`` in :func:`product_dtype`.
-
-    One side is an activation in x's dtype, the other h or t. That one is rounded to the
-    activation's dtype for the product; in fp16 it is first scaled into range.
-    """
-    wide = left if right.dtype == torch.float32 else right
-    dtype = wide.dtype
-    if dtype == torch.float16 and wide.device.type == "cpu":
-        out = left.new_zeros((left.shape[1], right.shape[1]), dtype=torch.float32)
-        for chunk in _row_chunks(*wide.shape, wide.device):
-            out.addmm_(left[chunk].float().t(), right[chunk].float())
-        return out
-    if dtype == torch.float16:
-        if wide is left:
-            right, exponent = _to_half_range(right)
-        else:
-            left, exponent = _to_half_range(left)
-        return torch.mm(left.t(), right, out_dtype=torch.float32).mul_(exponent)
-    left, right = left.to(dtype), right.to(dtype)
-    if dtype == torch.bfloat16 and wide.device.type == "cuda":
-        return torch.mm(left.t(), right, out_dtype=torch.float32)
-    return left.t() @ right
-
-
-def _to_half_range(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``(x / e)`` in fp16 and the power of two ``e`` (0-d, fp32) that brings max|x| near 1.
-
-    All on the device: nothing is read back. Zeros and non-finite values keep e = 1.
-    """
-    _, exponent = torch.frexp(x.abs().amax()) if x.numel() else torch.frexp(x.new_zeros(()))
-    exponent = torch.ldexp(x.new_ones(()), exponent)
-    exponent = torch.where(torch.isfinite(exponent) & (exponent > 0), exponent, 1.0)
-    return (x / exponent).half(), exponent
 
 
 def _scale_columns(y: Tensor, output_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -213,9 +149,9 @@ def _scale_columns(y: Tensor, output_scale: Tensor, bias: Tensor | None) -> Tens
     scale = output_scale.to(accumulator)
     offset = None if bias is None else bias.to(accumulator)
     out = torch.empty_like(y)
-    for chunk in _row_chunks(*y.shape, y.device):
-        scaled = y[chunk].to(accumulator) * scale
-        out[chunk] = scaled if offset is None else scaled.add_(offset)
+    for chunk in row_chunks(*y.shape, y.device):
+        product = y[chunk].to(accumulator) * scale
+        out[chunk] = product if offset is None else product.add_(offset)
     return out
 
 
@@ -223,24 +159,6 @@ def _column_dot(left: Tensor, right: Tensor) -> Tensor:
     """The sum over rows of ``left * right``: two ``[M, N]`` to ``[N]``, in fp32 by chunks."""
     accumulator = accumulator_dtype(left.dtype)
     out = left.new_zeros(left.shape[1], dtype=accumulator)
-    for chunk in _row_chunks(*left.shape, left.device):
+    for chunk in row_chunks(*left.shape, left.device):
         out += (left[chunk].to(accumulator) * right[chunk]).sum(0)
     return out
-
-
-def _row_chunks(rows: int, columns: int, device: torch.device) -> list[slice]:
-    """Slices of rows that hold at most ``_CHUNK_ELEMENTS`` elements (at least one row) each."""
-    elements = _CHUNK_ELEMENTS if device.type == "cpu" else _DEVICE_CHUNK_ELEMENTS
-    step = max(1, elements // max(columns, 1))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """h, t and the gradients of A and B come from products with ``x`` in fp32 (fp64 for fp64).
-
-    Except bf16 on a CPU, where torch has no product with a wider result: it is rounded once, and
-    keeping it wider would only cost copies. (bf16 has fp32's range, so nothing underflows.)
-    """
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
-        return torch.bfloat16
-    return accumulator_dtype(x.dtype)

@@ -1,0 +1,291 @@
+"""``routed_lora``: many adapters in one batch, forward and backward."""
+
+import torch
+from torch import Tensor
+
+from lora_kernels import dispatch
+from lora_kernels.dispatch import Choice
+from lora_kernels.dropout import draw_seed
+from lora_kernels.ops.routed_lora import autograd, reference  # noqa: F401  (registers the ops)
+from lora_kernels.ops.routed_lora.bank import Adapter, AdapterBank
+from lora_kernels.ops.routed_lora.checks import (
+    DTYPES,
+    cast_for_autocast,
+    check_base,
+    check_input,
+    check_out,
+    check_pair,
+    check_rows,
+    check_seed,
+    kind_of,
+)
+from lora_kernels.ops.routed_lora.operands import RoutingTensors
+from lora_kernels.ops.routed_lora.routing import Routing
+from lora_kernels.ops.routed_lora.slots import AdapterSlots
+
+__all__ = [
+    "Adapter",
+    "AdapterBank",
+    "AdapterSlots",
+    "Routing",
+    "explain",
+    "routed_expand",
+    "routed_lora",
+    "routed_lora_linear",
+    "routed_shrink",
+]
+
+_OPS = torch.ops.lora_kernels
+
+
+def routed_lora(
+    x: Tensor,
+    bank: AdapterBank,
+    routing: Routing,
+    out: Tensor | None = None,
+    *,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""The adapters' contribution to each token of a batch.
+
+    .. math::
+        \Delta y_m = \sum_{(m, i, w)} w \, s_i \cdot D_i(x_m) A_i^T B_i^T
+
+    over the pairs (token, adapter, weight) of the routing. Source: Chen et al., "Punica:
+    Multi-Tenant LoRA Serving", 2023 (SGMV), here for any ranks and token order, with a backward.
+
+    Args:
+        x: ``[..., K]``, bf16, fp16, fp32 or fp64; its leading dimensions hold M tokens, as many as
+            the routing has.
+        bank: the adapters; those in training mode drop elements of x, each by a mask of its own.
+        routing: which adapters each token uses; made for the bank's slots.
+        out: ``[..., N]`` in x's dtype, in memory of its own; the contribution is added into it,
+            and rows of tokens without an adapter stay as they are, bit for bit. None: a new tensor.
+        seed: 0-d int64 on x's device for the masks; None draws one where an adapter drops.
+        backend: ``auto``, ``reference``, ``composed`` or ``triton``; see :func:`explain`.
+
+    Returns:
+        ``[..., N]``: ``out``, or a new tensor in x's dtype with zeros where there is no adapter.
+
+    Gradients reach x, ``out`` (through), the bank's parameters that require them (exact zeros for
+    adapters without tokens) and the routing's weights. Where a gradient is needed ``out`` is added
+    to in a pass of its own: prefer :func:`routed_lora_linear` for training. Under autocast x is
+    cast to autocast's dtype. Double backward and ``torch.func`` transforms are not supported.
+
+    Raises:
+        TypeError: an argument is of the wrong type or dtype.
+        ValueError: a shape, device or value does not fit, the routing is out of date, or the named
+            backend cannot serve.
+        RuntimeError: the bank's parameters were replaced by what it cannot work on.
+    """
+    (x,) = cast_for_autocast(x)
+    check_input(x, bank, routing)
+    if out is not None:
+        check_out(out, (*x.shape[:-1], bank.out_features), x.dtype, x.device)
+    call = _Call(bank, routing, backend, x)
+    seed = call.seed(seed)
+    if out is None or call.needs_gradient(x) or (torch.is_grad_enabled() and out.requires_grad):
+        if call.backend == "reference":
+            y = call.reference(x, None, None, seed)
+        else:
+            y = _OPS.routed_lora(
+                *call.with_layout(), x, None, None, seed, call.backend, *call.parameters()
+            )
+        return y if out is None else out.add_(y)
+    if call.backend == "reference":
+        return out.add_(call.reference(x, None, None, seed))
+    _OPS.routed_lora_(*call.context, out, x, seed, call.backend)
+    return out
+
+
+def routed_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bank: AdapterBank,
+    routing: Routing,
+    bias: Tensor | None = None,
+    *,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    r"""A frozen linear layer with each token's adapters: ``x W^T + b`` plus :func:`routed_lora`.
+
+    Args:
+        x, bank, routing, seed, backend: as for :func:`routed_lora`.
+        weight: ``[N, K]`` in x's dtype, frozen; N is that of all slices.
+        bias: ``[N]`` in x's dtype.
+
+    Returns:
+        y ``[..., N]`` in x's dtype. A token without an adapter has exactly the frozen layer's row,
+        as far as the vendor's GEMM computes it alike.
+
+    Gradients as for :func:`routed_lora`, and of the bias. Under autocast x, weight and bias are
+    cast to autocast's dtype.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for :func:`routed_lora`.
+    """
+    x, weight, bias = cast_for_autocast(x, weight, bias)
+    check_input(x, bank, routing)
+    check_base(weight, bias, bank, x)
+    call = _Call(bank, routing, backend, x)
+    seed = call.seed(seed)
+    if call.backend == "reference":
+        return call.reference(x, weight, bias, seed)
+    return _OPS.routed_lora(
+        *call.with_layout(), x, weight, bias, seed, call.backend, *call.parameters()
+    )
+
+
+def routed_shrink(
+    x: Tensor,
+    bank: AdapterBank,
+    routing: Routing,
+    *,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The first half of :func:`routed_lora`: ``h = D(x) A^T`` of every pair.
+
+    For tensor parallelism, which communicates between the halves: with A sharded by columns the
+    ranks' results are summed.
+
+    Returns:
+        h ``[P, H]``: a row for each pair, in the routing's order (by slot); columns beyond the
+        adapter's rank and rows of pairs without an adapter are zero. fp32 (fp64 for fp64; bf16 for
+        bf16 on a CPU).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for :func:`routed_lora`.
+    """
+    (x,) = cast_for_autocast(x)
+    check_input(x, bank, routing)
+    call = _Call(bank, routing, backend, x)
+    seed = call.seed(seed)
+    if call.backend == "reference":
+        return reference.shrink(x.reshape(-1, x.shape[-1]), bank, call.routing, seed)
+    return _OPS.routed_shrink(*call.with_layout(), x, seed, call.backend, *call.parameters())
+
+
+def routed_expand(
+    h: Tensor,
+    bank: AdapterBank,
+    routing: Routing,
+    out: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The second half of :func:`routed_lora`: ``sum of w s h B^T`` over each token's pairs.
+
+    Args:
+        h: ``[P, H]`` as from :func:`routed_shrink`, of a bank with the same ranks.
+        bank, routing, backend: as for :func:`routed_lora`.
+        out: ``[..., N]``, added to.
+        dtype: of the result where ``out`` is None; None is the bank's dtype.
+
+    Returns:
+        ``out``, or a new tensor ``[M, N]`` with M the routing's ``num_tokens``.
+
+    Gradients reach h, the parameters B and the routing's weights.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for :func:`routed_lora`.
+    """
+    if not isinstance(h, Tensor) or h.dtype not in DTYPES:
+        raise TypeError(f"h: expected a tensor of floating point, got {kind_of(h)}")
+    check_pair(bank, routing, h.device)
+    dtype = dtype or (bank.dtype if out is None else out.dtype)
+    if dtype not in DTYPES:
+        raise TypeError(f"dtype: expected a floating point dtype, got {dtype}")
+    rows = routing.num_tokens
+    if out is not None:
+        rows = out.shape[:-1].numel()
+        check_out(out, (*out.shape[:-1], bank.out_features), dtype, h.device)
+        check_rows("out", rows, routing)
+    call = _Call(bank, routing, backend, h)
+    expected = (call.routing.tokens.shape[0], call.bank.width)
+    if tuple(h.shape) != expected:
+        raise ValueError(f"h: expected {list(expected)} (pairs, widest rank), got {list(h.shape)}")
+    if call.backend == "reference":
+        base = h.new_zeros((rows, bank.out_features), dtype=dtype)
+        y = reference.expand(h, base, bank, call.routing)
+        return y if out is None else out.add_(y.view(out.shape))
+    if out is None or call.needs_gradient(h) or (torch.is_grad_enabled() and out.requires_grad):
+        y = _OPS.routed_expand(
+            *call.with_layout(), h, rows, dtype, call.backend, *call.parameters()
+        )
+        return y if out is None else out.add_(y.view(out.shape))
+    _OPS.routed_expand_(*call.context, out, h, call.backend)
+    return out
+
+
+def explain(x: Tensor, bank: AdapterBank, routing: Routing, *, backend: str = "auto") -> Choice:
+    """The backend that :func:`routed_lora` would take for this call, and why.
+
+    Launches nothing, and raises what the call would raise.
+
+    Returns:
+        A named tuple ``(backend, reason)``.
+    """
+    (x,) = cast_for_autocast(x)
+    check_input(x, bank, routing)
+    choice = dispatch.choose(backend, x.device, x.dtype)
+    if choice.backend == "composed" and x.device.type == "cuda":
+        return Choice(
+            "composed",
+            f"{choice.reason}; it reads the sizes of the routing's groups once per filling, so the "
+            "call cannot be captured in a CUDA graph",
+        )
+    return choice
+
+
+class _Call:
+    """A bank and a routing as one call sees them."""
+
+    def __init__(self, bank: AdapterBank, routing: Routing, backend: str, like: Tensor) -> None:
+        self.backend = dispatch.choose(backend, like.device, like.dtype).backend
+        self.module, self.bank = bank, bank.tensors()
+        self.routing: RoutingTensors = routing.tensors(with_plan=self.backend == "composed")
+        self._layout = None
+
+    @property
+    def context(self) -> tuple:
+        return (*self.bank, *self.routing)
+
+    def with_layout(self) -> tuple:
+        self._layout = self.module.gradient_layout()
+        return (*self.context, *self._layout)
+
+    def parameters(self) -> tuple[list[Tensor], list[int], list[int]]:
+        if not torch.is_grad_enabled():
+            return [], [], []
+        return self.module.parameters_for(self._layout)
+
+    def needs_gradient(self, x: Tensor) -> bool:
+        weights = self.routing.pair_weights
+        return torch.is_grad_enabled() and (
+            x.requires_grad
+            or (weights is not None and weights.requires_grad)
+            or any(parameter.requires_grad for parameter in self.module.parameters())
+        )
+
+    def seed(self, seed: Tensor | None) -> Tensor | None:
+        """What the masks are a function of; None where no adapter drops."""
+        device = self.bank.scaling.device
+        if seed is not None:
+            check_seed(seed, device)
+        if not any(self.bank.thresholds):
+            return None
+        return draw_seed(device) if seed is None else seed
+
+    def reference(self, x: Tensor, weight, bias, seed: Tensor | None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if weight is None:
+            base = rows.new_zeros((rows.shape[0], self.module.out_features))
+        else:
+            base = torch.nn.functional.linear(rows, weight, bias)
+        h = reference.shrink(rows, self.module, self.routing, seed)
+        y = reference.expand(h, base, self.module, self.routing)
+        return y.view(*x.shape[:-1], y.shape[1])

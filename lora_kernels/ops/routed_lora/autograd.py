@@ -1,0 +1,531 @@
+"""torch.library registration of ``routed_lora`` and its halves, and their autograd.Functions.
+
+``routed_lora`` (with or without a base weight), ``routed_shrink`` and ``routed_expand`` are
+differentiable; the first two have a twin that also returns what the backward needs. ``..._`` ops
+add into a tensor and have no gradient. A bank and a routing travel as their fields, see
+:mod:`operands`. The gradients of all factors come in one flat tensor, of which the Functions hand
+out views. The parameters are arguments for autograd's sake only: values are read from the bank's
+storage.
+
+Optional results are empty tensors of shape ``[0]`` where they do not exist.
+"""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lora_kernels.dropout import GROUP
+from lora_kernels.dtypes import accumulator_dtype
+from lora_kernels.ops.routed_lora import composed
+from lora_kernels.ops.routed_lora.operands import BankTensors, GradientLayout, RoutingTensors
+from lora_kernels.products import product_dtype
+
+_library = torch.library.Library("lora_kernels", "FRAGMENT")
+
+_CONTEXT = (
+    "Tensor[] factors, int[] slots, int[] thresholds, int[] slice_columns, int width, "
+    "Tensor storage, Tensor table, Tensor scaling, Tensor threshold_table, "
+    "Tensor tokens, Tensor offsets, Tensor tiles, Tensor inverse, Tensor? pair_weights, "
+    "Tensor plan, int pairs_per_token, int block"
+)
+_LAYOUT = "int[] grad_offsets, int grad_numel, Tensor grad_table"
+_PARAMETERS = "Tensor[] parameters, int[] parameter_offsets, int[] parameter_slots"
+_NUM_BANK, _NUM_ROUTING, _NUM_LAYOUT = (
+    len(fields._fields) for fields in (BankTensors, RoutingTensors, GradientLayout)
+)
+
+for _schema in (
+    f"routed_lora({_CONTEXT}, {_LAYOUT}, Tensor x, Tensor? weight, Tensor? bias, Tensor? seed, "
+    f"str backend, {_PARAMETERS}) -> Tensor",
+    f"routed_lora_forward({_CONTEXT}, Tensor x, Tensor? weight, Tensor? bias, Tensor? seed, "
+    "str backend) -> (Tensor y, Tensor h, Tensor mask)",
+    f"routed_lora_backward({_CONTEXT}, {_LAYOUT}, Tensor dy, Tensor? x, Tensor? weight, Tensor? h, "
+    "Tensor mask, Tensor? seed, SymInt in_features, bool[3] needs, str backend)"
+    " -> (Tensor dx, Tensor grad, Tensor grad_weights, Tensor grad_bias)",
+    f"routed_shrink({_CONTEXT}, {_LAYOUT}, Tensor x, Tensor? seed, str backend, {_PARAMETERS})"
+    " -> Tensor",
+    f"routed_shrink_forward({_CONTEXT}, Tensor x, Tensor? seed, str backend)"
+    " -> (Tensor h, Tensor mask)",
+    f"routed_shrink_backward({_CONTEXT}, {_LAYOUT}, Tensor t, Tensor x, Tensor mask, "
+    "Tensor? seed, bool needs_x, str backend) -> (Tensor dx, Tensor grad)",
+    f"routed_expand({_CONTEXT}, {_LAYOUT}, Tensor h, SymInt rows, ScalarType dtype, str backend, "
+    f"{_PARAMETERS}) -> Tensor",
+    f"routed_expand_backward({_CONTEXT}, {_LAYOUT}, Tensor dy, Tensor h, bool[2] needs, "
+    "str backend) -> (Tensor t, Tensor grad, Tensor grad_weights)",
+    f"routed_lora_({_CONTEXT}, Tensor(a!) out, Tensor x, Tensor? seed, str backend) -> ()",
+    f"routed_expand_({_CONTEXT}, Tensor(a!) out, Tensor h, str backend) -> ()",
+):
+    _library.define(_schema)
+
+_OPS = torch.ops.lora_kernels
+
+
+def _module(backend: str) -> ModuleType:
+    """The module that serves a resolved backend; Triton is imported when it is first asked for."""
+    if backend != "triton":
+        return composed
+    from lora_kernels.ops.routed_lora import launch
+
+    return launch
+
+
+def stores_mask(device: torch.device, seed: Tensor | None, backend: str) -> bool:
+    """Whether the forward hands its packed keep-mask to the backward; elsewhere it is drawn again.
+
+    Known from the arguments alone, so that fake tensors agree.
+    """
+    return seed is not None and device.type in ("cpu", "meta") and backend != "triton"
+
+
+def _unpack(arguments: tuple) -> tuple[BankTensors, RoutingTensors, tuple]:
+    bank, rest = BankTensors(*arguments[:_NUM_BANK]), arguments[_NUM_BANK:]
+    return bank, RoutingTensors(*rest[:_NUM_ROUTING]), rest[_NUM_ROUTING:]
+
+
+def _unpack_with_layout(arguments: tuple):
+    bank, routing, rest = _unpack(arguments)
+    return bank, routing, GradientLayout(*rest[:_NUM_LAYOUT]), rest[_NUM_LAYOUT:]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _like_rows_of(x: Tensor, y: Tensor) -> Tensor:
+    """``[M, D]`` as ``[..., D]``. Not a view to autograd: the caller may change it in place."""
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
+
+
+def _or_empty(like: Tensor, tensor: Tensor | None) -> Tensor:
+    return like.new_empty(0) if tensor is None else tensor
+
+
+def _or_none(tensor: Tensor) -> Tensor | None:
+    return tensor if tensor.numel() else None
+
+
+# --- kernels ---------------------------------------------------------------------------------
+
+
+def _without_autocast(function):
+    """The ops do their own casts; autocast must not add any below them."""
+
+    def kernel(*arguments):
+        kind = arguments[_NUM_BANK].device.type  # of the routing's tokens
+        if not torch.is_autocast_enabled(kind):
+            return function(*arguments)
+        with torch.autocast(kind, enabled=False):
+            return function(*arguments)
+
+    return kernel
+
+
+@_without_autocast
+def _forward(*arguments):
+    bank, routing, (x, weight, bias, seed, backend) = _unpack(arguments)
+    y, h, mask = _module(backend).forward(_rows(x), weight, bias, bank, routing, seed, True)
+    if not stores_mask(x.device, seed, backend):
+        mask = None
+    return _like_rows_of(x, y), h, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
+
+
+@_without_autocast
+def _inference(*arguments):
+    bank, routing, _, (x, weight, bias, seed, backend, *_) = _unpack_with_layout(arguments)
+    y, _, _ = _module(backend).forward(_rows(x), weight, bias, bank, routing, seed, False)
+    return _like_rows_of(x, y)
+
+
+@_without_autocast
+def _backward(*arguments):
+    bank, routing, layout, rest = _unpack_with_layout(arguments)
+    dy, x, weight, h, mask, seed, in_features, needs, backend = rest
+    dx, grad, grad_weights, grad_bias = _module(backend).backward(
+        _rows(dy), None if x is None else _rows(x), weight, bank, routing, layout, h,
+        _or_none(mask), seed, in_features, tuple(needs),
+    )  # fmt: skip
+    return (
+        dy.new_empty(0) if dx is None else dx.view(*dy.shape[:-1], in_features),
+        grad,
+        _or_empty(dy, grad_weights),
+        _or_empty(dy, grad_bias),
+    )
+
+
+@_without_autocast
+def _shrink(*arguments):
+    bank, routing, (x, seed, backend) = _unpack(arguments)
+    h, mask = _module(backend).shrink(_rows(x), bank, routing, seed)
+    if not stores_mask(x.device, seed, backend):
+        mask = None
+    return h, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
+
+
+def _shrink_inference(*arguments):
+    bank, routing, _, (x, seed, backend, *_) = _unpack_with_layout(arguments)
+    return _shrink(*bank, *routing, x, seed, backend)[0]
+
+
+@_without_autocast
+def _shrink_backward(*arguments):
+    bank, routing, layout, rest = _unpack_with_layout(arguments)
+    t, x, mask, seed, needs_x, backend = rest
+    dx, grad = _module(backend).shrink_backward(
+        t, _rows(x), bank, routing, layout, _or_none(mask), seed, needs_x
+    )
+    return x.new_empty(0) if dx is None else dx.view(x.shape), grad
+
+
+@_without_autocast
+def _expand(*arguments):
+    bank, routing, _, (h, rows, dtype, backend, *_) = _unpack_with_layout(arguments)
+    out = h.new_zeros((rows, bank.slice_columns[-1]), dtype=dtype)
+    _module(backend).expand_(out, h, bank, routing)
+    return out
+
+
+@_without_autocast
+def _expand_backward(*arguments):
+    bank, routing, layout, (dy, h, needs, backend) = _unpack_with_layout(arguments)
+    t, grad, grad_weights = _module(backend).expand_backward(
+        dy, h, bank, routing, layout, tuple(needs)
+    )
+    return (
+        h.new_empty(0) if t is None else t.to(h.dtype),
+        grad,
+        _or_empty(h, grad_weights),
+    )
+
+
+@_without_autocast
+def _lora_in_place(*arguments):
+    bank, routing, (out, x, seed, backend) = _unpack(arguments)
+    # A view, or the rows could not be added to in place: the public function sees to it.
+    _module(backend).add_(out.view(-1, out.shape[-1]), _rows(x), bank, routing, seed)
+
+
+@_without_autocast
+def _expand_in_place(*arguments):
+    bank, routing, (out, h, backend) = _unpack(arguments)
+    _module(backend).expand_(out.view(-1, out.shape[-1]), h, bank, routing)
+
+
+_KERNELS = {
+    "routed_lora": _inference,
+    "routed_lora_forward": _forward,
+    "routed_lora_backward": _backward,
+    "routed_shrink": _shrink_inference,
+    "routed_shrink_forward": _shrink,
+    "routed_shrink_backward": _shrink_backward,
+    "routed_expand": _expand,
+    "routed_expand_backward": _expand_backward,
+    "routed_lora_": _lora_in_place,
+    "routed_expand_": _expand_in_place,
+}
+for _name, _kernel in _KERNELS.items():
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _kernel, _key)
+
+
+# --- shapes ----------------------------------------------------------------------------------
+
+
+def _fake(name: str):
+    return torch.library.register_fake(f"lora_kernels::{name}", lib=_library)
+
+
+@_fake("routed_lora")
+def _(*arguments):
+    bank, _, _, (x, *_) = _unpack_with_layout(arguments)
+    return x.new_empty((*x.shape[:-1], bank.slice_columns[-1]))
+
+
+def _fake_h(x: Tensor, bank: BankTensors, routing: RoutingTensors, backend: str) -> Tensor:
+    dtype = accumulator_dtype(x.dtype) if backend == "triton" else product_dtype(x)
+    return x.new_empty((routing.tokens.shape[0], bank.width), dtype=dtype)
+
+
+def _fake_mask(x: Tensor, routing: RoutingTensors, seed: Tensor | None, backend: str) -> Tensor:
+    shape = 0
+    if stores_mask(x.device, seed, backend):
+        shape = (routing.tokens.shape[0], -(-x.shape[-1] // GROUP))
+    return x.new_empty(shape, dtype=torch.uint8)
+
+
+@_fake("routed_lora_forward")
+def _(*arguments):
+    bank, routing, (x, _weight, _bias, seed, backend) = _unpack(arguments)
+    return (
+        x.new_empty((*x.shape[:-1], bank.slice_columns[-1])),
+        _fake_h(x, bank, routing, backend),
+        _fake_mask(x, routing, seed, backend),
+    )
+
+
+@_fake("routed_lora_backward")
+def _(*arguments):
+    bank, routing, layout, rest = _unpack_with_layout(arguments)
+    dy, in_features, (needs_x, needs_weights, needs_bias) = rest[0], rest[6], rest[7]
+    return (
+        dy.new_empty((*dy.shape[:-1], in_features) if needs_x else 0),
+        bank.storage.new_empty(layout.numel),
+        torch.empty_like(routing.pair_weights) if needs_weights else dy.new_empty(0),
+        dy.new_empty(dy.shape[-1] if needs_bias else 0),
+    )
+
+
+@_fake("routed_shrink")
+def _(*arguments):
+    bank, routing, _, (x, _seed, backend, *_) = _unpack_with_layout(arguments)
+    return _fake_h(x, bank, routing, backend)
+
+
+@_fake("routed_shrink_forward")
+def _(*arguments):
+    bank, routing, (x, seed, backend) = _unpack(arguments)
+    return _fake_h(x, bank, routing, backend), _fake_mask(x, routing, seed, backend)
+
+
+@_fake("routed_shrink_backward")
+def _(*arguments):
+    bank, _, layout, (_t, x, _mask, _seed, needs_x, _backend) = _unpack_with_layout(arguments)
+    return x.new_empty(x.shape if needs_x else 0), bank.storage.new_empty(layout.numel)
+
+
+@_fake("routed_expand")
+def _(*arguments):
+    bank, _, _, (h, rows, dtype, *_) = _unpack_with_layout(arguments)
+    return h.new_empty((rows, bank.slice_columns[-1]), dtype=dtype)
+
+
+@_fake("routed_expand_backward")
+def _(*arguments):
+    bank, routing, layout, (_dy, h, (needs_h, needs_weights), _) = _unpack_with_layout(arguments)
+    return (
+        h.new_empty(h.shape if needs_h else 0),
+        bank.storage.new_empty(layout.numel),
+        torch.empty_like(routing.pair_weights) if needs_weights else h.new_empty(0),
+    )
+
+
+@_fake("routed_lora_")
+def _(*arguments):
+    return None
+
+
+@_fake("routed_expand_")
+def _(*arguments):
+    return None
+
+
+# --- autograd --------------------------------------------------------------------------------
+
+
+def _call(name: str, *arguments):
+    """The op, or its kernel straight where nothing records or replaces operations.
+
+    Through the dispatcher some twenty arguments are boxed twice, which a small batch feels.
+    """
+    tokens = arguments[_NUM_BANK]
+    at_once = (
+        type(tokens) is Tensor
+        and tokens.device.type in ("cpu", "cuda")
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+    with torch._C._AutoDispatchBelowAutograd():
+        return (_KERNELS[name] if at_once else getattr(_OPS, name))(*arguments)
+
+
+class _Parameters(NamedTuple):
+    """Where the gradients of the parameters lie in the flat tensor, and whose they are."""
+
+    offsets: list[int]  # -1 where none is needed
+    slots: list[int]
+
+    def used(self, parameters: tuple[Tensor, ...], routing: RoutingTensors) -> list[Tensor]:
+        """The parameters of the adapters that the batch uses, as far as the host knows.
+
+        They are saved for their version counters: changing one before the backward raises, while
+        other adapters may take their steps.
+        """
+        slots = set(routing.plan[:, 0].tolist())
+        return [p for p, slot in zip(parameters, self.slots, strict=True) if slot in slots]
+
+    def gradients(self, flat: Tensor, shapes: list[torch.Size]) -> list[Tensor | None]:
+        return [
+            flat[offset : offset + shape.numel()].view(shape) if offset >= 0 else None
+            for offset, shape in zip(self.offsets, shapes, strict=True)
+        ]
+
+
+class _Function(torch.autograd.Function):
+    """What the three have in common. ``context`` is (bank, routing without weights, layout)."""
+
+    @staticmethod
+    def keep(ctx, saved, bank, routing, layout, places: _Parameters, backend, parameters) -> None:
+        ctx.save_for_backward(*saved, *places.used(parameters, routing))
+        ctx.context = bank, routing._replace(pair_weights=None), layout
+        ctx.places, ctx.shapes = places, [parameter.shape for parameter in parameters]
+        ctx.backend = backend
+
+    @staticmethod
+    def saved(ctx, count: int, pair_weights_at: int | None = None):
+        """The context with the weights in it, and the first ``count`` tensors that were saved."""
+        tensors = ctx.saved_tensors[:count]
+        bank, routing, layout = ctx.context
+        if pair_weights_at is not None:
+            routing = routing._replace(pair_weights=tensors[pair_weights_at])
+        return (*bank, *routing, *layout), tensors
+
+
+class RoutedLoRAFunction(_Function):
+    """The base layer and the adapters' contributions; saves the caller's x, h and the mask."""
+
+    @staticmethod
+    def forward(
+        ctx, bank, routing, layout, places, backend, x, weight, bias, seed, pair_weights, *factors
+    ):
+        routing = routing._replace(pair_weights=pair_weights)
+        y, h, mask = _call("routed_lora_forward", *bank, *routing, x, weight, bias, seed, backend)
+        needs_factors = any(ctx.needs_input_grad[10:])
+        saved = (
+            x if needs_factors else None,
+            weight,
+            h if needs_factors or ctx.needs_input_grad[9] else None,
+            mask,
+            seed,
+            pair_weights,
+        )
+        _Function.keep(ctx, saved, bank, routing, layout, places, backend, factors)
+        ctx.in_features = x.shape[-1]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        context, (x, weight, h, mask, seed, _) = _Function.saved(ctx, 6, pair_weights_at=5)
+        needs_x, _, needs_bias, _, needs_weights = ctx.needs_input_grad[5:10]
+        dx, flat, grad_weights, grad_bias = _call(
+            "routed_lora_backward", *context, dy, x, weight, h, mask, seed, ctx.in_features,
+            [needs_x, needs_weights, needs_bias], ctx.backend,
+        )  # fmt: skip
+        return (
+            *(None,) * 5,
+            dx if needs_x else None,
+            None,
+            grad_bias if needs_bias else None,
+            None,
+            grad_weights if needs_weights else None,
+            *ctx.places.gradients(flat, ctx.shapes),
+        )
+
+
+class RoutedShrinkFunction(_Function):
+    @staticmethod
+    def forward(ctx, bank, routing, layout, places, backend, x, seed, *factors):
+        h, mask = _call("routed_shrink_forward", *bank, *routing, x, seed, backend)
+        _Function.keep(ctx, (x, mask, seed), bank, routing, layout, places, backend, factors)
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, t):
+        context, (x, mask, seed) = _Function.saved(ctx, 3)
+        needs_x = ctx.needs_input_grad[5]
+        dx, flat = _call("routed_shrink_backward", *context, t, x, mask, seed, needs_x, ctx.backend)
+        gradients = ctx.places.gradients(flat, ctx.shapes)
+        return (*(None,) * 5, dx if needs_x else None, None, *gradients)
+
+
+class RoutedExpandFunction(_Function):
+    @staticmethod
+    def forward(
+        ctx, bank, routing, layout, places, backend, h, rows, dtype, pair_weights, *factors
+    ):
+        routing = routing._replace(pair_weights=pair_weights)
+        y = _call("routed_expand", *bank, *routing, *layout, h, rows, dtype, backend, [], [], [])
+        _Function.keep(ctx, (h, pair_weights), bank, routing, layout, places, backend, factors)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        context, (h, _) = _Function.saved(ctx, 2, pair_weights_at=1)
+        needs_h, _, _, needs_weights = ctx.needs_input_grad[5:9]
+        t, flat, grad_weights = _call(
+            "routed_expand_backward", *context, dy, h, [needs_h, needs_weights], ctx.backend
+        )
+        return (
+            *(None,) * 5,
+            t if needs_h else None,
+            None,
+            None,
+            grad_weights if needs_weights else None,
+            *ctx.places.gradients(flat, ctx.shapes),
+        )
+
+
+def _requires_grad(arguments) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(argument, Tensor) and argument.requires_grad for argument in arguments
+    )
+
+
+def _lora_autograd(*arguments):
+    bank, routing, layout, rest = _unpack_with_layout(arguments)
+    x, weight, bias, seed, backend, parameters, offsets, slots = rest
+    if not _requires_grad((x, bias, routing.pair_weights, *parameters)):
+        return _call("routed_lora", *arguments[:-3], [], [], [])
+    return RoutedLoRAFunction.apply(
+        bank, routing, layout, _Parameters(offsets, slots), backend, x, weight, bias, seed,
+        routing.pair_weights, *parameters,
+    )  # fmt: skip
+
+
+def _shrink_autograd(*arguments):
+    bank, routing, layout, rest = _unpack_with_layout(arguments)
+    x, seed, backend, parameters, offsets, slots = rest
+    if not _requires_grad((x, *parameters)):
+        return _call("routed_shrink", *arguments[:-3], [], [], [])
+    return RoutedShrinkFunction.apply(
+        bank, routing, layout, _Parameters(offsets, slots), backend, x, seed, *parameters
+    )
+
+
+def _expand_autograd(*arguments):
+    bank, routing, layout, rest = _unpack_with_layout(arguments)
+    h, rows, dtype, backend, parameters, offsets, slots = rest
+    if not _requires_grad((h, routing.pair_weights, *parameters)):
+        return _call("routed_expand", *arguments[:-3], [], [], [])
+    return RoutedExpandFunction.apply(
+        bank, routing, layout, _Parameters(offsets, slots), backend, h, rows, dtype,
+        routing.pair_weights, *parameters,
+    )  # fmt: skip
+
+
+def _without_gradient(name: str):
+    def kernel(*arguments):
+        if _requires_grad(arguments):
+            raise RuntimeError(
+                f"{name} is not differentiable; routed_lora's backward is implemented once, double "
+                "backward is not supported"
+            )
+        result = _call(name, *arguments)
+        if result is None:  # in place: autograd must know that ``out`` has changed
+            _, _, (out, *_) = _unpack(arguments)
+            torch.autograd.graph.increment_version(out)
+        return result
+
+    return kernel
+
+
+_DIFFERENTIABLE = {
+    "routed_lora": _lora_autograd,
+    "routed_shrink": _shrink_autograd,
+    "routed_expand": _expand_autograd,
+}
+for _name in _KERNELS:
+    _library.impl(_name, _DIFFERENTIABLE.get(_name) or _without_gradient(_name), "Autograd")

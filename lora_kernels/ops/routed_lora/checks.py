@@ -1,0 +1,105 @@
+"""What the public functions of ``routed_lora`` refuse, in the words of the caller."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from lora_kernels.ops.routed_lora.bank import AdapterBank
+from lora_kernels.ops.routed_lora.routing import Routing
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def cast_for_autocast(x: Tensor, *others: Tensor | None) -> tuple:
+    """The tensors as ``torch.nn.functional.linear`` would see them under autocast."""
+    tensors = (x, *others)
+    if not isinstance(x, Tensor) or x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return tensors
+    if not x.is_floating_point() or x.dtype == torch.float64:
+        return tensors
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
+
+
+def kind_of(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_pair(bank: AdapterBank, routing: Routing, device: torch.device) -> None:
+    if not isinstance(bank, AdapterBank):
+        raise TypeError(f"bank: expected an AdapterBank, got {type(bank).__name__}")
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing: expected a Routing, got {type(routing).__name__}")
+    if routing.slots is not bank.slots:
+        raise ValueError("routing: expected one made for the bank's slots, got one of other slots")
+    for name, other in (("bank", bank.device), ("routing", routing.device)):
+        if other != device and not (
+            other.type == device.type and None in (other.index, device.index)
+        ):
+            raise ValueError(f"{name}: expected x's device {device}, got {other}")
+
+
+def check_rows(name: str, rows: int, routing: Routing) -> None:
+    if rows not in (routing.num_tokens, routing.max_tokens):
+        room = f" (or {routing.max_tokens}, all it has room for)"
+        raise ValueError(
+            f"{name}: expected {routing.num_tokens} tokens{room}, as in the routing, got {rows}"
+        )
+
+
+def check_input(x: Tensor, bank: AdapterBank, routing: Routing) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in DTYPES:
+        raise TypeError(f"x: expected a tensor of floating point, got {kind_of(x)}")
+    if x.layout is not torch.strided or x.is_nested:
+        raise TypeError("x: expected a dense tensor, got a sparse or nested one")
+    check_pair(bank, routing, x.device)
+    if x.ndim == 0 or x.shape[-1] != bank.in_features:
+        raise ValueError(f"x: expected [..., {bank.in_features}], got {list(x.shape)}")
+    check_rows("x", x.shape[:-1].numel(), routing)
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError("routed_lora: forward-mode differentiation is not defined")
+
+
+def check_out(out: Tensor, shape: tuple, dtype: torch.dtype, device: torch.device) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out: expected a tensor, got {type(out).__name__}")
+    if tuple(out.shape) != tuple(shape) or out.dtype != dtype or out.device != device:
+        raise ValueError(
+            f"out: expected {list(shape)} in {dtype} on {device}, got {list(out.shape)} in "
+            f"{out.dtype} on {out.device}"
+        )
+    if torch._debug_has_internal_overlap(out) == 1:
+        raise ValueError("out: expected rows that do not overlap, got a tensor that repeats memory")
+    try:
+        out.view(-1, out.shape[-1])
+    except RuntimeError:
+        raise ValueError(
+            f"out: expected leading dimensions that can be flattened in place, got strides "
+            f"{out.stride()}"
+        ) from None
+
+
+def check_base(weight: Tensor, bias: Tensor | None, bank: AdapterBank, x: Tensor) -> None:
+    expected = (bank.out_features, bank.in_features)
+    for name, tensor, shape in (("weight", weight, expected), ("bias", bias, expected[:1])):
+        if tensor is None and name == "bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "weight: expected a frozen tensor (requires_grad=False), got one that requires grad"
+        )
+
+
+def check_seed(seed: Tensor, device: torch.device) -> None:
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.ndim != 0:
+        raise TypeError(f"seed: expected a 0-d int64 tensor, got {kind_of(seed)}")
+    if seed.device != device:
+        raise ValueError(f"seed: expected it on {device}, got {seed.device}")

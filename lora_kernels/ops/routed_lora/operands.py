@@ -1,0 +1,66 @@
+"""What the backends of ``routed_lora`` work on: a bank and a routing as plain tensors and numbers.
+
+Dimensions: L slots, S slices, P pairs of a token and an adapter, K in_features, N_s out_features of
+slice s, R_s an adapter's rank there, R = R_1 + ... + R_S, H the widest R of the bank.
+
+A *factor* of an adapter is its A of all slices ``[R, K]``, or its B of one slice ``[N_s, R_s]``:
+1 + S factors, A first.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class BankTensors(NamedTuple):
+    """The adapters of one layer.
+
+    The order of the adapters, and so of everything that is listed once per adapter or per factor,
+    is that of their slots.
+    """
+
+    factors: list[Tensor]  # 1 + S per adapter
+    slots: list[int]  # per adapter
+    thresholds: list[int]  # per adapter: q of its dropout, 0 where it does not drop
+    slice_columns: list[int]  # [S + 1]: where each slice begins in the result, and its width
+    width: int  # H
+    storage: Tensor  # the factors of all adapters, flat
+    table: Tensor  # [L + 1, 1 + S, 3] int64: rank, first column of it in h, offset in storage
+    scaling: Tensor  # [L + 1] fp64
+    threshold_table: Tensor  # [L + 1] int32
+
+    @property
+    def num_slices(self) -> int:
+        return len(self.slice_columns) - 1
+
+    def factors_of(self, adapter: int) -> list[Tensor]:
+        """``[A, B_1, ... B_S]`` of the adapter with that index (not slot)."""
+        count = 1 + self.num_slices
+        return self.factors[adapter * count : (adapter + 1) * count]
+
+
+class GradientLayout(NamedTuple):
+    """Where the gradients of the factors lie in one flat tensor, without gaps for those not needed.
+
+    An offset is -1 where no gradient is needed.
+    """
+
+    offsets: list[int]  # 1 + S per adapter
+    numel: int
+    table: Tensor  # [L + 1, 1 + S] int64: the same by slot
+
+
+class RoutingTensors(NamedTuple):
+    """Which adapters each token uses: pairs (token, slot, weight), grouped by slot.
+
+    Group L holds the pairs without an adapter. Within a group the pairs keep the tokens' order.
+    """
+
+    tokens: Tensor  # [P] int32
+    offsets: Tensor  # [L + 2] int32: where each group begins; the last is P
+    tiles: Tensor  # [T, 2] int32: slot and first pair of at most BLOCK pairs; slot -1: none
+    inverse: Tensor  # [P] int32: where the pairs of token 0 are, then those of token 1, ...
+    pair_weights: Tensor | None  # [P] fp32
+    plan: Tensor  # [G, 4] int64, on the CPU: see Routing.plan; [0, 4] where nobody needs it
+    pairs_per_token: int
+    block: int  # pairs per tile

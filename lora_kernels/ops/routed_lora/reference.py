@@ -1,0 +1,73 @@
+"""The definition of ``routed_lora`` in plain differentiable torch: the oracle of every test."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_kernels.dropout import GROUP, drop_threshold, keep_scale, packed_keep_mask_of_rows
+from lora_kernels.dtypes import accumulator_dtype
+from lora_kernels.ops.routed_lora.operands import RoutingTensors
+
+
+def shrink(
+    x: Tensor,  # [M, K]
+    bank,
+    routing: RoutingTensors,
+    seed: Tensor | None,  # []
+) -> Tensor:  # [P, H]
+    """``h = D(x) A^T`` of every pair, zero beyond the rank of its adapter."""
+    tensors = bank.tensors()
+    dtype = accumulator_dtype(x.dtype)
+    h = x.new_zeros((routing.tokens.shape[0], tensors.width), dtype=dtype)
+    for adapter in bank.ordered_adapters():
+        pairs, tokens = _pairs_of(adapter.slot, routing)
+        dropped = _dropped(x[tokens], adapter, tokens, seed)
+        parts = [
+            F.linear(dropped, pair[0].to(x.dtype)) for pair in adapter.factors() if pair is not None
+        ]
+        narrow = torch.cat(parts, dim=1).to(dtype)
+        narrow = F.pad(narrow, (0, tensors.width - narrow.shape[1]))
+        h = h.index_add(0, pairs, narrow)
+    return h
+
+
+def expand(
+    h: Tensor,  # [P, H]
+    base: Tensor,  # [M, N]
+    bank,
+    routing: RoutingTensors,
+) -> Tensor:  # [M, N]
+    """``base + sum of w s h B^T`` over the pairs of each token, rounding like eager torch."""
+    tensors = bank.tensors()
+    y = base
+    for adapter in bank.ordered_adapters():
+        pairs, tokens = _pairs_of(adapter.slot, routing)
+        narrow = h[pairs][:, : adapter.rank].to(base.dtype).split(adapter.ranks, dim=1)
+        parts = [
+            part.new_zeros((part.shape[0], width))
+            if pair is None
+            else F.linear(part, pair[1].to(base.dtype)) * adapter.scaling.to(base.device)
+            for part, pair, width in zip(narrow, adapter.factors(), bank.slice_widths, strict=True)
+        ]
+        delta = torch.cat(parts, dim=1)
+        if routing.pair_weights is not None:
+            delta = delta * routing.pair_weights[pairs].to(base.dtype).unsqueeze(1)
+        y = y.index_add(0, tokens, delta.to(base.dtype))
+    assert y.shape[1] == tensors.slice_columns[-1]
+    return y
+
+
+def _pairs_of(slot: int, routing: RoutingTensors) -> tuple[Tensor, Tensor]:
+    """The indices of a slot's pairs, and their tokens."""
+    start, end = routing.offsets[slot : slot + 2].tolist()
+    pairs = torch.arange(start, end, device=routing.tokens.device)
+    return pairs, routing.tokens[start:end].long()
+
+
+def _dropped(rows: Tensor, adapter, tokens: Tensor, seed: Tensor | None) -> Tensor:
+    if not adapter.training or drop_threshold(adapter.dropout_p) == 0:
+        return rows
+    packed = packed_keep_mask_of_rows(seed, adapter.dropout_p, tokens, rows.shape[1], adapter.slot)
+    bit = torch.arange(GROUP, dtype=torch.uint8, device=packed.device)
+    keep = ((packed.unsqueeze(-1) >> bit) & 1).flatten(-2)[:, : rows.shape[1]].bool()
+    return torch.where(keep, rows * keep_scale(adapter.dropout_p), 0)
