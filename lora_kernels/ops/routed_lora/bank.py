@@ -2,115 +2,23 @@
 
 Dimensions: K in_features, N_s out_features of slice s, R_s an adapter's rank there, R their sum.
 
-Each adapter has one region of the storage: its A of all slices, one below the other ``[R, K]``, and
-then its B of each slice ``[N_s, R_s]``, each factor starting at a multiple of ``_ALIGNMENT``
-elements. Its ``nn.Parameter``s are bound to the storage by ``p.data = slab``, so that each has a
-version counter of its own.
+An adapter's ``nn.Parameter``s are bound to its slabs of the storage by ``p.data = slab``, so that
+each has a version counter of its own.
 """
 
-import weakref
 from collections.abc import Iterator, Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
 from lora_kernels.dropout import drop_threshold
+from lora_kernels.ops.routed_lora.adapter import Adapter, check_dropout, check_scaling
 from lora_kernels.ops.routed_lora.operands import BankTensors, GradientLayout
 from lora_kernels.ops.routed_lora.slots import BASE, AdapterSlots
-from lora_kernels.ops.routed_lora.space import Space
+from lora_kernels.ops.routed_lora.storage import FactorStorage, aligned
+from lora_kernels.ops.routed_lora.tables import SlotTables
 
-_ALIGNMENT = 64  # elements: whole cache lines, and what TMA and vector loads need
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-class Adapter(nn.Module):
-    """One adapter of an :class:`AdapterBank`: its parameters, scaling and dropout.
-
-    ``lora_a`` ``[R, K]`` and ``lora_b`` ``[N, R]`` are ordinary parameters with their own
-    ``requires_grad``; an optimizer may hold those of one adapter. In a sliced bank they are
-    ``lora_a_0``, ``lora_b_0``, ``lora_a_1``, ... without those of slices where the rank is 0.
-
-    Dropout acts while the adapter is in training mode: ``bank.train()`` and ``eval()`` set all,
-    ``bank[name].eval()`` this one.
-    """
-
-    def __init__(self, slot: int, ranks: tuple[int, ...], dropout_p: float) -> None:
-        super().__init__()
-        self.slot, self.ranks = slot, ranks
-        self.dropout_p = dropout_p
-        self.start = -1  # of the region in the storage
-
-    @property
-    def rank(self) -> int:
-        """Over all slices."""
-        return sum(self.ranks)
-
-    @property
-    def dropout_p(self) -> float:
-        """The probability with which an element of x is dropped in training."""
-        return self._dropout_p
-
-    @dropout_p.setter
-    def dropout_p(self, value: float) -> None:
-        _check_dropout(value)
-        self._dropout_p = float(value)
-
-    @property
-    def scaling(self) -> Tensor:
-        """What the contribution is multiplied by, a 0-d tensor; set it to a number or a tensor."""
-        if "_bank" not in self.__dict__:
-            return self._own_scaling
-        return self._bank()._tables.scaling[self.slot]
-
-    @scaling.setter
-    def scaling(self, value: float | Tensor) -> None:
-        _check_scaling(value)
-        with torch.no_grad():
-            self.scaling.copy_(torch.as_tensor(value))
-
-    def factors(self) -> list[tuple[nn.Parameter, nn.Parameter] | None]:
-        """``(A, B)`` of each slice; None where the rank is 0."""
-        one = len(self.ranks) == 1
-        return [
-            (self._parameters[_name("lora_a", s, one)], self._parameters[_name("lora_b", s, one)])
-            if rank
-            else None
-            for s, rank in enumerate(self.ranks)
-        ]
-
-    def __getattr__(self, name: str):
-        if name in ("lora_a", "lora_b") and len(self.__dict__.get("ranks", (0,))) > 1:
-            raise AttributeError(
-                f"{name}: the bank has {len(self.ranks)} slices; use {name}_0, {name}_1, ... or "
-                "factors()"
-            )
-        return super().__getattr__(name)
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_bank"}
-
-    def extra_repr(self) -> str:
-        ranks = self.ranks[0] if len(self.ranks) == 1 else self.ranks
-        dropout = f", dropout_p={self.dropout_p}" if self.dropout_p else ""
-        return f"slot={self.slot}, rank={ranks}{dropout}"
-
-
-class _Tables(nn.Module):
-    """What the kernels look up by slot. Not part of state dicts."""
-
-    def __init__(self, slots: int, slices: int, device: torch.device) -> None:
-        super().__init__()
-
-        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        self.factors = zeros(slots + 1, 1 + slices, 3, dtype=torch.int64)
-        self.scaling = zeros(slots + 1, dtype=torch.float64)
-        self.thresholds = zeros(slots + 1, dtype=torch.int32)
-
-    def _apply(self, fn, recurse=True):
-        return self  # rebuilt by the bank: casting must not touch them
 
 
 class AdapterBank(nn.Module):
@@ -173,13 +81,13 @@ class AdapterBank(nn.Module):
         self.slots = slots if slots is not None else AdapterSlots()
         self.slots.join(self)
         self.adapters = nn.ModuleDict()
-        self._storage = torch.empty(0, dtype=dtype, device=device)
-        self._space = Space(_ALIGNMENT)
+        self._storage = FactorStorage(in_features, self.slice_widths, dtype, device)
+        self._tables = SlotTables(self.slots.capacity, len(widths), self.device)
         self._fixed = False
-        self._make_tables()
+        self._forget()
         if rank_capacity is not None:
             self.reserve(rank_capacity)
-        self.register_load_state_dict_post_hook(lambda bank, keys: bank.rebind())
+        self.register_load_state_dict_post_hook(_rebind)
 
     # --- adapters -----------------------------------------------------------------------------
 
@@ -209,27 +117,24 @@ class AdapterBank(nn.Module):
         """
         _check_name(name, self)
         pairs = self._check_factors(lora_a, lora_b)
-        _check_scaling(scaling)
-        _check_dropout(dropout_p)
+        check_scaling(scaling)
+        check_dropout(dropout_p)
         ranks = tuple(0 if pair is None else pair[0].shape[0] for pair in pairs)
-        start = self._allocate(self._region_size(ranks))
-        adapter = Adapter(self.slots.acquire(name), ranks, dropout_p)
-        adapter.start = start
-        adapter.train(self.training)
-        one = len(ranks) == 1
-        with torch.no_grad():
-            for s, (pair, slabs) in enumerate(zip(pairs, self._slabs(adapter), strict=True)):
-                if pair is None:
-                    continue
-                for role, given, slab in zip(("lora_a", "lora_b"), pair, slabs, strict=True):
-                    slab.copy_(given.detach())
-                    parameter = nn.Parameter(torch.empty(0, dtype=slab.dtype, device=slab.device))
-                    parameter.data = slab
-                    adapter.register_parameter(_name(role, s, one), parameter)
-        adapter.__dict__["_bank"] = weakref.ref(self)
-        self.adapters[name] = adapter
+        start = self._allocate(self._storage.region_size(ranks))
+        slot = self.slots.acquire(name)
         self._fit_tables()
-        self._write_tables(adapter, scaling)
+        entry = self._tables.write(slot, ranks, self._storage.offsets(start, ranks), scaling)
+        adapter = Adapter(slot, ranks, start, entry, dropout_p)
+        for names, pair, slabs in zip(
+            adapter.parameter_names(), pairs, self._storage.slabs(start, ranks), strict=True
+        ):
+            for key, given, slab in zip(names, pair or (), slabs or (), strict=False):
+                with torch.no_grad():
+                    slab.copy_(given)
+                parameter = nn.Parameter(torch.empty(0, dtype=slab.dtype, device=slab.device))
+                parameter.data = slab
+                adapter.register_parameter(key, parameter)
+        self.adapters[name] = adapter.train(self.training)
         self._forget()
         return adapter
 
@@ -240,18 +145,16 @@ class AdapterBank(nn.Module):
             The adapter, whose parameters keep their values in memory of their own.
         """
         adapter = self[name]
-        scaling = adapter.scaling.clone()
+        adapter.scaling_entry = adapter.scaling_entry.clone()
         with torch.no_grad():
             for parameter in adapter.parameters():
                 parameter.data = parameter.data.clone()
-                parameter.add_(0)  # a backward that still needs the old memory must raise
+                # A backward that is still to come would read what is written there next: it raises.
+                torch.autograd.graph.increment_version(parameter)
         del self.adapters[name]
-        self._space.free(adapter.start, self._region_size(adapter.ranks))
-        self._tables.factors[adapter.slot] = 0
-        self._tables.scaling[adapter.slot] = 0
+        self._storage.give_back(adapter.start, self._storage.region_size(adapter.ranks))
+        self._tables.clear(adapter.slot)
         self.slots.release(name)
-        del adapter.__dict__["_bank"]
-        adapter._own_scaling = scaling
         self._forget()
         return adapter
 
@@ -276,11 +179,11 @@ class AdapterBank(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self._storage.device
+        return self._storage.tensor.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._storage.dtype
+        return self._storage.tensor.dtype
 
     def reserve(self, rank_capacity: int) -> None:
         """Make room for adapters whose ranks sum to ``rank_capacity``, now; never grow unasked.
@@ -288,127 +191,83 @@ class AdapterBank(nn.Module):
         The storage moves if it is smaller: CUDA graphs captured before must be captured again.
         """
         _check_size("rank_capacity", rank_capacity)
-        per_rank = self.in_features + max(self.slice_widths)
-        # Every factor may be followed by a gap; there are at most 1 + S factors to each rank.
-        gaps = _ALIGNMENT * (1 + len(self.slice_widths)) * rank_capacity
-        self._grow_to(rank_capacity * per_rank + gaps)
+        self._grow_to(self._storage.size_for(rank_capacity))
         self._fixed = True
 
     def rebind(self) -> None:
         """Bind every parameter to its slab again, where something has replaced its data.
 
         Values go into the storage as it is if they fit there, and into a new one if their dtype or
-        device is another.
+        device is another. The bank calls it itself wherever it notices.
+
+        Raises:
+            RuntimeError: a parameter has another shape, or is no plain parameter any more.
         """
-        parameters = list(self.parameters())
-        kinds = {(p.dtype, p.device) for p in parameters}
+        kinds = {(parameter.dtype, parameter.device) for parameter in self.parameters()}
         if len(kinds) > 1:
             raise RuntimeError(
                 f"the bank's parameters have different dtypes or devices: {sorted(map(str, kinds))}"
             )
-        dtype, device = kinds.pop() if kinds else (self.dtype, self.device)
-        if (dtype, device) != (self.dtype, self.device):
-            self._storage = torch.empty(self._storage.shape, dtype=dtype, device=device)
+        self._become(*(kinds.pop() if kinds else (self.dtype, self.device)))
         self._bind()
-        if self._tables.factors.device != device:
-            self._move_tables(device)
+
+    @torch.no_grad()
+    def _bind(self) -> None:
+        for name, adapter in self.adapters.items():
+            slabs = self._storage.slabs(adapter.start, adapter.ranks)
+            for pair, slab_pair in zip(adapter.factors(), slabs, strict=True):
+                for parameter, slab in zip(pair or (), slab_pair or (), strict=True):
+                    _check_parameter(name, parameter, slab)
+                    if slab.is_meta or parameter.data_ptr() != slab.data_ptr():
+                        slab.copy_(parameter.data)
+                        parameter.data = slab
         self._forget()
 
-    def _bind(self) -> None:
-        with torch.no_grad():
-            for name, adapter in self.adapters.items():
-                for pair, slabs in zip(adapter.factors(), self._slabs(adapter), strict=True):
-                    for parameter, slab in zip(pair or (), slabs or (), strict=True):
-                        _check_parameter(name, parameter, slab)
-                        if parameter.data_ptr() != slab.data_ptr() or slab.is_meta:
-                            slab.copy_(parameter.data)
-                            parameter.data = slab
-
-    def _region_size(self, ranks: tuple[int, ...]) -> int:
-        sizes = [sum(ranks) * self.in_features]
-        sizes += [rank * width for rank, width in zip(ranks, self.slice_widths, strict=True)]
-        return sum(map(_aligned, sizes))
-
-    def _factor_offsets(self, adapter: Adapter) -> list[int]:
-        """Where A of all slices and B of each begin in the storage."""
-        offsets = [adapter.start]
-        size = adapter.rank * self.in_features
-        for rank, width in zip(adapter.ranks, self.slice_widths, strict=True):
-            offsets.append(offsets[-1] + _aligned(size))
-            size = rank * width
-        return offsets
-
-    def _whole_factors(self, adapter: Adapter) -> list[Tensor]:
-        """Views of the storage: A of all slices ``[R, K]``, then B of each ``[N_s, R_s]``."""
-        shapes = [(adapter.rank, self.in_features)]
-        shapes += list(zip(self.slice_widths, adapter.ranks, strict=True))
-        return [
-            self._storage[offset : offset + rows * columns].view(rows, columns)
-            for offset, (rows, columns) in zip(self._factor_offsets(adapter), shapes, strict=True)
-        ]
-
-    def _slabs(self, adapter: Adapter) -> list[tuple[Tensor, Tensor] | None]:
-        """The slabs of each slice's A and B; None where the rank is 0."""
-        whole_a, *b = self._whole_factors(adapter)
-        a = whole_a.split(adapter.ranks)
-        return [pair if pair[0].shape[0] else None for pair in zip(a, b, strict=True)]
+    def _become(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Take another dtype or device: new storage, tables of the same content."""
+        if (dtype, device) != (self.dtype, self.device):
+            self._storage.become(dtype, device)
+            self._forget()
+        if self._tables.scaling.device != device:
+            self._make_tables(device)
 
     def _allocate(self, size: int) -> int:
-        start = self._space.take(size)
+        start = self._storage.take(size)
         if start is not None:
             return start
         if self._fixed:
             raise RuntimeError(
                 f"add: {size} elements do not fit in what rank_capacity reserved "
-                f"({self._space.size} elements, {self._space.largest()} of them in one piece); "
-                "reserve() makes room, which moves the storage: CUDA graphs captured before must "
-                "be captured again"
+                f"({self._storage.size} elements, {self._storage.largest_free()} of them free in "
+                "one piece); reserve() makes room, which moves the storage: CUDA graphs captured "
+                "before must be captured again"
             )
-        self._grow_to(max(2 * self._space.size, self._space.size + size))
-        return self._space.take(size)
+        self._grow_to(max(2 * self._storage.size, self._storage.size + size))
+        return self._storage.take(size)
 
     def _grow_to(self, size: int) -> None:
-        if size <= self._space.size:
-            return
-        self._space.grow(size)
-        self._storage = torch.empty(size, dtype=self.dtype, device=self.device)
-        self._bind()
-        self._forget()
+        if size > self._storage.size:
+            self._storage.grow(size)
+            self._bind()
 
     # --- tables -------------------------------------------------------------------------------
 
-    def _make_tables(self) -> None:
-        self._tables = _Tables(self.slots.capacity, len(self.slice_widths), self.device)
-        self._forget()
-
     def _fit_tables(self) -> None:
         """Follow the slots where they have become more."""
-        before = self._tables
-        if before.scaling.shape[0] == self.slots.capacity + 1:
-            return
-        self._make_tables()
-        live = [adapter.slot for adapter in self.adapters.values()]
-        for name, table in vars(self._tables).items():
-            if isinstance(table, Tensor):
-                table[live] = getattr(before, name)[live]
+        if self._tables.slots != self.slots.capacity:
+            self._make_tables(self.device)
 
-    def _move_tables(self, device: torch.device) -> None:
-        before = self._tables
-        self._make_tables()
-        if device.type != "meta" and before.factors.device.type != "meta":
-            self._tables.scaling.copy_(before.scaling)
+    def _make_tables(self, device: torch.device) -> None:
+        self._tables = SlotTables(self.slots.capacity, len(self.slice_widths), device)
         for adapter in self.adapters.values():
-            self._write_tables(adapter, self._tables.scaling[adapter.slot])
-
-    def _write_tables(self, adapter: Adapter, scaling: float | Tensor) -> None:
-        a_offset, *b_offsets = self._factor_offsets(adapter)
-        rows, column = [[adapter.rank, 0, a_offset]], 0
-        for rank, offset in zip(adapter.ranks, b_offsets, strict=True):
-            rows.append([rank, column, offset])
-            column += rank
-        self._tables.factors[adapter.slot].copy_(torch.tensor(rows))
-        with torch.no_grad():
-            self._tables.scaling[adapter.slot] = scaling
+            offsets = self._storage.offsets(adapter.start, adapter.ranks)
+            scaling = adapter.scaling_entry
+            if scaling.is_meta and device.type != "meta":
+                scaling = 0.0  # as to_empty leaves the parameters: to be loaded
+            adapter.scaling_entry = self._tables.write(
+                adapter.slot, adapter.ranks, offsets, scaling
+            )
+        self._forget()
 
     # --- for the operation --------------------------------------------------------------------
 
@@ -416,48 +275,63 @@ class AdapterBank(nn.Module):
         """Drop what was derived from the storage and the adapters."""
         self._tensors: BankTensors | None = None
         self._layouts: dict[tuple[bool, ...], GradientLayout] = {}
-        self._dropping: tuple[int, ...] = ()
         self._ordered: list[Adapter] = []
+        self._bound: list[tuple[dict, str, nn.Parameter, int]] = []
 
     def tensors(self) -> BankTensors:
         """The bank as the backends take it, after checking that it still stands as it was built."""
-        compiling = torch.compiler.is_compiling()
-        if self._tables.scaling.shape[0] != self.slots.capacity + 1:
-            self._fit_tables()
-            self._forget()
+        self._fit_tables()
         if self._tensors is None:
-            self._ordered = sorted(self.adapters.values(), key=lambda adapter: adapter.slot)
-        if not compiling:
-            self._check_bound()
-        thresholds = tuple(
+            self._derive()
+        if not torch.compiler.is_compiling():
+            for parameters, name, parameter, address in self._bound:
+                if parameters[name] is not parameter or parameter.data_ptr() != address:
+                    self.rebind()
+                    self._derive()
+                    break
+        thresholds = [
             drop_threshold(adapter._dropout_p) if adapter.training else 0
             for adapter in self._ordered
-        )
-        if self._tensors is None or thresholds != self._dropping:
-            self._tensors = self._make_tensors(thresholds)
+        ]
+        if thresholds != self._tensors.thresholds:
+            self._set_thresholds(thresholds)
         return self._tensors
 
-    def _make_tensors(self, thresholds: tuple[int, ...]) -> BankTensors:
+    def _derive(self) -> None:
+        self._ordered = sorted(self.adapters.values(), key=lambda adapter: adapter.slot)
+        factors, bound = [], []
+        for name, adapter in self.adapters.items():
+            slabs = self._storage.slabs(adapter.start, adapter.ranks)
+            for keys, slab_pair in zip(adapter.parameter_names(), slabs, strict=True):
+                for key, slab in zip(keys, slab_pair or (), strict=False):
+                    parameter = adapter._parameters.get(key)
+                    _check_parameter(name, parameter, slab)
+                    bound.append((adapter._parameters, key, parameter, slab.data_ptr()))
+        for adapter in self._ordered:
+            factors += self._storage.factors(adapter.start, adapter.ranks)
         columns = [0]
         for width in self.slice_widths:
             columns.append(columns[-1] + width)
-        by_slot = [0] * (self.slots.capacity + 1)
-        for adapter, threshold in zip(self._ordered, thresholds, strict=True):
-            by_slot[adapter.slot] = threshold
-        if any(by_slot) or any(self._dropping):
-            self._tables.thresholds.copy_(torch.tensor(by_slot, dtype=torch.int32))
-        self._dropping = thresholds
-        return BankTensors(
-            factors=[t for adapter in self._ordered for t in self._whole_factors(adapter)],
+        self._bound = bound
+        self._tensors = BankTensors(
+            factors=factors,
             slots=[adapter.slot for adapter in self._ordered],
-            thresholds=list(thresholds),
+            thresholds=[0] * len(self._ordered),
             slice_columns=columns,
             width=max((adapter.rank for adapter in self._ordered), default=0),
-            storage=self._storage,
+            storage=self._storage.tensor,
             table=self._tables.factors,
             scaling=self._tables.scaling,
             threshold_table=self._tables.thresholds,
         )
+        self._set_thresholds(self._tensors.thresholds)
+
+    def _set_thresholds(self, thresholds: list[int]) -> None:
+        by_slot = [0] * (self._tables.slots + 1)
+        for adapter, threshold in zip(self._ordered, thresholds, strict=True):
+            by_slot[adapter.slot] = threshold
+        self._tables.thresholds.copy_(torch.tensor(by_slot, dtype=torch.int32))
+        self._tensors = self._tensors._replace(thresholds=thresholds)
 
     def ordered_adapters(self) -> list[Adapter]:
         """The adapters in the order of :meth:`tensors`."""
@@ -465,24 +339,28 @@ class AdapterBank(nn.Module):
 
     def gradient_layout(self) -> GradientLayout:
         """Where a backward puts the gradients of the factors that require them now."""
-        needed = tuple(p.requires_grad for a in self._ordered for p in a._parameters.values())
+        needed = tuple(
+            [parameter.requires_grad for _, _, parameter, _ in self._bound]
+            if torch.is_grad_enabled()
+            else ()
+        )
         layout = self._layouts.get(needed)
         if layout is None:
-            layout = self._layouts[needed] = self._make_layout()
+            layout = self._layouts[needed] = self._make_layout(any(needed))
         return layout
 
-    def _make_layout(self) -> GradientLayout:
+    def _make_layout(self, any_needed: bool) -> GradientLayout:
         offsets, end = [], 0
-        table = torch.full((self.slots.capacity + 1, 1 + len(self.slice_widths)), -1)
+        table = torch.full((self._tables.slots + 1, 1 + len(self.slice_widths)), -1)
         for adapter in self._ordered:
-            pairs = [pair or (None, None) for pair in adapter.factors()]
-            needs = [any(a is not None and a.requires_grad for a, _ in pairs)]
-            needs += [b is not None and b.requires_grad for _, b in pairs]
-            sizes = [factor.numel() for factor in self._whole_factors(adapter)]
+            pairs = [pair for pair in adapter.factors() if pair is not None]
+            needs = [any(a.requires_grad for a, _ in pairs)]
+            needs += [pair is not None and pair[1].requires_grad for pair in adapter.factors()]
+            factors = self._storage.factors(adapter.start, adapter.ranks)
             row = []
-            for need, size in zip(needs, sizes, strict=True):
-                row.append(end if need else -1)
-                end += _aligned(size) if need else 0
+            for need, factor in zip(needs, factors, strict=True):
+                row.append(end if need and any_needed else -1)
+                end += aligned(factor.numel()) if row[-1] >= 0 else 0
             table[adapter.slot] = torch.tensor(row)
             offsets += row
         return GradientLayout(offsets, end, table.to(self.device))
@@ -498,38 +376,12 @@ class AdapterBank(nn.Module):
             for pair, b_offset in zip(adapter.factors(), b_offsets, strict=True):
                 if pair is None:
                     continue
-                a, b = pair
                 parameters += pair
-                offsets += [a_offset if a.requires_grad else -1, b_offset]
+                offsets += [a_offset if pair[0].requires_grad else -1, b_offset]
                 slots += [adapter.slot] * 2
                 if a_offset >= 0:
-                    a_offset += a.numel()
+                    a_offset += pair[0].numel()
         return parameters, offsets, slots
-
-    def _check_bound(self) -> None:
-        lost = False
-        for adapter in self._ordered:
-            for parameter, slab in self._bound_pairs(adapter):
-                lost = lost or parameter.data_ptr() != slab
-        if lost:
-            self.rebind()
-            self._ordered = sorted(self.adapters.values(), key=lambda adapter: adapter.slot)
-
-    def _bound_pairs(self, adapter: Adapter) -> list[tuple[nn.Parameter, int]]:
-        """Each parameter of the adapter and the address it should have; raises for foreign ones."""
-        found = []
-        size, base = self._storage.element_size(), self._storage.data_ptr()
-        a_start, *b_starts = self._factor_offsets(adapter)
-        for pair, b_start in zip(adapter.factors(), b_starts, strict=True):
-            if pair is None:
-                continue
-            a, b = pair
-            for parameter in pair:
-                if type(parameter) is not nn.Parameter or hasattr(parameter, "ds_id"):
-                    _refuse(parameter)
-            found += [(a, base + a_start * size), (b, base + b_start * size)]
-            a_start += a.numel()
-        return found
 
     # --- what moves or copies a module --------------------------------------------------------
 
@@ -537,28 +389,18 @@ class AdapterBank(nn.Module):
         super()._apply(fn, recurse)
         if not len(self.adapters):
             kind = fn(torch.empty(0, dtype=self.dtype, device=self.device))
-            if (kind.dtype, kind.device) != (self.dtype, self.device):
-                self._storage = torch.empty(
-                    self._storage.shape, dtype=kind.dtype, device=kind.device
-                )
-                self._move_tables(kind.device)
+            self._become(kind.dtype, kind.device)
         self.rebind()
         return self
 
     def __getstate__(self) -> dict:
-        left_out = ("_storage", "_tensors", "_layouts", "_ordered")
-        state = {name: value for name, value in self.__dict__.items() if name not in left_out}
-        state["_kind"] = (self.dtype, self.device)
-        return state
+        left_out = ("_tables", "_tensors", "_layouts", "_ordered", "_bound")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict) -> None:
-        dtype, device = state.pop("_kind")
         super().__setstate__(state)
-        self._storage = torch.empty(self._space.size, dtype=dtype, device=device)
-        self._forget()
-        for adapter in self.adapters.values():
-            adapter.__dict__["_bank"] = weakref.ref(self)
         self.slots.join(self)
+        self._make_tables(self.device)
         self.rebind()
 
     def extra_repr(self) -> str:
@@ -605,14 +447,6 @@ class AdapterBank(nn.Module):
         return pairs
 
 
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _name(role: str, s: int, one: bool) -> str:
-    return role if one else f"{role}_{s}"
-
-
 def _check_name(name: str, bank: AdapterBank) -> None:
     if not isinstance(name, str):
         raise TypeError(f"name: expected a string, got {type(name).__name__}")
@@ -632,27 +466,13 @@ def _check_size(name: str, size: int) -> None:
         raise ValueError(f"{name}: expected at least 1, got {size}")
 
 
-def _check_scaling(scaling: float | Tensor) -> None:
-    if isinstance(scaling, Tensor):
-        if scaling.ndim != 0 or scaling.is_complex() or scaling.requires_grad:
-            raise ValueError(
-                "scaling: expected a number or a real 0-d tensor without gradient, got a tensor of "
-                f"shape {list(scaling.shape)}, {scaling.dtype}, "
-                f"requires_grad={scaling.requires_grad}"
-            )
-    elif isinstance(scaling, bool) or not isinstance(scaling, Real):
-        raise TypeError(f"scaling: expected a number or a 0-d tensor, got {type(scaling).__name__}")
-
-
-def _check_dropout(dropout_p: float) -> None:
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
-        raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+def _rebind(bank: AdapterBank, incompatible_keys) -> None:
+    """After loading a state dict, which may have put other parameters in place (assign=True)."""
+    bank.rebind()
 
 
 def _check_parameter(name: str, parameter: Tensor, slab: Tensor) -> None:
-    if type(parameter) is not nn.Parameter:
+    if type(parameter) is not nn.Parameter or hasattr(parameter, "ds_id"):
         _refuse(parameter)
     if parameter.shape != slab.shape:
         raise RuntimeError(
