@@ -1,0 +1,365 @@
+"""PEFT's adapter directories: ``adapter_config.json`` beside ``adapter_model.safetensors``.
+
+PEFT is not needed; safetensors is, when a file is read or written. Pickles are never opened. Files
+that hold more than LoRA of linear layers are refused with what was found in them: half an adapter
+would be another adapter.
+
+Dimensions: K in_features, N out_features, R rank.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_kernels.adapter_config import (
+    as_json,
+    check_config,
+    describes,
+    rank_and_alpha,
+    ranks_and_alphas,
+    scaling_of,
+)
+from lora_kernels.ops.routed_lora.bank import Adapter, AdapterBank
+
+CONFIG, WEIGHTS, PICKLE = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
+_PREFIX = "base_model.model."
+_KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class ModuleAdapter(NamedTuple):
+    """What an adapter adds to one linear layer: ``scaling * B A``."""
+
+    lora_a: Tensor  # [R, K]
+    lora_b: Tensor  # [N, R]
+    scaling: float
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """A PEFT adapter directory in memory.
+
+    Attributes:
+        config: what ``adapter_config.json`` says, as it stands there.
+        modules: the factors and scaling by the name of the linear layer in the base model.
+        dropout_p: probability of dropping an element of the adapter's input in training.
+    """
+
+    config: dict[str, Any]
+    modules: dict[str, ModuleAdapter]
+    dropout_p: float
+
+
+def read_adapter(directory: str | os.PathLike) -> AdapterFile:
+    """Read a PEFT adapter directory; tensors are on the CPU, in the file's dtype.
+
+    The scaling of a module is PEFT's: ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``,
+    alpha and r after ``alpha_pattern`` and ``rank_pattern``.
+
+    Raises:
+        ValueError: a file is missing, malformed, or holds what is not plain LoRA of linear layers
+            (the message names it); shapes do not fit each other or the config; a value is not
+            finite.
+        ImportError: safetensors is not installed.
+    """
+    directory = Path(directory)
+    config = _read_config(directory)
+    check_config(config, f"{directory / CONFIG}")
+    factors = _read_factors(directory)
+    modules = {}
+    for name, sides in factors.items():
+        where = f"{directory / WEIGHTS}: {name}"
+        if len(sides) == 1:
+            missing = "B" if "A" in sides else "A"
+            raise ValueError(
+                f"{where}: there is no lora_{missing} for its lora_{next(iter(sides))}"
+            )
+        rank, _ = rank_and_alpha(config, name)
+        lora_a, lora_b = sides["A"], sides["B"]
+        if lora_a.ndim != 2 or lora_b.ndim != 2:
+            raise ValueError(
+                f"{where}: expected matrices lora_A and lora_B of a linear layer, got "
+                f"{list(lora_a.shape)} and {list(lora_b.shape)} (a convolution's?)"
+            )
+        if lora_a.shape[0] != rank or lora_b.shape[1] != rank:
+            raise ValueError(
+                f"{where}: expected rank {rank} by the config, got lora_A {list(lora_a.shape)} and "
+                f"lora_B {list(lora_b.shape)}"
+            )
+        modules[name] = ModuleAdapter(lora_a, lora_b, scaling_of(config, name))
+    return AdapterFile(config, modules, float(config.get("lora_dropout") or 0.0))
+
+
+def write_adapter(
+    directory: str | os.PathLike,
+    modules: Mapping[str, ModuleAdapter],
+    *,
+    dropout_p: float = 0.0,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a directory that ``PeftModel.from_pretrained`` loads to the same numbers.
+
+    Each file is replaced as a whole once it is complete. The directory is made if need be.
+
+    Args:
+        modules: the adapter by the name of the linear layer in the base model.
+        dropout_p: PEFT's ``lora_dropout``.
+        config: settings to keep, such as ``task_type``, ``base_model_name_or_path``,
+            ``target_modules`` or ``use_rslora``. Ranks and alphas in it are replaced where they do
+            not give those of ``modules``.
+
+    Raises:
+        TypeError, ValueError: modules or config are not plain LoRA of linear layers.
+        ImportError: safetensors is not installed.
+    """
+    modules = {name: ModuleAdapter(*part) for name, part in modules.items()}
+    _check_modules(modules)
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "target_modules": sorted(modules),
+        **(config or {}),
+        "lora_dropout": float(dropout_p),
+    }
+    kinds = {name: (part.lora_a.shape[0], part.scaling) for name, part in modules.items()}
+    if not describes(config, kinds):
+        config |= ranks_and_alphas(kinds, bool(config["use_rslora"]))
+    check_config(config, "config")
+    tensors = {}
+    for name, (lora_a, lora_b, _) in modules.items():
+        for side, factor in (("A", lora_a), ("B", lora_b)):
+            # A copy: safetensors refuses tensors that share one memory, and a bank's do.
+            copy = factor.detach().to("cpu", copy=True).contiguous()
+            tensors[f"{_PREFIX}{name}.lora_{side}.weight"] = copy
+    text = json.dumps(config, indent=2, sort_keys=True, default=as_json)
+    save_file = _safetensors().save_file
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    _replace(directory / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
+    _replace(directory / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def load_adapter(
+    bank: AdapterBank, name: str, directory: str | os.PathLike, module: str | Sequence[str]
+) -> Adapter:
+    """Add an adapter to one bank from a PEFT adapter directory.
+
+    Args:
+        bank: of the layer; it is unchanged if anything raises.
+        name: of the new adapter.
+        directory: as PEFT's ``save_pretrained`` writes it.
+        module: the layer's name in the file; for a sliced bank a list with one name per slice. The
+            adapter has rank 0 in slices whose module is not in the file.
+
+    Returns:
+        The adapter. Its factors are copies in the bank's dtype.
+
+    Raises:
+        TypeError, ValueError: as :func:`read_adapter` and ``bank.add``; none of the modules is in
+            the file; their scalings differ; a value is not finite in the bank's dtype.
+    """
+    names = _names_of_slices(bank, module)
+    file = read_adapter(directory)
+    parts = [file.modules.get(each) for each in names]
+    found = [part for part in parts if part is not None]
+    if not found:
+        raise ValueError(
+            f"module: {directory} has none of {names}; it has {_some(sorted(file.modules))}"
+        )
+    scalings = {each: part.scaling for each, part in zip(names, parts, strict=True) if part}
+    if len(set(scalings.values())) > 1:
+        raise ValueError(
+            f"module: an adapter of a sliced bank has one scaling, and those of {directory} "
+            f"differ: {scalings}; use a bank for each module"
+        )
+    for each, part in zip(names, parts, strict=True):
+        if part is not None:
+            check_finite_in(bank.dtype, part, f"{directory}: {each}")
+    lora_a = [part and part.lora_a for part in parts]
+    lora_b = [part and part.lora_b for part in parts]
+    return bank.add(name, lora_a, lora_b, found[0].scaling, file.dropout_p)
+
+
+def save_adapter(
+    bank: AdapterBank, name: str, directory: str | os.PathLike, module: str | Sequence[str]
+) -> None:
+    """Write one bank's adapter as a PEFT adapter directory.
+
+    Args:
+        bank, name: whose.
+        directory: to write to; made if need be.
+        module: the layer's name in the base model; for a sliced bank a list with one per slice.
+
+    Raises:
+        KeyError: the bank has no such adapter.
+        TypeError, ValueError: module does not fit the bank.
+    """
+    names = _names_of_slices(bank, module)
+    adapter = bank[name]
+    write_adapter(directory, modules_of(adapter, names), dropout_p=adapter.dropout_p)
+
+
+def modules_of(adapter: Adapter, names: Sequence[str]) -> dict[str, ModuleAdapter]:
+    """A bank's adapter by the names of the slices' modules, those of rank 0 left out."""
+    scaling = float(adapter.scaling)
+    return {
+        name: ModuleAdapter(pair[0].detach(), pair[1].detach(), scaling)
+        for name, pair in zip(names, adapter.factors(), strict=True)
+        if pair is not None
+    }
+
+
+def check_finite_in(dtype: torch.dtype, part: ModuleAdapter, where: str) -> None:
+    """Raise where a factor overflows the dtype it is to be kept in."""
+    for side, factor in (("A", part.lora_a), ("B", part.lora_b)):
+        if not torch.isfinite(factor.to(dtype)).all():
+            raise ValueError(f"{where}: lora_{side} ({factor.dtype}) overflows the bank's {dtype}")
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"directory: expected a local PEFT adapter directory, there is no {path}"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    return config
+
+
+def _read_factors(directory: Path) -> dict[str, dict[str, Tensor]]:
+    """``{module: {"A": ..., "B": ...}}``."""
+    path = directory / WEIGHTS
+    if not path.is_file():
+        if (directory / PICKLE).is_file():
+            raise ValueError(
+                f"{directory}: there is only {PICKLE}, a pickle, which can run any code when it is "
+                f"opened and is never read here; save the adapter as {WEIGHTS}"
+            )
+        raise ValueError(f"directory: there is no {path}")
+    safetensors = _safetensors()
+    try:
+        tensors = safetensors.load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file: {error}") from None
+    factors: dict[str, dict[str, Tensor]] = {}
+    unknown = []
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            unknown.append(key)
+            continue
+        if tensor.dtype not in _FLOATS:
+            raise ValueError(
+                f"{path}: {key}: expected bfloat16, float16, float32 or float64, got {tensor.dtype}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {key}: expected finite values, got infinite or NaN ones")
+        # A copy: the file may be mapped into memory, and be written to later.
+        factors.setdefault(match["module"], {})[match["side"]] = tensor.clone()
+    if unknown:
+        raise ValueError(
+            f"{path}: expected {_PREFIX}<module>.lora_A.weight and .lora_B.weight, got "
+            f"{_what(unknown)}: {_some(sorted(unknown))}"
+        )
+    if not factors:
+        raise ValueError(f"{path}: there is no tensor in it")
+    return factors
+
+
+def _what(keys: Iterable[str]) -> str:
+    """The kind of tensors that are no A or B of a linear layer, in words."""
+    kinds = {
+        "lora_magnitude_vector": "DoRA's magnitudes",
+        "lora_embedding_": "an embedding's adapter",
+        ".lora_B.bias": "a bias on lora_B",
+        "base_layer.": "the base model's own parameters",
+    }
+    found = {kind for key in keys for part, kind in kinds.items() if part in key}
+    return " and ".join(sorted(found)) or "other tensors"
+
+
+def _replace(path: Path, write) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _safetensors():
+    """``load_file``, ``save_file`` and ``SafetensorError``."""
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("adapter files need safetensors: pip install safetensors") from error
+    from types import SimpleNamespace
+
+    return SimpleNamespace(
+        load_file=safetensors.torch.load_file,
+        save_file=safetensors.torch.save_file,
+        SafetensorError=safetensors.SafetensorError,
+    )
+
+
+# --- arguments -------------------------------------------------------------------------------
+
+
+def _check_modules(modules: Mapping[str, ModuleAdapter]) -> None:
+    if not modules:
+        raise ValueError("modules: expected at least one, got none")
+    for name, part in modules.items():
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"modules: expected names of modules, got {name!r}")
+        lora_a, lora_b, scaling = part
+        shapes = [list(factor.shape) for factor in (lora_a, lora_b)]
+        if lora_a.ndim != 2 or lora_b.ndim != 2 or shapes[0][0] != shapes[1][1] or not shapes[0][0]:
+            raise ValueError(
+                f"modules: {name}: expected lora_a [R, K] and lora_b [N, R], got {shapes[0]} and "
+                f"{shapes[1]}"
+            )
+        if not math.isfinite(scaling):
+            raise ValueError(f"modules: {name}: expected a finite scaling, got {scaling}")
+
+
+def _names_of_slices(bank: AdapterBank, module: str | Sequence[str]) -> list[str]:
+    if not isinstance(bank, AdapterBank):
+        raise TypeError(f"bank: expected an AdapterBank, got {type(bank).__name__}")
+    names = [module] if isinstance(module, str) else list(module)
+    if len(names) != len(bank.slice_widths) or len(set(names)) != len(names):
+        raise ValueError(
+            f"module: expected a name for each of the {len(bank.slice_widths)} slices, all "
+            f"different, got {names}"
+        )
+    return names
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
