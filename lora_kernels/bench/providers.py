@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_kernels.launching import limits_of
 from lora_kernels.ops.lora_linear import tiles
-from lora_kernels.ops.lora_linear.operands import limits_of
 
 if TYPE_CHECKING:
     from lora_kernels.bench.op import OpCase

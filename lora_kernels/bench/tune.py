@@ -24,8 +24,8 @@ from torch import Tensor
 from lora_kernels.bench import cells, machine, measure, op
 from lora_kernels.bench.case import say
 from lora_kernels.bench.providers import Call, OpInputs, our_op
+from lora_kernels.launching import limits_of
 from lora_kernels.ops.lora_linear import tiles
-from lora_kernels.ops.lora_linear.operands import limits_of
 from lora_kernels.ops.lora_linear.reference import lora_linear_reference
 from lora_kernels.testing import LoRAProblem, error_bound, oracle_results, run_forward_backward
 

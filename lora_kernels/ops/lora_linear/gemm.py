@@ -10,15 +10,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.kernels.gemm_tail import gemm_tail_kernel, gemm_tail_tma_kernel
+from lora_kernels.launching import cdiv, limits_of, precision
 from lora_kernels.ops.lora_linear import tiles
-from lora_kernels.ops.lora_linear.operands import (
-    Dropout,
-    is_aligned,
-    limits_of,
-    outer_axis,
-    precision,
-)
-from lora_kernels.ops.lora_linear.tiles import cdiv
+from lora_kernels.ops.lora_linear.operands import Dropout, is_aligned, outer_axis
 
 
 def gemm_with_tail(

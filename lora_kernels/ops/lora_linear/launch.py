@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora_kernels.dropout import drop_threshold, keep_scale
 from lora_kernels.kernels.reduce import reduce_partials_kernel, scale_cast_kernel
+from lora_kernels.launching import cdiv, limits_of, on_device, padded_rows, precision
 from lora_kernels.ops.lora_linear import tiles
 from lora_kernels.ops.lora_linear.gemm import gemm_with_tail
 from lora_kernels.ops.lora_linear.kernels import (
@@ -20,16 +21,7 @@ from lora_kernels.ops.lora_linear.kernels import (
     rank_gradient_kernel,
     shrink_kernel,
 )
-from lora_kernels.ops.lora_linear.operands import (
-    Dropout,
-    is_aligned,
-    limits_of,
-    on_device,
-    padded_rows,
-    precision,
-    scaling_argument,
-)
-from lora_kernels.ops.lora_linear.tiles import cdiv
+from lora_kernels.ops.lora_linear.operands import Dropout, is_aligned, scaling_argument
 
 _BLOCK = 1024  # elements per program of the elementwise kernels
 

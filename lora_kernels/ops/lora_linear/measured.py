@@ -20,8 +20,8 @@ from torch import Tensor
 from lora_kernels import dispatch
 from lora_kernels.dispatch import Choice
 from lora_kernels.dropout import drop_threshold
+from lora_kernels.launching import limits_of
 from lora_kernels.ops.lora_linear import tiles
-from lora_kernels.ops.lora_linear.operands import limits_of
 
 
 def choose(

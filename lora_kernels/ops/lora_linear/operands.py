@@ -1,13 +1,9 @@
 """How tensors become arguments of ``lora_linear``'s kernels."""
 
-import functools
-from contextlib import nullcontext
-
-import torch
 from torch import Tensor
 
 from lora_kernels.dropout import drop_threshold
-from lora_kernels.ops.lora_linear.tiles import DeviceLimits, cdiv
+from lora_kernels.launching import cdiv
 
 
 class Dropout:
@@ -19,13 +15,6 @@ class Dropout:
         self.seed = seed
         # 32 bits count the groups until there are 2^31 of them; then it takes two counter words.
         self.long_counter = rows * cdiv(columns, 8) >= 2**31
-
-
-def padded_rows(like: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """An empty ``[P, Q]`` whose rows begin at multiples of 16 bytes. The padding is never read."""
-    rows, columns = shape
-    unit = 16 // dtype.itemsize
-    return like.new_empty((rows, cdiv(columns, unit) * unit), dtype=dtype)[:, :columns]
 
 
 def outer_axis(matrix: Tensor) -> int | None:
@@ -50,27 +39,3 @@ def scaling_argument(scaling: Tensor | float) -> Tensor | float:
     if isinstance(scaling, Tensor):
         return float(scaling) if scaling.device.type == "cpu" else scaling
     return scaling
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How fp32 products are made: torch's switch for TF32 decides, as for its own GEMMs."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
-
-
-@functools.cache
-def limits_of(device: torch.device) -> DeviceLimits:
-    if device.type == "cpu":
-        return DeviceLimits()
-    properties = torch.cuda.get_device_properties(device)
-    return DeviceLimits(
-        name=properties.name,
-        capability=10 * properties.major + properties.minor,
-        multiprocessors=properties.multi_processor_count,
-        shared_memory=properties.shared_memory_per_block_optin,
-    )
-
-
-def on_device(tensor: Tensor):
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -16,6 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lora_kernels.launching import (
+    DeviceLimits,
+    cdiv,
+    clamp,
+    next_power_of_two,
+    pipeline_stages,
+)
+
 TUNED = Path(__file__).parents[2] / "tuned"
 
 # "fused" runs base and adapter in one GEMM; "hybrid" lets our kernel write the adapter's part and
@@ -24,16 +32,6 @@ STRATEGIES = ("fused", "hybrid")
 
 # The widest rank tile. Higher ranks read the activation once more per 128.
 MAX_BLOCK_R = 128
-
-
-@dataclass(frozen=True)
-class DeviceLimits:
-    """What tile sizes depend on. The defaults stand for the interpreter."""
-
-    name: str = "interpreter"
-    capability: int = 90
-    multiprocessors: int = 4
-    shared_memory: int = 232_448  # bytes per block
 
 
 @dataclass(frozen=True)
@@ -105,8 +103,8 @@ def shrink_tile(
     cell: Cell, depth: int, narrow_itemsize: int, limits: DeviceLimits, *, aligned: bool
 ) -> ShrinkTile:
     """For ``[M, depth] @ [depth, R]``. Small M splits the reduction, until every SM has work."""
-    block_m = _clamp(next_power_of_two(cell.tokens), 16, 64)
-    block_r = _clamp(next_power_of_two(cell.rank), 16, MAX_BLOCK_R)
+    block_m = clamp(next_power_of_two(cell.tokens), 16, 64)
+    block_r = clamp(next_power_of_two(cell.rank), 16, MAX_BLOCK_R)
     block_d = 128 if block_r <= 32 and cell.itemsize == 2 else 64
     if cell.ieee:
         block_d, block_m = 32, min(block_m, 32 if block_r <= 64 else 16)
@@ -127,7 +125,7 @@ def shrink_tile(
         BLOCK_R=block_r,
         parts=parts,
         num_warps=8 if block_r >= 64 and block_m >= 32 else 4,
-        num_stages=_stages(4, stage, converted, limits),
+        num_stages=pipeline_stages(4, stage, converted, limits),
     )
     return replace(tile, **tuned(cell, limits).get("shrink", {}))
 
@@ -136,18 +134,18 @@ def rank_gradient_tile(
     cell: Cell, depth: int, limits: DeviceLimits, *, aligned: bool
 ) -> RankGradientTile:
     """For ``[depth, M] @ [M, R]``. The rows are split until every SM has work for two blocks."""
-    block_r = _clamp(next_power_of_two(cell.rank), 16, MAX_BLOCK_R)
+    block_r = clamp(next_power_of_two(cell.rank), 16, MAX_BLOCK_R)
     block_d = 128 if block_r > 32 or cell.dropout else 256
     if cell.itemsize == 4 or not aligned:
         # Wide elements, or a pointer and a predicate in registers for each.
         block_d = 64
-    block_d = _clamp(next_power_of_two(depth), 64, block_d)
+    block_d = clamp(next_power_of_two(depth), 64, block_d)
     block_m = 64
     if cell.ieee:
         block_d, block_m = 64, 32
     programs = cdiv(depth, block_d) * cdiv(cell.rank, block_r)
     blocks = cdiv(cell.tokens, block_m)
-    parts = _clamp(cdiv(2 * limits.multiprocessors, programs), 1, max(blocks, 1))
+    parts = clamp(cdiv(2 * limits.multiprocessors, programs), 1, max(blocks, 1))
     # Whole blocks per part: no part may be left without rows.
     parts = cdiv(blocks, cdiv(blocks, parts)) if blocks else 1
     stage = block_m * block_d * cell.itemsize + block_m * block_r * 4
@@ -158,7 +156,7 @@ def rank_gradient_tile(
         BLOCK_R=block_r,
         parts=parts,
         num_warps=8 if block_d * block_r >= 4096 else 4,
-        num_stages=_stages(3, stage, converted, limits),
+        num_stages=pipeline_stages(3, stage, converted, limits),
     )
     return replace(tile, **tuned(cell, limits).get("rank_gradient", {}))
 
@@ -189,7 +187,7 @@ def gemm_tile(
     ``has_main``: not the tail alone; ``two_results``: the unscaled result is written too.
     """
     tma = aligned and row_major and limits.capability >= 90 and cell.itemsize == 2 and has_main
-    block_m = _clamp(next_power_of_two(cell.tokens), 16, 128)
+    block_m = clamp(next_power_of_two(cell.tokens), 16, 128)
     block_r = 16 if cell.rank <= 16 else 32 if cell.rank <= 64 else 64
     block_c, block_d, num_warps, num_stages = 128, 32, 8, 4
     if cell.ieee:
@@ -219,28 +217,11 @@ def gemm_tile(
         GROUP_M=8,
         tma=tma,
         num_warps=num_warps,
-        num_stages=_stages(num_stages, stage, epilogue, limits),
+        num_stages=pipeline_stages(num_stages, stage, epilogue, limits),
     )
     if not has_main:
         return tile
     return replace(tile, **tuned(cell, limits).get("gemm", {}))
-
-
-def _stages(wanted: int, stage: int, besides: int, limits: DeviceLimits) -> int:
-    """As many pipeline stages as fit beside the rest, at most ``wanted``."""
-    return _clamp((limits.shared_memory - besides - 2048) // stage, 1, wanted)
-
-
-def cdiv(numerator: int, denominator: int) -> int:
-    return -(-numerator // denominator)
-
-
-def next_power_of_two(number: int) -> int:
-    return 1 << max(number - 1, 0).bit_length()
-
-
-def _clamp(number: int, low: int, high: int) -> int:
-    return max(low, min(number, high))
 
 
 # --- tuned tables ----------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from lora_kernels import explain, lora_linear
-from lora_kernels.ops.lora_linear import operands, tiles
+from lora_kernels.launching import precision
+from lora_kernels.ops.lora_linear import tiles
 from lora_kernels.ops.lora_linear.reference import lora_linear_reference
 from lora_kernels.testing import (
     LoRAProblem,
@@ -270,7 +271,7 @@ def test_tf32_switch_is_torchs():
     try:
         for setting, expected in (("ieee", "ieee"), ("tf32", "tf32"), ("none", "ieee")):
             matmul.fp32_precision = setting
-            assert operands.precision(torch.float32) == expected
-            assert operands.precision(torch.float16) == "ieee"
+            assert precision(torch.float32) == expected
+            assert precision(torch.float16) == "ieee"
     finally:
         matmul.fp32_precision = before

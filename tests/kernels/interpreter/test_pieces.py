@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lora_kernels.dropout import keep_mask, keep_scale
+from lora_kernels.launching import limits_of, padded_rows
 from lora_kernels.ops.lora_linear import gemm, launch, operands, tiles
 from lora_kernels.testing import assert_within_policy
 
@@ -59,7 +60,7 @@ def test_split_sums_do_not_depend_on_what_was_there(poisoned_memory):
     """Small M splits the reduction; the partial sums are added in order, so bits repeat."""
     x, a = draw(3, 2048, dtype=torch.float16), draw(16, 2048)
     cell = cell_of(torch.float16, 3, 2048, 64, 16)
-    limits = operands.limits_of(x.device)
+    limits = limits_of(x.device)
     assert tiles.shrink_tile(cell, 2048, 4, limits, aligned=True).parts > 1
     results = []
     for _ in range(3):
@@ -90,9 +91,9 @@ def test_gemm_with_tail(
         right = right.t().contiguous().t()
         tail_right = tail_right.t().contiguous().t()
     # Rows that TMA can address, with poison between them.
-    tail_left = operands.padded_rows(left, tail_left.shape, dtype).copy_(tail_left)
+    tail_left = padded_rows(left, tail_left.shape, dtype).copy_(tail_left)
     if transposed:
-        padded = operands.padded_rows(left, (columns, rank), dtype).copy_(tail_right.t())
+        padded = padded_rows(left, (columns, rank), dtype).copy_(tail_right.t())
         tail_right = padded.t()
     bias = draw(columns, dtype=dtype, seed=4) if epilogue != "plain" else None
     scale = 1 + 0.3 * draw(columns, seed=5) if epilogue in ("scale", "unscaled") else None
@@ -101,7 +102,7 @@ def test_gemm_with_tail(
     cell = cell_of(dtype, tokens, depth, columns, rank, p > 0)
     drop = operands.Dropout(SEED, p, tokens, columns)
     tile = tiles.gemm_tile(
-        cell, columns, operands.limits_of(left.device),
+        cell, columns, limits_of(left.device),
         aligned=tma, row_major=True, has_main=True, two_results=unscaled is not None,
     )  # fmt: skip
     assert tile.tma == tma
@@ -130,7 +131,7 @@ def test_rank_gradient(tokens, depth, rank, p, rank_first, projection, dtype, po
     wide, narrow = draw(tokens, depth, dtype=dtype), draw(tokens, rank, seed=1)
     factor = draw(depth, rank, scale=depth**-0.5, seed=2)
     cell = cell_of(dtype, tokens, depth, depth, rank, p > 0)
-    tile = tiles.rank_gradient_tile(cell, depth, operands.limits_of(wide.device), aligned=False)
+    tile = tiles.rank_gradient_tile(cell, depth, limits_of(wide.device), aligned=False)
     drop = operands.Dropout(SEED, p, tokens, depth)
     parts, projections = launch._rank_gradient(
         tile, wide, narrow, factor if projection else None, drop, rank_first
