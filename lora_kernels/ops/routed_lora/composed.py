@@ -177,16 +177,14 @@ class _Group:
             return x[start:stop] if chunk is None else x[start:stop][chunk]
         return x.index_select(0, self.tokens if chunk is None else self.tokens[chunk])
 
-    def add_product(
-        self, out: Tensor, left: Tensor, right: Tensor, columns: slice = slice(None)
-    ) -> None:
-        """Add ``left @ right`` ``[n, R] x [R, D]`` to the group's rows and those columns of out."""
+    def add_product(self, out: Tensor, left: Tensor, right: Tensor) -> None:
+        """Add ``left @ right`` ``[n, R] x [R, D]`` to the group's rows of ``out`` ``[M, D]``."""
         if self.first < 0:
-            out[:, columns].index_add_(0, self.tokens, _wide_product(left, right, out.dtype))
+            out.index_add_(0, self.tokens, _wide_product(left, right, out.dtype))
         elif right.dtype == out.dtype:
-            self.rows_of(out)[:, columns].addmm_(left.to(out.dtype), right)
+            self.rows_of(out).addmm_(left.to(out.dtype), right)
         else:
-            self.rows_of(out)[:, columns].add_(_wide_product(left, right, out.dtype))
+            self.rows_of(out).add_(_wide_product(left, right, out.dtype))
 
     def trains_b(self, layout: GradientLayout) -> bool:
         first = self.factor + 1
@@ -241,9 +239,12 @@ def _shrink(group: _Group, x: Tensor, seed: Tensor | None, mask: Tensor | None) 
 def _expand(group: _Group, h: Tensor, out: Tensor) -> None:
     """Add ``w s h B^T`` to the group's rows of out."""
     scaled, start = h * group.scale, 0
+    if len(group.b) == 1:
+        group.add_product(out, scaled, group.b[0].t())
+        return
     for b, columns in zip(group.b, group.columns, strict=True):
         if rank := b.shape[1]:
-            group.add_product(out, scaled[:, start : start + rank], b.t(), columns)
+            group.add_product(out[:, columns], scaled[:, start : start + rank], b.t())
         start += rank
 
 
@@ -350,6 +351,8 @@ def _narrow(wide: Tensor, factor: Tensor) -> Tensor:
 
     The smaller one is cast where their dtypes differ: with few tokens that is not the factor.
     """
+    if factor.dtype == wide.dtype == product_dtype(wide):
+        return wide @ factor
     if factor.dtype != wide.dtype and _tokens_are_fewer(wide, factor.shape[1]):
         return (wide.to(factor.dtype) @ factor).to(product_dtype(wide))
     return narrow_product(wide, factor)
@@ -358,7 +361,7 @@ def _narrow(wide: Tensor, factor: Tensor) -> Tensor:
 def _wide_product(narrow: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``narrow @ factor``: ``[n, R] x [R, D] -> [n, D]`` in ``dtype``."""
     if factor.dtype == dtype:
-        return narrow.to(dtype) @ factor
+        return (narrow if narrow.dtype == dtype else narrow.to(dtype)) @ factor
     if _tokens_are_fewer(narrow, factor.shape[0]):
         return (narrow.to(factor.dtype) @ factor).to(dtype)
     return narrow.to(dtype) @ factor.to(dtype)
