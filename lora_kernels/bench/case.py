@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from lora_kernels.bench import layer, machine, measure, op, report, step
+from lora_kernels.bench import layer, machine, measure, op, report, routed, step
 from lora_kernels.bench.memory import STABLE_MALLOC
 
-CASES = {"op": op, "step": step, "layer": layer}
+CASES = {"op": op, "step": step, "layer": layer, "routed": routed}
 
 
 def measure_case(
@@ -58,7 +58,10 @@ def measure_case(
     laps = measure.interleave(runs, reps, progress.ran) if runs else {}
     del runs, contestants
 
-    if memory and device.type != "cuda" and kind != "layer":
+    if kind == "routed":
+        routed.with_parts(case, laps)
+
+    if memory and device.type != "cuda" and kind in ("op", "step"):
         for name in laps:
             say(f"  peak memory of {name}, in its own process")
             details[name]["memory"] = memory_in_own_process(case, name, threads)

@@ -1,4 +1,4 @@
-"""`python -m lora_kernels bench op|step|grid`."""
+"""`python -m lora_kernels bench op|step|routed|grid`."""
 
 import argparse
 import itertools
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lora_kernels.bench import grid, machine, op, report, step
+from lora_kernels.bench import grid, machine, op, report, routed, step
 from lora_kernels.bench.case import CASES, measure_case, say
 from lora_kernels.bench.providers import (
     OP_PROVIDERS,
@@ -19,8 +19,9 @@ from lora_kernels.bench.providers import (
     MissingExtra,
     default_providers,
 )
+from lora_kernels.bench.routed_providers import ROUTED_PROVIDERS
 
-PROVIDERS = {"op": OP_PROVIDERS, "step": STEP_PROVIDERS}
+PROVIDERS = {"op": OP_PROVIDERS, "step": STEP_PROVIDERS, "routed": ROUTED_PROVIDERS}
 
 # M×K×N. On a CPU: the three kinds of linear in SmolLM2-135M, 2×256 tokens. On a GPU: an 8B Llama's.
 DEFAULT_SHAPES = {
@@ -69,12 +70,14 @@ def make_parser() -> argparse.ArgumentParser:
     for kind, what in (
         ("op", "one lora_linear call, forward and backward"),
         ("step", "a training step of a Llama with random weights"),
+        ("routed", "one layer with many adapters in one batch"),
     ):
         add = kinds.add_parser(kind, help=what, description=what).add_argument
         add("--dtype", default="bf16", help="comma-separated: bf16, fp16, fp32 (%(default)s)")
-        add("--dropout", default="0", help="comma-separated probabilities in [0, 1) (%(default)s)")
-        add("--rank", type=_positive, default=16, help="adapter rank (%(default)s)")
-        add("--alpha", type=float, default=32, help="scaling is alpha / rank (%(default)s)")
+        if kind != "routed":
+            add("--dropout", default="0", help="comma-separated probabilities in [0, 1)")
+            add("--rank", type=_positive, default=16, help="adapter rank (%(default)s)")
+            add("--alpha", type=float, default=32, help="scaling is alpha / rank (%(default)s)")
         add("--providers", help=f"comma-separated, of: {', '.join(PROVIDERS[kind])}")
         add("--reps", type=_positive, default=7, help="interleaved repetitions (%(default)s)")
         add("--threads", type=_positive, help="CPU threads (torch's default when not given)")
@@ -89,6 +92,9 @@ def make_parser() -> argparse.ArgumentParser:
             default=Path("bench-report") / f"{kind}.jsonl",
             help="result file (%(default)s)",
         )
+        if kind == "routed":
+            _add_routed_options(add)
+            continue
         add("--no-memory", action="store_true", help="skip the process per provider")
         add("--only-memory", metavar="PROVIDER", choices=PROVIDERS[kind], help=argparse.SUPPRESS)
         if kind == "op":
@@ -111,6 +117,21 @@ def make_parser() -> argparse.ArgumentParser:
                     help="of the Llama (%(default)s)",
                 )
     return parser
+
+
+def _add_routed_options(add) -> None:
+    case = routed.RoutedCase()
+    batches = "comma-separated SEQUENCESxTOKENS (%(default)s)"
+    add("--batches", default=f"{case.sequences}x{case.tokens},16x64", help=batches)
+    layer = "KxN, or KxN+N+N for slices that read the same x (%(default)s)"
+    add("--layer", default=f"{case.k}x{case.n}", help=layer)
+    add("--adapters", type=_positive, default=case.adapters, help="how many (%(default)s)")
+    ranks = "comma-separated, dealt out over and over (%(default)s)"
+    add("--ranks", default=",".join(map(str, case.ranks)), help=ranks)
+    add("--adapter-dtype", default="", help="that of --dtype unless given")
+    add("--train", action="store_true", help="forward and backward")
+    add("--no-base", action="store_true", help="the adapters without the frozen layer")
+    add.__self__.set_defaults(only_memory=None, no_memory=True, dropout="0", rank=0, alpha=0.0)
 
 
 def _positive(text: str) -> int:
@@ -152,6 +173,25 @@ def cases_of(args: argparse.Namespace):
         sizes = [_sizes(text, "--shapes", "MxKxN") for text in shapes.split(",")]
         for (dtype, dropout), (m, k, n) in itertools.product(grid, sizes):
             yield op.OpCase(m, k, n, dtype=dtype, dropout=dropout, **common)
+        return
+    if args.kind == "routed":
+        k, _, slices = args.layer.partition("x")
+        widths = [_sizes(text, "--layer", "N")[0] for text in slices.split("+")]
+        for dtype, batch in itertools.product(dtypes, args.batches.split(",")):
+            sequences, tokens = _sizes(batch, "--batches", "SEQUENCESxTOKENS")
+            yield routed.RoutedCase(
+                sequences,
+                tokens,
+                _sizes(k, "--layer", "K")[0],
+                tuple(widths),
+                args.adapters,
+                tuple(_sizes(rank, "--ranks", "R")[0] for rank in args.ranks.split(",")),
+                dtype,
+                args.adapter_dtype,
+                args.train,
+                not args.no_base,
+                args.device,
+            )
         return
     if args.hidden % args.heads or args.heads % args.kv_heads:
         raise ValueError(

@@ -323,6 +323,8 @@ STEP_PROVIDERS: dict[str, Callable[[nn.Module, "StepCase"], Contestant]] = {
 
 
 def default_providers(kind: str, dtype: torch.dtype) -> list[str]:
+    if kind == "routed":
+        return ["frozen", "peft", "loop", "gather-bmm", "grouped-mm", "composed", "ours"]
     names = ["frozen", "peft", "peft-base-dtype", "ours"]
     if kind == "op":
         names.insert(1, "naive")

@@ -2,7 +2,7 @@
 
 A row is one provider in one case:
 
-    schema, kind ("op", "step" or "layer"), case, title, provider, skipped (why, or null),
+    schema, kind ("op", "step", "layer" or "routed"), case, title, provider, skipped (why, or null),
     timing, reps
     seconds         quantity -> {median, q1, q3, samples}
     over_frozen     quantity -> {median, q1, q3} of this / frozen, repetition by repetition
@@ -30,7 +30,10 @@ QUANTITIES = {
     "op": ("forward", "backward", "both"),
     "step": ("forward", "backward", "step"),
     "layer": ("forward", "backward", "step"),
+    "routed": ("layer", "part"),
 }
+# The quantity that is compared with the frozen layer or model, where it is not the last one.
+OVER_FROZEN = {"routed": "layer"}
 
 
 def rows_of(
@@ -135,6 +138,7 @@ def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     kind = rows[0]["kind"]
     quantities = QUANTITIES[kind]
     total = quantities[-1]
+    whole = OVER_FROZEN.get(kind, total)
     has_memory = any(row["memory"] for row in rows)
     headers = ["provider", *quantities, "/ frozen", "PEFT /"]
     headers += ["optimizer"] if kind == "step" else []
@@ -148,8 +152,11 @@ def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
             continue
         seconds = row["seconds"]
         line = [row["provider"]]
-        line += [format_seconds(seconds[quantity]["median"]) for quantity in quantities]
-        line += [_ratio(row["over_frozen"].get(total)), _ratio(row["peft_over"].get(total))]
+        line += [
+            format_seconds(seconds[quantity]["median"]) if quantity in seconds else "-"
+            for quantity in quantities
+        ]
+        line += [_ratio(row["over_frozen"].get(whole)), _ratio(row["peft_over"].get(total))]
         if kind == "step":
             line.append(
                 format_seconds(seconds["optimizer"]["median"]) if "optimizer" in seconds else "-"
@@ -177,7 +184,7 @@ def footnotes(rows: list[dict]) -> list[str]:
     where = f"{meta['device']}, {meta['threads']} threads, torch {meta['versions']['torch']}"
     notes = [
         f"{where}, {meta['time']}. Medians of {reps} interleaved repetitions ({', '.join(timing)});"
-        f" ratios of {QUANTITIES[kind][-1]}, taken within a repetition, with quartiles."
+        f" ratios of {_compared(kind)}, taken within a repetition, with quartiles."
     ]
     methods = sorted({row["memory"]["method"] for row in rows if row["memory"]})
     if methods:
@@ -193,6 +200,12 @@ def footnotes(rows: list[dict]) -> list[str]:
             parts = (f"{part['name']} {format_bytes(part['bytes'])}" for part in row["saved"])
             notes.append(f"saved by {row['provider']}: {', '.join(parts)}")
     return notes
+
+
+def _compared(kind: str) -> str:
+    total = QUANTITIES[kind][-1]
+    whole = OVER_FROZEN.get(kind, total)
+    return total if whole == total else f"{whole} (/ frozen) and {total} (PEFT /)"
 
 
 def print_case(rows: list[dict], plain: bool) -> None:
@@ -273,7 +286,7 @@ def plot(rows: list[dict], path: Path) -> None:
     )
     for axis, group in zip(axes[:, 0], groups, strict=True):
         total = QUANTITIES[group[0]["kind"]][-1]
-        shown = [row for row in group if not row["skipped"]][::-1]
+        shown = [row for row in group if total in row["seconds"]][::-1]
         times = [row["seconds"][total] for row in shown]
         medians = [time["median"] * 1e3 for time in times]
         whiskers = [

@@ -1,0 +1,275 @@
+"""One frozen linear layer with many adapters in one batch: decoding, or a training step.
+
+`layer` is the time of the whole layer (forward, or forward and backward), `part` the adapters'
+share of it: this provider's time minus the frozen layer's in the same repetition. As in `op`, a run
+goes through several sets of inputs, together larger than the last-level cache, each with adapters
+of its own; on CUDA it is the replay of a graph where the provider can be captured.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_kernels.bench import machine, measure
+from lora_kernels.bench.memory import PeakMemory, SavedStorage, peak_of, saved_for_backward
+from lora_kernels.bench.providers import MissingExtra
+from lora_kernels.bench.step import DTYPES
+from lora_kernels.testing import error_bound
+
+MAX_SETS = 16
+
+
+@dataclass(frozen=True)
+class RoutedCase:
+    """sequences x tokens rows; sequence i uses adapter i mod adapters, whose ranks are ``ranks``,
+    over and over. slices: out_features of each, side by side."""
+
+    sequences: int = 64
+    tokens: int = 1
+    k: int = 2048
+    slices: tuple[int, ...] = (2048,)
+    adapters: int = 16
+    ranks: tuple[int, ...] = (8, 16, 24, 32, 40, 48, 56, 64)
+    dtype: str = "bf16"
+    adapter_dtype: str = ""  # as dtype
+    train: bool = False
+    base: bool = True  # False: the adapters alone, without the frozen layer
+    device: str = "cpu"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def torch_adapter_dtype(self) -> torch.dtype:
+        return DTYPES[self.adapter_dtype or self.dtype]
+
+    @property
+    def rows(self) -> int:
+        return self.sequences * self.tokens
+
+    @property
+    def n(self) -> int:
+        return sum(self.slices)
+
+    def rank_of(self, adapter: int) -> int:
+        return self.ranks[adapter % len(self.ranks)]
+
+    @property
+    def adapter_of_row(self) -> list[int]:
+        return [i % self.adapters for i in range(self.sequences) for _ in range(self.tokens)]
+
+    @property
+    def title(self) -> str:
+        what = "training" if self.train else "inference"
+        ranks = sorted(set(self.ranks))
+        spread = f"r {ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"r {ranks[0]}"
+        out = "+".join(map(str, self.slices))
+        adapters = f"{self.adapters} {self.adapter_dtype or self.dtype} adapters of {spread}"
+        alone = "" if self.base else ", without the base layer"
+        return (
+            f"routed, {what}: {self.sequences}x{self.tokens} tokens, {adapters}, "
+            f"{self.k} to {out}, {self.dtype}{alone}"
+        )
+
+
+@dataclass(frozen=True)
+class RoutedInputs:
+    """What every provider gets, bit for bit the same."""
+
+    x: Tensor  # [sequences, tokens, K]
+    weight: Tensor  # [N, K], frozen
+    lora_a: list[list[Tensor]]  # per adapter and slice [R, K]
+    lora_b: list[list[Tensor]]  # per adapter and slice [N_s, R]
+    scaling: list[float]  # per adapter
+    dy: Tensor  # [sequences, tokens, N]
+
+
+@dataclass(frozen=True)
+class RoutedCall:
+    """One provider's layer on one set of inputs."""
+
+    forward: Callable[[], Tensor]
+    leaves: list[Tensor]  # x first, what a training step makes gradients for
+
+
+def make_inputs(case: RoutedCase, seed: int) -> RoutedInputs:
+    generator = torch.Generator(case.device).manual_seed(seed)
+
+    def draw(*shape: int, spread: float = 1.0, dtype: torch.dtype) -> Tensor:
+        values = torch.randn(shape, generator=generator, device=case.device)
+        return (values * spread).to(dtype)
+
+    dtype, adapter_dtype = case.torch_dtype, case.torch_adapter_dtype
+    ranks = [case.rank_of(adapter) for adapter in range(case.adapters)]
+    return RoutedInputs(
+        x=draw(case.sequences, case.tokens, case.k, dtype=dtype).requires_grad_(case.train),
+        weight=draw(case.n, case.k, spread=case.k**-0.5, dtype=dtype),
+        lora_a=[
+            [draw(r, case.k, spread=case.k**-0.5, dtype=adapter_dtype) for _ in case.slices]
+            for r in ranks
+        ],
+        lora_b=[
+            [draw(n, r, spread=r**-0.5, dtype=adapter_dtype) for n in case.slices] for r in ranks
+        ],
+        scaling=[0.5 + 0.25 * (adapter % 5) for adapter in range(case.adapters)],
+        dy=draw(case.sequences, case.tokens, case.n, dtype=dtype),
+    )
+
+
+def how_many_sets(case: RoutedCase) -> int:
+    """Enough for three times the last-level cache, and at least two."""
+    ranks = sum(case.rank_of(adapter) for adapter in range(case.adapters))
+    elements = case.rows * (case.k + case.n) + case.n * case.k * case.base
+    elements += ranks * (len(case.slices) * case.k + case.n)
+    cache = machine.last_level_cache_bytes(torch.device(case.device))
+    return min(MAX_SETS, max(2, math.ceil(3 * cache / (elements * case.torch_dtype.itemsize))))
+
+
+class Routed:
+    """One provider's calls on all sets of inputs."""
+
+    def __init__(self, case: RoutedCase, calls: list[RoutedCall], sets: list[RoutedInputs]) -> None:
+        self.device = torch.device(case.device)
+        self._case, self._calls, self._sets = case, calls, sets
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self.timing = "events" if self.device.type == "cuda" else "wall clock"
+        self.first_loss = None
+
+    def warm_up(self) -> None:
+        self._call_all()
+        if self.device.type == "cuda":
+            self._capture()
+
+    def run(self) -> measure.Laps:
+        """Seconds per call, over all sets."""
+        clock = measure.Clock(self.device)
+        clock.start()
+        if self._graph:
+            self._graph.replay()
+        else:
+            self._call_all()
+        clock.lap("layer")
+        return {name: took / len(self._calls) for name, took in clock.seconds().items()}
+
+    def saved(self) -> list[SavedStorage]:
+        if not self._case.train:
+            return []
+        call, inputs = self._calls[0], self._sets[0]
+        own = [inputs.weight, *(leaf for leaf in call.leaves if leaf is not inputs.x)]
+        return saved_for_backward(call.forward, own)
+
+    def peak(self) -> PeakMemory:
+        return peak_of(lambda: run_once(self._case, self._calls[0], self._sets[0]), self.device)
+
+    def _call_all(self) -> None:
+        for call, inputs in zip(self._calls, self._sets, strict=True):
+            run_once(self._case, call, inputs)
+
+    def _capture(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._call_all()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._call_all()
+        except RuntimeError:  # a provider that synchronises: events then, and the row says so
+            torch.cuda.synchronize()
+            return
+        self._graph = graph
+        self.timing = "cuda graph"
+
+
+def run_once(case: RoutedCase, call: RoutedCall, inputs: RoutedInputs) -> None:
+    if case.train:
+        torch.autograd.grad(call.forward(), call.leaves, inputs.dy)
+        return
+    with torch.no_grad():
+        call.forward()
+
+
+def formula(
+    case: RoutedCase, inputs: RoutedInputs, dtype: torch.dtype
+) -> tuple[Tensor, list[Tensor]]:
+    """The result and its leaves (x, then A and B of each adapter and slice), by a plain loop."""
+    x = inputs.x.detach().to(dtype).requires_grad_()
+    rows = x.flatten(0, 1)
+    weight = inputs.weight.to(dtype)
+    y = rows @ weight.t() if case.base else rows.new_zeros((case.rows, case.n))
+    owner = torch.tensor(case.adapter_of_row, device=x.device)
+    leaves = [x]
+    for adapter in range(case.adapters):
+        mine = (owner == adapter).nonzero().flatten()
+        parts = []
+        for a, b in zip(inputs.lora_a[adapter], inputs.lora_b[adapter], strict=True):
+            a, b = (factor.detach().to(dtype).requires_grad_() for factor in (a, b))
+            leaves += [a, b]
+            parts.append((rows[mine] @ a.t()) @ b.t() * inputs.scaling[adapter])
+        y = y.index_add(0, mine, torch.cat(parts, dim=1))
+    return y.view(*x.shape[:2], case.n), leaves
+
+
+def wrong(case: RoutedCase, call: RoutedCall, inputs: RoutedInputs) -> str | None:
+    """What in this provider's results breaks the package's error policy; None when nothing does."""
+
+    def results(y: Tensor, leaves: list[Tensor]) -> dict[str, Tensor]:
+        found = {"y": y.detach()}
+        if case.train:
+            gradients = torch.autograd.grad(y, leaves, inputs.dy.to(y.dtype))
+            found["dx"] = gradients[0]
+            found |= {f"gradient {i}": gradient for i, gradient in enumerate(gradients[1:])}
+        return found
+
+    ours = results(call.forward(), call.leaves)
+    eager, oracle = (
+        results(*formula(case, inputs, dtype)) for dtype in (case.torch_dtype, torch.float64)
+    )
+    if len(ours) != len(oracle):
+        return f"{len(ours)} results where there should be {len(oracle)}"
+    for name, exact in oracle.items():
+        error = (ours[name].double() - exact).abs().max().item()
+        bound = error_bound(eager[name], exact, case.torch_dtype)
+        if not error <= bound:  # so that a NaN is refused
+            return f"{name} is off by {error:.3g}, allowed is {bound:.3g}"
+    return None
+
+
+def prepare(case: RoutedCase, names: list[str]) -> tuple[dict[str, Routed], dict[str, str]]:
+    """The layers that can run here, and for those that cannot, why."""
+    from lora_kernels.bench.routed_providers import ROUTED_PROVIDERS
+
+    sets = [make_inputs(case, seed) for seed in range(how_many_sets(case))]
+    layers, skipped = {}, {}
+    for name in names:
+        try:
+            calls = [ROUTED_PROVIDERS[name](inputs, case) for inputs in sets]
+            reason = None if name == "frozen" else wrong(case, calls[0], sets[0])
+            if reason:
+                skipped[name] = f"not timed, its result is wrong: {reason}"
+                continue
+            layer = Routed(case, calls, sets)
+            layer.warm_up()
+            layers[name] = layer
+        except MissingExtra:
+            raise
+        except Exception as error:  # one provider's trouble is not the others'
+            skipped[name] = f"{type(error).__name__}: {error}"
+    return layers, skipped
+
+
+def with_parts(case: RoutedCase, laps: dict[str, list[measure.Laps]]) -> None:
+    """Adds each repetition's `part` to the laps."""
+    frozen = laps.get("frozen")
+    for name, taken in laps.items():
+        if name == "frozen" or (case.base and not frozen):
+            continue
+        for rep, lap in enumerate(taken):
+            lap["part"] = lap["layer"] - (frozen[rep]["layer"] if case.base else 0.0)

@@ -1,0 +1,201 @@
+"""Who competes in serving or training many adapters with one layer.
+
+A provider is a function from the inputs of one call to a `RoutedCall` whose leaves are x, then A
+and B of each adapter and slice.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_kernels.bench.providers import MissingExtra, Unavailable
+from lora_kernels.bench.routed import RoutedCall, RoutedCase, RoutedInputs
+
+
+def frozen(inputs: RoutedInputs, case: RoutedCase) -> RoutedCall:
+    if not case.base:
+        raise Unavailable("without a base layer there is nothing frozen")
+    return RoutedCall(lambda: F.linear(inputs.x, inputs.weight), [inputs.x])
+
+
+def _base(inputs: RoutedInputs, case: RoutedCase) -> Tensor:  # [M, N]
+    rows = inputs.x.flatten(0, 1)
+    return F.linear(rows, inputs.weight) if case.base else rows.new_zeros((case.rows, case.n))
+
+
+def _own_factors(inputs: RoutedInputs, case: RoutedCase) -> list[list[tuple[Tensor, Tensor]]]:
+    """Per adapter and slice, tensors of this provider's own."""
+    return [
+        [
+            tuple(factor.detach().clone().requires_grad_(case.train) for factor in pair)
+            for pair in zip(a, b, strict=True)
+        ]
+        for a, b in zip(inputs.lora_a, inputs.lora_b, strict=True)
+    ]
+
+
+def _leaves(inputs: RoutedInputs, factors: list[list[tuple[Tensor, Tensor]]]) -> list[Tensor]:
+    return [inputs.x, *(factor for slices in factors for pair in slices for factor in pair)]
+
+
+def loop(inputs: RoutedInputs, case: RoutedCase) -> RoutedCall:
+    """One adapter after the other in plain torch, the rows' indices known beforehand."""
+    factors = _own_factors(inputs, case)
+    owner = torch.tensor(case.adapter_of_row, device=inputs.x.device)
+    rows_of = [(owner == adapter).nonzero().flatten() for adapter in range(case.adapters)]
+
+    def forward() -> Tensor:
+        rows, y = inputs.x.flatten(0, 1), _base(inputs, case)
+        for adapter, mine in enumerate(rows_of):
+            some = rows[mine].to(factors[adapter][0][0].dtype)
+            parts = [F.linear(F.linear(some, a), b) for a, b in factors[adapter]]
+            delta = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+            y = y.index_add(0, mine, (delta * inputs.scaling[adapter]).to(y.dtype))
+        return y.view(*inputs.x.shape[:2], case.n)
+
+    return RoutedCall(forward, _leaves(inputs, factors))
+
+
+def _padded(inputs: RoutedInputs, case: RoutedCase) -> list[tuple[Tensor, Tensor]]:
+    """Per slice all adapters' A ``[L, R, K]`` and scaled B ``[L, N, R]``, padded with zeros."""
+    if case.train:
+        raise Unavailable("padded copies of the adapters do not train them")
+    widest = max(case.ranks)
+    stacked = []
+    for s in range(len(case.slices)):
+        a = [F.pad(a[s], (0, 0, 0, widest - a[s].shape[0])) for a in inputs.lora_a]
+        b = [
+            F.pad(b[s] * scaling, (0, widest - b[s].shape[1]))
+            for b, scaling in zip(inputs.lora_b, inputs.scaling, strict=True)
+        ]
+        stacked.append((torch.stack(a).to(inputs.x.dtype), torch.stack(b).to(inputs.x.dtype)))
+    return stacked
+
+
+def gather_bmm(inputs: RoutedInputs, case: RoutedCase) -> RoutedCall:
+    """Each sequence's padded factors are gathered, then batched products."""
+    stacked = _padded(inputs, case)
+    owner = torch.tensor(case.adapter_of_row[:: case.tokens], device=inputs.x.device)
+
+    def forward() -> Tensor:
+        parts = [
+            torch.bmm(torch.bmm(inputs.x, a[owner].mT), b[owner].mT) for a, b in stacked
+        ]  # [sequences, tokens, N]
+        return _base(inputs, case).view(*inputs.x.shape[:2], case.n) + torch.cat(parts, dim=-1)
+
+    return RoutedCall(forward, [inputs.x])
+
+
+def grouped_mm(inputs: RoutedInputs, case: RoutedCase) -> RoutedCall:
+    """``torch._grouped_mm`` on rows sorted by adapter, ranks padded to the widest."""
+    if inputs.x.dtype != torch.bfloat16:
+        raise Unavailable("torch._grouped_mm takes bf16 only")
+    stacked = _padded(inputs, case)
+    owner = torch.tensor(case.adapter_of_row, device=inputs.x.device)
+    order = torch.argsort(owner, stable=True)
+    ends = torch.bincount(owner, minlength=case.adapters).cumsum(0).int()
+
+    def forward() -> Tensor:
+        rows = inputs.x.flatten(0, 1)[order]
+        parts = []
+        for a, b in stacked:
+            h = torch._grouped_mm(rows, a.mT, offs=ends)
+            parts.append(torch._grouped_mm(h, b.mT, offs=ends))
+        y = _base(inputs, case).index_add(0, order, torch.cat(parts, dim=1))
+        return y.view(*inputs.x.shape[:2], case.n)
+
+    return RoutedCall(forward, [inputs.x])
+
+
+def peft(inputs: RoutedInputs, case: RoutedCase, accelerated: bool = False) -> RoutedCall:
+    """PEFT's mixed batch, a layer per slice; ``accelerated``: with our forward in it."""
+    if case.train:
+        raise Unavailable("PEFT refuses mixed batches in training")
+    if not case.base:
+        raise Unavailable("PEFT's layer has a base")
+    try:
+        from peft.tuners.lora.config import LoraConfig
+        from peft.tuners.lora.layer import Linear
+    except ImportError:
+        raise MissingExtra("peft") from None
+    layers = []
+    for s, weight in enumerate(inputs.weight.split(case.slices)):
+        linear = nn.Linear(case.k, case.slices[s], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        layer = None
+        for adapter in range(case.adapters):
+            a, b = inputs.lora_a[adapter][s], inputs.lora_b[adapter][s]
+            options = {"r": a.shape[0], "lora_alpha": a.shape[0], "config": LoraConfig()}
+            name = f"adapter{adapter}"
+            if layer is None:
+                layer = Linear(linear, name, **options)
+            else:
+                layer.update_layer(name, **options)
+            layer.lora_A[name].weight.data, layer.lora_B[name].weight.data = a.clone(), b.clone()
+            layer.scaling[name] = inputs.scaling[adapter]
+        layers.append(layer.to(case.device).eval().requires_grad_(False))
+    names = [f"adapter{i}" for i in case.adapter_of_row[:: case.tokens]]
+    if accelerated:
+        report = _accelerated(nn.ModuleList(layers))
+
+    def forward() -> Tensor:
+        parts = [layer(inputs.x, adapter_names=names) for layer in layers]
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+
+    if accelerated:
+        with torch.no_grad():
+            forward()
+        if report.refresh().delegated_calls:
+            raise Unavailable(f"left to PEFT: {report.delegated_calls}")
+    return RoutedCall(forward, [inputs.x])
+
+
+def _accelerated(model: nn.Module):
+    from lora_kernels import accelerate
+
+    return accelerate(model)
+
+
+def ours(inputs: RoutedInputs, case: RoutedCase, backend: str = "auto") -> RoutedCall:
+    from lora_kernels.ops.routed_lora import (
+        AdapterBank,
+        Routing,
+        routed_lora,
+        routed_lora_linear,
+    )
+
+    bank = AdapterBank(
+        case.k, list(case.slices), dtype=case.torch_adapter_dtype, device=case.device
+    )
+    leaves = [inputs.x]
+    for adapter in range(case.adapters):
+        a, b = inputs.lora_a[adapter], inputs.lora_b[adapter]
+        added = bank.add(f"adapter{adapter}", a, b, inputs.scaling[adapter])
+        leaves += [factor for pair in added.factors() for factor in pair]
+    bank.requires_grad_(case.train).train(case.train)
+    names = [f"adapter{i}" for i in case.adapter_of_row[:: case.tokens]]
+    routing = Routing.from_sequences(names, case.tokens, bank)
+
+    def forward() -> Tensor:
+        if case.base:
+            return routed_lora_linear(inputs.x, inputs.weight, bank, routing, backend=backend)
+        return routed_lora(inputs.x, bank, routing, backend=backend)
+
+    return RoutedCall(forward, leaves)
+
+
+ROUTED_PROVIDERS: dict[str, Callable[[RoutedInputs, RoutedCase], RoutedCall]] = {
+    "frozen": frozen,
+    "peft": peft,
+    "peft-accelerated": functools.partial(peft, accelerated=True),
+    "loop": loop,
+    "gather-bmm": gather_bmm,
+    "grouped-mm": grouped_mm,
+    "ours": ours,
+    "composed": functools.partial(ours, backend="composed"),
+    "triton": functools.partial(ours, backend="triton"),
+    "native": functools.partial(ours, backend="native"),
+}
