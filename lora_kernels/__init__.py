@@ -5,22 +5,41 @@ Importing this package needs torch and nothing else: no GPU, no Triton, no PEFT,
 
 from typing import TYPE_CHECKING
 
-from lora_kernels.modules import LoRAEmbedding, LoRALinear
+from lora_kernels.integrations.routed import route
+from lora_kernels.modules import LoRAEmbedding, LoRALinear, RoutedLoRALinear
 from lora_kernels.ops.lora_linear import explain, lora_linear
 from lora_kernels.ops.lora_weight_norm import lora_weight_norm
+from lora_kernels.ops.routed_lora import (
+    AdapterBank,
+    AdapterSlots,
+    Routing,
+    routed_expand,
+    routed_lora,
+    routed_lora_linear,
+    routed_shrink,
+)
 from lora_kernels.version import __version__
 
 if TYPE_CHECKING:
     from lora_kernels.integrations.peft import accelerate
 
 __all__ = [
+    "AdapterBank",
+    "AdapterSlots",
     "LoRAEmbedding",
     "LoRALinear",
+    "RoutedLoRALinear",
+    "Routing",
     "__version__",
     "accelerate",
     "explain",
     "lora_linear",
     "lora_weight_norm",
+    "route",
+    "routed_expand",
+    "routed_lora",
+    "routed_lora_linear",
+    "routed_shrink",
 ]
 
 

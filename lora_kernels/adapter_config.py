@@ -88,6 +88,34 @@ def scaling_of(config: Mapping[str, Any], module: str) -> float:
     return _scaling(config, *rank_and_alpha(config, module))
 
 
+def targets(config: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT would give the module of that name an adapter.
+
+    ``exclude_modules`` first; then ``target_modules``, a regular expression for the whole name or a
+    list of whole names or their last parts; with a list ``layers_to_transform`` may narrow it.
+    """
+    if _names(config.get("exclude_modules") or [], module):
+        return False
+    wanted = config.get("target_modules") or []
+    if not _names(wanted, module):
+        return False
+    layers = config.get("layers_to_transform")
+    if isinstance(wanted, str) or module in wanted or layers is None or layers == []:
+        return True
+    patterns = config.get("layers_pattern") or r"[^.]*"
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        # The first number counts: experts inside of a layer are numbered too.
+        if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
+            return int(match[match.lastindex]) in ([layers] if isinstance(layers, int) else layers)
+    return False
+
+
+def _names(wanted, module: str) -> bool:
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, module) is not None
+    return any(module == each or module.endswith(f".{each}") for each in wanted)
+
+
 def _by_pattern(config: Mapping[str, Any], key: str, module: str, default):
     for pattern, value in (config.get(key) or {}).items():
         try:

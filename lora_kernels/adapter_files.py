@@ -27,7 +27,7 @@ from lora_kernels.adapter_config import (
     ranks_and_alphas,
     scaling_of,
 )
-from lora_kernels.ops.routed_lora.bank import Adapter, AdapterBank
+from lora_kernels.ops.routed_lora import Adapter, AdapterBank
 
 CONFIG, WEIGHTS, PICKLE = (
     "adapter_config.json",

@@ -1,0 +1,396 @@
+"""``route(model)``: many adapters in one model, a different one for every sequence of a batch."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.adapter_config import check_config, rank_and_alpha, scaling_of, targets
+from lora_kernels.adapter_files import (
+    ModuleAdapter,
+    check_finite_in,
+    modules_of,
+    read_adapter,
+    write_adapter,
+)
+from lora_kernels.modules.active_adapters import ActiveAdapters
+from lora_kernels.modules.adapter_layer import (
+    AdapterLayer,
+    adapter_dtype_over,
+    check_initialisation,
+)
+from lora_kernels.modules.routed_linear import RoutedLoRALinear
+from lora_kernels.ops.routed_lora import AdapterSlots, Routing
+
+ALL_LINEAR = "all-linear"
+
+
+def route(
+    model: nn.Module,
+    target_modules: str | Sequence[str] | None = None,
+    *,
+    adapter_dtype: torch.dtype | None = None,
+) -> RoutedModel:
+    r"""Let a model hold many LoRA adapters and use another one for every sequence of a batch.
+
+    .. math::
+        y_m = x_m W^T + b + s_i \cdot D_i(x_m) A_i^T B_i^T \quad i = \text{token m's adapter}
+
+    Works on any model whose ``nn.Linear`` layers take ``[batch, ..., K]`` (or the same flattened,
+    sequence after sequence), such as those of transformers, for serving and for training::
+
+        routed = lora_kernels.route(model)
+        routed.load("sql", "adapters/sql")             # PEFT's files
+        routed.add("law", rank=16, alpha=32, target_modules=["q_proj", "v_proj"])
+        with routed.adapters(["sql", "__base__", "law"]):
+            model.generate(**three_prompts)
+
+    The model's own parameters are frozen. A linear layer becomes a :class:`RoutedLoRALinear` when
+    the first adapter that touches it arrives; ``undo`` puts everything back. Calling ``route``
+    again on a model or its deepcopy gives a handle on the adapters that are in it.
+
+    Args:
+        model: a plain model, not wrapped by PEFT; changed in place.
+        target_modules: the only layers that adapters may touch: a regular expression for a whole
+            name, or a list of whole names or last parts of names, as in PEFT. None: any linear.
+        adapter_dtype: that adapters are kept in; None is fp32 over a half-precision base, else the
+            base's.
+
+    Raises:
+        TypeError: model is not a module.
+        ValueError: PEFT layers are in the model.
+    """
+    return RoutedModel(model, target_modules, adapter_dtype)
+
+
+class RoutedModel:
+    """A model and the adapters in it; made by :func:`route`.
+
+    Attributes:
+        model: the model itself; call it inside of :meth:`adapters`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_modules: str | Sequence[str] | None,
+        adapter_dtype: torch.dtype | None,
+    ) -> None:
+        _check_model(model)
+        self.model = model
+        self._targets, self._adapter_dtype = target_modules, adapter_dtype
+        self._active = _holder_in(model) or ActiveAdapters(AdapterSlots())
+        self._configs: dict[str, dict[str, Any]] = {}
+        own = {id(p) for layer in self._layers().values() for p in layer.bank.parameters()}
+        self._frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters' names."""
+        return list(self._active.slots)
+
+    @property
+    def slots(self) -> AdapterSlots:
+        """The slots of all banks: what a :class:`Routing` of one's own is made for."""
+        return self._active.slots
+
+    def adapters(self, names: str | Sequence[str] | Routing) -> AbstractContextManager[None]:
+        """``with routed.adapters(names):`` says which adapters the batches inside use.
+
+        Forward, ``generate`` and backward may be called inside, any number of times, with any
+        lengths and padding (a padding token takes its sequence's adapter). With activation
+        checkpointing backward must be called inside too, as it computes the layers again.
+
+        Args:
+            names: one adapter for all, or one per sequence; ``"__base__"`` is none. Batches may
+                have more rows by a factor, as beam search and ``num_return_sequences`` make them:
+                neighbouring rows then share a name. Or a :class:`Routing` over all tokens, made for
+                :attr:`slots`, for batches that hold several sequences per row.
+
+        Outside of it, a model that has adapters raises a RuntimeError.
+        """
+        return self._active.use(names)
+
+    def load(self, name: str, directory: str | os.PathLike, *, trainable: bool = False) -> None:
+        """Add an adapter from a PEFT adapter directory, all its modules or none.
+
+        Args:
+            name: of the new adapter; without dots.
+            directory: as PEFT's ``save_pretrained`` writes it.
+            trainable: whether its parameters require grad.
+
+        Raises:
+            ValueError: the files or the name are not good, or name modules that are absent from the
+                model, of another shape, or not plain linear layers. The model is unchanged then.
+        """
+        self._check_name(name)
+        file = read_adapter(directory)
+        self._install(name, file.modules, file.dropout_p, trainable)
+        self._configs[name] = file.config
+
+    def add(
+        self,
+        name: str,
+        config: Mapping[str, Any] | Any | None = None,
+        *,
+        rank: int | None = None,
+        alpha: float | None = None,
+        target_modules: str | Sequence[str] | None = None,
+        dropout_p: float = 0.0,
+        use_rslora: bool = False,
+        init_lora_weights: bool | str = True,
+    ) -> None:
+        """Add a new adapter to be trained, with PEFT's initial values: A Kaiming-uniform, B zero.
+
+        Args:
+            name: of the new adapter; without dots.
+            config: a ``peft.LoraConfig``, or a dictionary of its settings; or instead of it
+            rank, alpha, target_modules, dropout_p, use_rslora, init_lora_weights: PEFT's ``r``,
+                ``lora_alpha``, ``target_modules`` (also ``"all-linear"``), ``lora_dropout``,
+                ``use_rslora`` and ``init_lora_weights`` (True, False or "gaussian").
+
+        Raises:
+            TypeError, ValueError: an argument does not fit, or no module is named by it, or one
+                that is not a plain linear layer. The model is unchanged then.
+        """
+        self._check_name(name)
+        if config is not None and (rank, alpha, target_modules) != (None, None, None):
+            raise TypeError("config: expected it, or rank, alpha and target_modules, got both")
+        if config is None:
+            if None in (rank, alpha, target_modules):
+                raise TypeError("add: expected a config, or rank, alpha and target_modules")
+            config = {
+                "peft_type": "LORA",
+                "r": rank,
+                "lora_alpha": alpha,
+                "target_modules": target_modules,
+                "lora_dropout": dropout_p,
+                "use_rslora": use_rslora,
+                "init_lora_weights": init_lora_weights,
+            }
+        config = dict(config.to_dict() if hasattr(config, "to_dict") else config)
+        check_config(config, "config")
+        init = config.get("init_lora_weights", True)
+        check_initialisation(init)
+        modules = {}
+        for module in self._targeted(config):
+            layer = self.model.get_submodule(module)
+            dtype = adapter_dtype_over(layer.weight, self._adapter_dtype)
+            rank, _ = rank_and_alpha(config, module)
+            lora_a = torch.empty(rank, layer.in_features, dtype=dtype, device=layer.weight.device)
+            lora_b = lora_a.new_zeros(layer.out_features, rank)
+            _initialise(lora_a, lora_b, init)
+            modules[module] = ModuleAdapter(lora_a, lora_b, scaling_of(config, module))
+        self._install(name, modules, float(config.get("lora_dropout") or 0.0), trainable=True)
+        self._configs[name] = config
+
+    def remove(self, name: str) -> None:
+        """Take an adapter out of all layers.
+
+        Raises:
+            KeyError: there is no such adapter.
+        """
+        for layer in self._layers_with(name).values():
+            layer.bank.remove(name)
+        self._configs.pop(name, None)
+
+    def save(self, name: str, directory: str | os.PathLike) -> None:
+        """Write an adapter as a PEFT adapter directory, which PEFT and :meth:`load` read.
+
+        Raises:
+            KeyError: there is no such adapter.
+        """
+        modules, dropout_p = {}, 0.0
+        for module, layer in self._layers_with(name).items():
+            modules |= modules_of(layer.bank[name], [module])
+            dropout_p = layer.bank[name].dropout_p
+        config = dict(self._configs.get(name, {}))
+        if {module for module in self._names() if targets(config, module)} != modules.keys():
+            for key in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+                config.pop(key, None)
+            config["target_modules"] = sorted(modules)
+        write_adapter(directory, modules, dropout_p=dropout_p, config=config)
+
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        """An adapter's parameters over all layers, for an optimizer of its own.
+
+        Raises:
+            KeyError: there is no such adapter.
+        """
+        layers = self._layers_with(name).values()
+        return [parameter for layer in layers for parameter in layer.bank[name].parameters()]
+
+    def undo(self) -> None:
+        """Remove all adapters and put the plain linear layers back, trainable as they were."""
+        for name in self.names:
+            self.remove(name)
+        self._swap({layer: layer.base_layer for layer in self._layers().values()})
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+
+    def __repr__(self) -> str:
+        return (
+            f"RoutedModel({type(self.model).__name__}, adapters {self.names} on "
+            f"{len(self._layers())} layers)"
+        )
+
+    # --- layers -------------------------------------------------------------------------------
+
+    def _layers(self) -> dict[str, RoutedLoRALinear]:
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, RoutedLoRALinear) and module.active_adapters is self._active
+        }
+
+    def _layers_with(self, name: str) -> dict[str, RoutedLoRALinear]:
+        if name not in self._active.slots:
+            raise KeyError(f"no adapter {name!r} in the model; there are {self.names}")
+        return {module: each for module, each in self._layers().items() if name in each.bank}
+
+    def _names(self) -> list[str]:
+        """Names of the model's modules, but for what is inside of layers with adapters."""
+        names, inside = [], None
+        for name, module in self.model.named_modules():
+            if inside is not None and name.startswith(inside):
+                continue
+            inside = f"{name}." if isinstance(module, (RoutedLoRALinear, AdapterLayer)) else None
+            names.append(name)
+        return names
+
+    def _targeted(self, config: Mapping[str, Any]) -> list[str]:
+        """Names of the modules that a config asks for."""
+        wanted, names = config.get("target_modules"), self._names()
+        if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
+            head = _output_embeddings(self.model)
+            modules = [(name, self.model.get_submodule(name)) for name in names]
+            names = [name for name, module in modules if _is_linear(module) and module is not head]
+            config = {**config, "target_modules": ".*"}
+        names = [name for name in names if targets(config, name)]
+        if not names:
+            raise ValueError(f"target_modules: no module of the model is named by {wanted!r}")
+        self._check_modules(names)
+        return names
+
+    def _check_name(self, name: str) -> None:
+        if name in self._active.slots:
+            raise ValueError(f"name: there is an adapter {name!r} already; remove it first")
+
+    def _check_modules(self, names: Iterable[str]) -> None:
+        """Raise for modules that cannot have adapters, naming all of them."""
+        wrong = {}
+        for name in names:
+            try:
+                module = self.model.get_submodule(name)
+            except AttributeError:
+                wrong[name] = "there is no such module"
+                continue
+            if "experts" in name.split("."):
+                wrong[name] = "an expert sees tokens that a router chose, not whole sequences"
+            elif self._targets is not None and not targets({"target_modules": self._targets}, name):
+                wrong[name] = f"route(model, target_modules={self._targets!r}) leaves it out"
+            elif module is self.model:
+                wrong[name] = "the model itself, which nothing could put another layer in for"
+            elif not isinstance(module, (nn.Linear, RoutedLoRALinear)):
+                wrong[name] = f"a {type(module).__name__}, not a torch.nn.Linear"
+        if wrong:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in list(wrong.items())[:5])
+            more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            raise ValueError(f"modules that cannot have adapters: {listed}{more}")
+
+    def _install(
+        self, name: str, modules: Mapping[str, ModuleAdapter], dropout_p: float, trainable: bool
+    ) -> None:
+        """Give every module its part of an adapter, or leave the model as it is."""
+        self._check_modules(modules)
+        layers, wrapped = {}, {}
+        for module, part in modules.items():
+            layer = self.model.get_submodule(module)
+            expected = (layer.out_features, layer.in_features)
+            if (part.lora_b.shape[0], part.lora_a.shape[1]) != expected:
+                raise ValueError(
+                    f"{module}: expected lora_A [r, {expected[1]}] and lora_B [{expected[0]}, r], "
+                    f"got {list(part.lora_a.shape)} and {list(part.lora_b.shape)}"
+                )
+            if not isinstance(layer, RoutedLoRALinear):
+                wrapped[layer] = self._wrapped(module, layer)
+                layer = wrapped[layer]
+            check_finite_in(layer.bank.dtype, part, module)
+            layers[module] = layer
+        done = []
+        try:
+            for module, layer in layers.items():
+                lora_a, lora_b, scaling = modules[module]
+                adapter = layer.bank.add(name, lora_a, lora_b, scaling, dropout_p)
+                adapter.requires_grad_(trainable)
+                done.append(layer)
+        except BaseException:
+            for layer in done:
+                layer.bank.remove(name)
+            raise
+        self._swap(wrapped)
+
+    def _wrapped(self, name: str, linear: nn.Linear) -> RoutedLoRALinear:
+        try:
+            layer = RoutedLoRALinear.from_linear(
+                linear, slots=self.slots, adapter_dtype=self._adapter_dtype
+            )
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
+        layer.active_adapters = self._active
+        return layer
+
+    def _swap(self, others: Mapping[nn.Module, nn.Module]) -> None:
+        """Put other modules in the places (there may be several) of some."""
+        for parent in list(self.model.modules()):
+            for name, child in parent._modules.items():
+                if child in others:
+                    parent._modules[name] = others[child]
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft."):
+            raise ValueError(
+                f"model: expected a plain model, got PEFT's {type(module).__name__} at {name!r}; "
+                "take the base model (PEFT's `unload()`), and load the adapters' files"
+            )
+
+
+def _holder_in(model: nn.Module) -> ActiveAdapters | None:
+    """What the layers of a model that is routed already share."""
+    found = [m.active_adapters for m in model.modules() if isinstance(m, RoutedLoRALinear)]
+    holders = {id(holder): holder for holder in found if holder is not None}
+    if len(holders) > 1:
+        raise ValueError("model: its layers with adapters do not share one ActiveAdapters")
+    return next(iter(holders.values()), None)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, RoutedLoRALinear)) or type(module).__name__ == "Conv1D"
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The head of a language model, which PEFT leaves out of "all-linear"."""
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if callable(get) else None
+
+
+@torch.no_grad()
+def _initialise(lora_a: Tensor, lora_b: Tensor, init_lora_weights: bool | str) -> None:
+    if init_lora_weights == "gaussian":
+        nn.init.normal_(lora_a, std=1 / lora_a.shape[0])
+    else:
+        nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
+    if init_lora_weights is False:
+        nn.init.kaiming_uniform_(lora_b, a=math.sqrt(5))

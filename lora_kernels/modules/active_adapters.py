@@ -1,0 +1,163 @@
+"""``ActiveAdapters``: which adapters a batch's sequences use, told once for all layers of a model.
+
+Dimensions: S names, M tokens of a layer's input (its leading dimensions flattened).
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops.routed_lora import AdapterSlots, Routing
+from lora_kernels.ops.routed_lora.slots import BASE
+
+
+class ActiveAdapters:
+    """Hands the layers of one model the :class:`Routing` of the batch at hand.
+
+    Inside ``with active.use(names):`` every layer that shares this object sees the same choice. A
+    routing is built for each number of tokens that comes by, and serves all layers; outside, a
+    layer raises as soon as there are adapters, instead of computing the base model in silence.
+
+    It belongs to one thread at a time. The threads in which autograd runs a backward count as the
+    one that started it, so that activation checkpointing recomputes inside of ``with`` what it
+    computed there before.
+
+    Args:
+        slots: those of the layers' banks.
+    """
+
+    def __init__(self, slots: AdapterSlots) -> None:
+        if not isinstance(slots, AdapterSlots):
+            raise TypeError(f"slots: expected AdapterSlots, got {type(slots).__name__}")
+        self.slots = slots
+        self._forget()
+
+    @contextmanager
+    def use(self, adapters: str | Sequence[str] | Routing) -> Iterator[None]:
+        """Set the adapters of the batches that are computed inside.
+
+        Args:
+            adapters: one name for all tokens, or a list with one name per sequence
+                (``"__base__"`` for none), or a routing of the tokens. Where an input has more rows
+                than there are names, each name holds for equally many neighbouring rows: those of
+                its beams or returned sequences.
+
+        Raises:
+            ValueError: a name is not an adapter's, or there is none.
+            TypeError: adapters is none of the three.
+            RuntimeError: another thread is inside.
+        """
+        batch = _Batch(adapters, self.slots)
+        with self._lock:
+            if self._batches and self._thread != threading.get_ident():
+                raise RuntimeError(
+                    "another thread is inside of this model's `with ...adapters(...)`; one batch "
+                    "is computed at a time"
+                )
+            self._thread = threading.get_ident()
+            self._batches.append(batch)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._batches = [other for other in self._batches if other is not batch]
+
+    def routing_for(self, x: Tensor) -> Routing | None:
+        """The routing for a layer's input ``[..., K]``; None where there are no adapters at all.
+
+        Raises:
+            RuntimeError: there are adapters, and nobody has said which ones to use.
+            ValueError: x's rows cannot be divided among the names.
+        """
+        if not self._batches:
+            if not len(self.slots):
+                return None
+            raise RuntimeError(
+                f"the model has adapters {list(self.slots)} and nothing says which of them to use; "
+                "call it inside of `with routed.adapters(names):`, with one name per sequence "
+                f"({BASE!r} for none), and call backward() in there too if activations are "
+                "checkpointed"
+            )
+        in_backward = False
+        if not torch.compiler.is_compiling():
+            in_backward = torch._C._current_graph_task_id() != -1
+            if not in_backward and self._thread != threading.get_ident():
+                raise RuntimeError(
+                    "another thread is inside of this model's `with ...adapters(...)`; its choice "
+                    "of adapters is not this thread's"
+                )
+        return self._batches[-1].routing_for(x, in_backward)
+
+    def _forget(self) -> None:
+        self._batches: list[_Batch] = []
+        self._thread: int | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict:
+        return {"slots": self.slots}
+
+    def __setstate__(self, state: dict) -> None:
+        self.slots = state["slots"]
+        self._forget()
+
+
+class _Batch:
+    """The choice of one ``with``, and the routings made for it."""
+
+    def __init__(self, adapters: str | Sequence[str] | Routing, slots: AdapterSlots) -> None:
+        self.slots = slots
+        self.routing = adapters if isinstance(adapters, Routing) else None
+        self._made: dict[tuple[int, torch.device], Routing] = {}
+        if self.routing is not None:
+            if adapters.slots is not slots:
+                raise ValueError("adapters: expected a routing of this model's slots, got another")
+            return
+        if isinstance(adapters, str):
+            adapters = [adapters]
+        if isinstance(adapters, Tensor) or not isinstance(adapters, Sequence):
+            raise TypeError(
+                "adapters: expected a name, a list of names or a Routing, got "
+                f"{type(adapters).__name__}"
+            )
+        self.names = list(adapters)
+        if not self.names:
+            raise ValueError("adapters: expected at least one name, got none")
+        for name in self.names:
+            if not isinstance(name, str):
+                raise TypeError(f"adapters: expected names, got a {type(name).__name__}")
+            if name != BASE and name not in slots:
+                raise ValueError(
+                    f"adapters: expected {BASE!r} or one of {list(slots)}, got {name!r}"
+                )
+
+    def routing_for(self, x: Tensor, in_backward: bool) -> Routing:
+        if self.routing is not None:
+            return self.routing
+        tokens = x.shape[:-1].numel()
+        routing = self._made.get((tokens, x.device))
+        if routing is not None and routing.version == self.slots.version:
+            self._check_rows(x, tokens)
+            return routing
+        if in_backward and routing is None:
+            raise RuntimeError(
+                f"checkpointed activations of {tokens} tokens are computed again for a backward, "
+                "and were not computed inside of this `with ...adapters(...)`; call backward() "
+                "inside of the one that the forward ran in"
+            )
+        self._check_rows(x, tokens)
+        length = tokens // len(self.names)
+        routing = Routing.from_sequences(self.names, length, self.slots, device=x.device)
+        self._made[tokens, x.device] = routing
+        return routing
+
+    def _check_rows(self, x: Tensor, tokens: int) -> None:
+        """A batch ``[rows, ..., K]`` is divided by rows, tokens ``[M, K]`` by tokens."""
+        rows = x.shape[0] if x.ndim > 2 else tokens
+        if rows % len(self.names):
+            raise ValueError(
+                f"x: expected a multiple of {len(self.names)} sequences, one or more per adapter "
+                f"named, got {list(x.shape)}"
+            )

@@ -1,0 +1,141 @@
+"""``RoutedLoRALinear``: a frozen ``torch.nn.Linear`` with a bank of adapters."""
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.modules.active_adapters import ActiveAdapters
+from lora_kernels.modules.adapter_layer import adapter_dtype_over, check_no_hooks, check_size
+from lora_kernels.modules.lora_linear import _check_linear
+from lora_kernels.ops.routed_lora import AdapterBank, AdapterSlots, Routing, routed_lora_linear
+
+
+class RoutedLoRALinear(nn.Module):
+    r"""A frozen linear layer in which every token has adapters of its own.
+
+    .. math::
+        y_m = x_m W^T + b + \sum_{(m, i, w)} w \, s_i \cdot D_i(x_m) A_i^T B_i^T
+
+    over the pairs (token, adapter, weight) of a routing; see :func:`routed_lora_linear`. Adapters
+    come and go in ``bank``; which of them a batch uses is said by the ``routing`` of the call, or
+    for all layers of a model by an :class:`ActiveAdapters` that they share
+    (:func:`lora_kernels.route` sets this up).
+
+    A state dict holds ``base_layer.*`` and ``bank.adapters.<name>.*``; it loads into a layer with
+    the same adapters. Scalings and dropout are not in it.
+
+    Attributes:
+        base_layer: the frozen layer.
+        bank: its :class:`AdapterBank`.
+        active_adapters: asked where ``forward`` gets no routing; None for nobody.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        bias: whether the base layer has a bias.
+        slots: shared by the layers of one model; None makes its own.
+        device: where the layer is made.
+        dtype: of the base layer.
+        adapter_dtype: of the bank; None is fp32 over a half-precision base, else the base's.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which and why.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        slots: AdapterSlots | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            check_size(name, size)
+        linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self._wrap(linear, slots, adapter_dtype)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        slots: AdapterSlots | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> "RoutedLoRALinear":
+        """Wrap an existing linear layer, which becomes ``base_layer`` and is frozen.
+
+        Arguments are those of the constructor.
+
+        Raises:
+            TypeError: linear is no ``torch.nn.Linear`` over plain parameters.
+            ValueError: linear has hooks or a replaced forward, which would not be run.
+        """
+        _check_linear(linear)
+        layer = cls.__new__(cls)
+        layer._wrap(linear, slots, adapter_dtype)
+        return layer
+
+    def _wrap(
+        self,
+        linear: nn.Linear,
+        slots: AdapterSlots | None,
+        adapter_dtype: torch.dtype | None,
+    ) -> None:
+        weight = linear.weight
+        dtype = adapter_dtype_over(weight, adapter_dtype)
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bank = AdapterBank(
+            self.in_features, self.out_features, dtype=dtype, device=weight.device, slots=slots
+        )
+        self.base_layer = linear.requires_grad_(False)
+        self.active_adapters: ActiveAdapters | None = None
+        self.train(linear.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base_layer.bias
+
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        """``[..., in_features] -> [..., out_features]`` in x's dtype, or autocast's.
+
+        Args:
+            x: its leading dimensions hold the tokens of the routing.
+            routing: which adapters each token uses; None asks ``active_adapters``. A layer without
+                adapters needs none.
+
+        Raises:
+            RuntimeError: there are adapters, and neither a routing nor ``active_adapters`` says
+                which ones to use.
+            ValueError: base_layer or the bank has hooks. The layer itself may have them; its parts
+                are not called. Also what :func:`routed_lora_linear` refuses.
+        """
+        for name, module in self._modules.items():
+            check_no_hooks(name, module)
+        if routing is None:
+            routing = self._routing_for(x)
+        if routing is None:
+            return self.base_layer(x)
+        return routed_lora_linear(x, self.base_layer.weight, self.bank, routing, self.bias)
+
+    def _routing_for(self, x: Tensor) -> Routing | None:
+        if self.active_adapters is not None:
+            return self.active_adapters.routing_for(x)
+        if not len(self.bank):
+            return None
+        raise RuntimeError(
+            f"the layer has adapters {list(self.bank)} and nothing says which of them to use; pass "
+            "routing=, or set active_adapters"
+        )
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
