@@ -63,7 +63,7 @@ def _padded(inputs: RoutedInputs, case: RoutedCase) -> list[tuple[Tensor, Tensor
     """Per slice all adapters' A ``[L, R, K]`` and scaled B ``[L, N, R]``, padded with zeros."""
     if case.train:
         raise Unavailable("padded copies of the adapters do not train them")
-    widest = max(case.ranks)
+    widest = -(-max(case.ranks) // 8) * 8  # torch._grouped_mm wants rows of 16 bytes
     stacked = []
     for s in range(len(case.slices)):
         a = [F.pad(a[s], (0, 0, 0, widest - a[s].shape[0])) for a in inputs.lora_a]
