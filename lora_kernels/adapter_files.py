@@ -55,11 +55,14 @@ class AdapterFile:
         config: what ``adapter_config.json`` says, as it stands there.
         modules: the factors and scaling by the name of the linear layer in the base model.
         dropout_p: probability of dropping an element of the adapter's input in training.
+        base_parameters: parameters of the base model by name. PEFT adds those of embeddings and of
+            the head where adapters target them; the adapter belongs to a base that has the same.
     """
 
     config: dict[str, Any]
     modules: dict[str, ModuleAdapter]
     dropout_p: float
+    base_parameters: dict[str, Tensor]
 
 
 def read_adapter(directory: str | os.PathLike) -> AdapterFile:
@@ -77,7 +80,7 @@ def read_adapter(directory: str | os.PathLike) -> AdapterFile:
     directory = Path(directory)
     config = _read_config(directory)
     check_config(config, f"{directory / CONFIG}")
-    factors = _read_factors(directory)
+    factors, base_parameters = _read_tensors(directory)
     modules = {}
     for name, sides in factors.items():
         where = f"{directory / WEIGHTS}: {name}"
@@ -99,7 +102,8 @@ def read_adapter(directory: str | os.PathLike) -> AdapterFile:
                 f"lora_B {list(lora_b.shape)}"
             )
         modules[name] = ModuleAdapter(lora_a, lora_b, scaling_of(config, name))
-    return AdapterFile(config, modules, float(config.get("lora_dropout") or 0.0))
+    dropout_p = float(config.get("lora_dropout") or 0.0)
+    return AdapterFile(config, modules, dropout_p, base_parameters)
 
 
 def write_adapter(
@@ -174,10 +178,17 @@ def load_adapter(
 
     Raises:
         TypeError, ValueError: as :func:`read_adapter` and ``bank.add``; none of the modules is in
-            the file; their scalings differ; a value is not finite in the bank's dtype.
+            the file, or parameters of the base model are; their scalings differ; a value is not
+            finite in the bank's dtype.
     """
     names = _names_of_slices(bank, module)
     file = read_adapter(directory)
+    if file.base_parameters:
+        raise ValueError(
+            f"{directory}: expected nothing but the adapter, got parameters of the base model too, "
+            f"which a bank cannot compare with its own: {_some(sorted(file.base_parameters))}; "
+            "save with PEFT's save_embedding_layers=False, or load into a model with route()"
+        )
     parts = [file.modules.get(each) for each in names]
     found = [part for part in parts if part is not None]
     if not found:
@@ -252,8 +263,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _read_factors(directory: Path) -> dict[str, dict[str, Tensor]]:
-    """``{module: {"A": ..., "B": ...}}``."""
+def _read_tensors(directory: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """``{module: {"A": ..., "B": ...}}`` and the base model's parameters."""
     path = directory / WEIGHTS
     if not path.is_file():
         if (directory / PICKLE).is_file():
@@ -268,11 +279,15 @@ def _read_factors(directory: Path) -> dict[str, dict[str, Tensor]]:
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file: {error}") from None
     factors: dict[str, dict[str, Tensor]] = {}
-    unknown = []
+    base_parameters, unknown = {}, []
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            unknown.append(key)
+            if key.startswith(_PREFIX) and ".lora_" not in key:
+                name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+                base_parameters[name] = tensor.clone()
+            else:
+                unknown.append(key)
             continue
         if tensor.dtype not in _FLOATS:
             raise ValueError(
@@ -288,8 +303,8 @@ def _read_factors(directory: Path) -> dict[str, dict[str, Tensor]]:
             f"{_what(unknown)}: {_some(sorted(unknown))}"
         )
     if not factors:
-        raise ValueError(f"{path}: there is no tensor in it")
-    return factors
+        raise ValueError(f"{path}: there is no adapter in it")
+    return factors, base_parameters
 
 
 def _what(keys: Iterable[str]) -> str:
@@ -298,7 +313,6 @@ def _what(keys: Iterable[str]) -> str:
         "lora_magnitude_vector": "DoRA's magnitudes",
         "lora_embedding_": "an embedding's adapter",
         ".lora_B.bias": "a bias on lora_B",
-        "base_layer.": "the base model's own parameters",
     }
     found = {kind for key in keys for part, kind in kinds.items() if part in key}
     return " and ".join(sorted(found)) or "other tensors"

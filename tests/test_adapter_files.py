@@ -196,7 +196,10 @@ REFUSED = {
         "expected matrices lora_A and lora_B",
     ),
     "modules_to_save": ({"modules_to_save": ["head"]}, "whole modules beside the adapter"),
-    "saved module": ({"head.weight": torch.ones(3)}, "other tensors: base_model.model.head.weight"),
+    "saved module": (
+        {"head.weight": torch.ones(3)},
+        "parameters of the base model too, which a bank cannot compare with its own: head.weight",
+    ),
     "alora": ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens = [1, 2]: aLoRA"),
     "parameters": ({"target_parameters": ["experts.up"]}, "adapters on parameters (experts)"),
     "peft_type": ({"peft_type": "LOHA"}, "expected peft_type 'LORA', got 'LOHA'"),
@@ -215,7 +218,7 @@ REFUSED = {
     "ints": ({"0.q.lora_B.weight": torch.ones(11, 3, dtype=torch.int8)}, "got torch.int8"),
     "no B": ({"lora_B.weight": None}, "0.q: there is no lora_B for its lora_A"),
     "no A": ({"lora_A.weight": None}, "0.q: there is no lora_A for its lora_B"),
-    "empty": ({"lora_A.weight": None, "lora_B.weight": None}, "there is no tensor in it"),
+    "empty": ({"lora_A.weight": None, "lora_B.weight": None}, "there is no adapter in it"),
 }
 
 

@@ -129,10 +129,12 @@ class RoutedModel:
 
         Raises:
             ValueError: the files or the name are not good, or name modules that are absent from the
-                model, of another shape, or not plain linear layers. The model is unchanged then.
+                model, of another shape, or not plain linear layers, or hold other values of the
+                base model's parameters than the model has. The model is unchanged then.
         """
         self._check_name(name)
         file = read_adapter(directory)
+        self._check_base(file.base_parameters, f"{directory}")
         self._install(name, file.modules, file.dropout_p, trainable)
         self._configs[name] = file.config
 
@@ -305,6 +307,21 @@ class RoutedModel:
             listed = "; ".join(f"{name}: {reason}" for name, reason in list(wrong.items())[:5])
             more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
             raise ValueError(f"modules that cannot have adapters: {listed}{more}")
+
+    def _check_base(self, parameters: Mapping[str, Tensor], where: str) -> None:
+        """Raise unless the model has these very parameters, as far as its dtype can tell."""
+        for name, theirs in parameters.items():
+            path, _, leaf = name.rpartition(".")
+            try:
+                own = getattr(self.model.get_submodule(path), leaf).detach()
+            except AttributeError:
+                own = theirs.new_empty(0)
+            dtype = min(own.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
+            if not torch.equal(own.cpu().to(dtype), theirs.to(dtype)):
+                raise ValueError(
+                    f"{where}: {name} in the file is not the model's: the adapter belongs to "
+                    "another base model, or to one whose vocabulary or head was trained too"
+                )
 
     def _install(
         self, name: str, modules: Mapping[str, ModuleAdapter], dropout_p: float, trainable: bool

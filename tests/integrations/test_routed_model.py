@@ -1,0 +1,368 @@
+"""``route(model)``: a different adapter for every sequence, against PEFT one adapter at a time."""
+
+import copy
+import re
+import threading
+
+import peft
+import pytest
+import torch
+from routed_models import (
+    CONFIGS,
+    NAMES,
+    PAD,
+    VOCABULARY,
+    alone,
+    llama,
+    peft_alone,
+    routed_with,
+    tokens,
+)
+from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
+
+from lora_kernels import RoutedLoRALinear, Routing, route
+from lora_kernels.adapter_files import read_adapter
+from lora_kernels.testing import assert_within_policy
+
+# --- serving ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_mixed_batch_is_each_adapter_alone(files):
+    routed = routed_with(files)
+    ids = tokens(5, 7)
+    with routed.adapters(NAMES):
+        logits = routed.model(ids).logits
+    for row, name in enumerate(NAMES):
+        torch.testing.assert_close(logits[row], alone(name)(ids[row : row + 1]).logits[0])
+        with routed.adapters(name):
+            torch.testing.assert_close(routed.model(ids).logits[row], logits[row])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_within_the_error_policy(files, dtype):
+    model = llama(dtype)
+    routed = routed_with(files, model=copy.deepcopy(model))
+    # Adapters over half precision are computed in it: PEFT under autocast.
+    layer = routed.model.model.layers[0].self_attn.q_proj
+    plain = peft_alone("two", model).base_model.model.model.layers[0].self_attn.q_proj
+    exact = peft_alone("two", model).double().base_model.model.model.layers[0].self_attn.q_proj
+    x = torch.randn(3, 50, 24, dtype=dtype)
+    with routed.adapters("two"), torch.autocast("cpu", dtype, enabled=dtype.itemsize == 2):
+        assert layer.bank.dtype == torch.float32
+        assert_within_policy("y", layer(x), plain(x), exact.double()(x.double()))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_takes_the_adapter_of_its_sequence(files, side):
+    routed = routed_with(files)
+    lengths = [3, 7, 1, 5, 6]
+    ids = torch.full((5, 7), PAD)
+    mask = torch.zeros(5, 7, dtype=torch.int64)
+    for row, length in enumerate(lengths):
+        part = slice(7 - length, 7) if side == "left" else slice(0, length)
+        ids[row, part], mask[row, part] = tokens(5, 7)[row, :length], 1
+    with routed.adapters(NAMES):
+        logits = routed.model(ids, attention_mask=mask, position_ids=_positions(mask)).logits
+    for row, (name, length) in enumerate(zip(NAMES, lengths, strict=True)):
+        expected = alone(name)(tokens(5, 7)[row : row + 1, :length]).logits[0]
+        torch.testing.assert_close(logits[row][mask[row].bool()], expected)
+
+
+def _positions(mask):
+    return (mask.cumsum(1) - 1).clamp_min(0)
+
+
+GENERATION = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "beams returned": {"num_beams": 3, "num_return_sequences": 2},
+    "sampled": {"do_sample": True, "num_return_sequences": 2, "top_k": 1},
+    "no cache": {"use_cache": False},
+}
+
+
+@pytest.mark.parametrize("settings", GENERATION.values(), ids=GENERATION)
+def test_generate(files, settings):
+    routed = routed_with(files)
+    settings = {"do_sample": False, "max_new_tokens": 6, **settings}
+    prompts, mask = tokens(5, 4), torch.ones(5, 4, dtype=torch.int64)
+    prompts[1, :2], mask[1, :2] = PAD, 0  # left-padded
+    with routed.adapters(NAMES):
+        ours = routed.model.generate(prompts, attention_mask=mask, **settings)
+    rows = len(ours) // len(NAMES)
+    answers = [alone(name).generate(prompts, attention_mask=mask, **settings) for name in NAMES]
+    for row, theirs in enumerate(answers):
+        own = slice(row * rows, (row + 1) * rows)
+        assert torch.equal(ours[own], theirs[own])
+    assert len({tuple(answer[0].tolist()) for answer in answers}) > 2  # the adapters matter
+
+
+@torch.no_grad()
+def test_an_encoder_and_a_decoder(tmp_path):
+    """The decoder's rows are the beams', the encoder's are not."""
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=VOCABULARY,
+        d_model=24,
+        d_kv=6,
+        d_ff=36,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+        feed_forward_proj="gated-gelu",
+        initializer_factor=3.0,
+    )
+    base = T5ForConditionalGeneration(config).double().eval()
+    models = {"__base__": copy.deepcopy(base)}
+    for name in ("one", "two"):
+        settings = {"r": 3, "lora_alpha": 9, "target_modules": ["q", "v", "wi_0", "wo"]}
+        model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**settings)).eval()
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.normal_(0, 0.3)
+        model.save_pretrained(tmp_path / name)
+        models[name] = model
+    routed = route(base)
+    for name in ("one", "two"):
+        routed.load(name, tmp_path / name)
+    names, prompts = ["two", "__base__", "one"], tokens(3, 5)
+    settings = {"num_beams": 2, "max_new_tokens": 5, "do_sample": False}
+    with routed.adapters(names):
+        ours = base.generate(input_ids=prompts, **settings)
+    for row, name in enumerate(names):
+        theirs = models[name].generate(input_ids=prompts, **settings)
+        assert torch.equal(ours[row], theirs[row])
+
+
+@torch.no_grad()
+def test_one_routing_serves_all_layers(files, monkeypatch):
+    routed = routed_with(files)
+    made = []
+    from_sequences = Routing.from_sequences
+    monkeypatch.setattr(
+        Routing,
+        "from_sequences",
+        lambda *args, **kwargs: (made.append(args[1]), from_sequences(*args, **kwargs))[1],
+    )
+    with routed.adapters(NAMES):
+        routed.model.generate(tokens(5, 4), max_new_tokens=5, do_sample=False)
+        routed.model(tokens(5, 4))
+    assert made == [4, 1]  # tokens per sequence of the prefill and of a step
+
+
+@torch.no_grad()
+def test_a_routing_of_ones_own_for_packed_sequences(files):
+    """Two sequences in one row, kept apart by their positions alone in this model without mask."""
+    routed = routed_with(files)
+    layer = routed.model.model.layers[0].self_attn.q_proj
+    x = torch.randn(1, 7, 24, dtype=torch.float64)
+    with routed.adapters(Routing.from_sequences(["one", "two"], [3, 4], routed.slots)):
+        packed = layer(x)
+    for name, part in (("one", slice(0, 3)), ("two", slice(3, 7))):
+        with routed.adapters(name):
+            torch.testing.assert_close(packed[:, part], layer(x[:, part]))
+
+
+@torch.no_grad()
+def test_adapters_may_come_and_go_inside(files):
+    routed = routed_with(files, "one")
+    ids = tokens(2, 3)
+    with routed.adapters(["one", "__base__"]):
+        before = routed.model(ids).logits
+        routed.load("two", files / "two")
+        torch.testing.assert_close(routed.model(ids).logits, before)
+        for extra in range(70):  # more than there were slots
+            routed.add(str(extra), rank=1, alpha=1, target_modules=["k_proj"])
+        torch.testing.assert_close(routed.model(ids).logits, before)
+        routed.remove("two")
+        torch.testing.assert_close(routed.model(ids).logits, before)
+
+
+# --- training --------------------------------------------------------------------------------
+
+
+def loss_of(model, ids, labels=None):
+    """Summed over the batch, so that batches add up."""
+    logits = model(ids).logits[:, :-1]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+
+
+def gradients_alone(name, ids):
+    """By module, of PEFT training that adapter on its own sequences."""
+    model = peft_alone(name, llama())
+    loss_of(model, ids).backward()
+    return {
+        key.removeprefix("base_model.model.").replace(".default.weight", ""): parameter.grad
+        for key, parameter in model.named_parameters()
+        if "lora_" in key
+    }
+
+
+def gradients_of(routed, name):
+    found = {}
+    for module, layer in routed.model.named_modules():
+        if isinstance(layer, RoutedLoRALinear) and name in layer.bank:
+            adapter = layer.bank[name]
+            found[f"{module}.lora_A"] = adapter.lora_a.grad
+            found[f"{module}.lora_B"] = adapter.lora_b.grad
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["", "reentrant", "checkpoint"])
+def test_gradients_are_those_of_training_alone(files, checkpointing):
+    routed = routed_with(files, trainable=True)
+    if checkpointing is not None:
+        routed.model.train().gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        routed.model.enable_input_require_grads()
+    ids = tokens(5, 7)
+    with routed.adapters(NAMES):
+        loss_of(routed.model, ids).backward()
+    for name in CONFIGS:
+        own = torch.tensor([row for row, each in enumerate(NAMES) if each == name])
+        expected = gradients_alone(name, ids[own])
+        ours = gradients_of(routed, name)
+        assert ours.keys() == expected.keys()
+        for key, gradient in expected.items():
+            torch.testing.assert_close(ours[key], gradient, msg=f"{name} {key}")
+            assert gradient.abs().sum() > 0
+
+
+def test_each_adapter_has_an_optimizer_of_its_own(files):
+    routed = routed_with(files, "one", "two", trainable=True)
+    optimizer = torch.optim.AdamW(routed.parameters_of("one"), lr=0.1, weight_decay=0.1)
+    before = {name: [p.clone() for p in routed.parameters_of(name)] for name in routed.names}
+    ids = tokens(3, 5)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        with routed.adapters(["one", "two", "__base__"]):
+            loss = loss_of(routed.model, ids)
+        loss.backward()  # nothing is computed again: outside will do
+        losses.append(loss.item())
+        optimizer.step()
+    assert losses[2] < losses[0]
+    assert not any(map(torch.equal, before["one"], routed.parameters_of("one")))
+    assert all(map(torch.equal, before["two"], routed.parameters_of("two")))
+    trainable = {id(p) for p in routed.model.parameters() if p.requires_grad}
+    both = routed.parameters_of("one") + routed.parameters_of("two")
+    assert trainable == {id(p) for p in both}
+
+
+def test_loaded_adapters_are_frozen_unless_asked(files):
+    routed = routed_with(files, "one")
+    assert not any(p.requires_grad for p in routed.model.parameters())
+    routed.add("new", rank=2, alpha=2, target_modules=["q_proj"])
+    assert all(p.requires_grad for p in routed.parameters_of("new"))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_what_a_backward_outside_computes_again_raises(files, use_reentrant):
+    routed = routed_with(files, trainable=True)
+    routed.model.train().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    routed.model.enable_input_require_grads()
+    with routed.adapters(NAMES):
+        loss = loss_of(routed.model, tokens(5, 7))
+    with pytest.raises(RuntimeError, match=r"call backward\(\) in there too"):
+        loss.backward()
+    with routed.adapters(NAMES):
+        loss = loss_of(routed.model, tokens(5, 7))
+    with routed.adapters("one"), pytest.raises(RuntimeError, match="were not computed inside"):
+        loss.backward()
+
+
+def test_dropout_of_each_adapter(tmp_path):
+    model = peft.get_peft_model(
+        llama(), peft.LoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj"])
+    )
+    model.save_pretrained(tmp_path)
+    routed = route(llama())
+    routed.load("one", tmp_path)
+    routed.add("two", rank=2, alpha=2, target_modules=["q_proj"], init_lora_weights=False)
+    bank = routed.model.model.layers[0].self_attn.q_proj.bank
+    assert (bank["one"].dropout_p, bank["two"].dropout_p) == (0.5, 0.0)
+    assert not bank["one"].training
+    routed.model.train()
+    assert bank["one"].training
+    routed.save("one", tmp_path / "again")
+    assert read_adapter(tmp_path / "again").dropout_p == 0.5
+
+
+# --- the choice ------------------------------------------------------------------------------
+
+
+def test_outside_of_a_choice(files):
+    routed = route(llama())
+    ids = tokens(2, 3)
+    routed.model(ids)  # no adapters yet
+    routed.load("one", files / "one")
+    with pytest.raises(RuntimeError, match=r"adapters \['one'\] and nothing says which"):
+        routed.model(ids)
+    with pytest.raises(ValueError, match="stop"), routed.adapters("one"):
+        raise ValueError("stop")
+    with pytest.raises(RuntimeError, match="nothing says which"):
+        routed.model(ids)
+    routed.remove("one")
+    assert torch.equal(routed.model(ids).logits, llama()(ids).logits)
+
+
+@torch.no_grad()
+def test_a_choice_in_a_choice(files):
+    routed = routed_with(files)
+    ids = tokens(1, 3)
+    with routed.adapters("one"):
+        outer = routed.model(ids).logits
+        with routed.adapters("two"):
+            assert not torch.allclose(routed.model(ids).logits, outer)
+        assert torch.equal(routed.model(ids).logits, outer)
+
+
+BAD_CHOICES = {
+    "unknown": ("none", ValueError, "expected '__base__' or one of ['one', 'two', 'last'], got"),
+    "none": ([], ValueError, "expected at least one name, got none"),
+    "number": ([0], TypeError, "expected names, got a int"),
+    "tensor": (torch.tensor([0]), TypeError, "a name, a list of names or a Routing, got Tensor"),
+}
+
+
+@pytest.mark.parametrize(("names", "error", "message"), BAD_CHOICES.values(), ids=BAD_CHOICES)
+def test_bad_choices(files, names, error, message):
+    routed = routed_with(files)
+    with pytest.raises(error, match=re.escape(message)), routed.adapters(names):
+        pass
+
+
+def test_batches_that_do_not_fit(files):
+    routed = routed_with(files)
+    with routed.adapters(["one", "two"]):
+        # 3 rows of 4 tokens: 12 tokens could be halved, 3 sequences cannot.
+        with pytest.raises(ValueError, match="a multiple of 2 sequences"):
+            routed.model(tokens(3, 4))
+        routed.model(tokens(2, 6))
+        with pytest.raises(ValueError, match="a multiple of 2 sequences"):
+            routed.model(tokens(3, 4))
+    other = Routing.from_sequences(["one"], [4], routed_with(files, "one").slots)
+    with pytest.raises(ValueError, match="a routing of this model's slots"), routed.adapters(other):
+        pass
+
+
+def test_threads_do_not_share_a_choice(files):
+    routed = routed_with(files)
+    messages = []
+
+    def elsewhere():
+        for attempt in (lambda: routed.model(tokens(1, 3)), routed.adapters("two").__enter__):
+            try:
+                attempt()
+            except RuntimeError as error:
+                messages.append(str(error))
+
+    with routed.adapters("one"):
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+    assert len(messages) == 2
+    assert all("another thread is inside" in message for message in messages)
