@@ -8,10 +8,11 @@ import torch
 
 from lora_kernels.bench import cli, report, routed
 from lora_kernels.bench.routed import RoutedCase, make_inputs, wrong
-from lora_kernels.bench.routed_providers import ROUTED_PROVIDERS
+from lora_kernels.bench.routed_providers import OTHER_FUNCTIONS, ROUTED_PROVIDERS
 
 SMALL = RoutedCase(sequences=6, tokens=3, k=40, slices=(24, 16), adapters=4, ranks=(2, 5, 3))
-ON_CPU = [name for name in ROUTED_PROVIDERS if name not in ("triton", "native", "frozen")]
+ELSEWHERE = ("triton", "native")
+ON_CPU = [n for n in ROUTED_PROVIDERS if n not in (*ELSEWHERE, *OTHER_FUNCTIONS)]
 
 
 def test_the_command_writes_a_row_per_provider_with_the_adapters_part(tmp_path, capsys):

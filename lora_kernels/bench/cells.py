@@ -6,6 +6,7 @@ M tokens, K in_features, N out_features, r rank, p dropout; bf16, alpha = 2 r.
 import itertools
 
 from lora_kernels.bench.op import OpCase
+from lora_kernels.bench.routed import RoutedCase
 
 # K x N of the linears: q and o, k and v, gate and up, down.
 LLAMA_8B = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))
@@ -53,6 +54,44 @@ PROVIDERS = (
     "triton-fused",
     "ours",
 )
+
+
+ROUTED_PROVIDERS = (
+    "frozen",
+    "single",
+    "loop",
+    "gather-bmm",
+    "grouped-mm",
+    "composed",
+    "triton",
+)
+
+# Llama-3 8B's q+k+v, gate+up and down.
+_SLICED = ((4096, (4096, 1024, 1024)), (4096, (14336, 14336)), (14336, (4096,)))
+
+
+def routed_core(device: str = "cuda", shrink: int = 1) -> list[RoutedCase]:
+    """Decoding with 8 adapters of rank 32 as serving systems publish it, and a training batch."""
+    sequences = 32 if shrink == 1 else 8
+    rank = 32 // min(shrink, 8)
+    decode = [
+        RoutedCase(
+            sequences,
+            1,
+            k // shrink,
+            tuple(n // shrink for n in slices),
+            8,
+            (rank,),
+            base=False,
+            device=device,
+        )
+        for k, slices in _SLICED
+    ]
+    train = RoutedCase(
+        16, 512 // shrink, 4096 // shrink, (4096 // shrink,), 16, (8, 16, 32, 64), train=True,
+        device=device,
+    )  # fmt: skip
+    return [*decode, train]
 
 
 def core(device: str = "cuda", shrink: int = 1) -> list[OpCase]:

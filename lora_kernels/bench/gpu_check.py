@@ -42,12 +42,14 @@ class Section:
 # In order of worth. The seconds add up to less than eight minutes.
 SECTIONS = (
     Section("environment", "The machine and its ceilings", 30, 25),
-    Section("quick", "Correctness: every kernel, dtype and shape", 130, 60, workers=12),
-    Section("shapes", "Correctness at the benchmark's sizes", 60, 50, workers=8),
-    Section("core", "Benchmark: the core cells", 110, 40),
-    Section("long", "Correctness: graphs, streams, threads, offsets", 55, 45, workers=4),
-    Section("layer", "Benchmark: a decoder layer", 40, 30),
-    Section("sanitizer", "compute-sanitizer memcheck", 55, 50, workers=3),
+    Section("quick", "Correctness: every kernel, dtype and shape", 110, 60, workers=12),
+    Section("routed", "Correctness: many adapters in one batch", 40, 40, workers=12),
+    Section("shapes", "Correctness at the benchmark's sizes", 50, 45, workers=8),
+    Section("core", "Benchmark: the core cells", 95, 40),
+    Section("routed-core", "Benchmark: many adapters in one batch", 30, 25),
+    Section("long", "Correctness: graphs, streams, threads, offsets", 45, 40, workers=4),
+    Section("layer", "Benchmark: a decoder layer", 35, 30),
+    Section("sanitizer", "compute-sanitizer memcheck", 40, 38, workers=3),
 )
 
 

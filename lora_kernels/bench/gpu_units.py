@@ -25,11 +25,24 @@ from lora_kernels.bench import cells, layer, machine, op
 from lora_kernels.bench.case import measure_case
 from lora_kernels.bench.gpu_check import AGAIN, append, read_part
 from lora_kernels.bench.providers import OP_PROVIDERS
-from lora_kernels.testing import LoRAProblem, gpu_checks, gpu_long_checks, run_forward_backward
+from lora_kernels.testing import (
+    LoRAProblem,
+    gpu_checks,
+    gpu_long_checks,
+    routed_gpu_checks,
+    run_forward_backward,
+)
 from lora_kernels.testing.gpu_checks import Skip
 
 COMMAND = "make gpu-check"
 OURS = ("composed", "triton-hybrid", "triton-fused")
+
+
+CHECKS = {
+    "quick": gpu_checks.quick,
+    "routed": routed_gpu_checks.checks,
+    "long": gpu_long_checks.long,
+}
 
 
 @dataclass(frozen=True)
@@ -53,8 +66,8 @@ def units_of(section: str, dry_run: bool) -> list[Unit]:
             Unit("versions", functools.partial(environment, device)),
             Unit("ceilings", functools.partial(ceilings, device)),
         ]
-    if section in ("quick", "long"):
-        checks = {"quick": gpu_checks.quick, "long": gpu_long_checks.long}[section]()
+    if section in CHECKS:
+        checks = CHECKS[section]()
         backend = "composed" if dry_run else "triton"
         chosen = [check for check in checks if check.on_cpu or not dry_run]
         return [
@@ -68,6 +81,12 @@ def units_of(section: str, dry_run: bool) -> list[Unit]:
             Unit(f"{case.title}, {name}", functools.partial(right_at, case, name))
             for case in core
             for name in names
+        ]
+    if section == "routed-core":
+        names = [n for n in cells.ROUTED_PROVIDERS if not (dry_run and n == "triton")]
+        return [
+            Unit(case.title, functools.partial(routed_benchmark, case, names, 2 if dry_run else 15))
+            for case in cells.routed_core(device, 64 if dry_run else 1)
         ]
     names = [name for name in cells.PROVIDERS if not (dry_run and name.startswith("triton"))]
     if section == "core":
@@ -157,6 +176,20 @@ def benchmark(kind: str, case, names: list[str], reps: int) -> list[dict]:
     return rows
 
 
+def routed_benchmark(case, names: list[str], reps: int) -> list[dict]:
+    """Not every provider exists for every case; ours must."""
+    meta = machine.meta(torch.device(case.device), COMMAND)
+    rows = measure_case("routed", case, names, meta, reps, memory=case.device == "cuda")
+    skipped = [
+        f"{row['provider']}: {row['skipped']}"
+        for row in rows
+        if row["skipped"] and row["provider"] in ("composed", "triton")
+    ]
+    if skipped:
+        raise Wrong("; ".join(skipped), rows)
+    return rows
+
+
 # ---- compute-sanitizer
 
 _BF16, _FP32 = torch.bfloat16, torch.float32
@@ -211,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.section == "call":
         call(args.call)
         return 0
-    if args.section in ("quick", "long"):
+    if args.section in CHECKS:
         # Read when cuBLAS is first used: poisoned memory switches deterministic algorithms on.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if args.dry_run:

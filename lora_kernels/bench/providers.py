@@ -7,7 +7,7 @@ table below it: the command line, the memory process and the reports know it by 
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -226,38 +226,34 @@ def frozen_step(base: nn.Module, case: "StepCase") -> Contestant:
     return Contestant(model)
 
 
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
 def _with_adapters(base: nn.Module, case: "StepCase", base_dtype: bool) -> nn.Module:
     peft = _peft()
     config = peft.LoraConfig(
         r=case.rank,
         lora_alpha=case.alpha,
         lora_dropout=case.dropout,
-        target_modules=[
-            "q_proj",
-            "k_proj",
-            "v_proj",
-            "o_proj",
-            "gate_proj",
-            "up_proj",
-            "down_proj",
-        ],
+        target_modules=list(LINEARS),
         task_type="CAUSAL_LM",
     )
     model = peft.get_peft_model(
         _own_copy(base), config, autocast_adapter_dtype=not base_dtype
     ).train()
-    _randomise_adapters(model)
+    _randomise_adapters(model.named_parameters())
     return model
 
 
-def _randomise_adapters(model: nn.Module) -> None:
+def _randomise_adapters(named_parameters: Iterable[tuple[str, Tensor]]) -> None:
     """Same values in every contestant; B is not left at zero, where half the work multiplies 0."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_A" in name or "lora_B" in name:
+        for name, parameter in named_parameters:
+            role = name.lower()
+            if "lora_a" in role or "lora_b" in role:
                 values = torch.randn(parameter.shape, generator=generator)
-                spread = parameter.shape[1] ** -0.5 if "lora_A" in name else 0.01
+                spread = parameter.shape[1] ** -0.5 if "lora_a" in role else 0.01
                 parameter.copy_(values * spread)
 
 
@@ -283,6 +279,26 @@ def our_step(
     report = accelerate(model)
     around = contextlib.nullcontext if backend is None else lambda: _forced_backend(backend)
     return Contestant(model, around_step=around, impostor=lambda: _left_to_peft(report))
+
+
+def joint_step(base: nn.Module, case: "StepCase", count: int = 8) -> Contestant:
+    """``count`` adapters trained at once: sequence i belongs to adapter i mod count."""
+    from lora_kernels.integrations.routed import route
+
+    routed = route(_own_copy(base))
+    names = [f"adapter{i}" for i in range(count)]
+    for name in names:
+        routed.add(
+            name,
+            rank=case.rank,
+            alpha=case.alpha,
+            target_modules=list(LINEARS),
+            dropout_p=case.dropout,
+        )
+        first = routed.model.named_parameters()
+        _randomise_adapters((key, p) for key, p in first if f".{name}." in key)
+    chosen = [names[i % count] for i in range(case.batch)]
+    return Contestant(routed.model.train(), around_step=lambda: routed.adapters(chosen))
 
 
 def _left_to_peft(report) -> str | None:
@@ -319,6 +335,7 @@ STEP_PROVIDERS: dict[str, Callable[[nn.Module, "StepCase"], Contestant]] = {
     "composed": lambda base, case: our_step(base, case, "composed"),
     "triton": lambda base, case: our_step(base, case, "triton"),
     "native": lambda base, case: our_step(base, case, "native"),
+    "joint": joint_step,
 }
 
 

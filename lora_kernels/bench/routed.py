@@ -244,14 +244,14 @@ def wrong(case: RoutedCase, call: RoutedCall, inputs: RoutedInputs) -> str | Non
 
 def prepare(case: RoutedCase, names: list[str]) -> tuple[dict[str, Routed], dict[str, str]]:
     """The layers that can run here, and for those that cannot, why."""
-    from lora_kernels.bench.routed_providers import ROUTED_PROVIDERS
+    from lora_kernels.bench.routed_providers import OTHER_FUNCTIONS, ROUTED_PROVIDERS
 
     sets = [make_inputs(case, seed) for seed in range(how_many_sets(case))]
     layers, skipped = {}, {}
     for name in names:
         try:
             calls = [ROUTED_PROVIDERS[name](inputs, case) for inputs in sets]
-            reason = None if name == "frozen" else wrong(case, calls[0], sets[0])
+            reason = None if name in OTHER_FUNCTIONS else wrong(case, calls[0], sets[0])
             if reason:
                 skipped[name] = f"not timed, its result is wrong: {reason}"
                 continue

@@ -138,11 +138,11 @@ def peft(inputs: RoutedInputs, case: RoutedCase, accelerated: bool = False) -> R
             layer.scaling[name] = inputs.scaling[adapter]
         layers.append(layer.to(case.device).eval().requires_grad_(False))
     names = [f"adapter{i}" for i in case.adapter_of_row[:: case.tokens]]
-    if accelerated:
-        report = _accelerated(nn.ModuleList(layers))
+    model = nn.ModuleList(layers)
+    report = _accelerated(model) if accelerated else None
 
     def forward() -> Tensor:
-        parts = [layer(inputs.x, adapter_names=names) for layer in layers]
+        parts = [layer(inputs.x, adapter_names=names) for layer in model]
         return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
     if accelerated:
@@ -187,8 +187,30 @@ def ours(inputs: RoutedInputs, case: RoutedCase, backend: str = "auto") -> Route
     return RoutedCall(forward, leaves)
 
 
+def single(inputs: RoutedInputs, case: RoutedCase) -> RoutedCall:
+    """One adapter of the mean rank for all tokens: what routing is measured against."""
+    from lora_kernels.ops.lora_linear import lora_linear
+
+    rank = round(sum(case.rank_of(i) for i in range(case.adapters)) / case.adapters)
+    shapes = ((rank, case.k), (case.n, rank))
+    lora_a, lora_b = (
+        (torch.randn(shape, device=case.device) * 0.02)
+        .to(case.torch_adapter_dtype)
+        .requires_grad_(case.train)
+        for shape in shapes
+    )
+    weight = inputs.weight if case.base else None
+    return RoutedCall(
+        lambda: lora_linear(inputs.x, weight, lora_a, lora_b, 1.0), [inputs.x, lora_a, lora_b]
+    )
+
+
+# Those that compute something else, to compare with.
+OTHER_FUNCTIONS = ("frozen", "single")
+
 ROUTED_PROVIDERS: dict[str, Callable[[RoutedInputs, RoutedCase], RoutedCall]] = {
     "frozen": frozen,
+    "single": single,
     "peft": peft,
     "peft-accelerated": functools.partial(peft, accelerated=True),
     "loop": loop,

@@ -1,4 +1,4 @@
-"""`lora_linear` on a GPU; and the bodies of these checks, over `composed`, on a CPU.
+"""The operations on a GPU; and the bodies of these checks, over `composed`, on a CPU.
 
 `make gpu-check` runs the same list without pytest.
 """
@@ -8,12 +8,12 @@ import os
 import pytest
 import torch
 
-from lora_kernels.testing import gpu_checks, gpu_long_checks
+from lora_kernels.testing import gpu_checks, gpu_long_checks, routed_gpu_checks
 
 # Read when the first CUDA context is made: poisoned memory switches deterministic algorithms on.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-CHECKS = gpu_checks.quick() + gpu_long_checks.long()
+CHECKS = gpu_checks.quick() + routed_gpu_checks.checks() + gpu_long_checks.long()
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
 
@@ -41,4 +41,7 @@ def test_composed(check):
 
 @by_name([check for check in CHECKS if check.on_cpu])
 def test_body_on_a_cpu(check):
-    check("cpu", "composed")
+    try:
+        check("cpu", "composed")
+    except gpu_checks.Skip as reason:
+        pytest.skip(str(reason))
