@@ -75,7 +75,7 @@ def routed_gradient_kernel(
         run_tiles = tl.minimum(tl.cdiv(group_last - first, TILE), last_tile - tile)
         run_tiles = tl.where(is_slot, run_tiles, last_tile - tile)
         last = tl.minimum(group_last, first + run_tiles * TILE)
-        rank, column, _ = factor_of_slot(table_ptr, slot, factor, H, NUM_FACTORS)
+        rank, column, _ = factor_of_slot(table_ptr, slot, factor, H, OF_A, NUM_FACTORS)
         place = tl.load(layout_ptr + slot.to(tl.int64) * NUM_FACTORS + factor)
         needed = is_slot & (place >= 0) & (first_rank < rank)
         inside_r = (ranks < rank)[None, :]
@@ -147,7 +147,7 @@ def routed_gradient_reduce_kernel(
     BLOCK: tl.constexpr,
 ):
     """Add the partial sums of the group that begins in a window and goes on after it, if any."""
-    window, index = tl.program_id(0), tl.program_id(2)
+    window, index = tl.program_id(1), tl.program_id(2)
     tile = window * WINDOW + tl.arange(0, BLOCK_T)
     next_window = (window + 1) * WINDOW
     inside = (tile < num_tiles) & (tile < next_window)
@@ -164,7 +164,7 @@ def routed_gradient_reduce_kernel(
         return
     windows = tl.cdiv(tl.max(tl.where(goes_on, tile_after, 0), axis=0), WINDOW) - window
     factor = 0 if OF_A else 1 + index
-    rank, _, _ = factor_of_slot(table_ptr, slot, factor, H, NUM_FACTORS)
+    rank, _, _ = factor_of_slot(table_ptr, slot, factor, H, OF_A, NUM_FACTORS)
     place = tl.load(layout_ptr + slot.to(tl.int64) * NUM_FACTORS + factor)
     if (place < 0) | (rank <= 0):
         return
@@ -173,7 +173,7 @@ def routed_gradient_reduce_kernel(
         begin = tl.where(index == s, BOUNDARIES[s], begin)
         columns = tl.where(index == s, BOUNDARIES[s + 1] - BOUNDARIES[s], columns)
 
-    element = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = element < tl.cast(rank, tl.int64) * columns
     if OF_A:
         source = partials_ptr + element

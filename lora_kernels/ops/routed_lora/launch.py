@@ -247,7 +247,6 @@ class _Call:
             block=routing.block,
             num_tiles=self.num_tiles,
             width=bank.width,
-            dropout=seed is not None,
             ieee=like.dtype == torch.float32 and precision(like.dtype) == "ieee",
         )
 
@@ -422,7 +421,9 @@ class _Call:
                 (bank.num_slices if to_b else 1, self.pairs), dtype=torch.int8
             )
         dropout = not to_b and self.seed is not None
-        tile = tiles.expand_tile(self.cell, self.limits, aligned=_rows_are_aligned(target))
+        slices = bank.num_slices if to_b else 1
+        aligned = _rows_are_aligned(target)
+        tile = tiles.expand_tile(self.cell, slices, self.limits, aligned=aligned)
         routed_expand_kernel[(self.num_tiles, _blocks(columns, boundaries, tile.BLOCK_C))](
             tail.tensor,
             bank.storage,
@@ -505,7 +506,9 @@ class _Call:
         columns, width = wide.shape[1], bank.width
         dropout = of_a and self.seed is not None
         boundaries = () if of_a else self.boundaries
-        tile = tiles.gradient_tile(self.cell, columns, self.limits, aligned=_rows_are_aligned(wide))
+        widest, slices = (columns, 1) if of_a else (self.widest, bank.num_slices)
+        aligned = _rows_are_aligned(wide)
+        tile = tiles.gradient_tile(self.cell, columns, slices, self.limits, aligned=aligned)
         windows = cdiv(self.num_tiles, tile.window)
         partials = grad
         if windows > 1:
@@ -549,8 +552,7 @@ class _Call:
         )
         if windows == 1:
             return
-        widest, slices = (columns, 1) if of_a else (self.widest, bank.num_slices)
-        routed_gradient_reduce_kernel[(windows, cdiv(widest * width, _BLOCK), slices)](
+        routed_gradient_reduce_kernel[(cdiv(widest * width, _BLOCK), windows, slices)](
             partials,
             bank.table,
             layout.table,

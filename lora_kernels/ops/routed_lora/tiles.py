@@ -25,7 +25,6 @@ class Cell:
     block: int  # pairs per tile of the routing
     num_tiles: int  # T
     width: int  # H, the widest rank
-    dropout: bool
     ieee: bool  # fp32 products without TF32: no matrix units
 
 
@@ -66,11 +65,11 @@ def shrink_tile(
 ) -> ShrinkTile:
     """For rows of ``[M, depth]`` times ``[depth, R]``; small batches split the depth.
 
-    ``aligned``: rows are read 16 bytes at a time.
+    ``slices``: of the factor, 1 for A; ``aligned``: rows are read 16 bytes at a time.
     """
-    block_r = clamp(next_power_of_two(cell.width), 16, MAX_BLOCK_R)
+    block_r = rank_block(cell, slices)
     block_d = 128 if block_r <= 32 and cell.itemsize == 2 else 64
-    num_warps = 4
+    num_warps = 8 if block_r == 64 and cell.block > 16 else 4
     if cell.ieee:
         block_d = 32
         num_warps = 8 if cell.block > 16 else 4
@@ -96,10 +95,10 @@ def shrink_tile(
     )
 
 
-def expand_tile(cell: Cell, limits: DeviceLimits, *, aligned: bool) -> ExpandTile:
+def expand_tile(cell: Cell, slices: int, limits: DeviceLimits, *, aligned: bool) -> ExpandTile:
     """For ``[P, R] @ [R, columns]`` added to rows of the result."""
-    block_r = 16 if cell.width <= 16 else 32 if cell.width <= 32 else 64
-    block_c, num_warps = 128, 4
+    block_r = rank_block(cell, slices)
+    block_c, num_warps = 128 if block_r < 64 else 64, 4
     if cell.block > 16:
         block_c, num_warps = (128, 8) if aligned and not cell.ieee else (64, 8)
     if cell.ieee:
@@ -107,7 +106,7 @@ def expand_tile(cell: Cell, limits: DeviceLimits, *, aligned: bool) -> ExpandTil
     stage = (cell.block + block_c) * block_r * max(cell.itemsize, cell.factor_itemsize)
     # One stage where the left operand is rounded in registers (ptxas before 13.3), and where the
     # rank is over in one step.
-    wanted = 1 if is_small(cell) or cell.width <= block_r else 2
+    wanted = 1 if is_small(cell) or cdiv(cell.width, slices) <= block_r else 2
     return ExpandTile(
         BLOCK_C=block_c,
         BLOCK_R=block_r,
@@ -116,14 +115,18 @@ def expand_tile(cell: Cell, limits: DeviceLimits, *, aligned: bool) -> ExpandTil
     )
 
 
-def gradient_tile(cell: Cell, depth: int, limits: DeviceLimits, *, aligned: bool) -> GradientTile:
+def gradient_tile(
+    cell: Cell, depth: int, slices: int, limits: DeviceLimits, *, aligned: bool
+) -> GradientTile:
     """For ``[depth, n] @ [n, R]`` of each slot; windows are as many as give every SM work."""
-    block_r = clamp(next_power_of_two(cell.width), 16, MAX_BLOCK_R)
+    block_r = rank_block(cell, slices)
     block_m = cell.block
-    block_d = 64 if cell.itemsize == 4 or not aligned else 128
+    # On sm_80 every operand passes through registers.
+    narrow = cell.itemsize == 4 or not aligned or (block_r == 64 and limits.capability < 90)
+    block_d = 64 if narrow else 128
     if cell.ieee:
         block_d, block_m = 64, min(block_m, 32)
-    programs = cdiv(depth, block_d) * cdiv(cell.width, block_r)
+    programs = cdiv(depth, block_d) * cdiv(cdiv(cell.width, slices), block_r)
     windows = max(1, cdiv(2 * limits.multiprocessors, programs))
     # The tiles that hold pairs are fewer than T, which allows for a cut tile in every group.
     window = previous_power_of_two(cdiv(cdiv(cell.pairs, cell.block), windows))
@@ -137,9 +140,14 @@ def gradient_tile(cell: Cell, depth: int, limits: DeviceLimits, *, aligned: bool
         BLOCK_D=block_d,
         BLOCK_R=block_r,
         window=window,
-        num_warps=8 if block_d * block_r >= 8192 or cell.ieee else 4,
+        num_warps=8 if block_r == 64 or (cell.ieee and block_r > 16) else 4,
         num_stages=pipeline_stages(3, stage, converted, limits),
     )
+
+
+def rank_block(cell: Cell, slices: int) -> int:
+    """The rank tile; an adapter's ranks are taken to be about the same in every slice."""
+    return clamp(next_power_of_two(cdiv(cell.width, slices)), 16, MAX_BLOCK_R)
 
 
 def previous_power_of_two(number: int) -> int:
