@@ -27,6 +27,9 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     same distribution, drawn from other random bits. fp32 adapters over a half-precision base are
     computed in the base's dtype, as PEFT computes them under autocast.
 
+    Mixed batches (``adapter_names``, an adapter per sequence) are served without gradients as PEFT
+    serves them, all adapters in one operation; to train them use :func:`lora_kernels.route`.
+
     Adapters added to accelerated layers later are fast at once. Layers that PEFT creates later are
     not, until ``accelerate`` is called again; it can be called any number of times. Call it before
     ``fully_shard``, DDP and ``torch.compile``.

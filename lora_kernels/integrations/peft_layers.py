@@ -19,9 +19,16 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention
 from torch import Tensor
 
-from lora_kernels.integrations.peft_state import ActiveAdapter, LayerState, read_call, read_layer
+from lora_kernels.integrations.peft_state import (
+    ActiveAdapter,
+    LayerState,
+    MixedState,
+    read_call,
+    read_layer,
+)
 from lora_kernels.ops.lora_linear import lora_linear
 from lora_kernels.ops.lora_weight_norm import lora_weight_norm
+from lora_kernels.ops.routed_lora.loose import LooseAdapter, routed_linear_loose
 
 __all__ = [
     "Linear",
@@ -31,6 +38,7 @@ __all__ = [
     "delegated_calls",
     "forget_calls",
     "fused_forward",
+    "mixed_forward",
     "read_layer",
 ]
 
@@ -42,7 +50,8 @@ _delegated_calls: weakref.WeakKeyDictionary[torch.nn.Module, Counter[str]] = (
 
 
 class Linear(PeftLinear):
-    """PEFT's `lora.Linear`, whose forward is `lora_linear` wherever that is the same function."""
+    """PEFT's `lora.Linear`, whose forward is `lora_linear` wherever that is the same function, and
+    `routed_lora_linear` where a batch names an adapter per sequence (`adapter_names`)."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state = read_call(self, x, args, kwargs)
@@ -52,6 +61,9 @@ class Linear(PeftLinear):
             return super().forward(x, *args, **kwargs)
         if not state.adapters:
             return super().forward(x, *args, **kwargs)
+        if isinstance(state, MixedState):
+            self._check_forward_args(x, adapter_names=state.names)
+            return mixed_forward(x, state)
         return fused_forward(x, state)
 
 
@@ -85,6 +97,16 @@ def fused_forward(
         else:
             y = _add_dora(y, x, weight, bias, adapter)
     return y.to(dtype)
+
+
+def mixed_forward(
+    x: Tensor,  # [S, ..., K], a row for each name
+    state: MixedState,
+) -> Tensor:  # [S, ..., N], the dtype of the base layer's result
+    """Every row with the adapter it names; no gradients, no adapter is copied."""
+    weight, bias, adapters, names = state
+    loose = {name: LooseAdapter(a.lora_a, a.lora_b, a.scaling) for name, a in adapters.items()}
+    return routed_linear_loose(x, weight, bias, loose, names)
 
 
 def _lora(x: Tensor, weight: Tensor | None, bias: Tensor | None, adapter: ActiveAdapter) -> Tensor:

@@ -10,6 +10,7 @@ Dimensions: K in_features, N out_features, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 _COMPUTED = object()
 _OWN_FORWARD = "a forward or a hook of its own (accelerate's offload or device map)"
+_MIXED = "mixed batch (adapter_names)"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -47,31 +49,79 @@ class LayerState(NamedTuple):
     adapters: list[ActiveAdapter]
 
 
+class MixedState(NamedTuple):
+    """What a mixed batch needs: a name for each sequence, and the adapters that they name."""
+
+    weight: Tensor  # [N, K], any strides
+    bias: Tensor | None  # [N]
+    adapters: dict[str, ActiveAdapter]
+    names: Sequence[str]
+
+
 _BASE_ALONE = LayerState(None, None, [])
 
 
-def read_call(layer: LoraLayer, x: Any, args: tuple, kwargs: dict) -> LayerState | str:
+def read_call(layer: LoraLayer, x: Any, args: tuple, kwargs: dict) -> LayerState | MixedState | str:
     """The layer's state for this very call, or why PEFT's own forward has to serve it."""
     if args:
         return "extra positional arguments for the base layer"
-    if kwargs:
-        for name, value in kwargs.items():
-            if name == "adapter_names" and value is not None:
-                return "mixed batch (adapter_names)"
-            if value is not None or name not in ("adapter_names", "alora_offsets"):
-                return f"extra argument {name!r}"
+    names = None
+    for name, value in kwargs.items():
+        if name == "adapter_names":
+            names = value
+        elif value is not None or name != "alora_offsets":
+            return f"extra argument {name!r}"
+    if names is not None:
+        return _read_mixed(layer, x, names)
     state = read_layer(layer)
     if isinstance(state, str) or not state.adapters:
         return state
     return _unsupported_input(x, state.weight) or _unsupported_context() or state
 
 
-def read_layer(layer: LoraLayer) -> LayerState | str:
-    """The layer's present state, or why no call can be fused as long as it stands like this."""
+def _read_mixed(layer: LoraLayer, x: Any, names: Any) -> LayerState | MixedState | str:
+    """The state for a mixed batch. PEFT serves it without gradients; so do we, nothing else."""
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        return f"{_MIXED}: names that are not a list of strings"
+    used = list(dict.fromkeys(name for name in names if name != "__base__"))
+    state = read_layer(layer, used)
+    if isinstance(state, str) or not state.adapters:
+        return state
+    reason = _unsupported_input(x, state.weight) or _unsupported_context()
+    if reason:
+        return reason
+    if x.dim() < 2:
+        return f"{_MIXED}: x is {tuple(x.shape)}, not [sequences, ..., in_features]"
+    if torch.compiler.is_compiling():
+        return f"{_MIXED} inside torch.compile"
+    with_adapter = layer._modules["lora_A"]._modules
+    used = [name for name in used if name in with_adapter]
+    adapters = dict(zip(used, state.adapters, strict=True))
+    needs_gradient = x.requires_grad or (state.bias is not None and state.bias.requires_grad)
+    for name, adapter in adapters.items():
+        if adapter.dropout_p > 0.0:
+            return f"{_MIXED}: dropout of {name!r} is active"
+        if adapter.lora_bias is not None:
+            return f"{_MIXED}: adapter {name!r} has lora_bias"
+        if adapter.magnitude is not None:
+            return f"{_MIXED}: adapter {name!r} has DoRA"
+        needs_gradient |= adapter.lora_a.requires_grad or adapter.lora_b.requires_grad
+    if needs_gradient and torch.is_grad_enabled():
+        return f"{_MIXED}: gradients are recorded; lora_kernels.route trains mixed batches"
+    return MixedState(state.weight, state.bias, adapters, names)
+
+
+def read_layer(layer: LoraLayer, names: Sequence[str] | None = None) -> LayerState | str:
+    """The layer's present state, or why no call can be fused as long as it stands like this.
+
+    ``names`` are the adapters to read; None reads the active ones.
+    """
     if layer._disable_adapters or layer.merged_adapters:
         return _BASE_ALONE
     with_adapter = layer._modules["lora_A"]._modules
-    active = [name for name in layer.active_adapters if name in with_adapter]
+    if names is None:
+        names = layer.active_adapters
+    active = [name for name in names if name in with_adapter]
     if not active:
         return _BASE_ALONE
     # Modules before tensors: what they say also holds while FSDP has the tensors sharded.
