@@ -1,12 +1,14 @@
 """Fine-tune two LoRA adapters on a real model and real text, and report what it gave and cost.
 
     python examples/finetune_demo.py            about five minutes on two CPU cores
+    python examples/finetune_demo.py --joint    and then all adapters in one batch: some more
     python examples/finetune_demo.py --quick    every part of it in a few steps
 
 SmolLM2-135M-Instruct learns the Python language reference in one adapter and numpy's docstrings in
-another, through PEFT and `lora_kernels.accelerate`. Nothing is downloaded. Adapters, a report, the
-loss curves and all numbers as JSON land in `demo-report/`. The exit code is 1 if something that
-the report claims does not hold, and 130 after Ctrl-C.
+another, through PEFT and `lora_kernels.accelerate`. With --joint one mixed batch then writes with
+every adapter and with none, and the adapters are trained again together, in one batch. Nothing is
+downloaded. Adapters, a report, the loss curves and all numbers as JSON land in `demo-report/`. The
+exit code is 1 if something that the report claims does not hold, and 130 after Ctrl-C.
 """
 
 import argparse
@@ -26,6 +28,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("demo-report"), help="folder to write to")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--joint", action="store_true", help="all adapters in one batch, too")
     parser.add_argument("--quick", action="store_true", help="a handful of steps of everything")
     return parser.parse_args(argv)
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from copy import deepcopy
+from dataclasses import replace
 from io import StringIO
 from itertools import islice
 from pathlib import Path
@@ -24,9 +26,9 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import finetune_demo
-from demo import adapters, base, report, run, settings, step_cost, texts, train
+from demo import adapters, base, joint, report, run, settings, step_cost, texts, train
 from demo.progress import progress
-from demo.results import BASE, Results
+from demo.results import BASE, Joint, Results
 from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -257,12 +259,17 @@ def test_held_out_loss_weighs_sequences_alike_and_ignores_dropout(tmp_path):
 
 
 @pytest.fixture
-def small_run(tmp_path, monkeypatch):
+def tiny():
+    return tiny_base()
+
+
+@pytest.fixture
+def small_run(tiny, tmp_path, monkeypatch):
     """Trains and uses two adapters of a tiny model. Generating needs a real tokenizer: left out."""
     monkeypatch.setattr(run, "generate", lambda *_: "3 4 5")
     chosen = settings_for(tmp_path)
     results = Results([tiny_text("by-3", 3), tiny_text("by-7", 7)])
-    model = tiny_base()
+    model = tiny
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     run.measure_base(model, None, chosen, results)
     for text in results.texts:
@@ -337,6 +344,46 @@ def test_steps_are_timed_on_a_tiny_model(tmp_path):
         assert cost.forward > 0 and cost.backward > 0
         assert (cost.optimizer > 0) == (name != step_cost.FROZEN)
         assert cost.peak is None
+
+
+# All adapters in one batch
+
+
+class CharacterTokenizer:
+    """What writing needs of a tokenizer: ids of a text, and the end's."""
+
+    eos_token_id = 0
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [ord(character) % VOCABULARY for character in text]}
+
+
+def test_all_adapters_write_and_train_in_one_batch(small_run, tiny):
+    chosen, results = small_run
+    results.texts[1] = replace(results.texts[1], prompt="3 4 5 6")  # of another length
+    chosen = replace(chosen, new_tokens=6)
+    before = len(results.checks)
+    joint.run_joint(tiny, CharacterTokenizer(), chosen, results)
+    assert not results.failed, results.failed
+    assert len(results.checks) == before + 2 + 2
+    assert results.joint.rows == 2 * 3
+    for text in results.texts:
+        apart, together = results.joint.losses[text.name]
+        assert apart == results.curves[text.name].held_out[-1][1]
+        assert together == pytest.approx(apart, abs=1e-3)
+        folder = chosen.out / "adapters-joint" / text.name
+        loaded = PeftModel.from_pretrained(deepcopy(tiny), folder).eval()
+        assert train.held_out_loss(loaded, text.held_out, chosen) == pytest.approx(together)
+
+
+def test_adapters_that_were_swapped_fail_the_joint_half(small_run, tiny):
+    chosen, results = small_run
+    first, second = (text.name for text in results.texts)
+    curves = results.curves
+    curves[first], curves[second] = curves[second], curves[first]
+    results.joint = Joint()
+    joint.train_together(tiny, chosen, results)
+    assert len(results.failed) == 2
 
 
 # The report

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import lora_kernels
-from demo.results import BASE, Results
+from demo.results import BASE, Joint, Results
 from demo.settings import Settings
 from demo.step_cost import StepCost
 from demo.texts import Text
@@ -76,6 +76,7 @@ def record_of(results: Results, settings: Settings) -> dict:
         "checks": [asdict(check) for check in results.checks],
         "step_costs": {name: asdict(cost) for name, cost in results.costs.items()},
         "adapter_bytes": results.adapter_bytes,
+        "joint": asdict(results.joint) if results.joint else None,
         "written": results.written,
         "seconds": round(results.seconds, 1),
     }
@@ -117,6 +118,7 @@ def markdown(results: Results, settings: Settings) -> str:
         "requires grad. Peak memory was measured in a process for each: of the whole process, and "
         f"of the step above what was there before it ({peak_methods(results.costs)}). PEFT runs "
         "with its defaults: fp32 adapters, whatever the base.",
+        *joint_sections(results, settings),
         "## What was checked",
         table(
             ("", "claim", "seen"),
@@ -183,6 +185,35 @@ def cost_table(costs: dict[str, StepCost]) -> str:
         for name, cost in costs.items()
     ]
     return table(head, rows)
+
+
+def joint_sections(results: Results, settings: Settings) -> list[str]:
+    joint = results.joint
+    if joint is None:
+        return []
+    return [
+        "## All adapters in one batch",
+        joint_table(joint),
+        f"*Writing*: {joint.rows} sequences of {joint.new_tokens} new tokens, every prompt with "
+        "each adapter and with none, in fp32, prompts padded to the same length. *Training step*: "
+        f"{settings.batch} sequences per adapter, each adapter alone and added up, or all of them "
+        "in one pass (medians). Adapters trained together start from the same values and see the "
+        "same batches as apart.",
+        table(
+            ("held-out loss", "trained apart", "trained together"),
+            [
+                (name, f"{apart:.4f}", f"{together:.4f}")
+                for name, (apart, together) in joint.losses.items()
+            ],
+        ),
+    ]
+
+
+def joint_table(joint: Joint) -> str:
+    rows = [(f"writing: {way}", f"{seconds:.2f} s") for way, seconds in joint.writing.items()]
+    rows.append(("training step: each adapter alone, added up", f"{joint.apart * 1e3:.0f} ms"))
+    rows.append(("training step: all adapters in one batch", f"{joint.together * 1e3:.0f} ms"))
+    return table(("", "time"), rows)
 
 
 def peak_methods(costs: dict[str, StepCost]) -> str:

@@ -19,6 +19,23 @@ class Check:
 
 
 @dataclass
+class Joint:
+    """What it took to serve and to train all adapters at once.
+
+    rows, new_tokens: of the batch that was written. writing: seconds of each way to write it.
+    apart: seconds of a training step of each adapter alone, added up. together: seconds of the step
+    that trains all of them. losses: by text, held out: trained apart, trained together.
+    """
+
+    rows: int = 0
+    new_tokens: int = 0
+    writing: dict[str, float] = field(default_factory=dict)
+    apart: float = 0.0
+    together: float = 0.0
+    losses: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+@dataclass
 class Results:
     """losses: by model (`BASE`, or an adapter's name), then by text; nats per token. written: text,
     model, and what it wrote after the text's prompt. acceleration: the report of `accelerate`."""
@@ -31,6 +48,7 @@ class Results:
     costs: dict[str, StepCost] = field(default_factory=dict)
     adapter_bytes: dict[str, int] = field(default_factory=dict)
     acceleration: str = ""
+    joint: Joint | None = None
     seconds: float = 0.0
 
     def check(self, claim: str, holds: bool, seen: str) -> None:

@@ -13,17 +13,14 @@ import lora_kernels
 from demo.adapters import adapter_bytes, save_adapter
 from demo.base import load_base, load_tokenizer
 from demo.generate import generate
+from demo.joint import run_joint
 from demo.progress import elapsed, progress, quieten, say
-from demo.report import FILES, cost_table, loss_table, write_report
+from demo.report import FILES, cost_table, joint_table, loss_table, write_report
 from demo.results import BASE, Results
-from demo.settings import Settings, settings_from
+from demo.settings import ROUNDING, Settings, settings_from
 from demo.step_cost import PROVIDERS, measure_peaks, time_steps
 from demo.texts import Text, load_texts
 from demo.train import add_adapter, held_out_loss, shuffled_batches, train
-
-# In nats per token. Rounding in other places (in PEFT's own forward, of the merged weights) moves
-# the loss of a bf16 model by up to a hundredth; an adapter lost or counted twice, by tenths.
-ROUNDING = 0.03
 
 
 def run(options: argparse.Namespace) -> int:
@@ -52,6 +49,8 @@ def run(options: argparse.Namespace) -> int:
         train_adapter(base, text, settings, results)
     for text in results.texts:
         use_adapter(base, tokenizer, text, settings, results)
+    if settings.joint:
+        run_joint(base, tokenizer, settings, results)
     measure_steps(base, settings, results)
     results.seconds = elapsed()
     write_report(results, settings)
@@ -167,6 +166,8 @@ def measure_steps(base: nn.Module, settings: Settings, results: Results) -> None
 def conclude(settings: Settings, results: Results) -> int:
     print(f"\nHeld-out loss\n\n{loss_table(results)}\n")
     print(f"A training step\n\n{cost_table(results.costs)}\n")
+    if results.joint:
+        print(f"All adapters in one batch\n\n{joint_table(results.joint)}\n")
     for check in results.checks:
         print(f"{'ok    ' if check.holds else 'FAILED'}  {check.claim} ({check.seen})")
     print()

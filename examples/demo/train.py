@@ -1,5 +1,6 @@
 """Training an adapter, and the loss on held-out text."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,10 +16,12 @@ from demo.texts import Text
 
 @dataclass
 class Curve:
-    """train: the loss of each step's batch. held_out: steps done, and the loss after them."""
+    """train: the loss of each step's batch. held_out: steps done, and the loss after them.
+    seconds: of each step."""
 
     train: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
 
 
 def add_adapter(base: nn.Module, settings: Settings) -> PeftModel:
@@ -47,12 +50,14 @@ def train(
     model.train()
     batches = shuffled_batches(text.train, settings.batch, settings.seed)
     for step, batch in enumerate(islice(batches, settings.steps), start=1):
+        began = time.perf_counter()
         loss = loss_of(model, batch.to(settings.device))
         loss.backward()
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         curve.train.append(loss.item())
+        curve.seconds.append(time.perf_counter() - began)
         if step in measured:
             held_out = held_out_loss(model, text.held_out, settings)
             curve.held_out.append((step, held_out))
