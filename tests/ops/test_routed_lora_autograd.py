@@ -1,0 +1,441 @@
+"""routed_lora as torch sees it: op registration, compile, checkpointing, what is saved."""
+
+import math
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch.utils.checkpoint import checkpoint
+
+from lora_kernels.ops.routed_lora import (
+    AdapterBank,
+    Routing,
+    explain,
+    routed_expand,
+    routed_lora,
+    routed_lora_linear,
+    routed_shrink,
+)
+from lora_kernels.testing.routed_inputs import RoutedProblem, call_routed, run_routed
+
+BACKENDS = ["reference", "composed"]
+OPS = torch.ops.lora_kernels
+IDS = [[2, 0], [0, -1], [1, 1], [-1, -1], [0, 2], [2, 2], [-1, 1]]
+
+
+def problem_of(dropout: float = 0.0, sliced: bool = False, **options) -> RoutedProblem:
+    ranks = [(3, 0), (0, 5), (1, 2)] if sliced else [3, 5, 1]
+    options = {"weighted": True, **options}
+    widths = (6, 7) if sliced else 13
+    return RoutedProblem.random(IDS, ranks, 21, widths, dropout=dropout, **options)
+
+
+def parts_of(p: RoutedProblem, requires_grad: bool):
+    """The bank and the routing as an op takes them, and the parameters."""
+    bank = p.bank().requires_grad_(requires_grad)
+    for tensor in (p.x, p.bias, p.weights):
+        if tensor is not None:
+            tensor.requires_grad_(requires_grad)
+    routing = p.routing(bank)
+    tensors, fields = bank.tensors(), routing.tensors(with_plan=True)
+    layout = bank.gradient_layout()
+    return bank, (*tensors, *fields), layout, bank.parameters_for(layout)
+
+
+@pytest.mark.parametrize("requires_grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("sliced", [False, True], ids=["", "sliced"])
+@pytest.mark.parametrize("whole", [True, False], ids=["with_base", "adapters_alone"])
+def test_opcheck_of_routed_lora(requires_grad, dropout, sliced, whole):
+    p = problem_of(dropout, sliced, with_weight=whole)
+    _, context, layout, parameters = parts_of(p, requires_grad)
+    torch.library.opcheck(
+        OPS.routed_lora.default,
+        (*context, *layout, p.x, p.weight, p.bias, p.seed, "composed", *parameters),
+    )
+
+
+@pytest.mark.parametrize("requires_grad", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_opcheck_of_the_halves(requires_grad, dropout):
+    p = problem_of(dropout, sliced=True)
+    bank, context, layout, parameters = parts_of(p, requires_grad)
+    torch.library.opcheck(
+        OPS.routed_shrink.default, (*context, *layout, p.x, p.seed, "composed", *parameters)
+    )
+    h = torch.randn(14, bank.tensors().width, requires_grad=requires_grad)
+    torch.library.opcheck(
+        OPS.routed_expand.default,
+        (*context, *layout, h, 7, torch.float32, "composed", *parameters),
+    )
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_opcheck_of_the_inner_ops(dropout):
+    p = problem_of(dropout, sliced=True, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    bank = p.bank()
+    context = (*bank.tensors(), *p.routing(bank).tensors(with_plan=True))
+    layout = bank.gradient_layout()
+    check = torch.library.opcheck
+    check(OPS.routed_lora_forward.default, (*context, p.x, p.weight, p.bias, p.seed, "composed"))
+    check(OPS.routed_shrink_forward.default, (*context, p.x, p.seed, "composed"))
+    _, h, mask = OPS.routed_lora_forward(*context, p.x, p.weight, p.bias, p.seed, "composed")
+    for needs in ([True] * 3, [False, True, True], [True, False, False]):
+        check(
+            OPS.routed_lora_backward.default,
+            (*context, *layout, p.dy, p.x, p.weight, h, mask, p.seed, 21, needs, "composed"),
+        )
+    for needs in ([True, False], [False, True]):
+        check(OPS.routed_expand_backward.default, (*context, *layout, p.dy, h, needs, "composed"))
+        check(
+            OPS.routed_shrink_backward.default,
+            (*context, *layout, h, p.x, mask, p.seed, needs[0], "composed"),
+        )
+    out = torch.zeros_like(p.dy)
+    check(OPS.routed_lora_.default, (*context, out, p.x, p.seed, "composed"))
+    check(OPS.routed_expand_.default, (*context, out, h, "composed"))
+
+
+# --- compile ----------------------------------------------------------------------------------
+
+
+def compiled_case(backend: str, dropout: float = 0.0, **options):
+    torch._dynamo.reset()
+    p = problem_of(dropout, weighted=False, **options)
+    bank = p.bank()
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def layer(x, routing):
+        return routed_lora_linear(x, p.weight, bank, routing, p.bias, seed=p.seed).relu()
+
+    def eager(x, routing):
+        return routed_lora_linear(x, p.weight, bank, routing, p.bias, seed=p.seed).relu()
+
+    return p, bank, counter, layer, eager
+
+
+def compare(layer, eager, x, routing, parameters) -> None:
+    dy = torch.randn(x.shape[0], 13)
+    results = []
+    for function in (layer, eager):
+        y = function(x, routing)
+        results.append((y.detach(), *torch.autograd.grad(y, [x, *parameters], dy)))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "backend, dropout, sliced",
+    [("eager", 0.3, False), ("aot_eager", 0.0, False), ("aot_eager", 0.3, True),
+     ("inductor", 0.3, True)],
+)  # fmt: skip
+def test_compiled_equals_eager_for_routings_of_one_capacity(backend, dropout, sliced):
+    """Another routing object, and the same one filled again, compile nothing anew."""
+    p, bank, counter, layer, eager = compiled_case(backend, dropout, sliced=sliced)
+    x, parameters = p.x.requires_grad_(), list(bank.parameters())
+    routing = Routing.from_tokens([0, 1, 2, -1, 2, 0, 1], bank)
+    compare(layer, eager, x, routing, parameters)
+    frames = counter.frame_count
+    compare(layer, eager, x, Routing.from_tokens([2, 2, 2, 2, -1, 0, 1], bank), parameters)
+    compare(layer, eager, x, routing.set_tokens_([1, 1, -1, 1, 0, 2, 2]), parameters)
+    compare(layer, eager, x, Routing.from_tokens([1] * 7, bank), parameters)
+    assert counter.frame_count == frames == 1
+
+
+def test_compiled_for_other_numbers_of_tokens():
+    _, bank, counter, layer, eager = compiled_case("aot_eager")
+    parameters = list(bank.parameters())
+    for rows in (7, 12, 31, 64, 100, 129):
+        x = torch.randn(rows, 21, requires_grad=True)
+        routing = Routing.from_tokens(torch.randint(-1, 3, (rows,)), bank)
+        compare(layer, eager, x, routing, parameters)
+    assert counter.frame_count <= 3
+
+
+def test_compiled_without_gradients():
+    p, bank, _, layer, eager = compiled_case("inductor")
+    routing = Routing.from_tokens([0, 1, 2, -1, 2, 0, 1], bank)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(p.x, routing), eager(p.x, routing))
+
+
+def test_compiled_follows_the_adapters():
+    """Steps, another scaling, a removal and an addition after it was compiled."""
+    p, bank, counter, layer, eager = compiled_case("aot_eager")
+    x = p.x.requires_grad_()
+    routing = Routing.from_tokens([0, 1, 2, -1, 2, 0, 1], bank)
+    compare(layer, eager, x, routing, list(bank.parameters()))
+    with torch.no_grad():
+        for parameter in bank.parameters():
+            parameter.mul_(-0.5)
+    bank["a0"].scaling = 3.0
+    compare(layer, eager, x, routing, list(bank.parameters()))
+    assert counter.frame_count == 1
+    bank.remove("a1")
+    bank.add("new", torch.randn(40, 21), torch.randn(13, 40), -2.0)
+    routing.set_tokens_([0, 1, 2, -1, 2, 0, 1])
+    compare(layer, eager, x, routing, list(bank.parameters()))
+
+
+def test_compiled_with_a_routing_that_is_out_of_date_raises():
+    p, bank, _, layer, _ = compiled_case("eager")
+    routing = Routing.from_tokens([0, 1, 2, -1, 2, 0, 1], bank)
+    layer(p.x, routing)
+    bank.remove("a1")
+    with pytest.raises(Exception, match="routing: adapters were removed"):
+        layer(p.x, routing)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_dropout_without_a_seed(training):
+    torch._dynamo.reset()
+    p = problem_of(0.5, weighted=False)
+    bank = p.bank().train(training)
+    routing = Routing.from_tokens([0, 1, 2, 1, 2, 0, 1], bank)
+    layer = torch.compile(
+        lambda x: routed_lora_linear(x, p.weight, bank, routing),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    with torch.no_grad():
+        assert torch.equal(layer(p.x), layer(p.x)) != training
+
+
+@pytest.mark.parametrize("function", ["routed_lora", "routed_shrink", "routed_expand", "out"])
+def test_the_other_functions_compile(function):
+    torch._dynamo.reset()
+    p = problem_of(weighted=False)
+    bank = p.bank()
+    routing = Routing.from_tokens([0, 1, 2, -1, 2, 0, 1], bank)
+    h = routed_shrink(p.x, bank, routing).detach()
+    calls = {
+        "routed_lora": lambda: routed_lora(p.x, bank, routing),
+        "routed_shrink": lambda: routed_shrink(p.x, bank, routing),
+        "routed_expand": lambda: routed_expand(h, bank, routing),
+        "out": lambda: routed_lora(p.x, bank, routing, torch.ones(7, 13)),
+    }
+    call = calls[function]
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(), call())
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(), call())
+
+
+# --- checkpointing and seeds ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_replays_the_masks(backend, use_reentrant):
+    p = problem_of(0.5).with_(seed=None)
+    bank = p.bank()
+    leaves = [p.x.requires_grad_(), p.weights.requires_grad_(), *bank.parameters()]
+    routing = Routing.from_weighted(p.ids, p.weights, bank)
+
+    def run(wrap):
+        torch.manual_seed(11)
+        y = wrap(lambda x: call_routed(p, bank, backend, x=x, routing=routing).tanh(), p.x)
+        y.backward(p.dy)
+        gradients = [tensor.grad.clone() for tensor in leaves]
+        for tensor in leaves:
+            tensor.grad = None
+        return y, gradients
+
+    plain = run(lambda f, x: f(x))
+    replayed = run(lambda f, x: checkpoint(f, x, use_reentrant=use_reentrant))
+    assert torch.equal(plain[0], replayed[0])
+    assert all(torch.equal(a, b) for a, b in zip(plain[1], replayed[1], strict=True))
+
+
+# --- meta tensors, saved tensors ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("sliced", [False, True], ids=["", "sliced"])
+def test_meta_tensors(dropout, sliced):
+    p = problem_of(dropout, sliced, device="meta")
+    ids = p.ids.to("meta")
+    bank = p.bank()
+    weights = p.weights.requires_grad_()
+    routing = Routing.from_weighted(ids, weights, bank)
+    named = {"x": p.x.requires_grad_(), "bias": p.bias.requires_grad_(), "weights": weights}
+    named |= dict(bank.named_parameters())
+    y = call_routed(p, bank, "composed", routing=routing)
+    assert y.is_meta and y.shape == (7, 13)
+    gradients = torch.autograd.grad(y, list(named.values()), p.dy)
+    for (name, tensor), gradient in zip(named.items(), gradients, strict=True):
+        assert gradient.is_meta, name
+        assert (gradient.shape, gradient.dtype) == (tensor.shape, tensor.dtype), name
+    h = routed_shrink(p.x, bank, routing, seed=p.seed, backend="composed")
+    assert h.shape == (14, bank.tensors().width)
+    assert routed_expand(h, bank, routing, backend="composed").shape == (7, 13)
+    assert explain(p.x, bank, routing).backend == "composed"
+
+
+def saved_tensors(function) -> list[torch.Tensor]:
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        function()
+    return saved
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_saved_tensors(dtype, dropout):
+    """x itself, the weight, h, the parameters, the seed and a bit per element: nothing else."""
+    rows, columns = 96, 203
+    p = RoutedProblem.random(
+        torch.arange(rows) % 4 - 1, [3, 9, 1], columns, 64, dtype=dtype,
+        adapter_dtype=torch.float32, dropout=dropout,
+    )  # fmt: skip
+    bank = p.bank()
+    routing = p.routing(bank)
+    x, fields = p.x.requires_grad_(), routing.tensors(with_plan=True)
+    saved = saved_tensors(lambda: call_routed(p, bank, "composed", routing=routing))
+    given = {t.data_ptr() for t in (x, p.weight, *bank.parameters())}
+    assert given <= {t.data_ptr() for t in saved}, "saved as given, not as copies"
+    known = given | {
+        t.data_ptr() for t in (*fields, *bank.tensors()) if isinstance(t, torch.Tensor)
+    }
+    own = [t for t in saved if t.data_ptr() not in known and t.numel() > 1]
+    expected = [rows * 9 * dtype.itemsize]  # h; a CPU's bf16 product comes out rounded
+    if dropout:
+        expected.append(rows * math.ceil(columns / 8))
+    assert sorted(t.numel() * t.element_size() for t in own) == sorted(expected)
+
+
+def test_saves_only_what_the_needed_gradients_read():
+    p = RoutedProblem.random(torch.arange(96) % 4 - 1, [3, 9, 1], 203, 64)
+    bank = p.bank().requires_grad_(False)
+    x = p.x.requires_grad_()
+
+    def shapes():
+        return [
+            tuple(t.shape) for t in saved_tensors(lambda: call_routed(p, bank, "composed", x=x))
+        ]
+
+    assert (96, 203) not in shapes() and (96, 9) not in shapes()
+    bank["a1"].lora_b.requires_grad_()
+    assert (96, 203) not in shapes() and (96, 9) in shapes()
+    bank["a1"].lora_b.requires_grad_(False)
+    bank["a1"].lora_a.requires_grad_()
+    assert (96, 203) in shapes() and (96, 9) not in shapes()
+
+
+def test_non_contiguous_x_is_saved_as_it_is():
+    p = problem_of()
+    bank, x = p.bank(), p.x.t().contiguous().t().requires_grad_()
+    saved = saved_tensors(lambda: call_routed(p, bank, "composed", x=x))
+    assert x.data_ptr() in {t.data_ptr() for t in saved}
+
+
+def test_a_change_of_x_in_place_is_noticed():
+    p = problem_of()
+    y = call_routed(p, p.bank(), "composed")
+    p.x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("half", ["whole", "shrink", "expand"])
+def test_double_backward_is_refused(half):
+    p = problem_of()
+    bank = p.bank()
+    routing, x = p.routing(bank), p.x.requires_grad_()
+    if half == "whole":
+        leaf, y = x, routed_lora(x, bank, routing)
+    elif half == "shrink":
+        leaf, y = x, routed_shrink(x, bank, routing)
+    else:
+        leaf = routed_shrink(x, bank, routing).detach().requires_grad_()
+        y = routed_expand(leaf, bank, routing)
+    (gradient,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        gradient.sum().backward()
+
+
+def test_inner_ops_refuse_gradients():
+    p = problem_of()
+    bank = p.bank()
+    context = (*bank.tensors(), *p.routing(bank).tensors(with_plan=True))
+    with pytest.raises(RuntimeError, match="routed_lora_forward is not differentiable"):
+        OPS.routed_lora_forward(*context, p.x.requires_grad_(), None, None, None, "composed")
+    with pytest.raises(RuntimeError, match="routed_lora_ is not differentiable"):
+        OPS.routed_lora_(*context, torch.zeros(7, 13), p.x, None, "composed")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_backward_runs_twice_and_under_autocast(backend, dropout):
+    p = problem_of(dropout)
+    bank = p.bank()
+    leaves = [p.x.requires_grad_(), *bank.parameters()]
+    y = call_routed(p, bank, backend)
+    first = torch.autograd.grad(y, leaves, p.dy, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        second = torch.autograd.grad(y, leaves, p.dy)
+    if backend == "composed":  # eager torch itself computes a backward in autocast's dtype
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_result_can_be_changed_in_place(backend):
+    p = problem_of()
+    bank, x = p.bank(), p.x.requires_grad_()
+    plain = torch.autograd.grad(call_routed(p, bank, backend), [x, *bank.parameters()], p.dy)
+    y = call_routed(p, bank, backend).mul_(2)
+    doubled = torch.autograd.grad(y, [x, *bank.parameters()], p.dy)
+    assert all(torch.equal(a, 2 * b) for a, b in zip(doubled, plain, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["expanded", "transposed", "scalar_of_a_sum"])
+def test_incoming_gradients_of_any_stride(kind):
+    p = problem_of()
+    bank, x = p.bank(), p.x.requires_grad_()
+    leaves = [x, *bank.parameters()]
+    dy = {
+        "expanded": torch.randn(1, 13).expand(7, 13),
+        "transposed": torch.randn(13, 7).t(),
+        "scalar_of_a_sum": torch.ones(()).expand(7, 13),
+    }[kind]
+    y = call_routed(p, bank, "composed")
+    actual = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+    expected = torch.autograd.grad(y, leaves, dy.contiguous())
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_parameters_under_anomaly_detection_and_threads():
+    """Anomaly detection looks for NaN in everything a backward returns, also what nobody needs."""
+    p = problem_of(sliced=True)
+    expected = run_routed(p, "composed")
+    with torch.autograd.detect_anomaly(check_nan=True):
+        actual = run_routed(p, "composed")
+    assert all(torch.equal(actual[n], expected[n]) for n in expected)
+
+
+def test_grad_scaler_trains_fp16_from_zero_b():
+    """Two adapters learn two targets in fp16 under autocast: B leaves zero, both losses fall."""
+    bank = AdapterBank(32, 24)
+    for name in ("a", "b"):
+        bank.add(name, torch.randn(4, 32) / 32**0.5, torch.zeros(24, 4), 2.0)
+    weight, x = torch.randn(24, 32) / 32**0.5, torch.randn(64, 32)
+    ids = torch.arange(64) % 2
+    change = 0.3 * torch.randn(2, 24, 32) / 32**0.5
+    target = torch.einsum("mk,mnk->mn", x, weight + change[ids])
+    routing = Routing.from_tokens(ids, bank)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = torch.optim.AdamW(bank.parameters(), lr=2e-2)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            y = routed_lora_linear(x, weight, bank, routing)
+        each = (y.float() - target).square().mean(1)
+        losses.append((each[ids == 0].mean().item(), each[ids == 1].mean().item()))
+        scaler.scale(each.mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert all(bank[name].lora_b.abs().max() > 1e-3 for name in bank)
+    assert all(last < 0.6 * first for first, last in zip(losses[0], losses[-1], strict=True))
