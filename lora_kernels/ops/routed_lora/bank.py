@@ -6,6 +6,7 @@ An adapter's ``nn.Parameter``s are bound to its slabs of the storage by ``p.data
 each has a version counter of its own.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -157,6 +158,34 @@ class AdapterBank(nn.Module):
         self.slots.release(name)
         self._forget()
         return adapter
+
+    def load(self, name: str, directory: str | os.PathLike, module: str | Sequence[str]) -> Adapter:
+        """Add an adapter from a PEFT adapter directory; see :func:`adapter_files.load_adapter`.
+
+        Args:
+            name: of the new adapter.
+            directory: as PEFT's ``save_pretrained`` writes it. Only safetensors are read.
+            module: the layer's name in the file; in a sliced bank a list with one per slice.
+
+        Raises:
+            TypeError, ValueError: the files are malformed, not finite, of another shape or kind;
+                the bank is unchanged then.
+        """
+        from lora_kernels.adapter_files import load_adapter
+
+        return load_adapter(self, name, directory, module)
+
+    def save(self, name: str, directory: str | os.PathLike, module: str | Sequence[str]) -> None:
+        """Write an adapter of this one layer as a PEFT adapter directory.
+
+        Args:
+            name: of the adapter.
+            directory: made where it is absent.
+            module: the layer's name in the model; in a sliced bank a list with one per slice.
+        """
+        from lora_kernels.adapter_files import save_adapter
+
+        save_adapter(self, name, directory, module)
 
     def __getitem__(self, name: str) -> Adapter:
         if name not in self.adapters:

@@ -1,0 +1,25 @@
+"""Which backend a call would take, and why, whatever the operation."""
+
+from torch import Tensor
+
+from lora_kernels.dispatch import Choice
+from lora_kernels.ops import lora_linear, routed_lora
+
+
+def explain(x: Tensor, *operands, **options) -> Choice:
+    """The backend that a call would take, and why; nothing is launched.
+
+    Takes the arguments of :func:`lora_linear` (see its ``explain`` for the defaults), or x, an
+    ``AdapterBank`` and a ``Routing`` as :func:`routed_lora` does. Meta tensors serve too, for
+    their shapes.
+
+    Returns:
+        A named tuple ``(backend, reason)``.
+
+    Raises:
+        TypeError, ValueError: what the call itself would raise.
+    """
+    bank = operands[0] if operands else options.get("bank")
+    if isinstance(bank, routed_lora.AdapterBank):
+        return routed_lora.explain(x, *operands, **options)
+    return lora_linear.explain(x, *operands, **options)
