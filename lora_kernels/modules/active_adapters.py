@@ -3,15 +3,21 @@
 Dimensions: S names, M tokens of a layer's input (its leading dimensions flattened).
 """
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 from lora_kernels.ops.routed_lora import AdapterSlots, Routing
 from lora_kernels.ops.routed_lora.slots import BASE
+
+# What this thread or task has entered, of any model.
+_entered: ContextVar[tuple[_Batch, ...]] = ContextVar("entered", default=())
 
 
 class ActiveAdapters:
@@ -21,9 +27,9 @@ class ActiveAdapters:
     routing is built for each number of tokens that comes by, and serves all layers; outside, a
     layer raises as soon as there are adapters, instead of computing the base model in silence.
 
-    It belongs to one thread at a time. The threads in which autograd runs a backward count as the
-    one that started it, so that activation checkpointing recomputes inside of ``with`` what it
-    computed there before.
+    It belongs to one thread or asyncio task at a time. The threads in which autograd runs a
+    backward see its choice too, so that activation checkpointing recomputes inside of ``with`` what
+    it computed there before.
 
     Args:
         slots: those of the layers' banks.
@@ -48,20 +54,17 @@ class ActiveAdapters:
         Raises:
             ValueError: a name is not an adapter's, or there is none.
             TypeError: adapters is none of the three.
-            RuntimeError: another thread is inside.
+            RuntimeError: another thread or task is inside.
         """
         batch = _Batch(adapters, self.slots)
         with self._lock:
-            if self._batches and self._thread != threading.get_ident():
-                raise RuntimeError(
-                    "another thread is inside of this model's `with ...adapters(...)`; one batch "
-                    "is computed at a time"
-                )
-            self._thread = threading.get_ident()
+            self._check_caller()
             self._batches.append(batch)
+        _entered.set((*_entered.get(), batch))
         try:
             yield
         finally:
+            _entered.set(tuple(other for other in _entered.get() if other is not batch))
             with self._lock:
                 self._batches = [other for other in self._batches if other is not batch]
 
@@ -84,16 +87,19 @@ class ActiveAdapters:
         in_backward = False
         if not torch.compiler.is_compiling():
             in_backward = torch._C._current_graph_task_id() != -1
-            if not in_backward and self._thread != threading.get_ident():
-                raise RuntimeError(
-                    "another thread is inside of this model's `with ...adapters(...)`; its choice "
-                    "of adapters is not this thread's"
-                )
+            if not in_backward:
+                self._check_caller()
         return self._batches[-1].routing_for(x, in_backward)
+
+    def _check_caller(self) -> None:
+        if self._batches and self._batches[-1] not in _entered.get():
+            raise RuntimeError(
+                "another thread or task is inside of this model's `with ...adapters(...)`; its "
+                "choice of adapters is not the caller's, and one batch is computed at a time"
+            )
 
     def _forget(self) -> None:
         self._batches: list[_Batch] = []
-        self._thread: int | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict:
@@ -111,6 +117,7 @@ class _Batch:
         self.slots = slots
         self.routing = adapters if isinstance(adapters, Routing) else None
         self._made: dict[tuple[int, torch.device], Routing] = {}
+        self._batch_sizes: set[int] = set()
         if self.routing is not None:
             if adapters.slots is not slots:
                 raise ValueError("adapters: expected a routing of this model's slots, got another")
@@ -149,15 +156,27 @@ class _Batch:
             )
         self._check_rows(x, tokens)
         length = tokens // len(self.names)
-        routing = Routing.from_sequences(self.names, length, self.slots, device=x.device)
+        # Plain tensors: a training step may follow in the same choice.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            routing = Routing.from_sequences(self.names, length, self.slots, device=x.device)
         self._made[tokens, x.device] = routing
         return routing
 
     def _check_rows(self, x: Tensor, tokens: int) -> None:
-        """A batch ``[rows, ..., K]`` is divided by rows, tokens ``[M, K]`` by tokens."""
-        rows = x.shape[0] if x.ndim > 2 else tokens
-        if rows % len(self.names):
+        """Raise unless x is ``[rows, ..., K]``, or ``[M, K]`` with all tokens, or one, of each row.
+
+        Tokens alone do not tell: padding may have been cut out, and by chance leave a multiple.
+        """
+        names = len(self.names)
+        if x.ndim > 2:
+            if x.shape[0] % names:
+                raise ValueError(
+                    f"x: expected a multiple of {names} sequences, one or more per adapter named, "
+                    f"got {list(x.shape)}"
+                )
+            self._batch_sizes |= {tokens, x.shape[0]}
+        elif names > 1 and tokens != names and tokens not in self._batch_sizes:
             raise ValueError(
-                f"x: expected a multiple of {len(self.names)} sequences, one or more per adapter "
-                f"named, got {list(x.shape)}"
+                f"x: {tokens} tokens do not tell which of the {names} sequences they are of, got "
+                f"{list(x.shape)}; pass a Routing over the tokens instead of names"
             )

@@ -1,8 +1,6 @@
 """``route(model)``: a different adapter for every sequence, against PEFT one adapter at a time."""
 
 import copy
-import re
-import threading
 
 import peft
 import pytest
@@ -274,6 +272,16 @@ def test_what_a_backward_outside_computes_again_raises(files, use_reentrant):
         loss.backward()
 
 
+def test_training_after_inference_mode_in_one_choice(files):
+    routed = routed_with(files, "one", trainable=True)
+    ids = tokens(2, 3)
+    with routed.adapters(["one", "__base__"]):
+        with torch.inference_mode():
+            routed.model(ids)
+        loss_of(routed.model, ids).backward()
+    assert all(p.grad is not None for p in routed.parameters_of("one"))
+
+
 def test_dropout_of_each_adapter(tmp_path):
     model = peft.get_peft_model(
         llama(), peft.LoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj"])
@@ -289,80 +297,3 @@ def test_dropout_of_each_adapter(tmp_path):
     assert bank["one"].training
     routed.save("one", tmp_path / "again")
     assert read_adapter(tmp_path / "again").dropout_p == 0.5
-
-
-# --- the choice ------------------------------------------------------------------------------
-
-
-def test_outside_of_a_choice(files):
-    routed = route(llama())
-    ids = tokens(2, 3)
-    routed.model(ids)  # no adapters yet
-    routed.load("one", files / "one")
-    with pytest.raises(RuntimeError, match=r"adapters \['one'\] and nothing says which"):
-        routed.model(ids)
-    with pytest.raises(ValueError, match="stop"), routed.adapters("one"):
-        raise ValueError("stop")
-    with pytest.raises(RuntimeError, match="nothing says which"):
-        routed.model(ids)
-    routed.remove("one")
-    assert torch.equal(routed.model(ids).logits, llama()(ids).logits)
-
-
-@torch.no_grad()
-def test_a_choice_in_a_choice(files):
-    routed = routed_with(files)
-    ids = tokens(1, 3)
-    with routed.adapters("one"):
-        outer = routed.model(ids).logits
-        with routed.adapters("two"):
-            assert not torch.allclose(routed.model(ids).logits, outer)
-        assert torch.equal(routed.model(ids).logits, outer)
-
-
-BAD_CHOICES = {
-    "unknown": ("none", ValueError, "expected '__base__' or one of ['one', 'two', 'last'], got"),
-    "none": ([], ValueError, "expected at least one name, got none"),
-    "number": ([0], TypeError, "expected names, got a int"),
-    "tensor": (torch.tensor([0]), TypeError, "a name, a list of names or a Routing, got Tensor"),
-}
-
-
-@pytest.mark.parametrize(("names", "error", "message"), BAD_CHOICES.values(), ids=BAD_CHOICES)
-def test_bad_choices(files, names, error, message):
-    routed = routed_with(files)
-    with pytest.raises(error, match=re.escape(message)), routed.adapters(names):
-        pass
-
-
-def test_batches_that_do_not_fit(files):
-    routed = routed_with(files)
-    with routed.adapters(["one", "two"]):
-        # 3 rows of 4 tokens: 12 tokens could be halved, 3 sequences cannot.
-        with pytest.raises(ValueError, match="a multiple of 2 sequences"):
-            routed.model(tokens(3, 4))
-        routed.model(tokens(2, 6))
-        with pytest.raises(ValueError, match="a multiple of 2 sequences"):
-            routed.model(tokens(3, 4))
-    other = Routing.from_sequences(["one"], [4], routed_with(files, "one").slots)
-    with pytest.raises(ValueError, match="a routing of this model's slots"), routed.adapters(other):
-        pass
-
-
-def test_threads_do_not_share_a_choice(files):
-    routed = routed_with(files)
-    messages = []
-
-    def elsewhere():
-        for attempt in (lambda: routed.model(tokens(1, 3)), routed.adapters("two").__enter__):
-            try:
-                attempt()
-            except RuntimeError as error:
-                messages.append(str(error))
-
-    with routed.adapters("one"):
-        thread = threading.Thread(target=elsewhere)
-        thread.start()
-        thread.join()
-    assert len(messages) == 2
-    assert all("another thread is inside" in message for message in messages)

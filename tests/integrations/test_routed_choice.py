@@ -1,0 +1,145 @@
+"""``with routed.adapters(...)``: never the wrong adapter, never the base model in silence."""
+
+import asyncio
+import re
+import threading
+
+import pytest
+import torch
+from routed_models import alone, llama, routed_with, tokens
+from torch import nn
+
+from lora_kernels import Routing, route
+
+
+def test_outside_of_a_choice(files):
+    routed = route(llama())
+    ids = tokens(2, 3)
+    routed.model(ids)  # no adapters yet
+    routed.load("one", files / "one")
+    with pytest.raises(RuntimeError, match=r"adapters \['one'\] and nothing says which"):
+        routed.model(ids)
+    with pytest.raises(ValueError, match="stop"), routed.adapters("one"):
+        raise ValueError("stop")
+    with pytest.raises(RuntimeError, match="nothing says which"):
+        routed.model(ids)
+    routed.remove("one")
+    assert torch.equal(routed.model(ids).logits, llama()(ids).logits)
+
+
+@torch.no_grad()
+def test_a_choice_in_a_choice(files):
+    routed = routed_with(files)
+    ids = tokens(1, 3)
+    with routed.adapters("one"):
+        outer = routed.model(ids).logits
+        with routed.adapters("two"):
+            assert not torch.allclose(routed.model(ids).logits, outer)
+        assert torch.equal(routed.model(ids).logits, outer)
+
+
+BAD_CHOICES = {
+    "unknown": ("none", ValueError, "expected '__base__' or one of ['one', 'two', 'last'], got"),
+    "none": ([], ValueError, "expected at least one name, got none"),
+    "number": ([0], TypeError, "expected names, got a int"),
+    "tensor": (torch.tensor([0]), TypeError, "a name, a list of names or a Routing, got Tensor"),
+}
+
+
+@pytest.mark.parametrize(("names", "error", "message"), BAD_CHOICES.values(), ids=BAD_CHOICES)
+def test_bad_choices(files, names, error, message):
+    routed = routed_with(files)
+    with pytest.raises(error, match=re.escape(message)), routed.adapters(names):
+        pass
+
+
+def test_batches_that_do_not_fit(files):
+    routed = routed_with(files)
+    with routed.adapters(["one", "two"]):
+        # 3 rows of 4 tokens: 12 tokens could be halved, 3 sequences cannot.
+        with pytest.raises(ValueError, match="a multiple of 2 sequences"):
+            routed.model(tokens(3, 4))
+        routed.model(tokens(2, 6))
+        with pytest.raises(ValueError, match="a multiple of 2 sequences"):
+            routed.model(tokens(3, 4))
+    other = Routing.from_sequences(["one"], [4], routed_with(files, "one").slots)
+    with pytest.raises(ValueError, match="a routing of this model's slots"), routed.adapters(other):
+        pass
+
+
+def test_threads_do_not_share_a_choice(files):
+    routed = routed_with(files)
+    messages = []
+
+    def elsewhere():
+        for attempt in (lambda: routed.model(tokens(1, 3)), routed.adapters("two").__enter__):
+            try:
+                attempt()
+            except RuntimeError as error:
+                messages.append(str(error))
+
+    with routed.adapters("one"):
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+    assert len(messages) == 2
+    assert all("another thread or task is inside" in message for message in messages)
+
+
+@torch.no_grad()
+def test_tasks_do_not_share_a_choice(files):
+    routed = routed_with(files)
+
+    async def one(entered, leave):
+        with routed.adapters("one"):
+            entered.set()
+            await leave.wait()
+            return routed.model(tokens(1, 3)).logits
+
+    async def both():
+        entered, leave = asyncio.Event(), asyncio.Event()
+        task = asyncio.create_task(one(entered, leave))
+        await entered.wait()
+        with pytest.raises(RuntimeError, match="another thread or task"):
+            routed.model(tokens(1, 3))
+        with pytest.raises(RuntimeError, match="another thread or task"), routed.adapters("two"):
+            pass
+        leave.set()
+        return await task
+
+    torch.testing.assert_close(asyncio.run(both()), alone("one")(tokens(1, 3)).logits)
+
+
+class Flat(nn.Module):
+    """Tokens one after the other, as pooled, flattened and unpadded models have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x, flatten):
+        return self.second(flatten(self.first(x)))
+
+
+@torch.no_grad()
+def test_tokens_without_rows():
+    routed = route(Flat())
+    for name in ("one", "two"):
+        routed.add(
+            name, rank=2, alpha=2, target_modules=["first", "second"], init_lora_weights=False
+        )
+    x = torch.randn(4, 3, 6)
+    with routed.adapters(["one", "two"]):
+        kept = routed.model(x, lambda h: h)
+        torch.testing.assert_close(routed.model(x, lambda h: h.flatten(0, 1)).view(4, 3, 6), kept)
+        torch.testing.assert_close(routed.model(x, lambda h: h[:, 0]), kept[:, 0])
+        with pytest.raises(ValueError, match="10 tokens do not tell which of the 2 sequences"):
+            routed.model(x, lambda h: h.flatten(0, 1)[2:])  # padding cut out
+    with routed.adapters(["one", "two"]):
+        torch.testing.assert_close(routed.model(x[::2, 0], lambda h: h), kept[::2, 0])
+        with pytest.raises(ValueError, match="pass a Routing"):
+            routed.model(x[:, 0], lambda h: h)
+    routing = Routing.from_sequences(["one", "two"], [6, 4], routed.slots)
+    with routed.adapters(routing):
+        cut = routed.model(x.flatten(0, 1)[:10], lambda h: h)
+    torch.testing.assert_close(cut, kept.flatten(0, 1)[:10])
