@@ -102,11 +102,15 @@ def targets(config: Mapping[str, Any], module: str) -> bool:
     layers = config.get("layers_to_transform")
     if isinstance(wanted, str) or module in wanted or layers is None or layers == []:
         return True
-    patterns = config.get("layers_pattern") or r"[^.]*"
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        # The first number counts: experts inside of a layer are numbered too.
-        if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module):
-            return int(match[match.lastindex]) in ([layers] if isinstance(layers, int) else layers)
+    # The first number counts: experts inside of a layer are numbered too.
+    patterns = config.get("layers_pattern") or []
+    regexes = [
+        rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\."
+        for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+    ]
+    for regex in regexes or [r".*?\.[^.]*\.(?P<index>\d+)\."]:
+        if match := re.match(regex, module):
+            return int(match["index"]) in ([layers] if isinstance(layers, int) else layers)
     return False
 
 

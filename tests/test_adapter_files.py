@@ -5,6 +5,8 @@ import json
 import math
 import re
 import struct
+import subprocess
+import sys
 
 import peft
 import pytest
@@ -281,6 +283,36 @@ def test_a_pickle_is_never_opened(tmp_path):
         read_adapter(tmp_path)
     with pytest.raises(ValueError, match="local PEFT adapter directory"):
         read_adapter(tmp_path / "absent")
+
+
+def test_what_needs_safetensors_and_what_does_not(tmp_path):
+    """With every optional package refused a model is routed and trained, but not saved."""
+    program = f"""
+import sys
+OPTIONAL = "triton peft transformers numpy safetensors".split()
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in OPTIONAL:
+            raise ModuleNotFoundError(f"{{name}} is absent")
+sys.meta_path.insert(0, Refuse())
+import torch, lora_kernels
+model = torch.nn.Sequential(torch.nn.Linear(8, 6))
+routed = lora_kernels.route(model)
+routed.add("one", rank=2, alpha=4, target_modules=["0"])
+with routed.adapters(["one", "__base__"]):
+    model(torch.randn(2, 8)).sum().backward()
+print(routed.parameters_of("one")[1].grad.abs().sum() > 0)
+try:
+    routed.save("one", {str(tmp_path / "new")!r})
+except ImportError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stdout.splitlines() == [
+        "tensor(True)",
+        "adapter files need safetensors: pip install safetensors",
+    ], result.stderr
+    assert not (tmp_path / "new").exists()
 
 
 # --- one bank --------------------------------------------------------------------------------

@@ -7,12 +7,14 @@ import re
 import peft
 import pytest
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from routed_models import CONFIGS, alone, llama, peft_alone, routed_with, tokens
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_kernels
 from lora_kernels import RoutedLoRALinear, route
+from lora_kernels.adapter_config import targets
 from lora_kernels.adapter_files import read_adapter, write_adapter
 from lora_kernels.testing import assert_within_policy
 
@@ -96,6 +98,41 @@ def test_modules_are_selected_as_by_peft(settings, tmp_path):
     peft.get_peft_model(llama(), peft.LoraConfig(**settings)).save_pretrained(tmp_path / "theirs")
     ours, theirs = (read_adapter(tmp_path / each).modules for each in ("ours", "theirs"))
     assert ours.keys() == theirs.keys()
+
+
+# PEFT refuses the other combinations.
+LAYERS = [
+    (None, None),
+    ([], None),
+    (0, None),
+    ([1, 2], None),
+    (0, "layers"),
+    ([1], ["h", "layers"]),
+]
+MATCHES = [
+    (wanted, *layers) for wanted in (["q", "a.layers.1.q"], ["layers.0.q"]) for layers in LAYERS
+]
+MATCHES += [(r".*\.(q|k)", None, None)]
+
+
+@pytest.mark.parametrize(("wanted", "layers", "pattern"), MATCHES, ids=str)
+def test_names_match_as_in_peft(wanted, layers, pattern):
+    settings = {"target_modules": wanted, "layers_to_transform": layers, "layers_pattern": pattern}
+    settings |= {"exclude_modules": ["2.q"]}
+    config = peft.LoraConfig(**settings)
+    paths = [
+        "{}",
+        "layers.{}",
+        "a.layers.{}",
+        "a.h.{}",
+        "a.b.h.{}.experts.2",
+        "a.layers.{}.layers.1",
+    ]
+    names = [
+        path.format(i) + f".{leaf}" for path in paths for i in range(3) for leaf in ("q", "kq")
+    ]
+    for name in ["q", "k", "xq", *names]:
+        assert targets(settings, name) == bool(check_target_module_exists(config, name)), name
 
 
 # --- all or nothing --------------------------------------------------------------------------
