@@ -43,9 +43,7 @@ def parts_of(p: RoutedProblem, requires_grad: bool):
 
 
 @pytest.mark.parametrize("requires_grad", [True, False], ids=["grad", "no_grad"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("sliced", [False, True], ids=["", "sliced"])
-@pytest.mark.parametrize("whole", [True, False], ids=["with_base", "adapters_alone"])
+@pytest.mark.parametrize("dropout, sliced, whole", [(0.0, False, True), (0.3, True, False)])
 def test_opcheck_of_routed_lora(requires_grad, dropout, sliced, whole):
     p = problem_of(dropout, sliced, with_weight=whole)
     _, context, layout, parameters = parts_of(p, requires_grad)
@@ -56,9 +54,8 @@ def test_opcheck_of_routed_lora(requires_grad, dropout, sliced, whole):
 
 
 @pytest.mark.parametrize("requires_grad", [True, False], ids=["grad", "no_grad"])
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_opcheck_of_the_halves(requires_grad, dropout):
-    p = problem_of(dropout, sliced=True)
+def test_opcheck_of_the_halves(requires_grad):
+    p = problem_of(0.3, sliced=True)
     bank, context, layout, parameters = parts_of(p, requires_grad)
     torch.library.opcheck(
         OPS.routed_shrink.default, (*context, *layout, p.x, p.seed, "composed", *parameters)
@@ -70,30 +67,50 @@ def test_opcheck_of_the_halves(requires_grad, dropout):
     )
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_opcheck_of_the_inner_ops(dropout):
-    p = problem_of(dropout, sliced=True, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+def test_opcheck_of_the_inner_ops():
+    p = problem_of(0.3, sliced=True, dtype=torch.bfloat16, adapter_dtype=torch.float32)
     bank = p.bank()
     context = (*bank.tensors(), *p.routing(bank).tensors(with_plan=True))
     layout = bank.gradient_layout()
-    check = torch.library.opcheck
-    check(OPS.routed_lora_forward.default, (*context, p.x, p.weight, p.bias, p.seed, "composed"))
-    check(OPS.routed_shrink_forward.default, (*context, p.x, p.seed, "composed"))
+
+    def check(name: str, *arguments):
+        # They are not differentiated: what is left is the schema and the fake kernel.
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(getattr(OPS, name).default, (*context, *arguments), test_utils=tests)
+
+    check("routed_lora_forward", p.x, p.weight, p.bias, p.seed, "composed")
+    check("routed_shrink_forward", p.x, p.seed, "composed")
     _, h, mask = OPS.routed_lora_forward(*context, p.x, p.weight, p.bias, p.seed, "composed")
-    for needs in ([True] * 3, [False, True, True], [True, False, False]):
-        check(
-            OPS.routed_lora_backward.default,
-            (*context, *layout, p.dy, p.x, p.weight, h, mask, p.seed, 21, needs, "composed"),
-        )
-    for needs in ([True, False], [False, True]):
-        check(OPS.routed_expand_backward.default, (*context, *layout, p.dy, h, needs, "composed"))
-        check(
-            OPS.routed_shrink_backward.default,
-            (*context, *layout, h, p.x, mask, p.seed, needs[0], "composed"),
-        )
+    for needs in ([True] * 3, [False] * 3, [False, True, True], [True, False, False]):
+        operands = (p.dy, p.x, p.weight, h, mask, p.seed, 21, needs)
+        check("routed_lora_backward", *layout, *operands, "composed")
+    for needs in ([True, True], [False, False], [True, False], [False, True]):
+        check("routed_expand_backward", *layout, p.dy, h, needs, "composed")
+        check("routed_shrink_backward", *layout, h, p.x, mask, p.seed, needs[0], "composed")
     out = torch.zeros_like(p.dy)
-    check(OPS.routed_lora_.default, (*context, out, p.x, p.seed, "composed"))
-    check(OPS.routed_expand_.default, (*context, out, h, "composed"))
+    check("routed_lora_", out, p.x, p.seed, "composed")
+    check("routed_expand_", out, h, "composed")
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["whole", "shrink"])
+def test_what_the_forward_saves_is_the_same_every_time(half, poisoned_memory):
+    """Rows of the mask that nobody reads too: an op whose result holds old memory is impure."""
+    p = problem_of(0.3)
+    bank = p.bank()
+    context = (*bank.tensors(), *p.routing(bank).tensors(with_plan=True))
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    results = []
+    for byte in (0, 255):
+        torch.full((4096,), byte, dtype=torch.uint8)
+        junk = [torch.full((14 * 3,), byte, dtype=torch.uint8) for _ in range(50)]
+        del junk
+        if half:
+            results.append(OPS.routed_shrink_forward(*context, p.x, p.seed, "composed"))
+        else:
+            results.append(
+                OPS.routed_lora_forward(*context, p.x, None, None, p.seed, "composed")[1:]
+            )
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 # --- compile ----------------------------------------------------------------------------------
@@ -126,10 +143,8 @@ def compare(layer, eager, x, routing, parameters) -> None:
 
 
 @pytest.mark.parametrize(
-    "backend, dropout, sliced",
-    [("eager", 0.3, False), ("aot_eager", 0.0, False), ("aot_eager", 0.3, True),
-     ("inductor", 0.3, True)],
-)  # fmt: skip
+    "backend, dropout, sliced", [("eager", 0.3, False), ("aot_eager", 0.3, True)]
+)
 def test_compiled_equals_eager_for_routings_of_one_capacity(backend, dropout, sliced):
     """Another routing object, and the same one filled again, compile nothing anew."""
     p, bank, counter, layer, eager = compiled_case(backend, dropout, sliced=sliced)
@@ -154,10 +169,16 @@ def test_compiled_for_other_numbers_of_tokens():
 
 
 def test_compiled_without_gradients():
-    p, bank, _, layer, eager = compiled_case("inductor")
+    p, bank, _, layer, eager = compiled_case("aot_eager")
     routing = Routing.from_tokens([0, 1, 2, -1, 2, 0, 1], bank)
     with torch.no_grad():
         torch.testing.assert_close(layer(p.x, routing), eager(p.x, routing))
+
+
+def test_inductor():
+    p, bank, _, layer, eager = compiled_case("inductor")
+    routing = Routing.from_tokens([0, 1, 2, -1, 2, 0, 1], bank)
+    compare(layer, eager, p.x.requires_grad_(), routing, list(bank.parameters()))
 
 
 def test_compiled_follows_the_adapters():
