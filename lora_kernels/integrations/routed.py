@@ -107,7 +107,8 @@ class RoutedModel:
 
         Forward, ``generate`` and backward may be called inside, any number of times, with any
         lengths and padding (a padding token takes its sequence's adapter). With activation
-        checkpointing backward must be called inside too, as it computes the layers again.
+        checkpointing backward must be called inside too, as it computes the layers again. In a
+        compiled model names break the graph at every layer; a :class:`Routing` does not.
 
         Args:
             names: one adapter for all, or one per sequence; ``"__base__"`` is none. Batches may

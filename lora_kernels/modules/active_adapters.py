@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -121,6 +121,8 @@ class _Batch:
         if self.routing is not None:
             if adapters.slots is not slots:
                 raise ValueError("adapters: expected a routing of this model's slots, got another")
+            if adapters.device.type == "cpu":
+                adapters.plan()  # now, for a compiled model could not
             return
         if isinstance(adapters, str):
             adapters = [adapters]
@@ -156,8 +158,7 @@ class _Batch:
             )
         self._check_rows(x, tokens)
         length = tokens // len(self.names)
-        # Plain tensors: a training step may follow in the same choice.
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+        with _plain_tensors():
             routing = Routing.from_sequences(self.names, length, self.slots, device=x.device)
         self._made[tokens, x.device] = routing
         return routing
@@ -180,3 +181,10 @@ class _Batch:
                 f"x: {tokens} tokens do not tell which of the {names} sequences they are of, got "
                 f"{list(x.shape)}; pass a Routing over the tokens instead of names"
             )
+
+
+def _plain_tensors() -> AbstractContextManager:
+    """Also under inference mode: a training step may follow in the same choice."""
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    return torch.inference_mode(False)

@@ -11,6 +11,10 @@ from torch import nn
 
 from lora_kernels import Routing, route
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Setting `save_embedding_layers`", "ignore:.*gradient_checkpointing.*:FutureWarning"
+)
+
 
 def test_outside_of_a_choice(files):
     routed = route(llama())
@@ -143,3 +147,29 @@ def test_tokens_without_rows():
     with routed.adapters(routing):
         cut = routed.model(x.flatten(0, 1)[:10], lambda h: h)
     torch.testing.assert_close(cut, kept.flatten(0, 1)[:10])
+
+
+@pytest.mark.parametrize("fullgraph", [True, False], ids=["routing", "names"])
+def test_a_compiled_model_follows_the_choice(fullgraph):
+    routed = route(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)))
+    for name, targets in (("one", ["0", "2"]), ("two", ["2"])):
+        routed.add(name, rank=2, alpha=2, target_modules=targets, init_lora_weights=False)
+    backend = "aot_eager" if fullgraph else "eager"
+    compiled = torch.compile(routed.model, backend=backend, fullgraph=fullgraph)
+    x = torch.randn(4, 3, 6)
+
+    def choice(names):
+        return Routing.from_sequences(names, 6, routed.slots) if fullgraph else names
+
+    def run(model, names):
+        routed.model.zero_grad()
+        with routed.adapters(choice(names)):
+            y = model(x)
+        y.square().sum().backward()
+        gradients = [p.grad for p in routed.parameters_of("one") + routed.parameters_of("two")]
+        return [y.detach()] + [g.clone() for g in gradients if g is not None]
+
+    for names in (["one", "two"], ["two", "one"], ["two", "__base__"]):
+        expected, ours = run(routed.model, names), run(compiled, names)
+        for value, other in zip(ours, expected, strict=True):
+            torch.testing.assert_close(value, other)

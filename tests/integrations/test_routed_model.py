@@ -23,6 +23,10 @@ from lora_kernels import RoutedLoRALinear, Routing, route
 from lora_kernels.adapter_files import read_adapter
 from lora_kernels.testing import assert_within_policy
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Setting `save_embedding_layers`", "ignore:.*gradient_checkpointing.*:FutureWarning"
+)
+
 # --- serving ---------------------------------------------------------------------------------
 
 

@@ -18,6 +18,10 @@ from lora_kernels.adapter_config import targets
 from lora_kernels.adapter_files import read_adapter, write_adapter
 from lora_kernels.testing import assert_within_policy
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Setting `save_embedding_layers`", "ignore:.*gradient_checkpointing.*:FutureWarning"
+)
+
 # --- files -----------------------------------------------------------------------------------
 
 
