@@ -351,6 +351,8 @@ class _Parameters(NamedTuple):
         They are saved for their version counters: changing one before the backward raises, while
         other adapters may take their steps.
         """
+        if type(routing.plan) is not Tensor or torch._C._len_torch_dispatch_stack() > 0:
+            return []  # a graph is being traced: there are no values to look at
         slots = set(routing.plan[:, 0].tolist())
         return [p for p, slot in zip(parameters, self.slots, strict=True) if slot in slots]
 
@@ -390,11 +392,11 @@ class RoutedLoRAFunction(_Function):
     ):
         routing = routing._replace(pair_weights=pair_weights)
         y, h, mask = _call("routed_lora_forward", *bank, *routing, x, weight, bias, seed, backend)
-        needs_factors = any(ctx.needs_input_grad[10:])
+        trains_a, trains_b = layout.trains(bank)
         saved = (
-            x if needs_factors else None,
+            x if trains_a else None,
             weight,
-            h if needs_factors or ctx.needs_input_grad[9] else None,
+            h if trains_b or ctx.needs_input_grad[9] else None,
             mask,
             seed,
             pair_weights,

@@ -85,7 +85,7 @@ class AdapterBank(nn.Module):
         self._storage = FactorStorage(in_features, self.slice_widths, dtype, device)
         self._tables = SlotTables(self.slots.capacity, len(widths), self.device)
         self._fixed = False
-        self._forget()
+        self._derive()
         if rank_capacity is not None:
             self.reserve(rank_capacity)
         self.register_load_state_dict_post_hook(_rebind)
@@ -119,11 +119,12 @@ class AdapterBank(nn.Module):
         _check_name(name, self)
         pairs = self._check_factors(lora_a, lora_b)
         check_scaling(scaling)
+        if isinstance(scaling, Tensor) and scaling.is_meta and self.device.type != "meta":
+            raise ValueError("scaling: expected a value, got a tensor on the meta device")
         check_dropout(dropout_p)
         ranks = tuple(0 if pair is None else pair[0].shape[0] for pair in pairs)
         start = self._allocate(self._storage.region_size(ranks))
         slot = self.slots.acquire(name)
-        self._fit_tables()
         entry = self._tables.write(slot, ranks, self._storage.offsets(start, ranks), scaling)
         adapter = Adapter(slot, ranks, start, entry, dropout_p)
         for names, pair, slabs in zip(
@@ -136,7 +137,7 @@ class AdapterBank(nn.Module):
                 parameter.data = slab
                 adapter.register_parameter(key, parameter)
         self.adapters[name] = adapter.train(self.training)
-        self._forget()
+        self._derive()
         return adapter
 
     def remove(self, name: str) -> Adapter:
@@ -155,8 +156,8 @@ class AdapterBank(nn.Module):
         del self.adapters[name]
         self._storage.give_back(adapter.start, self._storage.region_size(adapter.ranks))
         self._tables.clear(adapter.slot)
+        self._derive()
         self.slots.release(name)
-        self._forget()
         return adapter
 
     def load(self, name: str, directory: str | os.PathLike, module: str | Sequence[str]) -> Adapter:
@@ -242,21 +243,29 @@ class AdapterBank(nn.Module):
 
     @torch.no_grad()
     def _bind(self) -> None:
+        astray = []
         for name, adapter in self.adapters.items():
             slabs = self._storage.slabs(adapter.start, adapter.ranks)
             for pair, slab_pair in zip(adapter.factors(), slabs, strict=True):
                 for parameter, slab in zip(pair or (), slab_pair or (), strict=True):
                     _check_parameter(name, parameter, slab)
                     if slab.is_meta or parameter.data_ptr() != slab.data_ptr():
-                        slab.copy_(parameter.data)
-                        parameter.data = slab
-        self._forget()
+                        astray.append((parameter, slab))
+        # All values first: some may lie in slabs that others are about to be written to.
+        own = self._storage.tensor.untyped_storage().data_ptr()
+        values = [
+            p.data.clone() if p.data.untyped_storage().data_ptr() == own else p.data
+            for p, _ in astray
+        ]
+        for (parameter, slab), value in zip(astray, values, strict=True):
+            slab.copy_(value)
+            parameter.data = slab
+        self._derive()
 
     def _become(self, dtype: torch.dtype, device: torch.device) -> None:
         """Take another dtype or device: new storage, tables of the same content."""
         if (dtype, device) != (self.dtype, self.device):
             self._storage.become(dtype, device)
-            self._forget()
         if self._tables.scaling.device != device:
             self._make_tables(device)
 
@@ -281,7 +290,7 @@ class AdapterBank(nn.Module):
 
     # --- tables -------------------------------------------------------------------------------
 
-    def _fit_tables(self) -> None:
+    def fit_tables(self) -> None:
         """Follow the slots where they have become more."""
         if self._tables.slots != self.slots.capacity:
             self._make_tables(self.device)
@@ -296,37 +305,29 @@ class AdapterBank(nn.Module):
             adapter.scaling_entry = self._tables.write(
                 adapter.slot, adapter.ranks, offsets, scaling
             )
-        self._forget()
+        self._derive()
 
     # --- for the operation --------------------------------------------------------------------
 
-    def _forget(self) -> None:
-        """Drop what was derived from the storage and the adapters."""
-        self._tensors: BankTensors | None = None
-        self._layouts: dict[tuple[bool, ...], GradientLayout] = {}
-        self._ordered: list[Adapter] = []
-        self._bound: list[tuple[dict, str, nn.Parameter, int]] = []
-
     def tensors(self) -> BankTensors:
         """The bank as the backends take it, after checking that it still stands as it was built."""
-        self._fit_tables()
-        if self._tensors is None:
-            self._derive()
         if not torch.compiler.is_compiling():
             for parameters, name, parameter, address in self._bound:
                 if parameters[name] is not parameter or parameter.data_ptr() != address:
                     self.rebind()
-                    self._derive()
                     break
-        thresholds = [
-            drop_threshold(adapter._dropout_p) if adapter.training else 0
-            for adapter in self._ordered
-        ]
-        if thresholds != self._tensors.thresholds:
-            self._set_thresholds(thresholds)
+        self._follow_dropout()
         return self._tensors
 
+    def train(self, mode: bool = True) -> "AdapterBank":
+        """Dropout of all adapters on or off."""
+        super().train(mode)
+        self._follow_dropout()
+        return self
+
     def _derive(self) -> None:
+        """Prepare what calls need, after every change: a call that is being traced only reads."""
+        self._layouts: dict[tuple[bool, ...], GradientLayout] = {}
         self._ordered = sorted(self.adapters.values(), key=lambda adapter: adapter.slot)
         factors, bound = [], []
         for name, adapter in self.adapters.items():
@@ -341,11 +342,12 @@ class AdapterBank(nn.Module):
         columns = [0]
         for width in self.slice_widths:
             columns.append(columns[-1] + width)
-        self._bound = bound
+        # (where the parameter is kept, its name there, itself, its address)
+        self._bound: list[tuple[dict, str, nn.Parameter, int]] = bound
         self._tensors = BankTensors(
             factors=factors,
             slots=[adapter.slot for adapter in self._ordered],
-            thresholds=[0] * len(self._ordered),
+            thresholds=[-1] * len(self._ordered),  # not entered yet
             slice_columns=columns,
             width=max((adapter.rank for adapter in self._ordered), default=0),
             storage=self._storage.tensor,
@@ -353,9 +355,16 @@ class AdapterBank(nn.Module):
             scaling=self._tables.scaling,
             threshold_table=self._tables.thresholds,
         )
-        self._set_thresholds(self._tensors.thresholds)
+        self._follow_dropout()
 
-    def _set_thresholds(self, thresholds: list[int]) -> None:
+    def _follow_dropout(self) -> None:
+        """Enter the dropout of adapters in training mode, where that has changed."""
+        thresholds = [
+            drop_threshold(adapter._dropout_p) if adapter.training else 0
+            for adapter in self._ordered
+        ]
+        if thresholds == self._tensors.thresholds:
+            return
         by_slot = [0] * (self._tables.slots + 1)
         for adapter, threshold in zip(self._ordered, thresholds, strict=True):
             by_slot[adapter.slot] = threshold
@@ -440,8 +449,8 @@ class AdapterBank(nn.Module):
 
     def _check_factors(self, lora_a, lora_b) -> list[tuple[Tensor, Tensor] | None]:
         slices = len(self.slice_widths)
-        if slices == 1 and isinstance(lora_a, Tensor):
-            lora_a, lora_b = [lora_a], [lora_b]
+        if slices == 1:
+            lora_a, lora_b = ([f] if isinstance(f, Tensor) else f for f in (lora_a, lora_b))
         for name, factors in (("lora_a", lora_a), ("lora_b", lora_b)):
             if isinstance(factors, Tensor) or not isinstance(factors, Sequence):
                 raise TypeError(
@@ -461,6 +470,10 @@ class AdapterBank(nn.Module):
                 if not isinstance(factor, Tensor) or factor.dtype not in _DTYPES:
                     came = factor.dtype if isinstance(factor, Tensor) else type(factor).__name__
                     raise TypeError(f"{name}: expected a tensor of floating point, got {came}")
+                if factor.layout is not torch.strided or factor.is_nested:
+                    raise TypeError(f"{name}: expected a dense tensor, got {factor.layout}")
+                if factor.is_meta and self.device.type != "meta":
+                    raise ValueError(f"{name}: expected values, got a tensor on the meta device")
             if a.ndim != 2 or a.shape[0] < 1 or a.shape[1] != self.in_features:
                 raise ValueError(
                     f"lora_a: expected [rank >= 1, {self.in_features}], got {list(a.shape)}"
@@ -479,13 +492,13 @@ class AdapterBank(nn.Module):
 def _check_name(name: str, bank: AdapterBank) -> None:
     if not isinstance(name, str):
         raise TypeError(f"name: expected a string, got {type(name).__name__}")
-    if not name or "." in name or name == BASE or hasattr(nn.ModuleDict, name):
+    if not name or "." in name or name == BASE or hasattr(bank.adapters, name):
+        if name in bank:
+            raise ValueError(f"name: there is an adapter {name!r} already; remove it first")
         raise ValueError(
-            f"name: expected one without dots that is not {BASE!r} or a method of ModuleDict, "
+            f"name: expected one without dots that is not {BASE!r} or an attribute of ModuleDict, "
             f"got {name!r}"
         )
-    if name in bank:
-        raise ValueError(f"name: there is an adapter {name!r} already; remove it first")
 
 
 def _check_size(name: str, size: int) -> None:

@@ -68,6 +68,8 @@ def check_out(out: Tensor, shape: tuple, dtype: torch.dtype, device: torch.devic
             f"out: expected {list(shape)} in {dtype} on {device}, got {list(out.shape)} in "
             f"{out.dtype} on {out.device}"
         )
+    if torch.compiler.is_compiling():
+        return  # what follows looks at memory
     if torch._debug_has_internal_overlap(out) == 1:
         raise ValueError("out: expected rows that do not overlap, got a tensor that repeats memory")
     try:

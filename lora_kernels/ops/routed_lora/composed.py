@@ -329,7 +329,7 @@ def _saved(x, bank, routing, seed) -> tuple[Tensor, Tensor | None]:
     h = x.new_zeros((pairs, bank.width), dtype=product_dtype(x))
     mask = None
     if seed is not None and x.device.type == "cpu":
-        mask = x.new_empty((pairs, -(-x.shape[1] // 8)), dtype=torch.uint8)
+        mask = x.new_zeros((pairs, -(-x.shape[1] // 8)), dtype=torch.uint8)
     return h, mask
 
 
@@ -353,7 +353,7 @@ def _narrow(wide: Tensor, factor: Tensor) -> Tensor:
     """
     if factor.dtype == wide.dtype == product_dtype(wide):
         return wide @ factor
-    if factor.dtype != wide.dtype and _tokens_are_fewer(wide, factor.shape[1]):
+    if _is_better_widened(wide, factor, wide.dtype, factor.shape[1]):
         return (wide.to(factor.dtype) @ factor).to(product_dtype(wide))
     return narrow_product(wide, factor)
 
@@ -362,10 +362,12 @@ def _wide_product(narrow: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``narrow @ factor``: ``[n, R] x [R, D] -> [n, D]`` in ``dtype``."""
     if factor.dtype == dtype:
         return (narrow if narrow.dtype == dtype else narrow.to(dtype)) @ factor
-    if _tokens_are_fewer(narrow, factor.shape[0]):
+    if _is_better_widened(narrow, factor, dtype, factor.shape[0]):
         return (narrow.to(factor.dtype) @ factor).to(dtype)
     return narrow.to(dtype) @ factor.to(dtype)
 
 
-def _tokens_are_fewer(rows: Tensor, rank: int) -> bool:
-    return rows.device.type == "cpu" and rows.shape[0] < rank and rows.dtype.itemsize <= 4
+def _is_better_widened(rows: Tensor, factor: Tensor, dtype: torch.dtype, rank: int) -> bool:
+    """Whether the rows are to take the factor's wider dtype, and not the factor ``dtype``."""
+    wider = factor.dtype.itemsize > dtype.itemsize
+    return wider and rows.device.type == "cpu" and rows.shape[0] < rank

@@ -49,6 +49,14 @@ class GradientLayout(NamedTuple):
     numel: int
     table: Tensor  # [L + 1, 1 + S] int64: the same by slot
 
+    def trains(self, bank: BankTensors) -> tuple[bool, bool]:
+        """Whether any A, and whether any B, needs a gradient."""
+        count = 1 + bank.num_slices
+        of_a = self.offsets[::count]
+        needed = sum(offset >= 0 for offset in self.offsets)
+        needed_of_a = sum(offset >= 0 for offset in of_a)
+        return needed_of_a > 0, needed > needed_of_a
+
 
 class RoutingTensors(NamedTuple):
     """Which adapters each token uses: pairs (token, slot, weight), grouped by slot.

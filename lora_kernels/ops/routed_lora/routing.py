@@ -330,6 +330,8 @@ class Routing:
         Each row is (slot, first pair, end, first token); first token is -1 where the group's tokens
         are not neighbours in ascending order. Computed once per filling; on a device this waits.
         """
+        if self.device.type == "meta":
+            return torch.empty((0, 4), dtype=torch.int64)
         if self._plan is None:
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(

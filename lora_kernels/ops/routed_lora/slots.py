@@ -82,6 +82,8 @@ class AdapterSlots:
                 self._free = list(range(self.capacity, 2 * self.capacity))
                 self.capacity *= 2
                 self.version += 1
+                for bank in self._banks:
+                    bank.fit_tables()
             self._slots[name] = heapq.heappop(self._free)
         return self._slots[name]
 
