@@ -1,0 +1,316 @@
+"""routed_lora on the Triton kernels, interpreted: numbers, against a loop over tokens in fp64."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lora_kernels.ops.routed_lora import (
+    Routing,
+    routed_expand,
+    routed_lora,
+    routed_lora_linear,
+    routed_shrink,
+    tiles,
+)
+from lora_kernels.testing import assert_within_policy
+from lora_kernels.testing.routed_inputs import (
+    RoutedProblem,
+    check_routed,
+    routed_eager,
+    routed_oracle,
+    run_routed,
+)
+
+RANKS = (1, 3, 8, 24, 64, 160)
+SLICED_RANKS = ((3, 0, 8), (0, 5, 0), (1, 1, 1), (8, 24, 3), (0, 0, 2), (16, 8, 8))
+SLICES = (70, 41, 66)
+KINDS = {
+    "fp32": (torch.float32, None),
+    "fp16": (torch.float16, None),
+    "fp16_fp32_adapters": (torch.float16, torch.float32),
+    "fp32_fp16_adapters": (torch.float32, torch.float16),
+}
+SMALL, LARGE = 45, 330  # tokens, for tiles of 16 and of 64 pairs
+
+
+def ids_of(kind: str, adapters: int, rows: int) -> torch.Tensor:
+    """``[M, k]``; every adapter occurs, the last one too, unless the kind says otherwise."""
+    ids = torch.arange(rows) % (adapters + 1) - 1
+    shuffled = ids[torch.randperm(rows, generator=torch.Generator().manual_seed(5))]
+    if kind == "sorted":
+        return ids.sort().values.unsqueeze(1)
+    if kind == "pairs":  # the second is often the first again, or none
+        return torch.stack([shuffled, torch.where(ids % 3 == 0, shuffled, ids), ids.flip(0)], 1)
+    if kind == "one_adapter":
+        return torch.full((rows, 1), adapters - 1)
+    assert kind == "unsorted"
+    return shuffled.unsqueeze(1)
+
+
+@functools.cache
+def case(kind: str, routing: str, rows: int, sliced: bool, dropout: bool, whole: bool):
+    """The problem, eager's results and the oracle's."""
+    dtype, adapter_dtype = KINDS[kind]
+    ranks = SLICED_RANKS if sliced else RANKS
+    p = RoutedProblem.random(
+        ids_of(routing, len(ranks), rows), ranks, 101, SLICES if sliced else 67, dtype=dtype,
+        adapter_dtype=adapter_dtype, with_weight=whole, weighted=routing == "pairs",
+        with_out=not whole and routing == "pairs",
+        dropout=[0.0, 0.3, 0.1, 0.5, 0.2, 0.25] if dropout else 0.0,
+    )  # fmt: skip
+    if dropout:
+        p = p.with_adapter("a2", training=False)
+    return p, routed_eager(p), routed_oracle(p)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("sliced", [False, True], ids=["", "sliced"])
+@pytest.mark.parametrize(
+    "routing, rows, whole",
+    [
+        ("unsorted", SMALL, True),
+        ("unsorted", LARGE, False),
+        ("pairs", SMALL, False),
+        ("pairs", LARGE // 3, True),
+    ],
+)
+def test_numbers(kind, routing, rows, sliced, dropout, whole, poisoned_memory):
+    if kind in ("fp16", "fp32_fp16_adapters") and (routing, whole) != ("pairs", False):
+        pytest.skip("the other kinds cover the rest")
+    problem, eager, oracle = case(kind, routing, rows, sliced, dropout, whole)
+    ours = run_routed(problem, "triton")
+    assert ours.keys() == eager.keys() == oracle.keys()
+    for name, result in ours.items():
+        assert_within_policy(name, result, eager[name], oracle[name], problem.x.dtype)
+
+
+@pytest.mark.parametrize("routing", ["sorted", "one_adapter"])
+def test_neighbouring_tokens(routing, poisoned_memory):
+    problem, eager, oracle = case("fp32", routing, LARGE, False, False, True)
+    ours = run_routed(problem, "triton")
+    for name, result in ours.items():
+        assert_within_policy(name, result, eager[name], oracle[name])
+
+
+@pytest.mark.parametrize("rows", [SMALL, LARGE])
+def test_bf16_adapters_are_read(rows, poisoned_memory):
+    """Without their gradients: the interpreter does not round to bf16 but cuts off."""
+    problem = RoutedProblem.random(
+        ids_of("unsorted", 6, rows), RANKS, 101, 67, adapter_dtype=torch.bfloat16, dropout=0.2
+    )
+    check_routed(problem, "triton", assert_within_policy, ["x"])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [3, 300])
+def test_split_depth(rows, dtype, dropout, poisoned_memory, monkeypatch):
+    """A depth in parts, whose last is cut short, in slices of different depths."""
+    split = []
+    shrink_tile = tiles.shrink_tile
+
+    def in_parts(*args, **kwargs):
+        tile = shrink_tile(*args, **kwargs)
+        blocks = -(-args[1] // tile.BLOCK_D)
+        split.append(tiles.ShrinkTile(**{**vars(tile), "parts": min(3, blocks)}))
+        return split[-1]
+
+    monkeypatch.setattr(tiles, "shrink_tile", in_parts)
+    problem = RoutedProblem.random(
+        ids_of("unsorted", 2, rows), [(3, 20), (8, 0)], 333, (300, 130), dtype=dtype,
+        dropout=dropout, with_weight=False,
+    )  # fmt: skip
+    ours = check_routed(problem, "triton", assert_within_policy)
+    assert all(tile.parts == 3 for tile in split)
+    inference = run_routed(problem, "triton", [])
+    assert torch.equal(inference["y"], ours["y"]), "with and without a backward"
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 4])
+@pytest.mark.parametrize("sliced", [False, True], ids=["", "sliced"])
+def test_groups_across_windows(window, sliced, poisoned_memory, monkeypatch):
+    """Groups that end in a window, fill several, begin in the middle of one, or end at its end."""
+    gradient_tile = tiles.gradient_tile
+    monkeypatch.setattr(
+        tiles, "gradient_tile",
+        lambda *args, **kw: tiles.GradientTile(**{**vars(gradient_tile(*args, **kw)),
+                                                  "window": window}),
+    )  # fmt: skip
+    sizes = [400, 1, 64, 0, 65, 200, 256]
+    ids = torch.cat(
+        [torch.full((n,), slot) for slot, n in enumerate(sizes)] + [torch.full((70,), -1)]
+    )
+    ranks = (
+        [(3, 8), (0, 2), (70, 1), (1, 1), (4, 0), (16, 16), (8, 3)]
+        if sliced
+        else [3, 2, 70, 1, 4, 16, 8]
+    )
+    problem = RoutedProblem.random(
+        ids[torch.randperm(len(ids))], ranks, 37, (29, 11) if sliced else 29, with_weight=False,
+        dropout=0.2,
+    )  # fmt: skip
+    ours = check_routed(problem, "triton", assert_within_policy)
+    assert not any(ours[name].any() for name in ours if name.startswith("a3."))
+
+
+@pytest.mark.parametrize("ids", [[], [-1] * 7, [2], [-1], [0] * 9], ids=str)
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_small_and_empty_batches(ids, whole, dropout, poisoned_memory):
+    problem = RoutedProblem.random(ids, [2, 5, 3], 19, 11, with_weight=whole, dropout=dropout)
+    ours = check_routed(problem, "triton", assert_within_policy)
+    for slot in {0, 1, 2} - set(ids):
+        assert not ours[f"a{slot}.lora_a"].any() and not ours[f"a{slot}.lora_b"].any()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_empty_bank(whole, poisoned_memory):
+    problem = RoutedProblem.random([-1, -1, -1], [], 19, 11, with_weight=whole)
+    check_routed(problem, "triton", assert_within_policy, ["x"] if whole else [])
+
+
+def rearranged(tensor: torch.Tensor, kind: str) -> torch.Tensor:
+    """The same values behind other strides, with NaN between them."""
+    if kind == "transposed":
+        return tensor.mT.contiguous().mT
+    if kind == "every_second":
+        wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), torch.nan, dtype=tensor.dtype)
+        wide[..., ::2] = tensor
+        return wide[..., ::2]
+    return tensor
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), rows=st.integers(0, 24), k=st.integers(1, 3), count=st.integers(1, 5))
+def test_any_shape_stride_and_routing(data, rows, k, count, poisoned_memory):
+    draw = data.draw
+    ids = draw(
+        st.lists(
+            st.lists(st.integers(-1, count - 1), min_size=k, max_size=k),
+            min_size=rows, max_size=rows,
+        )
+    )  # fmt: skip
+    slices = draw(st.lists(st.integers(1, 40), min_size=1, max_size=3))
+    ranks = [
+        [draw(st.integers(1 if s == 0 else 0, 20)) for s in range(len(slices))]
+        for _ in range(count)
+    ]
+    whole = draw(st.booleans())
+    problem = RoutedProblem.random(
+        torch.tensor(ids).reshape(rows, k), ranks, draw(st.integers(1, 40)), slices,
+        adapter_dtype=draw(st.sampled_from([None, torch.float16, torch.float64])),
+        with_weight=whole, with_out=draw(st.booleans()) and not whole,
+        weighted=k > 1 or draw(st.booleans()), dropout=draw(st.sampled_from([0.0, 0.3, 0.9])),
+    )  # fmt: skip
+    strides = st.sampled_from(["as_is", "transposed", "every_second"])
+    changes = {
+        name: rearranged(getattr(problem, name), draw(strides))
+        for name in ("x", "dy", "weight")
+        if getattr(problem, name) is not None
+    }
+    check_routed(problem.with_(**changes), "triton", assert_within_policy)
+
+
+@pytest.mark.parametrize("rows", [20, 300])
+@pytest.mark.parametrize("strides", ["as_is", "transposed", "every_second"])
+@pytest.mark.parametrize("k", [1, 2])
+def test_out_of_any_strides(rows, strides, k, poisoned_memory):
+    problem = RoutedProblem.random(
+        torch.cat([ids_of("unsorted", 3, rows)] * k, 1), [(2, 3), (5, 0), (3, 1)], 19, (11, 9),
+        with_weight=False, with_out=True, weighted=True,
+    )  # fmt: skip
+    out = rearranged(problem.out.clone(), strides)
+    bank = problem.bank()
+    with torch.no_grad():
+        result = routed_lora(problem.x, bank, problem.routing(bank), out, backend="triton")
+    assert result is out
+    assert_within_policy("out", out, routed_eager(problem)["y"], routed_oracle(problem)["y"])
+
+
+def test_fp16_tiny_b_and_tiny_gradients_do_not_underflow(poisoned_memory):
+    """B and dy near 1e-5: t is about 1e-9, below fp16's smallest number, and feeds dA."""
+    problem = RoutedProblem.random(
+        ids_of("unsorted", 3, 300), [8, 1, 24], 64, 96, dtype=torch.float16,
+        adapter_dtype=torch.float32, with_bias=False,
+    )  # fmt: skip
+    for adapter in problem.adapters.values():
+        adapter.pairs[0][1].mul_(1e-5)
+    problem = problem.with_(dy=problem.dy * 1e-5)
+    ours, oracle = run_routed(problem, "triton"), routed_oracle(problem)
+    in_fp32 = {n: getattr(problem, n).float() for n in ("x", "weight", "dy")}
+    eager = routed_eager(problem.with_(**in_fp32))
+    for name in ("a0.lora_a", "a1.lora_a", "a2.lora_a"):
+        largest = oracle[name].abs().max()
+        assert largest > 1e-9 and ours[name].dtype == torch.float32
+        error = (ours[name] - oracle[name]).abs().max() / largest
+        floor = (eager[name] - oracle[name]).abs().max() / largest
+        assert error <= 2 * floor + torch.finfo(torch.float16).eps, name
+
+
+# --- the halves -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["fp32", "fp16_fp32_adapters"])
+@pytest.mark.parametrize("rows, k", [(SMALL, 1), (LARGE, 1), (40, 3)])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_halves_are_the_whole(kind, rows, k, dropout, poisoned_memory):
+    dtype, adapter_dtype = KINDS[kind]
+    ids = ids_of("pairs" if k == 3 else "unsorted", len(SLICED_RANKS), rows)
+    problem = RoutedProblem.random(
+        ids, SLICED_RANKS, 77, SLICES, dtype=dtype, adapter_dtype=adapter_dtype,
+        with_weight=False, dropout=dropout, weighted=True,
+    )  # fmt: skip
+    bank = problem.bank()
+    x, weights = problem.x.clone().requires_grad_(), problem.weights.clone().requires_grad_()
+    routing = Routing.from_weighted(problem.ids, weights, bank)
+    h = routed_shrink(x, bank, routing, seed=problem.seed, backend="triton")
+    assert h.dtype == torch.float32 and h.shape == (rows * k, 35)
+    offsets = routing.tensors(with_plan=False).offsets.tolist()
+    for slot, ranks in [*enumerate(SLICED_RANKS), (-2, (0,))]:
+        group = h[offsets[slot] : offsets[slot + 1]]
+        assert len(group) and not group[:, sum(ranks) :].any() and group[:, : sum(ranks)].all()
+    y = routed_expand(h, bank, routing, dtype=dtype, backend="triton")
+    parameters = {n.removeprefix("adapters."): p for n, p in bank.named_parameters()}
+    leaves = {"x": x, "weights": weights, **parameters}
+    gradients = torch.autograd.grad(y, leaves.values(), problem.dy)
+    ours = {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}
+    eager, oracle = routed_eager(problem), routed_oracle(problem)
+    assert ours.keys() == oracle.keys()
+    for name, result in ours.items():
+        assert_within_policy(name, result, eager[name], oracle[name], dtype)
+
+
+@pytest.mark.parametrize("rows", [SMALL, LARGE])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_h_of_another_dtype_and_layout(rows, dtype, poisoned_memory):
+    problem = RoutedProblem.random(ids_of("unsorted", 6, rows), RANKS, 20, 67, with_weight=False)
+    bank = problem.bank()
+    routing = problem.routing(bank)
+    h = routed_shrink(problem.x, bank, routing, backend="triton").detach().to(dtype)
+    expected = routed_expand(h.float(), bank, routing, dtype=torch.float32, backend="triton")
+    if dtype == torch.float64:
+        with pytest.raises(ValueError, match="float64"):
+            routed_expand(h, bank, routing, dtype=torch.float32, backend="triton")
+        return
+    h = rearranged(h, "transposed").requires_grad_()
+    y = routed_expand(h, bank, routing, dtype=torch.float32, backend="triton")
+    assert torch.equal(y, expected)
+    (t,) = torch.autograd.grad(y, h, problem.dy)
+    assert t.dtype == dtype and torch.isfinite(t).all() and t.any()
+
+
+def test_leading_dimensions_and_the_base(poisoned_memory):
+    problem = RoutedProblem.random(ids_of("unsorted", 3, 24), [2, 5, 3], 19, 11)
+    bank = problem.bank()
+    routing = problem.routing(bank)
+
+    def call(x):
+        return routed_lora_linear(x, problem.weight, bank, routing, problem.bias, backend="triton")
+
+    shaped = call(problem.x.view(2, 3, 4, 19))
+    assert shaped.shape == (2, 3, 4, 11)
+    assert torch.equal(shaped.view(24, 11), call(problem.x))
