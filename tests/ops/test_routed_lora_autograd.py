@@ -1,10 +1,9 @@
-"""routed_lora as torch sees it: op registration, compile, checkpointing, what is saved."""
+"""routed_lora as torch sees it: op registration, checkpointing, what is saved."""
 
 import math
 
 import pytest
 import torch
-import torch._dynamo.testing
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels.ops.routed_lora import (
@@ -107,136 +106,6 @@ def test_no_result_of_an_op_holds_uninitialised_memory(half, poisoned_memory, mo
     poisoned = run()
     monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
     assert all(torch.equal(a, b) for a, b in zip(poisoned, run(), strict=True))
-
-
-# --- compile ----------------------------------------------------------------------------------
-
-
-def compiled_case(backend: str, dropout: float = 0.0, **options):
-    torch._dynamo.reset()
-    p = problem_of(dropout, weighted=False, **options)
-    bank = p.bank()
-    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
-
-    @torch.compile(fullgraph=True, backend=counter)
-    def layer(x, routing):
-        return routed_lora_linear(x, p.weight, bank, routing, p.bias, seed=p.seed).relu()
-
-    def eager(x, routing):
-        return routed_lora_linear(x, p.weight, bank, routing, p.bias, seed=p.seed).relu()
-
-    return p, bank, counter, layer, eager
-
-
-def compare(layer, eager, x, routing, parameters) -> None:
-    dy = torch.randn(x.shape[0], 13)
-    results = []
-    for function in (layer, eager):
-        y = function(x, routing)
-        results.append((y.detach(), *torch.autograd.grad(y, [x, *parameters], dy)))
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "backend, dropout, sliced", [("eager", 0.3, False), ("aot_eager", 0.3, True)]
-)
-def test_compiled_equals_eager_for_routings_of_one_capacity(backend, dropout, sliced):
-    """Another routing object, and the same one filled again, compile nothing anew."""
-    p, bank, counter, layer, eager = compiled_case(backend, dropout, sliced=sliced)
-    x, parameters = p.x.requires_grad_(), list(bank.parameters())
-    routing = Routing.from_tokens([0, 1, 2, -1, 2, 0, 1], bank)
-    compare(layer, eager, x, routing, parameters)
-    frames = counter.frame_count
-    compare(layer, eager, x, Routing.from_tokens([2, 2, 2, 2, -1, 0, 1], bank), parameters)
-    compare(layer, eager, x, routing.set_tokens_([1, 1, -1, 1, 0, 2, 2]), parameters)
-    compare(layer, eager, x, Routing.from_tokens([1] * 7, bank), parameters)
-    assert counter.frame_count == frames == 1
-
-
-def test_compiled_for_other_numbers_of_tokens():
-    _, bank, counter, layer, eager = compiled_case("aot_eager")
-    parameters = list(bank.parameters())
-    for rows in (7, 12, 31, 64, 100, 129):
-        x = torch.randn(rows, 21, requires_grad=True)
-        routing = Routing.from_tokens(torch.randint(-1, 3, (rows,)), bank)
-        compare(layer, eager, x, routing, parameters)
-    assert counter.frame_count <= 3
-
-
-def test_compiled_without_gradients():
-    p, bank, _, layer, eager = compiled_case("aot_eager")
-    routing = Routing.from_tokens([0, 1, 2, -1, 2, 0, 1], bank)
-    with torch.no_grad():
-        torch.testing.assert_close(layer(p.x, routing), eager(p.x, routing))
-
-
-def test_inductor():
-    p, bank, _, layer, eager = compiled_case("inductor")
-    routing = Routing.from_tokens([0, 1, 2, -1, 2, 0, 1], bank)
-    compare(layer, eager, p.x.requires_grad_(), routing, list(bank.parameters()))
-
-
-def test_compiled_follows_the_adapters():
-    """Steps, another scaling, a removal and an addition after it was compiled."""
-    p, bank, counter, layer, eager = compiled_case("aot_eager")
-    x = p.x.requires_grad_()
-    routing = Routing.from_tokens([0, 1, 2, -1, 2, 0, 1], bank)
-    compare(layer, eager, x, routing, list(bank.parameters()))
-    with torch.no_grad():
-        for parameter in bank.parameters():
-            parameter.mul_(-0.5)
-    bank["a0"].scaling = 3.0
-    compare(layer, eager, x, routing, list(bank.parameters()))
-    assert counter.frame_count == 1
-    bank.remove("a1")
-    bank.add("new", torch.randn(40, 21), torch.randn(13, 40), -2.0)
-    routing.set_tokens_([0, 1, 2, -1, 2, 0, 1])
-    compare(layer, eager, x, routing, list(bank.parameters()))
-
-
-def test_compiled_with_a_routing_that_is_out_of_date_raises():
-    p, bank, _, layer, _ = compiled_case("eager")
-    routing = Routing.from_tokens([0, 1, 2, -1, 2, 0, 1], bank)
-    layer(p.x, routing)
-    bank.remove("a1")
-    with pytest.raises(Exception, match="routing: adapters were removed"):
-        layer(p.x, routing)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_compiled_dropout_without_a_seed(training):
-    torch._dynamo.reset()
-    p = problem_of(0.5, weighted=False)
-    bank = p.bank().train(training)
-    routing = Routing.from_tokens([0, 1, 2, 1, 2, 0, 1], bank)
-    layer = torch.compile(
-        lambda x: routed_lora_linear(x, p.weight, bank, routing),
-        fullgraph=True,
-        backend="aot_eager",
-    )
-    with torch.no_grad():
-        assert torch.equal(layer(p.x), layer(p.x)) != training
-
-
-@pytest.mark.parametrize("function", ["routed_lora", "routed_shrink", "routed_expand", "out"])
-def test_the_other_functions_compile(function):
-    torch._dynamo.reset()
-    p = problem_of(weighted=False)
-    bank = p.bank()
-    routing = Routing.from_tokens([0, 1, 2, -1, 2, 0, 1], bank)
-    h = routed_shrink(p.x, bank, routing).detach()
-    calls = {
-        "routed_lora": lambda: routed_lora(p.x, bank, routing),
-        "routed_shrink": lambda: routed_shrink(p.x, bank, routing),
-        "routed_expand": lambda: routed_expand(h, bank, routing),
-        "out": lambda: routed_lora(p.x, bank, routing, torch.ones(7, 13)),
-    }
-    call = calls[function]
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(), call())
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(), call())
 
 
 # --- checkpointing and seeds ------------------------------------------------------------------
