@@ -327,7 +327,6 @@ class AdapterBank(nn.Module):
 
     def _derive(self) -> None:
         """Prepare what calls need, after every change: a call that is being traced only reads."""
-        self._layouts: dict[tuple[bool, ...], GradientLayout] = {}
         self._ordered = sorted(self.adapters.values(), key=lambda adapter: adapter.slot)
         factors, bound = [], []
         for name, adapter in self.adapters.items():
@@ -356,6 +355,9 @@ class AdapterBank(nn.Module):
             threshold_table=self._tables.thresholds,
         )
         self._follow_dropout()
+        self._needed, self._layout = [p.requires_grad for _, _, p, _ in bound], self._make_layout()
+        nothing = torch.full_like(self._layout.table, -1)
+        self._no_gradients = GradientLayout([-1] * len(factors), 0, nothing)
 
     def _follow_dropout(self) -> None:
         """Enter the dropout of adapters in training mode, where that has changed."""
@@ -377,17 +379,17 @@ class AdapterBank(nn.Module):
 
     def gradient_layout(self) -> GradientLayout:
         """Where a backward puts the gradients of the factors that require them now."""
-        needed = tuple(
-            [parameter.requires_grad for _, _, parameter, _ in self._bound]
-            if torch.is_grad_enabled()
-            else ()
-        )
-        layout = self._layouts.get(needed)
-        if layout is None:
-            layout = self._layouts[needed] = self._make_layout(any(needed))
+        if not torch.is_grad_enabled():
+            return self._no_gradients
+        needed = [parameter.requires_grad for _, _, parameter, _ in self._bound]
+        if needed == self._needed:
+            return self._layout
+        layout = self._make_layout()
+        if not torch.compiler.is_compiling():  # a graph guards what it changes: once more compiled
+            self._needed, self._layout = needed, layout
         return layout
 
-    def _make_layout(self, any_needed: bool) -> GradientLayout:
+    def _make_layout(self) -> GradientLayout:
         offsets, end = [], 0
         table = torch.full((self._tables.slots + 1, 1 + len(self.slice_widths)), -1)
         for adapter in self._ordered:
@@ -397,7 +399,7 @@ class AdapterBank(nn.Module):
             factors = self._storage.factors(adapter.start, adapter.ranks)
             row = []
             for need, factor in zip(needs, factors, strict=True):
-                row.append(end if need and any_needed else -1)
+                row.append(end if need else -1)
                 end += aligned(factor.numel()) if row[-1] >= 0 else 0
             table[adapter.slot] = torch.tensor(row)
             offsets += row
@@ -432,7 +434,15 @@ class AdapterBank(nn.Module):
         return self
 
     def __getstate__(self) -> dict:
-        left_out = ("_tables", "_tensors", "_layouts", "_ordered", "_bound")
+        left_out = (
+            "_tables",
+            "_tensors",
+            "_ordered",
+            "_bound",
+            "_needed",
+            "_layout",
+            "_no_gradients",
+        )
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict) -> None:
