@@ -1,4 +1,4 @@
-"""The calls whose kernels are compiled without a GPU: what ``lora_linear`` launches for each.
+"""The calls whose kernels are compiled without a GPU: what our operations launch for each.
 
 The tests in ``tests/kernels/compiled`` and the table of resources share them; the table is made by
 
@@ -11,14 +11,17 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from lora_kernels.launching import DeviceLimits
 from lora_kernels.ops.lora_linear import gemm, launch, tiles
+from lora_kernels.ops.routed_lora import launch as routed_launch
+from lora_kernels.ops.routed_lora.operands import BankTensors, GradientLayout, RoutingTensors
 from lora_kernels.testing.compile_only import Launch, Resources, compile_launch, record_launches
 
 # As cudaDeviceProp has them: A100, H200, B200.
 DEVICES = {
-    80: tiles.DeviceLimits("sm_80", 80, 108, 166_912),
-    90: tiles.DeviceLimits("sm_90", 90, 132, 232_448),
-    100: tiles.DeviceLimits("sm_100", 100, 148, 232_448),
+    80: DeviceLimits("sm_80", 80, 108, 166_912),
+    90: DeviceLimits("sm_90", 90, 132, 232_448),
+    100: DeviceLimits("sm_100", 100, 148, 232_448),
 }
 
 
@@ -36,6 +39,8 @@ class Call:
     with_output_scale: bool = False
     strategy: str = "fused"
     scaling_on_device: bool = False
+
+    modules = (launch, gemm)
 
     def run(self) -> None:
         """On meta tensors: nothing is computed, only launched."""
@@ -58,6 +63,64 @@ class Call:
                 dy, x, weight, lora_a, lora_b, scaling, h, scale, unscaled, None, self.dropout_p,
                 seed, (True, True, True, False, self.with_output_scale),
             )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RoutedCall:
+    """``routed_lora_linear`` with and without a backward, with every gradient but the bias's."""
+
+    tokens: int
+    in_features: int
+    slices: tuple[int, ...]  # out_features of each
+    width: int  # the widest rank over the slices
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    dropout: bool = False
+    pairs_per_token: int = 1
+    weighted: bool = False
+    with_weight: bool = True
+    num_slots: int = 64
+
+    modules = (routed_launch,)
+
+    def run(self) -> None:
+        """On meta tensors: nothing is computed, only launched."""
+        m, k, slots, factors = (
+            self.tokens, self.in_features, self.num_slots, 1 + len(self.slices),
+        )  # fmt: skip
+        pairs = m * self.pairs_per_token
+        block = 16 if pairs <= 256 else 64
+
+        def empty(*shape: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        def ints(*shape: int) -> torch.Tensor:
+            return empty(*shape, dtype=torch.int32)
+
+        columns = [sum(self.slices[:s]) for s in range(factors)]
+        bank = BankTensors(
+            factors=[], slots=[], thresholds=[], slice_columns=columns, width=self.width,
+            storage=empty(1 << 24, dtype=self.adapter_dtype),
+            table=empty(slots + 1, factors, 3, dtype=torch.int64),
+            scaling=empty(slots + 1, dtype=torch.float64), threshold_table=ints(slots + 1),
+        )  # fmt: skip
+        routing = RoutingTensors(
+            tokens=ints(pairs), offsets=ints(slots + 2),
+            tiles=ints(pairs // block + min(slots + 1, pairs), 2), inverse=ints(pairs),
+            pair_weights=empty(pairs, dtype=torch.float32) if self.weighted else None,
+            plan=empty(0, 4, dtype=torch.int64), pairs_per_token=self.pairs_per_token, block=block,
+        )  # fmt: skip
+        layout = GradientLayout(
+            [0] * factors, 1 << 24, empty(slots + 1, factors, dtype=torch.int64)
+        )
+        x, dy, weight = empty(m, k), empty(m, columns[-1]), empty(columns[-1], k)
+        weight = weight if self.with_weight else None
+        seed = empty(dtype=torch.int64) if self.dropout else None
+        routed_launch.forward(x, weight, None, bank, routing, seed, False)
+        _, h, _ = routed_launch.forward(x, weight, None, bank, routing, seed, True)
+        routed_launch.backward(
+            dy, x, weight, bank, routing, layout, h, None, seed, k, (True, self.weighted, False)
+        )
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -84,11 +147,32 @@ CALLS = {
     "bf16, r 16, one token": (Call(1, 4096, 4096, 16, BF16, BF16, strategy="hybrid"), (90,)),
 }
 
+ALL = (80, 90, 100)
+ROUTED_CALLS = {
+    "routed, bf16, r 16": (RoutedCall(8192, 4096, (4096,), 16, BF16, BF16), ALL),
+    "routed q k v, bf16, fp32 adapters, r 64, dropout": (
+        RoutedCall(8192, 4096, (4096, 1024, 1024), 192, BF16, FP32, dropout=True), ALL,
+    ),
+    "routed, bf16, r 64, two weighted adapters per token": (
+        RoutedCall(8192, 4096, (4096,), 64, BF16, BF16, pairs_per_token=2, weighted=True), ALL,
+    ),
+    "routed alone, fp16, fp32 adapters, r 3, dropout, odd sizes": (
+        RoutedCall(1000, 4097, (4095,), 3, FP16, FP32, dropout=True, with_weight=False), ALL,
+    ),
+    "routed, fp32, r 16, dropout": (
+        RoutedCall(8192, 4096, (4096,), 16, FP32, FP32, dropout=True), (90,),
+    ),
+    "routed q k v, bf16, r 16, 32 tokens": (
+        RoutedCall(32, 4096, (4096, 1024, 1024), 48, BF16, BF16), ALL,
+    ),
+    "routed, bf16, r 160, one token": (RoutedCall(1, 4096, (4096,), 160, BF16, BF16), (90,)),
+}  # fmt: skip
+
 
 @functools.cache
-def launches_of(call: Call, capability: int) -> list[Launch]:
+def launches_of(call: Call | RoutedCall, capability: int) -> list[Launch]:
     """What the call launches on that device, each distinct kernel variant once."""
-    recorded = record_launches([launch, gemm], call.run, DEVICES[capability])
+    recorded = record_launches(list(call.modules), call.run, DEVICES[capability])
     return list({compile_key(launched): launched for launched in recorded}.values())
 
 
@@ -104,7 +188,7 @@ def compile_key(launched: Launch) -> str:
 
 
 @functools.cache
-def resources_of(call: Call, capability: int) -> list[tuple[Launch, Resources]]:
+def resources_of(call: Call | RoutedCall, capability: int) -> list[tuple[Launch, Resources]]:
     return [
         (launched, compile_launch(launched, capability))
         for launched in launches_of(call, capability)
@@ -114,7 +198,7 @@ def resources_of(call: Call, capability: int) -> list[tuple[Launch, Resources]]:
 def resource_table() -> str:
     """Registers, spills and shared memory of every kernel, as Markdown."""
     lines = [
-        f"# Resources of the kernels of lora_linear, compiled by Triton {triton.__version__}",
+        f"# Resources of our kernels, compiled by Triton {triton.__version__}",
         "",
         "Generated without a GPU; the tests compare it for the Triton it names. To renew:",
         "",
@@ -123,8 +207,9 @@ def resource_table() -> str:
         "Registers per thread, spills and other stack in bytes per thread, shared memory in bytes",
         "per block. Tile: BLOCK_M x (BLOCK_C or BLOCK_D) [x BLOCK_D] / BLOCK_R, warps x stages.",
     ]
-    for name, (call, capabilities) in CALLS.items():
-        shape = f"M {call.tokens}, K {call.in_features}, N {call.out_features}"
+    for name, (call, capabilities) in (CALLS | ROUTED_CALLS).items():
+        columns = call.out_features if isinstance(call, Call) else "+".join(map(str, call.slices))
+        shape = f"M {call.tokens}, K {call.in_features}, N {columns}"
         lines += ["", f"## {name} ({shape})", ""]
         lines += [
             "| sm | kernel | tile | variant | registers | stack | shared |",

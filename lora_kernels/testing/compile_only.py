@@ -29,6 +29,8 @@ _TYPE_OF = {
     torch.float32: "fp32",
     torch.float64: "fp64",
     torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int8: "i8",
 }
 
 

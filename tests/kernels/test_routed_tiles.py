@@ -1,0 +1,108 @@
+"""Tile choice of routed_lora: functions of shapes and the device, never of a routing's content."""
+
+import inspect
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_kernels.launching import DeviceLimits, cdiv
+from lora_kernels.ops.routed_lora import tiles
+from lora_kernels.ops.routed_lora.tiles import Cell
+
+A100 = DeviceLimits("A100", 80, 108, 166_912)
+RTX_4090 = DeviceLimits("RTX 4090", 89, 128, 101_376)
+H200 = DeviceLimits("NVIDIA H200", 90, 132, 232_448)
+B200 = DeviceLimits("B200", 100, 148, 232_448)
+
+
+def cell_of(pairs=8192, width=16, itemsize=2, factor_itemsize=2, slots=64, ieee=False) -> Cell:
+    block = 16 if pairs <= 256 else 64  # as Routing has it
+    return Cell(
+        itemsize=4 if ieee else itemsize,
+        factor_itemsize=factor_itemsize,
+        pairs=pairs,
+        block=block,
+        num_tiles=pairs // block + min(slots + 1, pairs),
+        width=width,
+        ieee=ieee,
+    )
+
+
+cells = st.builds(
+    cell_of,
+    pairs=st.one_of(st.integers(1, 300), st.integers(1, 2**24)),
+    width=st.integers(1, 2048),
+    itemsize=st.sampled_from([2, 4]),
+    factor_itemsize=st.sampled_from([2, 4, 8]),
+    slots=st.integers(1, 4096),
+    ieee=st.booleans(),
+)
+devices = st.sampled_from([A100, RTX_4090, H200, B200, DeviceLimits()])
+depths = st.integers(1, 200_000)
+slices = st.integers(1, 4)
+
+
+def check_common(tile, sizes: tuple[str, ...]) -> None:
+    for name in sizes:
+        size = getattr(tile, name)
+        assert size & (size - 1) == 0 and size >= 16, name
+    assert tile.num_warps in (4, 8) and 1 <= tile.num_stages <= 4
+
+
+@given(cell=cells, depth=depths, count=slices, limits=devices, aligned=st.booleans())
+def test_shrink(cell, depth, count, limits, aligned):
+    tile = tiles.shrink_tile(cell, depth, count, limits, aligned=aligned)
+    check_common(tile, ("BLOCK_D", "BLOCK_R"))
+    stage = tile.BLOCK_D * (cell.block * cell.itemsize + tile.BLOCK_R * cell.factor_itemsize)
+    assert tile.num_stages * stage <= limits.shared_memory
+    blocks = cdiv(depth, tile.BLOCK_D)
+    assert 1 <= tile.parts <= min(16, blocks)
+    assert (tile.parts - 1) * cdiv(blocks, tile.parts) < blocks, "a part without columns"
+
+
+@given(cell=cells, count=slices, limits=devices, aligned=st.booleans())
+def test_expand(cell, count, limits, aligned):
+    tile = tiles.expand_tile(cell, count, limits, aligned=aligned)
+    check_common(tile, ("BLOCK_C", "BLOCK_R"))
+    assert not tiles.is_small(cell) or tile.num_stages == 1, "a cast feeds its product"
+    itemsize = max(cell.itemsize, cell.factor_itemsize)
+    stage = (cell.block + tile.BLOCK_C) * tile.BLOCK_R * itemsize
+    assert tile.num_stages * stage <= limits.shared_memory
+
+
+@given(cell=cells, depth=depths, count=slices, limits=devices, aligned=st.booleans())
+def test_gradient(cell, depth, count, limits, aligned):
+    tile = tiles.gradient_tile(cell, depth, count, limits, aligned=aligned)
+    check_common(tile, ("BLOCK_M", "BLOCK_D", "BLOCK_R"))
+    stage = tile.BLOCK_M * (tile.BLOCK_D * cell.itemsize + tile.BLOCK_R * 4)
+    assert tile.num_stages * stage <= limits.shared_memory
+    windows = cdiv(cell.num_tiles, tile.window)
+    partials = 2 * 4 * windows * depth * cell.width
+    assert windows == 1 or partials <= tiles.MAX_PARTIALS
+
+
+@pytest.mark.parametrize("width, count, block_r", [(16, 1, 16), (48, 3, 16), (64, 1, 64)])
+def test_rank_tile_fits_one_slice(width, count, block_r):
+    assert tiles.rank_block(cell_of(width=width), count) == block_r
+
+
+def test_few_tokens_split_the_depth_and_many_do_not():
+    few = tiles.shrink_tile(cell_of(pairs=4), 14_336, 1, H200, aligned=True)
+    many = tiles.shrink_tile(cell_of(pairs=8192), 14_336, 1, H200, aligned=True)
+    assert few.parts == 16 and many.parts == 1
+
+
+@pytest.mark.parametrize("pairs", [512, 8192, 2**20])
+def test_windows_give_every_multiprocessor_work(pairs):
+    tile = tiles.gradient_tile(cell_of(pairs=pairs), 4096, 1, H200, aligned=True)
+    programs = cdiv(pairs, 64 * tile.window) * cdiv(4096, tile.BLOCK_D)
+    assert programs >= H200.multiprocessors
+
+
+def test_nothing_here_sees_a_routing():
+    for function in (tiles.shrink_tile, tiles.expand_tile, tiles.gradient_tile):
+        assert not {"routing", "offsets", "tokens"} & set(inspect.signature(function).parameters)
+    assert set(Cell.__dataclass_fields__) == {
+        "itemsize", "factor_itemsize", "pairs", "block", "num_tiles", "width", "ieee",
+    }  # fmt: skip
