@@ -13,6 +13,7 @@ import triton
 
 from lora_kernels.launching import DeviceLimits
 from lora_kernels.ops.lora_linear import gemm, launch, tiles
+from lora_kernels.ops.routed_lora import grids
 from lora_kernels.ops.routed_lora import launch as routed_launch
 from lora_kernels.ops.routed_lora.operands import BankTensors, GradientLayout, RoutingTensors
 from lora_kernels.testing.compile_only import Launch, Resources, compile_launch, record_launches
@@ -81,7 +82,7 @@ class RoutedCall:
     with_weight: bool = True
     num_slots: int = 64
 
-    modules = (routed_launch,)
+    modules = (grids,)
 
     def run(self) -> None:
         """On meta tensors: nothing is computed, only launched."""

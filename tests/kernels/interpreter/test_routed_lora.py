@@ -74,7 +74,7 @@ def case(kind: str, routing: str, rows: int, sliced: bool, dropout: bool, whole:
     [
         ("unsorted", SMALL, True),
         ("unsorted", LARGE, False),
-        ("pairs", SMALL, False),
+        ("pairs", SMALL // 2, False),
         ("pairs", LARGE // 3, True),
     ],
 )
@@ -106,8 +106,7 @@ def test_bf16_adapters_are_read(rows, poisoned_memory):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("rows", [3, 300])
+@pytest.mark.parametrize("rows, dtype", [(3, torch.float16), (300, torch.float32)], ids=str)
 def test_split_depth(rows, dtype, dropout, poisoned_memory, monkeypatch):
     """A depth in parts, whose last is cut short, in slices of different depths."""
     split = []
@@ -130,7 +129,7 @@ def test_split_depth(rows, dtype, dropout, poisoned_memory, monkeypatch):
     assert torch.equal(inference["y"], ours["y"]), "with and without a backward"
 
 
-@pytest.mark.parametrize("window", [1, 2, 3, 4])
+@pytest.mark.parametrize("window", [1, 2, 4])
 @pytest.mark.parametrize("sliced", [False, True], ids=["", "sliced"])
 def test_groups_across_windows(window, sliced, poisoned_memory, monkeypatch):
     """Groups that end in a window, fill several, begin in the middle of one, or end at its end."""
@@ -140,9 +139,9 @@ def test_groups_across_windows(window, sliced, poisoned_memory, monkeypatch):
         lambda *args, **kw: tiles.GradientTile(**{**vars(gradient_tile(*args, **kw)),
                                                   "window": window}),
     )  # fmt: skip
-    sizes = [400, 1, 64, 0, 65, 200, 256]
+    sizes = [100, 1, 16, 0, 17, 47, 64]  # in tiles of 16
     ids = torch.cat(
-        [torch.full((n,), slot) for slot, n in enumerate(sizes)] + [torch.full((70,), -1)]
+        [torch.full((n,), slot) for slot, n in enumerate(sizes)] + [torch.full((11,), -1)]
     )
     ranks = (
         [(3, 8), (0, 2), (70, 1), (1, 1), (4, 0), (16, 16), (8, 3)]
@@ -170,7 +169,11 @@ def test_small_and_empty_batches(ids, whole, dropout, poisoned_memory):
 @pytest.mark.parametrize("whole", [True, False])
 def test_an_empty_bank(whole, poisoned_memory):
     problem = RoutedProblem.random([-1, -1, -1], [], 19, 11, with_weight=whole)
-    check_routed(problem, "triton", assert_within_policy, ["x"] if whole else [])
+    if whole:
+        check_routed(problem, "triton", assert_within_policy)
+    else:
+        ours = run_routed(problem, "triton", ["x"])
+        assert not ours["y"].any() and not ours["x"].any()
 
 
 def rearranged(tensor: torch.Tensor, kind: str) -> torch.Tensor:
@@ -184,8 +187,8 @@ def rearranged(tensor: torch.Tensor, kind: str) -> torch.Tensor:
     return tensor
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), rows=st.integers(0, 24), k=st.integers(1, 3), count=st.integers(1, 5))
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), rows=st.integers(0, 20), k=st.integers(1, 3), count=st.integers(1, 5))
 def test_any_shape_stride_and_routing(data, rows, k, count, poisoned_memory):
     draw = data.draw
     ids = draw(
@@ -255,7 +258,7 @@ def test_fp16_tiny_b_and_tiny_gradients_do_not_underflow(poisoned_memory):
 
 
 @pytest.mark.parametrize("kind", ["fp32", "fp16_fp32_adapters"])
-@pytest.mark.parametrize("rows, k", [(SMALL, 1), (LARGE, 1), (40, 3)])
+@pytest.mark.parametrize("rows, k", [(LARGE, 1), (20, 3)])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_halves_are_the_whole(kind, rows, k, dropout, poisoned_memory):
     dtype, adapter_dtype = KINDS[kind]
