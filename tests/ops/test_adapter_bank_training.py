@@ -279,6 +279,9 @@ def test_a_new_parameter_set_by_the_user_is_bound():
     bank, x = filled(), torch.randn(6, K)
     new = nn.Parameter(torch.randn(1, K))
     bank["b"].lora_a = new
+    with pytest.raises(RuntimeError, match=r"replaced by a Parameter.*call rebind\(\)"):
+        call(bank, x)
+    bank.rebind()
     y = call(bank, x)
     assert bank["b"].lora_a is new
     row = 1.5 * bank["b"].lora_b @ (new @ x[1])

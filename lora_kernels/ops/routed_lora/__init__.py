@@ -12,12 +12,12 @@ from lora_kernels.ops.routed_lora.checks import (
     DTYPES,
     cast_for_autocast,
     check_base,
+    check_h,
     check_input,
     check_out,
-    check_pair,
+    check_out_type,
     check_rows,
     check_seed,
-    kind_of,
 )
 from lora_kernels.ops.routed_lora.operands import RoutingTensors
 from lora_kernels.ops.routed_lora.routing import Routing
@@ -63,7 +63,8 @@ def routed_lora(
         out: ``[..., N]`` in x's dtype, in memory of its own; the contribution is added into it,
             and rows of tokens without an adapter stay as they are, bit for bit. None: a new tensor.
         seed: 0-d int64 on x's device for the masks; None draws one where an adapter drops.
-        backend: ``auto``, ``reference``, ``composed`` or ``triton``; see :func:`explain`.
+        backend: ``auto``, ``reference``, ``composed``, ``triton`` or ``native``; see
+            :func:`explain`.
 
     Returns:
         ``[..., N]``: ``out``, or a new tensor in x's dtype with zeros where there is no adapter.
@@ -82,15 +83,18 @@ def routed_lora(
     (x,) = cast_for_autocast(x)
     check_input(x, bank, routing)
     if out is not None:
-        check_out(out, (*x.shape[:-1], bank.out_features), x.dtype, x.device)
+        check_out_type(out)
+        check_out(out, (*x.shape[:-1], bank.out_features), x.dtype, x)
     call = _Call(bank, routing, backend, x)
     seed = call.seed(seed)
     if out is None or call.needs_gradient(x) or (torch.is_grad_enabled() and out.requires_grad):
         if call.backend == "reference":
             y = call.reference(x, None, None, seed)
         else:
+            # Negative zeros, where there is no adapter: they leave any number as it is.
+            start = None if out is None else x.new_full((bank.out_features,), -0.0)
             y = _OPS.routed_lora(
-                *call.with_layout(), x, None, None, seed, call.backend, *call.parameters()
+                *call.with_layout(), x, None, start, seed, call.backend, *call.parameters()
             )
         return y if out is None else out.add_(y)
     if call.backend == "reference":
@@ -193,16 +197,16 @@ def routed_expand(
     Raises:
         TypeError, ValueError, RuntimeError: as for :func:`routed_lora`.
     """
-    if not isinstance(h, Tensor) or h.dtype not in DTYPES:
-        raise TypeError(f"h: expected a tensor of floating point, got {kind_of(h)}")
-    check_pair(bank, routing, h.device)
+    check_h(h, bank, routing)
+    if out is not None:
+        check_out_type(out)
     dtype = dtype or (bank.dtype if out is None else out.dtype)
     if dtype not in DTYPES:
         raise TypeError(f"dtype: expected a floating point dtype, got {dtype}")
     rows = routing.num_tokens
     if out is not None:
         rows = out.shape[:-1].numel()
-        check_out(out, (*out.shape[:-1], bank.out_features), dtype, h.device)
+        check_out(out, (*out.shape[:-1], bank.out_features), dtype, h)
         check_rows("out", rows, routing)
     call = _Call(bank, routing, backend, h)
     expected = (call.routing.tokens.shape[0], call.bank.width)
@@ -247,7 +251,8 @@ class _Call:
     def __init__(self, bank: AdapterBank, routing: Routing, backend: str, like: Tensor) -> None:
         self.backend = dispatch.choose(backend, like.device, like.dtype).backend
         self.module, self.bank = bank, bank.tensors()
-        self.routing: RoutingTensors = routing.tensors(with_plan=self.backend == "composed")
+        with_plan = self.backend in ("composed", "native")
+        self.routing: RoutingTensors = routing.tensors(with_plan=with_plan)
         self._layout = None
 
     @property
@@ -284,6 +289,7 @@ class _Call:
         rows = x.reshape(-1, x.shape[-1])
         if weight is None:
             base = rows.new_zeros((rows.shape[0], self.module.out_features))
+            base = base + rows[:0].sum()  # nothing, but a function of x
         else:
             base = torch.nn.functional.linear(rows, weight, bias)
         h = reference.shrink(rows, self.module, self.routing, seed)

@@ -59,7 +59,7 @@ class Adapter(nn.Module):
     def factors(self) -> list[tuple[nn.Parameter, nn.Parameter] | None]:
         """``(A, B)`` of each slice; None where the rank is 0."""
         return [
-            (self._parameters[names[0]], self._parameters[names[1]]) if rank else None
+            (self._parameters.get(names[0]), self._parameters.get(names[1])) if rank else None
             for rank, names in zip(self.ranks, self.parameter_names(), strict=True)
         ]
 

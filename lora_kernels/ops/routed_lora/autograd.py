@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_kernels.dropout import GROUP
 from lora_kernels.dtypes import accumulator_dtype
-from lora_kernels.ops.routed_lora import composed
+from lora_kernels.ops.routed_lora import compiled, composed
 from lora_kernels.ops.routed_lora.operands import BankTensors, GradientLayout, RoutingTensors
 from lora_kernels.products import product_dtype
 
@@ -65,6 +65,8 @@ _OPS = torch.ops.lora_kernels
 
 def _module(backend: str) -> ModuleType:
     """The module that serves a resolved backend; Triton is imported when it is first asked for."""
+    if backend == "native":
+        return compiled
     if backend != "triton":
         return composed
     from lora_kernels.ops.routed_lora import launch
@@ -244,7 +246,7 @@ def _(*arguments):
 
 
 def _fake_h(x: Tensor, bank: BankTensors, routing: RoutingTensors, backend: str) -> Tensor:
-    dtype = accumulator_dtype(x.dtype) if backend == "triton" else product_dtype(x)
+    dtype = accumulator_dtype(x.dtype) if backend in ("triton", "native") else product_dtype(x)
     return x.new_empty((routing.tokens.shape[0], bank.width), dtype=dtype)
 
 
@@ -368,7 +370,10 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def keep(ctx, saved, bank, routing, layout, places: _Parameters, backend, parameters) -> None:
-        ctx.save_for_backward(*saved, *places.used(parameters, routing))
+        # The tokens for their version too: a routing that was filled again must not be read.
+        ctx.save_for_backward(*saved, routing.tokens, *places.used(parameters, routing))
+        # The scalings as they are now: setting another one later is not an error, nor used.
+        bank = bank._replace(scaling=bank.scaling.clone())
         ctx.context = bank, routing._replace(pair_weights=None), layout
         ctx.places, ctx.shapes = places, [parameter.shape for parameter in parameters]
         ctx.backend = backend

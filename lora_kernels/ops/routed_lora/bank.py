@@ -21,6 +21,9 @@ from lora_kernels.ops.routed_lora.tables import SlotTables
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
+# What a bank makes must be plain tensors, also under inference_mode: a later step may save them.
+_OUTSIDE_INFERENCE = torch.inference_mode(False)
+
 
 class AdapterBank(nn.Module):
     r"""Adapters of one layer, of any ranks, for :func:`routed_lora` and its kin.
@@ -92,6 +95,7 @@ class AdapterBank(nn.Module):
 
     # --- adapters -----------------------------------------------------------------------------
 
+    @_OUTSIDE_INFERENCE
     def add(
         self,
         name: str,
@@ -140,6 +144,7 @@ class AdapterBank(nn.Module):
         self._derive()
         return adapter
 
+    @_OUTSIDE_INFERENCE
     def remove(self, name: str) -> Adapter:
         """Take an adapter out; its region becomes free for others and nothing else moves.
 
@@ -215,6 +220,7 @@ class AdapterBank(nn.Module):
     def dtype(self) -> torch.dtype:
         return self._storage.tensor.dtype
 
+    @_OUTSIDE_INFERENCE
     def reserve(self, rank_capacity: int) -> None:
         """Make room for adapters whose ranks sum to ``rank_capacity``, now; never grow unasked.
 
@@ -224,6 +230,7 @@ class AdapterBank(nn.Module):
         self._grow_to(self._storage.size_for(rank_capacity))
         self._fixed = True
 
+    @_OUTSIDE_INFERENCE
     def rebind(self) -> None:
         """Bind every parameter to its slab again, where something has replaced its data.
 
@@ -290,6 +297,7 @@ class AdapterBank(nn.Module):
 
     # --- tables -------------------------------------------------------------------------------
 
+    @_OUTSIDE_INFERENCE
     def fit_tables(self) -> None:
         """Follow the slots where they have become more."""
         if self._tables.slots != self.slots.capacity:
@@ -313,7 +321,9 @@ class AdapterBank(nn.Module):
         """The bank as the backends take it, after checking that it still stands as it was built."""
         if not torch.compiler.is_compiling():
             for parameters, name, parameter, address in self._bound:
-                if parameters[name] is not parameter or parameter.data_ptr() != address:
+                if parameters.get(name) is not parameter:
+                    _refuse(parameters.get(name))
+                if parameter.data_ptr() != address:
                     self.rebind()
                     break
         self._follow_dropout()
@@ -534,10 +544,16 @@ def _check_parameter(name: str, parameter: Tensor, slab: Tensor) -> None:
         )
 
 
+def _described(parameter: object) -> str:
+    if parameter is None:
+        return "something that computes it"
+    zero = " partitioned by ZeRO-3" if hasattr(parameter, "ds_id") else ""
+    return f"a {type(parameter).__name__}{zero}"
+
+
 def _refuse(parameter: object) -> None:
     raise RuntimeError(
-        f"an adapter's parameter has become a {type(parameter).__name__}"
-        f"{' partitioned by ZeRO-3' if hasattr(parameter, 'ds_id') else ''}: the bank works on its "
-        "own storage; tell FSDP and ZeRO-3 to ignore it, and do not use functional_call or "
-        "parametrizations on it"
+        f"an adapter's parameter was replaced by {_described(parameter)}: the bank works on its "
+        "own storage; tell FSDP and ZeRO-3 to ignore it, do not use functional_call or "
+        "parametrizations on it, and call rebind() after putting another Parameter in place"
     )

@@ -32,6 +32,9 @@ def check_pair(bank: AdapterBank, routing: Routing, device: torch.device) -> Non
         raise TypeError(f"routing: expected a Routing, got {type(routing).__name__}")
     if routing.slots is not bank.slots:
         raise ValueError("routing: expected one made for the bank's slots, got one of other slots")
+    routing.check_current()
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError("routed_lora: forward-mode differentiation is not defined")
     for name, other in (("bank", bank.device), ("routing", routing.device)):
         if other != device and not (
             other.type == device.type and None in (other.index, device.index)
@@ -47,6 +50,14 @@ def check_rows(name: str, rows: int, routing: Routing) -> None:
         )
 
 
+def check_h(h: Tensor, bank: AdapterBank, routing: Routing) -> None:
+    if not isinstance(h, Tensor) or h.dtype not in DTYPES:
+        raise TypeError(f"h: expected a tensor of floating point, got {kind_of(h)}")
+    if h.layout is not torch.strided or h.is_nested:
+        raise TypeError("h: expected a dense tensor, got a sparse or nested one")
+    check_pair(bank, routing, h.device)
+
+
 def check_input(x: Tensor, bank: AdapterBank, routing: Routing) -> None:
     if not isinstance(x, Tensor) or x.dtype not in DTYPES:
         raise TypeError(f"x: expected a tensor of floating point, got {kind_of(x)}")
@@ -56,13 +67,18 @@ def check_input(x: Tensor, bank: AdapterBank, routing: Routing) -> None:
     if x.ndim == 0 or x.shape[-1] != bank.in_features:
         raise ValueError(f"x: expected [..., {bank.in_features}], got {list(x.shape)}")
     check_rows("x", x.shape[:-1].numel(), routing)
-    if forward_ad._current_level >= 0:
-        raise NotImplementedError("routed_lora: forward-mode differentiation is not defined")
 
 
-def check_out(out: Tensor, shape: tuple, dtype: torch.dtype, device: torch.device) -> None:
+def check_out_type(out: Tensor) -> None:
     if not isinstance(out, Tensor):
         raise TypeError(f"out: expected a tensor, got {type(out).__name__}")
+    if out.dtype not in DTYPES or out.layout is not torch.strided:
+        raise TypeError(f"out: expected a dense tensor of floating point, got {kind_of(out)}")
+
+
+def check_out(out: Tensor, shape: tuple, dtype: torch.dtype, operand: Tensor) -> None:
+    """``operand``: what is read while ``out`` is written."""
+    device = operand.device
     if tuple(out.shape) != tuple(shape) or out.dtype != dtype or out.device != device:
         raise ValueError(
             f"out: expected {list(shape)} in {dtype} on {device}, got {list(out.shape)} in "
@@ -73,12 +89,38 @@ def check_out(out: Tensor, shape: tuple, dtype: torch.dtype, device: torch.devic
     if torch._debug_has_internal_overlap(out) == 1:
         raise ValueError("out: expected rows that do not overlap, got a tensor that repeats memory")
     try:
-        out.view(-1, out.shape[-1])
+        rows = out.view(-1, out.shape[-1])
     except RuntimeError:
         raise ValueError(
             f"out: expected leading dimensions that can be flattened in place, got strides "
             f"{out.stride()}"
         ) from None
+    (inner, size), (outer, _) = sorted(zip(rows.stride(), rows.shape, strict=True))
+    if min(rows.shape) > 1 and outer < inner * size:
+        raise ValueError(f"out: expected rows that do not overlap, got strides {out.stride()}")
+    if _share_memory(rows, operand):
+        raise ValueError("out: expected memory of its own, got some that is read while it changes")
+
+
+def _share_memory(out: Tensor, operand: Tensor) -> bool:
+    """Whether an element of ``out`` ``[M, N]`` may be one of ``operand`` ``[..., K]``."""
+    if out.is_meta or not out.numel() or not operand.numel():
+        return False
+    if out.untyped_storage().data_ptr() != operand.untyped_storage().data_ptr():
+        return False
+    ends = []
+    for tensor in (out, operand):
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        ends.append((tensor.storage_offset(), tensor.storage_offset() + last))
+    (out_first, out_last), (first, last) = ends
+    if out_last < first or last < out_first:
+        return False
+    # Neighbouring columns of one matrix interleave without touching.
+    pitch = out.stride(0)
+    if operand.ndim != 2 or operand.stride() != (pitch, 1) or out.stride(1) != 1:
+        return True
+    column = (out_first - first) % pitch
+    return column < operand.shape[1] or column + out.shape[1] > pitch
 
 
 def check_base(weight: Tensor, bias: Tensor | None, bank: AdapterBank, x: Tensor) -> None:
@@ -88,6 +130,8 @@ def check_base(weight: Tensor, bias: Tensor | None, bank: AdapterBank, x: Tensor
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
         if tensor.dtype != x.dtype:

@@ -36,12 +36,12 @@ def forward(
     """
     if weight is not None:
         y = torch.nn.functional.linear(x, weight, bias)
+    elif bias is not None:
+        y = bias.expand(x.shape[0], -1).clone()
     else:
         y = x.new_zeros((x.shape[0], bank.slice_columns[-1]))
-        if bias is not None:
-            y += bias
     h, mask = _saved(x, bank, routing, seed) if save else (None, None)
-    for group in _groups(bank, routing):
+    for group in _groups(bank, routing, x.dtype):
         narrow = _shrink(group, x, seed, mask)
         if h is not None:
             h[group.pairs, : group.rank] = narrow
@@ -70,7 +70,7 @@ def backward(
     dx = None
     if needs_x:
         dx = dy.new_zeros((dy.shape[0], in_features)) if weight is None else dy @ weight
-    for group in _groups(bank, routing, layout):
+    for group in _groups(bank, routing, dy.dtype):
         a_offset = layout.offsets[group.factor]
         if not (needs_x or a_offset >= 0 or needs_weights or group.trains_b(layout)):
             continue
@@ -88,7 +88,7 @@ def shrink(
 ) -> tuple[Tensor, Tensor | None]:
     """``(h, mask)`` as :func:`forward` saves them."""
     h, mask = _saved(x, bank, routing, seed)
-    for group in _groups(bank, routing):
+    for group in _groups(bank, routing, x.dtype):
         h[group.pairs, : group.rank] = _shrink(group, x, seed, mask)
     return h, mask
 
@@ -106,7 +106,7 @@ def shrink_backward(
     """Gradients of x and of the factors (those of A)."""
     grad = bank.storage.new_zeros(layout.numel)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs_x else None
-    for group in _groups(bank, routing):
+    for group in _groups(bank, routing, x.dtype):
         if needs_x or layout.offsets[group.factor] >= 0:
             narrow = t[group.pairs, : group.rank]
             _shrink_backward(group, narrow, x, seed, mask, layout, grad, dx)
@@ -120,7 +120,7 @@ def expand_(
     routing: RoutingTensors,
 ) -> None:
     """``out += w s h B^T`` for every pair."""
-    for group in _groups(bank, routing):
+    for group in _groups(bank, routing, out.dtype):
         _expand(group, h[group.pairs, : group.rank], out)
 
 
@@ -140,7 +140,7 @@ def expand_backward(
     if needs_h:
         shape = (routing.tokens.shape[0], bank.width)
         t = dy.new_zeros(shape, dtype=accumulator_dtype(dy.dtype))
-    for group in _groups(bank, routing):
+    for group in _groups(bank, routing, dy.dtype):
         narrow = _expand_backward(group, dy, h, layout, grad, grad_weights, needs_h)
         if narrow is not None:
             t[group.pairs, : group.rank] = narrow
@@ -155,7 +155,7 @@ def add_(
     seed: Tensor | None,
 ) -> None:
     """``out += `` the adapters' contribution."""
-    for group in _groups(bank, routing):
+    for group in _groups(bank, routing, x.dtype):
         _expand(group, _shrink(group, x, seed, None), out)
 
 
@@ -198,8 +198,8 @@ class _Group:
         )
 
 
-def _groups(bank: BankTensors, routing: RoutingTensors, layout=None) -> Iterator[_Group]:
-    """The groups whose adapter is in this bank."""
+def _groups(bank: BankTensors, routing: RoutingTensors, dtype: torch.dtype) -> Iterator[_Group]:
+    """The groups whose adapter is in this bank. dtype: of the activations."""
     adapter_of = {slot: index for index, slot in enumerate(bank.slots)}
     on_cpu = bank.scaling.device.type == "cpu"
     scaling = bank.scaling.tolist() if on_cpu else bank.scaling
@@ -218,7 +218,8 @@ def _groups(bank: BankTensors, routing: RoutingTensors, layout=None) -> Iterator
         group.columns = columns
         group.scale = group.scaling = scaling[slot]
         if routing.pair_weights is not None:
-            group.scale = (routing.pair_weights[start:end] * group.scale).unsqueeze(1)  # [n, 1]
+            weights = routing.pair_weights[start:end].to(accumulator_dtype(dtype))
+            group.scale = (weights * group.scale).unsqueeze(1)  # [n, 1]
         yield group
 
 

@@ -63,6 +63,7 @@ class Routing:
         self._weight_buffer: Tensor | None = None
         self._weights: Tensor | None = None  # the buffer, or [M, k] as given if it requires grad
         self._plan: Tensor | None = None
+        self._padded_plan: Tensor | None = None
         self._fill(torch.full((0,), -1, dtype=torch.int64, device=self.device), 0)
 
     # --- constructors -------------------------------------------------------------------------
@@ -215,7 +216,7 @@ class Routing:
                 f"offsets: expected one more than ids {list(ids.shape)}, got {list(offsets.shape)}"
             )
         self._check_ids(ids)
-        if offsets.device.type == "cpu" or _DEBUG:
+        if (offsets.device.type == "cpu" or _DEBUG) and not _is_fake(offsets):
             steps = offsets.tolist()
             if steps != sorted(steps) or (steps and (steps[0] < 0 or steps[-1] > self.max_tokens)):
                 raise ValueError(
@@ -272,6 +273,8 @@ class Routing:
             )
 
     def _check_ids(self, ids: Tensor) -> None:
+        if ids.is_meta and self.device.type != "meta":
+            raise ValueError("ids: expected values, got a tensor on the meta device")
         readable = ids.device.type == "cpu" or _DEBUG
         if not readable or torch.compiler.is_compiling() or _is_fake(ids):
             return
@@ -309,6 +312,8 @@ class Routing:
         self._offsets[-1:].fill_(pairs)
         self._tiles[:, 0].copy_(torch.where(inside, owner, -1))
         self._tiles[:, 1].copy_(torch.where(inside, first, 0))
+        if self.device.type == "cpu" and not _is_fake(self._tokens):
+            self.plan()  # now, and not while a graph is traced
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -329,6 +334,7 @@ class Routing:
 
         Each row is (slot, first pair, end, first token); first token is -1 where the group's tokens
         are not neighbours in ascending order. Computed once per filling; on a device this waits.
+        In a traced graph rows of slot -1 fill it up to a fixed shape.
         """
         if self.device.type == "meta":
             return torch.empty((0, 4), dtype=torch.int64)
@@ -345,14 +351,21 @@ class Routing:
             jumps = torch.nn.functional.pad((tokens[1:] - tokens[:-1] != 1).cumsum(0), (1, 0))
             first = torch.where(jumps[end - 1] == jumps[start], tokens[start], -1)
             self._plan = torch.stack([slot, start, end, first], dim=1)
-        return self._plan
+            # For graphs, which would be compiled again for another number of groups.
+            rows = min(self._capacity, self._tokens.shape[0]) - self._plan.shape[0]
+            self._padded_plan = torch.nn.functional.pad(self._plan, (0, 0, 0, rows), value=-1)
+        return self._padded_plan if torch.compiler.is_compiling() else self._plan
 
-    def tensors(self, *, with_plan: bool) -> RoutingTensors:
-        """The routing as the backends take it; raises if the slots have changed since."""
+    def check_current(self) -> None:
+        """Raise if slots have got another meaning since the routing was filled."""
         if self.version != self.slots.version:
             raise ValueError(
                 "routing: adapters were removed, or slots added, since it was filled; fill it again"
             )
+
+    def tensors(self, *, with_plan: bool) -> RoutingTensors:
+        """The routing as the backends take it; raises if the slots have changed since."""
+        self.check_current()
         plan = self.plan() if with_plan else torch.empty((0, 4), dtype=torch.int64)
         return RoutingTensors(
             self._tokens,
@@ -400,6 +413,10 @@ def _lengths(names: Sequence[str], lengths: int | Sequence[int]) -> list[int]:
         raise TypeError(f"names: expected a list of names, got the string {names!r}")
     if isinstance(lengths, int):
         lengths = [lengths] * len(names)
+    if not isinstance(lengths, Sequence):
+        raise TypeError(
+            f"lengths: expected a number or a list of numbers, got {type(lengths).__name__}"
+        )
     lengths = list(lengths)
     if len(lengths) != len(names):
         raise ValueError(f"lengths: expected {len(names)}, one per name, got {len(lengths)}")
