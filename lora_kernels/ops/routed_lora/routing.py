@@ -289,7 +289,8 @@ class Routing:
     def _fill(self, ids: Tensor, num_tokens: int) -> None:
         """Group the pairs: fixed shapes, no reading back. ids ``[n]`` in the order of the pairs."""
         pairs, none = self._tokens.shape[0], self._capacity
-        self.num_tokens, self.version, self._plan = num_tokens, self.slots.version, None
+        self.num_tokens, self.version = num_tokens, self.slots.version
+        self._plan = self._padded_plan = None
         ids = ids.to(self.device, torch.int64)
         ids = torch.nn.functional.pad(ids, (0, pairs - ids.shape[0]), value=-1)
         group = torch.where((ids >= 0) & (ids < none), ids, none)
@@ -338,6 +339,8 @@ class Routing:
         """
         if self.device.type == "meta":
             return torch.empty((0, 4), dtype=torch.int64)
+        if torch.compiler.is_compiling() and self._padded_plan is not None:
+            return self._padded_plan
         if self._plan is None:
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
@@ -354,7 +357,7 @@ class Routing:
             # For graphs, which would be compiled again for another number of groups.
             rows = min(self._capacity, self._tokens.shape[0]) - self._plan.shape[0]
             self._padded_plan = torch.nn.functional.pad(self._plan, (0, 0, 0, rows), value=-1)
-        return self._padded_plan if torch.compiler.is_compiling() else self._plan
+        return self._plan
 
     def check_current(self) -> None:
         """Raise if slots have got another meaning since the routing was filled."""
