@@ -15,6 +15,7 @@ from lora_kernels.launching import DeviceLimits
 from lora_kernels.ops.lora_linear import gemm, launch, tiles
 from lora_kernels.ops.routed_lora import grids
 from lora_kernels.ops.routed_lora import launch as routed_launch
+from lora_kernels.ops.routed_lora import tiles as routed_tiles
 from lora_kernels.ops.routed_lora.operands import BankTensors, GradientLayout, RoutingTensors
 from lora_kernels.testing.compile_only import Launch, Resources, compile_launch, record_launches
 
@@ -81,6 +82,7 @@ class RoutedCall:
     weighted: bool = False
     with_weight: bool = True
     num_slots: int = 64
+    strategy: str = "hybrid"
 
     modules = (grids,)
 
@@ -117,11 +119,11 @@ class RoutedCall:
         x, dy, weight = empty(m, k), empty(m, columns[-1]), empty(columns[-1], k)
         weight = weight if self.with_weight else None
         seed = empty(dtype=torch.int64) if self.dropout else None
-        routed_launch.forward(x, weight, None, bank, routing, seed, False)
-        _, h, _ = routed_launch.forward(x, weight, None, bank, routing, seed, True)
-        routed_launch.backward(
-            dy, x, weight, bank, routing, layout, h, None, seed, k, (True, self.weighted, False)
-        )
+        needs = (True, self.weighted, False)
+        with routed_tiles.use_strategy(self.strategy):
+            routed_launch.forward(x, weight, None, bank, routing, seed, False)
+            _, h, _ = routed_launch.forward(x, weight, None, bank, routing, seed, True)
+            routed_launch.backward(dy, x, weight, bank, routing, layout, h, None, seed, k, needs)
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -162,6 +164,16 @@ ROUTED_CALLS = {
     ),
     "routed, fp32, r 16, dropout": (
         RoutedCall(8192, 4096, (4096,), 16, FP32, FP32, dropout=True), (90,),
+    ),
+    "routed q k v fused, bf16, r 16, dropout": (
+        RoutedCall(8192, 4096, (4096, 1024, 1024), 48, BF16, BF16, dropout=True, strategy="fused"),
+        ALL,
+    ),
+    "routed fused, fp16, fp32 adapters, r 24, odd sizes": (
+        RoutedCall(1000, 4097, (4095,), 24, FP16, FP32, strategy="fused"), (90,),
+    ),
+    "routed fused, fp32, r 64": (
+        RoutedCall(8192, 4096, (4096,), 64, FP32, FP32, strategy="fused"), (90,),
     ),
     "routed q k v, bf16, r 16, 32 tokens": (
         RoutedCall(32, 4096, (4096, 1024, 1024), 48, BF16, BF16), ALL,

@@ -63,6 +63,52 @@ def tail_sum(
 
 
 @triton.jit
+def tail_of_slot(
+    accumulator,  # [BLOCK_M, BLOCK_C] fp32
+    tail_ptr,  # [P, H], rows stride_tm apart; [parts, P, H] if PARTIALS
+    factor_ptr,  # B of a slice [C, R] if TO_B, A [R, C] otherwise; contiguous
+    pairs,  # [BLOCK_M] int64
+    inside_m,  # [BLOCK_M]
+    columns,  # [BLOCK_C] of the factor
+    num_columns,
+    rank,
+    column,  # of the tail: where the slice begins
+    keep_scale,
+    scale,
+    parts,
+    stride_tm,
+    stride_part,
+    TO_B: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """``accumulator + tail @ B^T`` of one slice, or ``+ tail @ A``."""
+    if not TO_B:
+        accumulator = tail_sum(
+            accumulator, tail_ptr, factor_ptr, pairs, inside_m, columns, num_columns, rank,
+            keep_scale, scale, parts, stride_tm, stride_part, num_columns, 1,
+            PARTIALS, PRECISION, DTYPE, BLOCK_R,
+        )  # fmt: skip
+    elif (rank % VECTOR == 0) & (column % VECTOR == 0):
+        # The same numbers, known to the compiler as multiples.
+        pitch = rank // VECTOR * VECTOR
+        accumulator = tail_sum(
+            accumulator, tail_ptr + column // VECTOR * VECTOR, factor_ptr, pairs, inside_m,
+            columns, num_columns, pitch, keep_scale, scale, parts, stride_tm, stride_part, 1,
+            pitch, PARTIALS, PRECISION, DTYPE, BLOCK_R,
+        )  # fmt: skip
+    else:
+        accumulator = tail_sum(
+            accumulator, tail_ptr + column, factor_ptr, pairs, inside_m, columns, num_columns,
+            rank, keep_scale, scale, parts, stride_tm, stride_part, 1, rank,
+            PARTIALS, PRECISION, DTYPE, BLOCK_R,
+        )  # fmt: skip
+    return accumulator
+
+
+@triton.jit
 def routed_expand_kernel(
     tail_ptr,  # [P, H] in out's dtype, rows stride_tm apart; [parts, P, H] if PARTIALS
     storage_ptr,
@@ -125,26 +171,11 @@ def routed_expand_kernel(
     accumulator = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     local = start - begin + tl.arange(0, BLOCK_C)
     stride_part = tl.cast(P, tl.int64) * stride_tm
-    if not TO_B:
-        accumulator = tail_sum(
-            accumulator, tail_ptr, storage_ptr + offset, pairs, inside, local, C, rank,
-            keep_scale, scale, parts, stride_tm, stride_part, C, 1,
-            PARTIALS, PRECISION, DTYPE, BLOCK_R,
-        )  # fmt: skip
-    elif (rank % VECTOR == 0) & (column % VECTOR == 0):
-        # The same numbers, known to the compiler as multiples.
-        pitch = rank // VECTOR * VECTOR
-        accumulator = tail_sum(
-            accumulator, tail_ptr + column // VECTOR * VECTOR, storage_ptr + offset, pairs, inside,
-            local, end - begin, pitch, keep_scale, scale, parts, stride_tm, stride_part, 1, pitch,
-            PARTIALS, PRECISION, DTYPE, BLOCK_R,
-        )  # fmt: skip
-    else:
-        accumulator = tail_sum(
-            accumulator, tail_ptr + column, storage_ptr + offset, pairs, inside, local, end - begin,
-            rank, keep_scale, scale, parts, stride_tm, stride_part, 1, rank,
-            PARTIALS, PRECISION, DTYPE, BLOCK_R,
-        )  # fmt: skip
+    accumulator = tail_of_slot(
+        accumulator, tail_ptr, storage_ptr + offset, pairs, inside, local, end - begin, rank,
+        column, keep_scale, scale, parts, stride_tm, stride_part, TO_B, PARTIALS, PRECISION, DTYPE,
+        BLOCK_R,
+    )  # fmt: skip
     if DROPOUT:
         accumulator = zero_dropped_tile(
             accumulator, tl.load(seed_ptr), rows, start, C, tl.load(threshold_ptr + slot), slot,

@@ -15,6 +15,7 @@ from lora_kernels.ops.routed_lora.expand_kernels import (
     routed_combine_kernel,
     routed_expand_kernel,
 )
+from lora_kernels.ops.routed_lora.gemm_kernels import routed_gemm_kernel
 from lora_kernels.ops.routed_lora.gradient_kernels import (
     routed_gradient_kernel,
     routed_gradient_reduce_kernel,
@@ -216,6 +217,74 @@ class Launches:
     def expand_a(self, dx: Tensor, t: Tensor, *, overwrite: bool = False) -> None:
         """``dx += keep * (t A)`` ``[M, K]``; with ``overwrite`` dx is new."""
         self._expand(dx, Tail(t), to_b=False, overwrite=overwrite)
+
+    @property
+    def fuses(self) -> bool:
+        """Whether :meth:`gemm` and :meth:`gemm_a` are to be used: every token is in one tile."""
+        return self.routing.pairs_per_token == 1 and tiles.strategy(self.cell) == "fused"
+
+    def gemm(self, x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tail) -> Tensor:
+        """``x W^T + b + w s h B^T`` ``[M, N]``, all in one."""
+        return self._gemm(x, weight.t(), bias, tail.tensor, to_b=True)
+
+    def gemm_a(self, dy: Tensor, weight: Tensor, t: Tensor) -> Tensor:
+        """``dy W + keep * (t A)`` ``[M, K]``, all in one."""
+        return self._gemm(dy, weight, None, t, to_b=False)
+
+    def _gemm(
+        self,
+        left: Tensor,  # [M, D]
+        right: Tensor,  # [D, C]
+        bias: Tensor | None,  # [C]
+        tail: Tensor,  # [P, H] in left's dtype
+        *,
+        to_b: bool,
+    ) -> Tensor:
+        bank, routing = self.bank, self.routing
+        out = left.new_empty((left.shape[0], right.shape[1]))
+        boundaries = self.boundaries if to_b else ()
+        dropout = not to_b and self.seed is not None
+        aligned = _rows_are_aligned(left) and any(map(_rows_are_aligned, (right, right.t())))
+        slices = bank.num_slices if to_b else 1
+        tile = tiles.gemm_tile(self.cell, slices, self.limits, aligned=aligned)
+        blocks_c = _blocks(out.shape[1], boundaries, tile.BLOCK_C)
+        routed_gemm_kernel[(self.num_tiles * blocks_c,)](
+            left,
+            right,
+            tail,
+            bank.storage,
+            bank.table,
+            bank.threshold_table,
+            routing.tiles,
+            routing.offsets,
+            routing.tokens,
+            out if bias is None else bias.contiguous(),
+            out,
+            self.seed if dropout else out,
+            *out.shape,
+            left.shape[1],
+            bank.width,
+            self.num_tiles,
+            blocks_c,
+            *left.stride(),
+            *right.stride(),
+            tail.stride(0),
+            TO_B=to_b,
+            BOUNDARIES=boundaries,
+            NUM_FACTORS=self.num_factors,
+            HAS_BIAS=bias is not None,
+            DROPOUT=dropout,
+            LONG_COUNTER=dropout and _counts_long(*out.shape),
+            PRECISION=precision(out.dtype),
+            BLOCK_M=routing.block,
+            BLOCK_C=tile.BLOCK_C,
+            BLOCK_D=tile.BLOCK_D,
+            BLOCK_R=tile.BLOCK_R,
+            GROUP_M=tile.GROUP_M,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+        return out
 
     def _expand(self, out: Tensor, tail: Tail, *, to_b: bool, overwrite: bool) -> None:
         bank, routing = self.bank, self.routing

@@ -27,18 +27,22 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor | None, None]:
     """``(y, h, None)``; h ``[P, H]`` fp32 if ``save``."""
+    nothing = _nothing(x, bank, routing)
+    call = None if nothing else Launches(x, bank, routing, seed)
+    h = _narrow(x, bank, routing) if save else None
+    if call is not None and weight is not None and call.fuses:
+        with on_device(x):
+            return call.gemm(x, weight, bias, call.shrink(x, h)), h, None
     fresh = weight is None and bias is None and routing.pairs_per_token == 1
     if weight is not None:
         y = torch.nn.functional.linear(x, weight, bias)
     else:
         shape = (x.shape[0], bank.slice_columns[-1])
-        fresh = fresh and not _nothing(x, bank, routing)
+        fresh = fresh and not nothing
         y = x.new_empty(shape) if fresh else x.new_zeros(shape)
         if bias is not None:
             y += bias
-    h = _narrow(x, bank, routing) if save else None
-    if not _nothing(x, bank, routing):
-        call = Launches(x, bank, routing, seed)
+    if call is not None:
         with on_device(x):
             call.expand(y, call.shrink(x, h), overwrite=fresh)
     elif save:
@@ -64,31 +68,30 @@ def backward(
     needs_a, needs_b = layout.trains(bank)
     grad = bank.storage.new_zeros(layout.numel)
     grad_bias = dy.sum(0) if needs_bias else None
-    nothing = _nothing(dy, bank, routing)
-    fresh = weight is None and routing.pairs_per_token == 1 and not nothing
-    dx = None
-    if needs_x:
-        shape = (dy.shape[0], in_features)
-        dx = dy @ weight if weight is not None else (dy.new_empty if fresh else dy.new_zeros)(shape)
-    if nothing:
-        return (
-            dx,
-            grad,
-            torch.zeros_like(routing.pair_weights) if needs_weights else None,
-            grad_bias,
-        )
+    grad_weights = None
+    if _nothing(dy, bank, routing):
+        grad_weights = torch.zeros_like(routing.pair_weights) if needs_weights else None
+        dx = _base_gradient(dy, weight, in_features) if needs_x else None
+        return dx, grad, grad_weights, grad_bias
     call = Launches(dy, bank, routing, seed)
-    grad_weights = torch.empty_like(routing.pair_weights) if needs_weights else None
+    if needs_weights:
+        grad_weights = torch.empty_like(routing.pair_weights)
+    dx = t = None
     with on_device(dy):
         if needs_b:
             call.b_gradient(dy, h, layout, grad)
         if needs_x or needs_a or needs_weights:
             t = _narrow(dy, bank, routing) if needs_a else None
             rounded = call.project(dy, t, h, grad_weights, rounded=needs_x)
-            if needs_x:
-                call.expand_a(dx, rounded, overwrite=fresh)
-            if needs_a:
-                call.a_gradient(x, t, layout, grad)
+        if needs_x and weight is not None and call.fuses:
+            dx = call.gemm_a(dy, weight, rounded)
+        elif needs_x:
+            fresh = weight is None and routing.pairs_per_token == 1
+            shape = (dy.shape[0], in_features)
+            dx = dy.new_empty(shape) if fresh else _base_gradient(dy, weight, in_features)
+            call.expand_a(dx, rounded, overwrite=fresh)
+        if needs_a:
+            call.a_gradient(x, t, layout, grad)
     return dx, grad, grad_weights, grad_bias
 
 
@@ -184,6 +187,11 @@ def add_(
         call = Launches(x, bank, routing, seed)
         with on_device(x):
             call.expand(out, call.shrink(x, None))
+
+
+def _base_gradient(dy: Tensor, weight: Tensor | None, in_features: int) -> Tensor:
+    """The frozen layer's ``dx`` ``[M, K]``; zeros without one."""
+    return dy.new_zeros((dy.shape[0], in_features)) if weight is None else dy @ weight
 
 
 def _nothing(rows: Tensor, bank: BankTensors, routing: RoutingTensors) -> bool:

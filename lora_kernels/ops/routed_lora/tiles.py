@@ -4,6 +4,7 @@ They never look at what a routing holds, only at how much it has room for: so a 
 depend on the other rows, and a captured CUDA graph serves any routing. Nothing here imports Triton.
 """
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from lora_kernels.launching import DeviceLimits, cdiv, clamp, next_power_of_two, pipeline_stages
@@ -13,6 +14,10 @@ MAX_BLOCK_R = 64
 
 # What the partial sums of a factor's gradients may take, in bytes.
 MAX_PARTIALS = 64 << 20
+
+# "fused" runs the base and the adapters in one GEMM of ours; "hybrid" adds the adapters to the
+# result of the vendor's GEMM.
+STRATEGIES = ("fused", "hybrid")
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,16 @@ class ShrinkTile:
 class ExpandTile:
     BLOCK_C: int
     BLOCK_R: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    BLOCK_C: int
+    BLOCK_D: int
+    BLOCK_R: int
+    GROUP_M: int
     num_warps: int
     num_stages: int
 
@@ -143,6 +158,49 @@ def gradient_tile(
         num_warps=8 if block_r == 64 or (cell.ieee and block_r > 16) else 4,
         num_stages=pipeline_stages(3, stage, converted, limits),
     )
+
+
+def gemm_tile(cell: Cell, slices: int, limits: DeviceLimits, *, aligned: bool) -> GemmTile:
+    """For the base's GEMM with the adapters as its tail, on tiles of 64 rows."""
+    block_r = min(rank_block(cell, slices), 32)
+    block_c, block_d, num_warps = 128, 64, 4
+    if cell.ieee:
+        block_c, block_d, block_r, num_warps = 64, 16, 16, 8
+    elif not aligned or cell.itemsize == 4:
+        block_d, num_warps = 32, 8
+    stage = (cell.block + block_c) * block_d * cell.itemsize
+    return GemmTile(
+        BLOCK_C=block_c,
+        BLOCK_D=block_d,
+        BLOCK_R=block_r,
+        GROUP_M=8,
+        num_warps=num_warps,
+        num_stages=pipeline_stages(4, stage, cell.block * block_c * 4, limits),
+    )
+
+
+_strategy = "hybrid"
+
+
+def strategy(cell: Cell) -> str:
+    """``fused`` or ``hybrid``: the vendor's GEMM until a measurement says otherwise.
+
+    Tiles of 16 pairs are no GEMM tiles: few tokens always take the vendor's.
+    """
+    return "hybrid" if is_small(cell) else _strategy
+
+
+@contextmanager
+def use_strategy(name: str):
+    """Take that strategy in the whole process (backward threads too). For tuning and tests."""
+    global _strategy
+    if name not in STRATEGIES:
+        raise ValueError(f"name: expected one of {STRATEGIES}, got {name!r}")
+    before, _strategy = _strategy, name
+    try:
+        yield
+    finally:
+        _strategy = before
 
 
 def rank_block(cell: Cell, slices: int) -> int:
