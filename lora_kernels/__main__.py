@@ -1,7 +1,6 @@
 """`python -m lora_kernels doctor`, `bench` and `tune`."""
 
 import argparse
-import importlib.util
 import os
 import sys
 
@@ -63,7 +62,9 @@ def doctor() -> list[str]:
 
 
 def _extension() -> str:
-    return "built" if importlib.util.find_spec("lora_kernels._native") else "not built"
+    from lora_kernels import native
+
+    return native.status()
 
 
 def _describe(device: torch.device) -> str:

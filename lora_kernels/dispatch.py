@@ -1,8 +1,9 @@
 """Which backend serves a call, and why.
 
 ``auto`` never takes a kernel that has not been measured on the device kind at hand, correctness
-and time; until a table under ``tuned/`` says otherwise it is ``composed``, which runs anywhere. An
-operation looks its calls up in that table itself (``measured.py`` in its folder).
+and time. On a CPU it is ``native`` where the compiled extension is there and has AVX2 at least; on
+a GPU an operation looks its calls up in a table under ``tuned/`` itself (``measured.py`` in its
+folder); everywhere else it is ``composed``, which runs anywhere.
 ``LORA_KERNELS_BACKEND`` replaces ``auto`` for the whole process, so that the kernels can be
 switched off without touching a program; it is read once, at import.
 """
@@ -12,6 +13,8 @@ import os
 from typing import NamedTuple
 
 import torch
+
+from lora_kernels import native
 
 BACKENDS = ("reference", "composed", "triton", "native")
 
@@ -48,6 +51,8 @@ def unavailable(backend: str, device: torch.device, dtype: torch.dtype | None = 
         return None
     if backend == "triton":
         return _triton_unavailable(device, dtype)
+    if device.type == "cpu":
+        return _native_unavailable(dtype)
     return f"no {backend} kernel of this operation exists for {device.type!r} devices yet"
 
 
@@ -69,6 +74,27 @@ def _triton_unavailable(device: torch.device, dtype: torch.dtype | None) -> str 
     return _triton_missing()
 
 
+def _native_unavailable(dtype: torch.dtype | None) -> str | None:
+    if dtype is not None and dtype not in native.DTYPES:
+        return f"the compiled kernels accumulate in fp32 and do not take {dtype}"
+    return native.missing()
+
+
+@functools.cache
+def _on_a_cpu(dtype: torch.dtype | None) -> Choice:
+    """What ``auto`` takes on a CPU: known from the dtype alone, so that fake tensors agree."""
+    reason = _native_unavailable(dtype)
+    if reason is not None:
+        return Choice("composed", reason)
+    if native.level() == 0:
+        return Choice("composed", "the compiled kernels have no vectors for this processor")
+    return Choice(
+        "native",
+        f"the compiled kernels ({native.LEVELS[native.level()]}) were measured faster than the "
+        "vendor's narrow GEMMs",
+    )
+
+
 def _triton_missing() -> str | None:
     try:
         import triton
@@ -83,6 +109,8 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype | None = None)
     """Resolve ``backend`` for a call on ``device``; a named backend that cannot serve raises."""
     backend = requested(backend)
     if backend == "auto":
+        if device.type == "cpu":
+            return _on_a_cpu(dtype)
         return Choice(
             "composed",
             f"no kernel has a recorded measurement on {device.type!r} devices that beats the "

@@ -1,4 +1,4 @@
-"""lora_linear: numbers. Reference against an independent fp64 formula, composed against both."""
+"""lora_linear: numbers. Reference against an independent fp64 formula, backends against both."""
 
 import itertools
 
@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_kernels import lora_linear
+from lora_kernels import lora_linear, native
 from lora_kernels.dropout import drop_threshold, keep_mask, keep_scale, packed_keep_mask
-from lora_kernels.ops.lora_linear import composed as composed_backend
+from lora_kernels.ops.lora_linear import compiled, composed
 from lora_kernels.ops.lora_linear.reference import lora_linear_reference
 from lora_kernels.testing import (
     LoRAProblem,
@@ -22,16 +22,31 @@ OPERANDS = list(itertools.product([True, False], [True, False], [True, False], [
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-def composed(**inputs):
-    return lora_linear(**inputs, backend="composed")
+class Under:
+    """The backend that the tests of this module run with: all of them once with each."""
+
+    backend = "composed"
 
 
-def check(problem: LoRAProblem, function=composed, **options) -> None:
+@pytest.fixture(autouse=True, scope="module", params=["composed", "native"])
+def backend_under_test(request):
+    if request.param == "native" and (reason := native.missing()):
+        pytest.skip(reason)
+    Under.backend = request.param
+
+
+def ours(**inputs):
+    # The compiled kernels do not take fp64: composed serves it wherever they serve the rest.
+    fp64 = inputs["x"].dtype == torch.float64
+    return lora_linear(**inputs, backend="composed" if fp64 else Under.backend)
+
+
+def check(problem: LoRAProblem, function=ours, **options) -> None:
     """``function`` against fp64 within twice the error of the eager formula in x's dtype."""
-    ours = run_forward_backward(function, problem, **options)
+    results = run_forward_backward(function, problem, **options)
     eager = run_forward_backward(lora_linear_reference, problem)
     oracle = oracle_results(problem)
-    for name, result in ours.items():
+    for name, result in results.items():
         assert_within_policy(name, result, eager[name], oracle[name], problem.x.dtype)
 
 
@@ -106,7 +121,7 @@ def test_gradcheck(backend, dropout_p, with_weight):
     [(57, 101, 67, 3), (128, 64, 256, 16), (33, 255, 123, 24), (7, 9, 5, 1), (40, 65, 130, 100)],
     ids=str,
 )
-def test_composed(dtype, adapter_dtype, dropout_p, shape, poisoned_memory):
+def test_sizes(dtype, adapter_dtype, dropout_p, shape, poisoned_memory):
     rows, *sizes = shape
     problem = LoRAProblem.random(
         (rows,), *sizes, dtype=dtype, adapter_dtype=adapter_dtype, dropout_p=dropout_p
@@ -116,9 +131,7 @@ def test_composed(dtype, adapter_dtype, dropout_p, shape, poisoned_memory):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("with_weight, with_bias, with_output_scale, dropout_p", OPERANDS)
-def test_composed_operands(
-    dtype, with_weight, with_bias, with_output_scale, dropout_p, poisoned_memory
-):
+def test_operands(dtype, with_weight, with_bias, with_output_scale, dropout_p, poisoned_memory):
     problem = LoRAProblem.random(
         (3, 41), 77, 59, 5, dtype=dtype, with_weight=with_weight, with_bias=with_bias,
         with_output_scale=with_output_scale, dropout_p=dropout_p,
@@ -132,7 +145,7 @@ def test_leading_dimensions(leading, dropout_p, poisoned_memory):
     problem = LoRAProblem.random(leading, 19, 11, 4, with_output_scale=True, dropout_p=dropout_p)
     check(problem)
     if problem.x.numel() == 0:
-        grads = run_forward_backward(composed, problem)
+        grads = run_forward_backward(ours, problem)
         assert not grads["lora_a"].any() and not grads["lora_b"].any()
 
 
@@ -201,8 +214,8 @@ def test_rows_in_several_chunks(dropout_p, elements, monkeypatch, poisoned_memor
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_every_subset_of_gradients_has_the_same_bits(needs, dropout_p, poisoned_memory):
     problem = LoRAProblem.random((31,), 37, 29, 6, with_output_scale=True, dropout_p=dropout_p)
-    everything = run_forward_backward(composed, problem)
-    some = run_forward_backward(composed, problem, needs)
+    everything = run_forward_backward(ours, problem)
+    some = run_forward_backward(ours, problem, needs)
     assert set(some) == {"y", *needs}
     for name, result in some.items():
         assert torch.equal(result, everything[name]), name
@@ -212,9 +225,9 @@ def test_every_subset_of_gradients_has_the_same_bits(needs, dropout_p, poisoned_
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_same_bits_from_run_to_run(dtype, dropout_p):
     problem = LoRAProblem.random((65,), 129, 67, 7, dtype=dtype, dropout_p=dropout_p)
-    first = run_forward_backward(composed, problem)
+    first = run_forward_backward(ours, problem)
     for _ in range(5):
-        again = run_forward_backward(composed, problem)
+        again = run_forward_backward(ours, problem)
         assert all(torch.equal(again[name], first[name]) for name in first)
 
 
@@ -229,7 +242,7 @@ def test_scalings(scaling, dtype):
     problem = LoRAProblem.random((40,), 48, 56, 8, dtype=dtype).with_(scaling=as_tensor)
 
     def with_given_scaling(**inputs):
-        return composed(**{**inputs, "scaling": scaling})
+        return ours(**{**inputs, "scaling": scaling})
 
     check(problem, with_given_scaling)
 
@@ -239,30 +252,30 @@ def test_scalings(scaling, dtype):
 def test_autocast_of_an_fp32_layer(dtype, dropout_p):
     """x, W, b in fp32 under autocast: the result and its error are those of the half dtype."""
     problem = LoRAProblem.random((33,), 70, 50, 4, dropout_p=dropout_p)
-    ours = run_forward_backward(composed, problem.with_(dy=problem.dy.to(dtype)), autocast=dtype)
+    results = run_forward_backward(ours, problem.with_(dy=problem.dy.to(dtype)), autocast=dtype)
     rounded = problem.with_(
         **{n: getattr(problem, n).to(dtype) for n in ("x", "weight", "bias", "dy")}
     )
     eager = run_forward_backward(lora_linear_reference, rounded)
     oracle = oracle_results(problem.with_(dy=problem.dy.to(dtype)))
-    assert ours["y"].dtype == dtype
-    assert ours["x"].dtype == ours["bias"].dtype == torch.float32
+    assert results["y"].dtype == dtype
+    assert results["x"].dtype == results["bias"].dtype == torch.float32
     for name in ("y", "lora_a", "lora_b"):
-        assert_within_policy(name, ours[name], eager[name], oracle[name], dtype)
+        assert_within_policy(name, results[name], eager[name], oracle[name], dtype)
     for name in ("x", "bias"):
-        assert_within_policy(name, ours[name].to(dtype), eager[name], oracle[name])
+        assert_within_policy(name, results[name].to(dtype), eager[name], oracle[name])
 
 
 def test_fp16_tiny_b_and_tiny_gradients_do_not_underflow():
     """B and dy near 1e-5: t is about 1e-9, below fp16's smallest number, and feeds dA."""
     problem = LoRAProblem.random((256,), 64, 96, 8, dtype=torch.float16, with_bias=False)
     problem = problem.with_(lora_b=problem.lora_b * 1e-5, dy=problem.dy * 1e-5)
-    ours = run_forward_backward(composed, problem.with_(lora_a=problem.lora_a.float()))
+    results = run_forward_backward(ours, problem.with_(lora_a=problem.lora_a.float()))
     oracle = oracle_results(problem)
     wide = problem.with_(lora_a=problem.lora_a.float())
     assert oracle["lora_a"].abs().max() > 1e-9
-    assert ours["lora_a"].dtype == torch.float32
-    error = (ours["lora_a"] - oracle["lora_a"]).abs().max() / oracle["lora_a"].abs().max()
+    assert results["lora_a"].dtype == torch.float32
+    error = (results["lora_a"] - oracle["lora_a"]).abs().max() / oracle["lora_a"].abs().max()
     # What fp16 operands leave when nothing but they are rounded: a few epsilons of fp16.
     in_fp32 = {name: getattr(wide, name).float() for name in ("x", "weight", "lora_b", "dy")}
     eager_fp32 = run_forward_backward(lora_linear_reference, wide.with_(**in_fp32))
@@ -274,7 +287,7 @@ def test_nan_and_infinity_stay_visible():
     problem = LoRAProblem.random((6,), 16, 12, 3)
     problem.x[2, 5] = float("nan")
     problem.x[4, 1] = float("inf")
-    y = run_forward_backward(composed, problem, ())["y"]
+    y = run_forward_backward(ours, problem, ())["y"]
     assert torch.isnan(y[2]).all() and not torch.isfinite(y[4]).any()
     assert torch.isfinite(y[[0, 1, 3, 5]]).all()
 
@@ -287,8 +300,8 @@ def test_a_half_layers_output_scale_is_not_rounded():
         with_weight=False, with_bias=False,
     ).with_(output_scale=torch.full((3,), c))  # fmt: skip
     oracle = oracle_results(problem)["lora_a"]
-    ours = run_forward_backward(composed, problem, ("lora_a",))["lora_a"]
-    error = (ours - oracle).abs().max() / oracle.abs().max()
+    result = run_forward_backward(ours, problem, ("lora_a",))["lora_a"]
+    error = (result - oracle).abs().max() / oracle.abs().max()
     rounded = problem.output_scale.half().double()
     assert error < 0.5 * (rounded / c - 1).abs().max()
 
@@ -298,10 +311,10 @@ def test_the_result_can_be_changed_in_place(leading):
     problem = LoRAProblem.random(leading, 16, 12, 3, with_output_scale=True)
 
     def then_in_place(**inputs):
-        return composed(**inputs).mul_(2)
+        return ours(**inputs).mul_(2)
 
     doubled = run_forward_backward(then_in_place, problem)
-    plain = run_forward_backward(composed, problem)
+    plain = run_forward_backward(ours, problem)
     assert all(torch.equal(doubled[name], 2 * plain[name]) for name in plain)
 
 
@@ -309,7 +322,7 @@ def test_the_result_can_be_changed_in_place(leading):
 def test_the_scaling_meets_an_fp32_b_before_b_is_rounded(dtype):
     """With x and A ones the result is what s * B was rounded to: once."""
     one, lora_b = torch.ones(1, 1, dtype=dtype), torch.randn(500, 1)
-    y = composed(x=one, weight=None, lora_a=one, lora_b=lora_b, scaling=0.7)
+    y = ours(x=one, weight=None, lora_a=one, lora_b=lora_b, scaling=0.7)
     assert torch.equal(y[0], (lora_b.double() * 0.7).to(dtype)[:, 0])
 
 
@@ -320,10 +333,11 @@ def test_a_mask_that_was_not_kept_is_made_again(adapter_dtype):
         (33,), 21, 13, 3, dtype=torch.bfloat16, adapter_dtype=adapter_dtype, dropout_p=0.4
     )
     h = torch.randn(33, 3, dtype=torch.bfloat16)
+    backend = compiled if Under.backend == "native" else composed
     mask = packed_keep_mask(p.seed, 0.4, 33, 21)
     needs = (True, True, True, False, False)
     kept, made_again = (
-        composed_backend.backward(
+        backend.backward(
             p.dy, p.x, p.weight, p.lora_a, p.lora_b, p.scaling, h, None, None, given, 0.4, p.seed,
             needs,
         )[:3]

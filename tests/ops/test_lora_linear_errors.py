@@ -192,9 +192,9 @@ BAD = {
     ),
     "backend_unknown": ({"backend": "cuda"}, ValueError, "backend: expected 'auto' or one of"),
     "backend_absent": (
-        {"backend": "native"},
+        {"backend": "triton"},
         ValueError,
-        "backend='native' cannot serve this call",
+        "backend='triton' cannot serve this call",
     ),
 }
 

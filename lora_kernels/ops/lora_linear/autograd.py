@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_kernels import dispatch
 from lora_kernels.dropout import GROUP, drop_threshold
-from lora_kernels.ops.lora_linear import composed, measured
+from lora_kernels.ops.lora_linear import compiled, composed, measured
 from lora_kernels.products import product_dtype
 
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
@@ -50,12 +51,21 @@ def stores_mask(device: torch.device, dropout_p: float, backend: str) -> bool:
     return drop_threshold(dropout_p) > 0 and device.type in ("cpu", "meta") and backend != "triton"
 
 
+def _dtype_of_h(x: Tensor, backend: str) -> torch.dtype:
+    """Known from x's device and dtype, as the choice between native and composed is."""
+    native = x.device.type == "cpu" and dispatch.choose(backend, x.device, x.dtype)[0] == "native"
+    return torch.float32 if native or backend == "triton" else product_dtype(x)
+
+
 def _implementation(backend: str, direction: str, *call):
     """The module that serves one direction of the call; raises if a named backend cannot.
 
     Chosen when the op runs, not when a graph is traced, so that it adds no guards.
     """
-    if measured.choose(backend, direction, *call).backend != "triton":
+    chosen = measured.choose(backend, direction, *call).backend
+    if chosen == "native":
+        return compiled
+    if chosen != "triton":
         return composed
     # Not at the top: importing the package does not import Triton.
     from lora_kernels.ops.lora_linear import launch
@@ -127,7 +137,7 @@ def _(x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, save_unscal
     rows, (rank, columns) = math.prod(x.shape[:-1]), a.shape
     return (
         x.new_empty((*x.shape[:-1], b.shape[0])),
-        x.new_empty((rows, rank), dtype=torch.float32 if backend == "triton" else product_dtype(x)),
+        x.new_empty((rows, rank), dtype=_dtype_of_h(x, backend)),
         x.new_empty(
             (rows, -(-columns // GROUP)) if stores_mask(x.device, dropout_p, backend) else 0,
             dtype=torch.uint8,

@@ -1,0 +1,145 @@
+// The only file that knows Python. Tensors come as addresses, sizes and strides in elements, dtypes
+// as the numbers of lora::DType; lora_kernels/native.py turns tensors into them. Absent tensors are
+// address 0. Everything has been checked before; the lock is released while a kernel runs.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/linear.h"
+#include "cpu/routed.h"
+#include "cpu/tasks.h"
+
+namespace py = pybind11;
+using lora::DType;
+
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+DType dtype_of(int number) { return static_cast<DType>(number); }
+
+void draw_mask(uintptr_t out, int64_t stride, int64_t first, int64_t rows, int64_t columns,
+               int64_t seed, uint32_t stream, uint32_t threshold, int threads) {
+  lora::draw_mask(at<uint8_t>(out), stride, first, rows, columns, uint64_t(seed), stream, threshold,
+                  threads);
+}
+
+void shrink(uintptr_t wide, int wide_dtype, int64_t wide_stride, int64_t rows, int64_t columns,
+            uintptr_t mask, int64_t mask_stride, uintptr_t factor, int factor_dtype,
+            int64_t rank_stride, int64_t column_stride, int64_t rank, uintptr_t out,
+            int64_t out_stride, double scale, int threads) {
+  lora::shrink({{at<char>(wide), dtype_of(wide_dtype), wide_stride, nullptr, 0},
+                {at<uint8_t>(mask), mask_stride},
+                {at<char>(factor), dtype_of(factor_dtype), rank_stride, column_stride},
+                {at<float>(out), out_stride}, float(scale), columns, 0, 0, 0, 0},
+               rows, rank, threads);
+}
+
+void expand(uintptr_t out, int out_dtype, int64_t out_stride, int64_t rows, int64_t columns,
+            bool add, uintptr_t mask, int64_t mask_stride, uintptr_t factor, int factor_dtype,
+            int64_t rank_stride, int64_t column_stride, double factor_scale, int64_t rank,
+            uintptr_t narrow, int64_t narrow_stride, int threads) {
+  lora::expand({{at<char>(out), dtype_of(out_dtype), out_stride, nullptr, 0},
+                {at<uint8_t>(mask), mask_stride},
+                {at<char>(factor), dtype_of(factor_dtype), rank_stride, column_stride},
+                {at<float>(narrow), narrow_stride}, nullptr, 1.0f, float(factor_scale), add, rank,
+                0, 0, 0, 0},
+               rows, columns, threads);
+}
+
+void rank_gradient(uintptr_t wide, int wide_dtype, int64_t wide_stride, int64_t rows,
+                   int64_t columns, uintptr_t mask, int64_t mask_stride, uintptr_t narrow,
+                   int64_t narrow_stride, int64_t rank, double scale, uintptr_t grad,
+                   int grad_dtype, int64_t rank_stride, int64_t column_stride, int threads) {
+  lora::rank_gradient({{at<char>(wide), dtype_of(wide_dtype), wide_stride, nullptr, 0},
+                       {at<uint8_t>(mask), mask_stride},
+                       {at<float>(narrow), narrow_stride}, nullptr, float(scale), at<char>(grad),
+                       dtype_of(grad_dtype), rank_stride, column_stride, rank, rows, 0, 0},
+                      columns, threads);
+}
+
+// A bank and a routing, as long as their tensors live.
+class Routed {
+ public:
+  Routed(uintptr_t storage, int dtype, uintptr_t table, uintptr_t scaling, uintptr_t thresholds,
+         const py::sequence& slice_columns, int64_t in_features, uintptr_t plan, int64_t groups,
+         uintptr_t tokens, uintptr_t weights, int threads)
+      : columns_(columns_of(slice_columns)),
+        routed_({at<char>(storage), dtype_of(dtype), at<int64_t>(table), at<double>(scaling),
+                 at<int32_t>(thresholds), int64_t(columns_.size()) - 1, columns_.data(),
+                 in_features},
+                {at<int64_t>(plan), groups, at<int32_t>(tokens), at<float>(weights)}, threads) {}
+  Routed(const Routed&) = delete;
+
+  void draw_mask(uintptr_t mask, int64_t stride, int64_t seed) const {
+    routed_.draw_mask(at<uint8_t>(mask), stride, uint64_t(seed));
+  }
+  void shrink(uintptr_t x, int dtype, int64_t stride, uintptr_t mask, int64_t mask_stride,
+              uintptr_t h, int64_t h_stride) const {
+    routed_.shrink({at<char>(x), dtype_of(dtype), stride}, {at<uint8_t>(mask), mask_stride},
+                   {at<float>(h), h_stride});
+  }
+  void expand(uintptr_t out, int dtype, int64_t stride, uintptr_t h, int64_t h_stride) const {
+    routed_.expand({at<char>(out), dtype_of(dtype), stride}, {at<float>(h), h_stride});
+  }
+  void expand_backward(uintptr_t dy, int dtype, int64_t stride, uintptr_t t, int64_t t_stride,
+                       uintptr_t h, int64_t h_stride, uintptr_t grad_weights) const {
+    const lora::Narrow saved{at<float>(h), h_stride};
+    routed_.expand_backward({at<char>(dy), dtype_of(dtype), stride}, {at<float>(t), t_stride},
+                            h ? &saved : nullptr, at<float>(grad_weights));
+  }
+  void gradient_b(uintptr_t dy, int dtype, int64_t stride, uintptr_t h, int64_t h_stride,
+                  uintptr_t grad, uintptr_t offsets) const {
+    routed_.gradient_b({at<char>(dy), dtype_of(dtype), stride}, {at<float>(h), h_stride},
+                       at<char>(grad), at<int64_t>(offsets));
+  }
+  void gradient_a(uintptr_t x, int dtype, int64_t stride, uintptr_t mask, int64_t mask_stride,
+                  uintptr_t t, int64_t t_stride, uintptr_t grad, uintptr_t offsets) const {
+    routed_.gradient_a({at<char>(x), dtype_of(dtype), stride}, {at<uint8_t>(mask), mask_stride},
+                       {at<float>(t), t_stride}, at<char>(grad), at<int64_t>(offsets));
+  }
+  void shrink_backward(uintptr_t dx, int dtype, int64_t stride, uintptr_t mask,
+                       int64_t mask_stride, uintptr_t t, int64_t t_stride) const {
+    routed_.shrink_backward({at<char>(dx), dtype_of(dtype), stride},
+                            {at<uint8_t>(mask), mask_stride}, {at<float>(t), t_stride});
+  }
+
+ private:
+  static std::vector<int64_t> columns_of(const py::sequence& given) {
+    std::vector<int64_t> columns;
+    for (const py::handle& column : given) columns.push_back(column.cast<int64_t>());
+    return columns;
+  }
+
+  const std::vector<int64_t> columns_;
+  const lora::Routed routed_;
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "CPU kernels of lora_kernels; see lora_kernels/native.py.";
+  m.def("best_level", &lora::best_level);
+  m.def("level", &lora::level);
+  m.def("set_level", &lora::set_level);
+
+  typedef py::call_guard<py::gil_scoped_release> Released;
+  m.def("draw_mask", &draw_mask, Released());
+  m.def("shrink", &shrink, Released());
+  m.def("expand", &expand, Released());
+  m.def("rank_gradient", &rank_gradient, Released());
+  py::class_<Routed>(m, "Routed")
+      .def(py::init<uintptr_t, int, uintptr_t, uintptr_t, uintptr_t, const py::sequence&, int64_t,
+                    uintptr_t, int64_t, uintptr_t, uintptr_t, int>())
+      .def("draw_mask", &Routed::draw_mask, Released())
+      .def("shrink", &Routed::shrink, Released())
+      .def("expand", &Routed::expand, Released())
+      .def("expand_backward", &Routed::expand_backward, Released())
+      .def("gradient_b", &Routed::gradient_b, Released())
+      .def("gradient_a", &Routed::gradient_a, Released())
+      .def("shrink_backward", &Routed::shrink_backward, Released());
+}

@@ -1,0 +1,27 @@
+// The kernels for AVX-512 F, BW, VL and DQ.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "tasks.h"
+
+// Of the functions below only: what the headers above define inline stays portable, whichever copy
+// the linker keeps.
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+
+namespace lora {
+namespace level_avx512 {
+#include "portable.h"
+#include "vec_avx512.h"
+#include "vec_x86.h"
+#include "kernels.h"
+}  // namespace level_avx512
+
+const Kernels avx512_kernels = {level_avx512::shrink, level_avx512::expand,
+    level_avx512::rank_gradient, level_avx512::philox};
+}  // namespace lora
+
+#pragma GCC pop_options
+#endif

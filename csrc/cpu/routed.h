@@ -1,0 +1,80 @@
+// Many adapters: the groups of a routing over the factors of a bank (operands.py says what each
+// table holds).
+#pragma once
+
+#include "tasks.h"
+
+namespace lora {
+
+struct Bank {
+  const char* storage;
+  DType dtype;
+  const int64_t* table;  // [L + 1, 1 + S, 3]: rank, first column in h, offset in storage
+  const double* scaling;       // [L + 1]
+  const int32_t* thresholds;   // [L + 1], or nullptr: none drops
+  int64_t slices;              // S
+  const int64_t* slice_columns;  // [S + 1]
+  int64_t in_features;
+};
+
+struct Routing {
+  const int64_t* plan;  // [G, 4]: slot, first pair, end, first token or -1
+  int64_t groups;
+  const int32_t* tokens;  // [P]
+  const float* weights;   // [P] or nullptr
+};
+
+// Rows of an activation, all of them.
+struct Rows {
+  char* data;
+  DType dtype;
+  int64_t stride;
+};
+
+class Routed {
+ public:
+  Routed(const Bank& bank, const Routing& routing, int threads)
+      : bank_(bank), routing_(routing), threads_(threads) {}
+
+  // The rows of pairs whose adapter drops, [P, stride].
+  void draw_mask(uint8_t* mask, int64_t stride, uint64_t seed) const;
+  // h = D(x) A^T
+  void shrink(const Rows& x, Mask mask, Narrow h) const;
+  // out += w s h B^T
+  void expand(const Rows& out, Narrow h) const;
+  // t = w s dy B; and grad_weights = s (dy B) . h, unless it is nullptr
+  void expand_backward(const Rows& dy, Narrow t, const Narrow* h, float* grad_weights) const;
+  // The gradients of B, at offsets[slot, 1 + s] of grad
+  void gradient_b(const Rows& dy, Narrow h, char* grad, const int64_t* offsets) const;
+  // The gradients of A, at offsets[slot, 0] of grad
+  void gradient_a(const Rows& x, Mask mask, Narrow t, char* grad, const int64_t* offsets) const;
+  // dx += keep (t A)
+  void shrink_backward(const Rows& dx, Mask mask, Narrow t) const;
+
+ private:
+  struct Group {
+    int64_t slot, begin, end, first, rank;
+    int64_t count() const { return end - begin; }
+  };
+  Group group(int64_t index) const;
+  Factor factor(const Group& group, int64_t index, int64_t& rank, int64_t& column) const;
+  Wide rows_of(const Group& group, const Rows& rows, int64_t column) const;
+  Mask mask_of(const Group& group, Mask mask) const;
+  Narrow narrow_of(const Group& group, Narrow narrow, int64_t column) const;
+  int32_t threshold(const Group& group) const;
+  float keep_scale(const Group& group) const;
+  int64_t work(int64_t columns) const;
+
+  void shrink_by(const Rows& wide, Mask mask, Narrow out, int64_t index, int64_t from,
+                 int64_t columns, bool dropout) const;
+  void expand_by(const Rows& out, Mask mask, Narrow narrow, int64_t index, int64_t from,
+                 int64_t columns, bool forward) const;
+  void gradient_by(const Rows& wide, Mask mask, Narrow narrow, int64_t index, int64_t from,
+                   int64_t columns, char* grad, const int64_t* offsets) const;
+
+  Bank bank_;
+  Routing routing_;
+  int threads_;
+};
+
+}  // namespace lora
