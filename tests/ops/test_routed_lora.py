@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from lora_kernels.ops.routed_lora import Routing
 from lora_kernels.testing import assert_within_policy
 from lora_kernels.testing.routed_inputs import (
+    BACKENDS,
     RoutedProblem,
     call_routed,
     check_routed,
@@ -19,7 +20,6 @@ from lora_kernels.testing.routed_inputs import (
     run_routed,
 )
 
-BACKENDS = ["reference", "composed"]
 RANKS = (1, 3, 8, 24, 64, 160)
 SLICED_RANKS = ((3, 0, 8), (0, 5, 0), (1, 1, 1), (8, 24, 3), (0, 0, 2))
 SLICES = (70, 41, 66)

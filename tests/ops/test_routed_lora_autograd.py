@@ -15,9 +15,8 @@ from lora_kernels.ops.routed_lora import (
     routed_lora_linear,
     routed_shrink,
 )
-from lora_kernels.testing.routed_inputs import RoutedProblem, call_routed, run_routed
+from lora_kernels.testing.routed_inputs import BACKENDS, RoutedProblem, call_routed, run_routed
 
-BACKENDS = ["reference", "composed"]
 OPS = torch.ops.lora_kernels
 IDS = [[2, 0], [0, -1], [1, 1], [-1, -1], [0, 2], [2, 2], [-1, 1]]
 
@@ -41,32 +40,35 @@ def parts_of(p: RoutedProblem, requires_grad: bool):
     return bank, (*tensors, *fields), layout, bank.parameters_for(layout)
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("requires_grad", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("dropout, sliced, whole", [(0.0, False, True), (0.3, True, False)])
-def test_opcheck_of_routed_lora(requires_grad, dropout, sliced, whole):
+def test_opcheck_of_routed_lora(backend, requires_grad, dropout, sliced, whole):
     p = problem_of(dropout, sliced, with_weight=whole)
     _, context, layout, parameters = parts_of(p, requires_grad)
     torch.library.opcheck(
         OPS.routed_lora.default,
-        (*context, *layout, p.x, p.weight, p.bias, p.seed, "composed", *parameters),
+        (*context, *layout, p.x, p.weight, p.bias, p.seed, backend, *parameters),
     )
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("requires_grad", [True, False], ids=["grad", "no_grad"])
-def test_opcheck_of_the_halves(requires_grad):
+def test_opcheck_of_the_halves(backend, requires_grad):
     p = problem_of(0.3, sliced=True)
     bank, context, layout, parameters = parts_of(p, requires_grad)
     torch.library.opcheck(
-        OPS.routed_shrink.default, (*context, *layout, p.x, p.seed, "composed", *parameters)
+        OPS.routed_shrink.default, (*context, *layout, p.x, p.seed, backend, *parameters)
     )
     h = torch.randn(14, bank.tensors().width, requires_grad=requires_grad)
     torch.library.opcheck(
         OPS.routed_expand.default,
-        (*context, *layout, h, 7, torch.float32, "composed", *parameters),
+        (*context, *layout, h, 7, torch.float32, backend, *parameters),
     )
 
 
-def test_opcheck_of_the_inner_ops():
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_opcheck_of_the_inner_ops(backend):
     p = problem_of(0.3, sliced=True, dtype=torch.bfloat16, adapter_dtype=torch.float32)
     bank = p.bank()
     context = (*bank.tensors(), *p.routing(bank).tensors(with_plan=True))
@@ -77,18 +79,18 @@ def test_opcheck_of_the_inner_ops():
         tests = ("test_schema", "test_faketensor")
         torch.library.opcheck(getattr(OPS, name).default, (*context, *arguments), test_utils=tests)
 
-    check("routed_lora_forward", p.x, p.weight, p.bias, p.seed, "composed")
-    check("routed_shrink_forward", p.x, p.seed, "composed")
-    _, h, mask = OPS.routed_lora_forward(*context, p.x, p.weight, p.bias, p.seed, "composed")
+    check("routed_lora_forward", p.x, p.weight, p.bias, p.seed, backend)
+    check("routed_shrink_forward", p.x, p.seed, backend)
+    _, h, mask = OPS.routed_lora_forward(*context, p.x, p.weight, p.bias, p.seed, backend)
     for needs in ([True] * 3, [False] * 3, [False, True, True], [True, False, False]):
         operands = (p.dy, p.x, p.weight, h, mask, p.seed, 21, needs)
-        check("routed_lora_backward", *layout, *operands, "composed")
+        check("routed_lora_backward", *layout, *operands, backend)
     for needs in ([True, True], [False, False], [True, False], [False, True]):
-        check("routed_expand_backward", *layout, p.dy, h, needs, "composed")
-        check("routed_shrink_backward", *layout, h, p.x, mask, p.seed, needs[0], "composed")
+        check("routed_expand_backward", *layout, p.dy, h, needs, backend)
+        check("routed_shrink_backward", *layout, h, p.x, mask, p.seed, needs[0], backend)
     out = torch.zeros_like(p.dy)
-    check("routed_lora_", out, p.x, p.seed, "composed")
-    check("routed_expand_", out, h, "composed")
+    check("routed_lora_", out, p.x, p.seed, backend)
+    check("routed_expand_", out, h, backend)
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["whole", "shrink"])

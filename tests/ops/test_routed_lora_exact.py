@@ -16,6 +16,7 @@ from lora_kernels.ops.routed_lora import (
 )
 from lora_kernels.testing import assert_within_policy
 from lora_kernels.testing.routed_inputs import (
+    BACKENDS,
     RoutedProblem,
     call_routed,
     keep_factor,
@@ -24,7 +25,6 @@ from lora_kernels.testing.routed_inputs import (
     run_routed,
 )
 
-BACKENDS = ["reference", "composed"]
 KINDS = {
     "fp32": (torch.float32, None),
     "bf16": (torch.bfloat16, None),
@@ -310,6 +310,8 @@ def test_autograd_knows_that_out_has_changed(backend, half):
 @pytest.mark.parametrize("sliced", [False, True], ids=["", "sliced"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_the_halves_are_the_whole(backend, kind, sliced, dropout, poisoned_memory):
+    if backend == "native" and kind == "fp64":
+        pytest.skip("the compiled kernels do not take fp64")
     dtype, adapter_dtype = KINDS[kind]
     ranks = SLICED_RANKS if sliced else (3, 5, 24, 64)
     p = RoutedProblem.random(
@@ -338,7 +340,7 @@ def test_the_halves_are_the_whole(backend, kind, sliced, dropout, poisoned_memor
     assert_within_policy("out", out, eager["y"], oracle["y"], dtype)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS[:2])
 @pytest.mark.parametrize("sliced", [False, True], ids=["", "sliced"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_h_is_what_it_says(backend, sliced, dropout, poisoned_memory):
