@@ -69,11 +69,13 @@ def status() -> str:
     return _found()[1]
 
 
+@torch.compiler.assume_constant_result
 def missing() -> str | None:
     """Why the extension cannot be used; None when it can."""
     return None if extension() is not None else status()
 
 
+@torch.compiler.assume_constant_result
 def level() -> int:
     """The instruction set in use, an index of ``LEVELS``; -1 without the extension."""
     return -1 if extension() is None else extension().level()
@@ -217,6 +219,9 @@ class RoutedCall:
                 by_slot[slot] = threshold
             thresholds = torch.tensor(by_slot, dtype=torch.int32)
         self._alive = storage, weights, thresholds
+        groups = routing.plan.shape[0]
+        if groups and routing.plan[-1, 0] < 0:  # filled up, as graphs have it
+            groups = int((routing.plan[:, 0] >= 0).sum())
         self._groups = extension().Routed(
             storage.data_ptr(),
             _NUMBER[storage.dtype],
@@ -226,7 +231,7 @@ class RoutedCall:
             bank.slice_columns,
             in_features,
             routing.plan.data_ptr(),
-            routing.plan.shape[0],
+            groups,
             routing.tokens.data_ptr(),
             0 if weights is None else weights.data_ptr(),
             torch.get_num_threads(),
