@@ -412,6 +412,7 @@ static void expand_in(const Expand& t) {
 // --- rank gradient ---------------------------------------------------------------------------
 
 constexpr int64_t ROW_BLOCK = 128;  // summed on its own, then added to the sum so far
+constexpr int64_t AHEAD = 8;        // rows that are fetched before they are needed
 
 // sums[r, d] (+)= the products of one block of rows; ranks in tiles of ROWS.
 template <class C, int ROWS_>
@@ -456,7 +457,7 @@ static void rank_gradient_in(const RankGradient& t) {
   const int64_t element = size_of(t.wide.dtype), ranks = t.rank;
   float* sums = scratch<float>(Scratch::sums, ranks * pitch);
   uint32_t* left = scratch<uint32_t>(Scratch::left, ROW_BLOCK / C::DEPTH * ranks);
-  uint32_t* panel = scratch<uint32_t>(Scratch::panel, ROW_BLOCK / C::DEPTH * SPAN);
+  uint32_t* panel = scratch<uint32_t>(Scratch::panel, ROW_BLOCK / C::DEPTH * pitch);
   float* scaled = scratch<float>(Scratch::rows, 2 * ranks);
   if (t.rows == 0) fill_zero(sums, ranks * pitch * 4);
   for (int64_t begin = 0; begin < t.rows; begin += ROW_BLOCK) {
@@ -475,28 +476,41 @@ static void rank_gradient_in(const RankGradient& t) {
       }
       C::pack_rows(left + k * ranks, DType::f32, rows, ranks, nullptr, 1);
     }
-    for (int64_t d = 0; d < n; d += SPAN) {
-      const int64_t width = n - d < SPAN ? n - d : SPAN, column = t.column_begin + d;
-      for (int64_t k = 0; k < steps; k++) {
-        const char* rows[2];
-        const uint8_t* masks[2];
-        for (int64_t j = 0; j < C::DEPTH; j++) {
-          const int64_t m = k * C::DEPTH + j;
-          rows[j] = m < count ? t.wide.row(begin + m) + column * element : nullptr;
-          masks[j] = t.mask.bits && m < count ? t.mask.row(begin + m) + column / 8 : nullptr;
+    // Whole rows of the task at a time: memory is read in order.
+    for (int64_t k = 0; k < steps; k++) {
+      const char* rows[2];
+      const uint8_t* masks[2];
+      for (int64_t j = 0; j < C::DEPTH; j++) {
+        const int64_t m = k * C::DEPTH + j;
+        rows[j] = m < count ? t.wide.row(begin + m) + t.column_begin * element : nullptr;
+        masks[j] = t.mask.bits && m < count ? t.mask.row(begin + m) + t.column_begin / 8 : nullptr;
+        if (m + AHEAD < count) {
+          const char* ahead = t.wide.row(begin + m + AHEAD) + t.column_begin * element;
+          for (int64_t at = 0; at < n * element; at += 64) __builtin_prefetch(ahead + at);
         }
-        C::pack_rows(panel + k * SPAN, t.wide.dtype, rows, width, t.mask.bits ? masks : nullptr, 1);
-        fill_zero(panel + k * SPAN + width, (SPAN - width) * 4);
       }
+      for (int64_t d = 0; d < n; d += SPAN) {
+        const int64_t width = n - d < SPAN ? n - d : SPAN;
+        uint32_t* to = panel + (d * steps + k * SPAN);
+        C::pack_rows(to, t.wide.dtype, rows, width, t.mask.bits ? masks : nullptr, 1);
+        fill_zero(to + width, (SPAN - width) * 4);
+        for (int64_t j = 0; j < C::DEPTH; j++) {
+          if (rows[j]) rows[j] += SPAN * element;
+          if (masks[j]) masks[j] += SPAN / 8;
+        }
+      }
+    }
+    for (int64_t d = 0; d < n; d += SPAN) {
+      const uint32_t* block = panel + d * steps;
       for (int64_t r = 0; r < ranks; r += ROWS) {
         float* to = sums + r * pitch + d;
         const int64_t some = ranks - r;
-        if (some == 1) gradient_tile<C, 1>(left + r, ranks, panel, steps, to, pitch, !begin);
+        if (some == 1) gradient_tile<C, 1>(left + r, ranks, block, steps, to, pitch, !begin);
         if (some == 2 || (ROWS == 2 && some > 2))
-          gradient_tile<C, 2>(left + r, ranks, panel, steps, to, pitch, !begin);
+          gradient_tile<C, 2>(left + r, ranks, block, steps, to, pitch, !begin);
         if constexpr (ROWS > 2) {
-          if (some == 3) gradient_tile<C, 3>(left + r, ranks, panel, steps, to, pitch, !begin);
-          if (some >= 4) gradient_tile<C, 4>(left + r, ranks, panel, steps, to, pitch, !begin);
+          if (some == 3) gradient_tile<C, 3>(left + r, ranks, block, steps, to, pitch, !begin);
+          if (some >= 4) gradient_tile<C, 4>(left + r, ranks, block, steps, to, pitch, !begin);
         }
       }
     }
