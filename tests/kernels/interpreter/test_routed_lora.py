@@ -317,3 +317,33 @@ def test_leading_dimensions_and_the_base(poisoned_memory):
     shaped = call(problem.x.view(2, 3, 4, 19))
     assert shaped.shape == (2, 3, 4, 11)
     assert torch.equal(shaped.view(24, 11), call(problem.x))
+
+
+def test_opcheck_of_the_ops(poisoned_memory):
+    """Schemas, and that fake kernels foretell what the Triton backend returns."""
+    problem = RoutedProblem.random(
+        ids_of("pairs", 3, 9), [(3, 0), (0, 2), (1, 5)], 21, (7, 10), dtype=torch.float16,
+        adapter_dtype=torch.float32, weighted=True, dropout=0.3,
+    )  # fmt: skip
+    p, ops = problem, torch.ops.lora_kernels
+    bank = p.bank()
+    context = (*bank.tensors(), *p.routing(bank).tensors(with_plan=False))
+    layout = bank.gradient_layout()
+
+    def check(name: str, *arguments):
+        tests = ("test_schema", "test_faketensor")
+        torch.library.opcheck(getattr(ops, name).default, (*context, *arguments), test_utils=tests)
+
+    check("routed_lora_forward", p.x, p.weight, p.bias, p.seed, "triton")
+    check("routed_shrink_forward", p.x, p.seed, "triton")
+    _, h, mask = ops.routed_lora_forward(*context, p.x, p.weight, p.bias, p.seed, "triton")
+    assert not mask.numel() and torch.isfinite(h).all()
+    for needs in ([True] * 3, [False] * 3, [False, True, True], [True, False, False]):
+        operands = (p.dy, p.x, p.weight, h, mask, p.seed, 21, needs)
+        check("routed_lora_backward", *layout, *operands, "triton")
+    for needs in ([True, True], [False, False], [True, False], [False, True]):
+        check("routed_expand_backward", *layout, p.dy, h, needs, "triton")
+        check("routed_shrink_backward", *layout, h, p.x, mask, p.seed, needs[0], "triton")
+    out = torch.zeros_like(p.dy)
+    check("routed_lora_", out, p.x, p.seed, "triton")
+    check("routed_expand_", out, h, "triton")
