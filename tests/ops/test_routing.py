@@ -103,11 +103,17 @@ def test_against_a_loop(data, live, k, large):
     ids = draw(st.lists(row, min_size=count, max_size=count))
     routing = Routing.empty(room, slots, k)
     check(routing, [])
-    given_ids = torch.tensor(ids, dtype=draw(st.sampled_from([torch.int64, torch.int32, torch.int8])))
+    given_ids = torch.tensor(
+        ids, dtype=draw(st.sampled_from([torch.int64, torch.int32, torch.int8]))
+    )
     weights = torch.randn(count, k)
     for _ in range(2):
         if k > 1 or draw(st.booleans()):
-            check(routing.set_weighted_(given_ids.reshape(count, k), weights), ids, padded(weights, room))
+            check(
+                routing.set_weighted_(given_ids.reshape(count, k), weights),
+                ids,
+                padded(weights, room),
+            )
         else:
             check(routing.set_tokens_(given_ids.flatten()), ids)
 
