@@ -12,6 +12,7 @@ from lora_kernels.ops.routed_lora import (
     AdapterBank,
     Routing,
     launch,
+    routed_expand,
     routed_lora,
     routed_shrink,
     tiles,
@@ -275,3 +276,16 @@ def _reserve(size: int):
     import mmap
 
     return mmap.mmap(-1, size)
+
+
+@pytest.mark.parametrize("rows", [40, 260])
+def test_the_gradient_of_h_is_zero_beyond_the_rank_whatever_the_scaling(rows, poisoned_memory):
+    problem = RoutedProblem.random(mixed_ids(2, rows), [3, 24], 21, 17, with_weight=False)
+    bank = problem.with_adapter("a0", scaling=float("inf")).bank()
+    routing = problem.routing(bank)
+    h = torch.randn(rows, 24, requires_grad=True)
+    y = routed_expand(h, bank, routing, backend=BACKEND)
+    (t,) = torch.autograd.grad(y, h, problem.dy)
+    first, second, none = routing.tensors(with_plan=False).offsets[:3].tolist()
+    assert not torch.isfinite(t[first:second, :3]).any() and not t[first:second, 3:].any()
+    assert t[second:none].all() and not t[none:].any()
