@@ -45,7 +45,8 @@ _BACKWARD = torch.ops.lora_kernels.lora_linear_backward.default
 def stores_mask(device: torch.device, dropout_p: float, backend: str) -> bool:
     """Whether the forward hands its packed keep-mask to the backward.
 
-    On a CPU regenerating the mask costs more than K/8 bytes a row. Elsewhere it is regenerated. Known from the arguments alone, so that fake tensors agree.
+    On a CPU regenerating the mask costs more than K/8 bytes a row. Elsewhere it is regenerated.
+    Known from the arguments alone, so that fake tensors agree.
     """
     return drop_threshold(dropout_p) > 0 and device.type in ("cpu", "meta") and backend != "triton"
 
