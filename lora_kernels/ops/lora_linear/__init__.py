@@ -59,9 +59,9 @@ def lora_linear(
 
     Gradients reach x, lora_a, lora_b, bias and output_scale, each computed only if needed, each in
     the dtype of its tensor. For the backward x itself, ``D(x) A^T`` ``[M, R]`` in fp32 (bf16 for
-    bf16 on a CPU with ``composed``, where a product has no wider result) and, on a CPU under dropout, a mask of one
-    bit per element are kept. Double backward and ``torch.func`` transforms are not supported. Under
-    autocast x, weight and bias are cast to autocast's dtype.
+    bf16 on a CPU with ``composed``, where a product has no wider result) and, on a CPU under
+    dropout, a mask of one bit per element are kept. Double backward and ``torch.func`` transforms
+    are not supported. Under autocast x, weight and bias are cast to autocast's dtype.
 
     Raises:
         TypeError: an argument is no tensor, or has a dtype that is not supported.
