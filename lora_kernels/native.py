@@ -69,16 +69,18 @@ def status() -> str:
     return _found()[1]
 
 
-@torch.compiler.assume_constant_result
 def missing() -> str | None:
     """Why the extension cannot be used; None when it can."""
     return None if extension() is not None else status()
 
 
-@torch.compiler.assume_constant_result
 def level() -> int:
     """The instruction set in use, an index of ``LEVELS``; -1 without the extension."""
     return -1 if extension() is None else extension().level()
+
+
+# What torch.compiler.assume_constant_result says; calling it would import torch._dynamo.
+missing._dynamo_marked_constant = level._dynamo_marked_constant = True
 
 
 # --- operands --------------------------------------------------------------------------------

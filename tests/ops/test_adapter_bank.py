@@ -414,7 +414,7 @@ def test_any_history(data, sliced):
             bank = bank.to(data.draw(st.sampled_from([torch.float32, torch.float64])))
         elif action == "reserve":
             bank.reserve(data.draw(st.integers(1, 20)))
-            bank._fixed = False
+            bank._max_rank = None
     assert set(bank) == set(expected)
     for name, factors_of_it in expected.items():
         assert bank[name].scaling.item() == int(name[1:]) - 3.0
@@ -440,7 +440,7 @@ def test_reserved_storage_takes_what_was_promised_and_does_not_move(ranks, slice
 
 
 def test_full_storage_says_so_and_stays_as_it_was():
-    bank = AdapterBank(K, N, rank_capacity=8)
+    bank = AdapterBank(K, N, rank_capacity=8, max_rank=64)
     add(bank, "a", 8)
     before, where = values(bank), bank.tensors().storage.data_ptr()
     version, names = bank.slots.version, list(bank.slots)
@@ -513,3 +513,31 @@ def test_a_refused_add_changes_nothing(case):
         assert state_of(bank) == state, "the bank has changed"
     assert_same_values(values(bank), expected)
     assert_sound(bank)
+
+
+def test_a_captured_width_does_not_change():
+    """h has as many columns as the bank reserved: a graph captured with it must stay right."""
+    bank = AdapterBank(K, N, rank_capacity=12, max_rank=5)
+    assert bank.tensors().width == 5
+    bank.add("a", torch.randn(2, K), torch.randn(N, 2), 1.0)
+    bank.add("b", torch.randn(5, K), torch.randn(N, 5), 1.0)
+    assert bank.tensors().width == 5
+    with pytest.raises(RuntimeError, match="rank 6 is above max_rank 5"):
+        bank.add("c", torch.randn(6, K), torch.randn(N, 6), 1.0)
+    assert list(bank) == ["a", "b"] and "c" not in bank.slots
+    with pytest.raises(ValueError, match="max_rank: expected at least 5"):
+        bank.reserve(20, 4)
+    bank.reserve(20, 6)
+    bank.add("c", torch.randn(6, K), torch.randn(N, 6), 1.0)
+    x = torch.randn(4, K)
+    routing = Routing.from_tokens([2, 1, -1, 0], bank)
+    y = routed_lora(x, bank, routing)
+    for row, name in ((0, "c"), (1, "b"), (3, "a")):
+        expected = bank[name].lora_b @ (bank[name].lora_a @ x[row])
+        torch.testing.assert_close(y[row], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_reserved_for_the_sum_of_ranks_unless_told():
+    assert AdapterBank(K, N, rank_capacity=12).tensors().width == 12
+    with pytest.raises(ValueError, match="max_rank: expected None without rank_capacity"):
+        AdapterBank(K, N, max_rank=3)

@@ -50,9 +50,10 @@ class AdapterBank(nn.Module):
         dtype: of the factors; None is torch's default dtype.
         device: of the factors.
         slots: shared by the banks of one model; None makes its own.
-        rank_capacity: reserve storage for adapters whose ranks (over slices) sum to this, and
-            refuse to grow beyond: growing moves the storage, which CUDA graphs captured before
-            would not see. None grows when needed, to twice the size. See :meth:`reserve`.
+        rank_capacity, max_rank: reserve room for adapters whose ranks (over slices) sum to
+            rank_capacity and are at most max_rank each (None: no more than the sum), and refuse
+            more: CUDA graphs captured before would not see it. None grows when needed, to twice the
+            size. See :meth:`reserve`.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which and why.
@@ -67,6 +68,7 @@ class AdapterBank(nn.Module):
         device: torch.device | str | None = None,
         slots: AdapterSlots | None = None,
         rank_capacity: int | None = None,
+        max_rank: int | None = None,
     ) -> None:
         super().__init__()
         widths = [out_features] if isinstance(out_features, int) else list(out_features)
@@ -87,10 +89,12 @@ class AdapterBank(nn.Module):
         self.adapters = nn.ModuleDict()
         self._storage = FactorStorage(in_features, self.slice_widths, dtype, device)
         self._tables = SlotTables(self.slots.capacity, len(widths), self.device)
-        self._fixed = False
+        self._max_rank: int | None = None  # set where nothing may grow
         self._derive()
         if rank_capacity is not None:
-            self.reserve(rank_capacity)
+            self.reserve(rank_capacity, max_rank)
+        elif max_rank is not None:
+            raise ValueError("max_rank: expected None without rank_capacity")
         self.register_load_state_dict_post_hook(_rebind)
 
     # --- adapters -----------------------------------------------------------------------------
@@ -127,6 +131,11 @@ class AdapterBank(nn.Module):
             raise ValueError("scaling: expected a value, got a tensor on the meta device")
         check_dropout(dropout_p)
         ranks = tuple(0 if pair is None else pair[0].shape[0] for pair in pairs)
+        if self._max_rank is not None and sum(ranks) > self._max_rank:
+            raise RuntimeError(
+                f"add: rank {sum(ranks)} is above max_rank {self._max_rank}, which captured CUDA "
+                "graphs rely on; reserve() raises it, and they must be captured again"
+            )
         start = self._allocate(self._storage.region_size(ranks))
         slot = self.slots.acquire(name)
         entry = self._tables.write(slot, ranks, self._storage.offsets(start, ranks), scaling)
@@ -221,14 +230,27 @@ class AdapterBank(nn.Module):
         return self._storage.tensor.dtype
 
     @_OUTSIDE_INFERENCE
-    def reserve(self, rank_capacity: int) -> None:
-        """Make room for adapters whose ranks sum to ``rank_capacity``, now; never grow unasked.
+    def reserve(self, rank_capacity: int, max_rank: int | None = None) -> None:
+        """Make room now, and refuse to grow unasked; CUDA graphs must be captured again.
 
-        The storage moves if it is smaller: CUDA graphs captured before must be captured again.
+        Args:
+            rank_capacity: the sum of the adapters' ranks (over slices) that there is room for.
+            max_rank: of one adapter, None for rank_capacity: h gets a column for each, so a smaller
+                number saves memory and, where the widest adapter is far below it, a little time.
+
+        Raises:
+            TypeError, ValueError: an argument is no number of at least 1, or there is an adapter of
+                a higher rank.
         """
         _check_size("rank_capacity", rank_capacity)
+        widest = max([adapter.rank for adapter in self._ordered], default=0)
+        max_rank = max(rank_capacity, widest) if max_rank is None else max_rank
+        _check_size("max_rank", max_rank)
+        if widest > max_rank:
+            raise ValueError(f"max_rank: expected at least {widest}, the widest adapter's rank")
         self._grow_to(self._storage.size_for(rank_capacity))
-        self._fixed = True
+        self._max_rank = max_rank
+        self._derive()
 
     @_OUTSIDE_INFERENCE
     def rebind(self) -> None:
@@ -280,7 +302,7 @@ class AdapterBank(nn.Module):
         start = self._storage.take(size)
         if start is not None:
             return start
-        if self._fixed:
+        if self._max_rank is not None:
             raise RuntimeError(
                 f"add: {size} elements do not fit in what rank_capacity reserved "
                 f"({self._storage.size} elements, {self._storage.largest_free()} of them free in "
@@ -358,7 +380,7 @@ class AdapterBank(nn.Module):
             slots=[adapter.slot for adapter in self._ordered],
             thresholds=[-1] * len(self._ordered),  # not entered yet
             slice_columns=columns,
-            width=max((adapter.rank for adapter in self._ordered), default=0),
+            width=self._max_rank or max([adapter.rank for adapter in self._ordered], default=0),
             storage=self._storage.tensor,
             table=self._tables.factors,
             scaling=self._tables.scaling,

@@ -36,12 +36,12 @@ def forward(
     fresh = weight is None and bias is None and routing.pairs_per_token == 1
     if weight is not None:
         y = torch.nn.functional.linear(x, weight, bias)
+    elif bias is not None:
+        y = bias.expand(x.shape[0], -1).clone()
     else:
         shape = (x.shape[0], bank.slice_columns[-1])
         fresh = fresh and not nothing
         y = x.new_empty(shape) if fresh else x.new_zeros(shape)
-        if bias is not None:
-            y += bias
     if call is not None:
         with on_device(x):
             call.expand(y, call.shrink(x, h), overwrite=fresh)
