@@ -11,7 +11,7 @@ from lora_kernels.bench.routed import RoutedCase, make_inputs, wrong
 from lora_kernels.bench.routed_providers import OTHER_FUNCTIONS, ROUTED_PROVIDERS
 
 SMALL = RoutedCase(sequences=6, tokens=3, k=40, slices=(24, 16), adapters=4, ranks=(2, 5, 3))
-ELSEWHERE = ("triton", "native")
+ELSEWHERE = ("triton", "triton-fused")
 ON_CPU = [n for n in ROUTED_PROVIDERS if n not in (*ELSEWHERE, *OTHER_FUNCTIONS)]
 
 

@@ -64,6 +64,7 @@ ROUTED_PROVIDERS = (
     "grouped-mm",
     "composed",
     "triton",
+    "triton-fused",
 )
 
 # Llama-3 8B's q+k+v, gate+up and down.

@@ -6,6 +6,7 @@ goes through several sets of inputs, together larger than the last-level cache, 
 of its own; on CUDA it is the replay of a graph where the provider can be captured.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,6 +95,8 @@ class RoutedCall:
 
     forward: Callable[[], Tensor]
     leaves: list[Tensor]  # x first, what a training step makes gradients for
+    # Entered around forward and backward, not around the replay of a graph that has captured them.
+    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
 def make_inputs(case: RoutedCase, seed: int) -> RoutedInputs:
@@ -189,11 +192,10 @@ class Routed:
 
 
 def run_once(case: RoutedCase, call: RoutedCall, inputs: RoutedInputs) -> None:
-    if case.train:
-        torch.autograd.grad(call.forward(), call.leaves, inputs.dy)
-        return
-    with torch.no_grad():
-        call.forward()
+    with call.around(), torch.set_grad_enabled(case.train):
+        y = call.forward()
+        if case.train:
+            torch.autograd.grad(y, call.leaves, inputs.dy)
 
 
 def formula(
@@ -228,7 +230,8 @@ def wrong(case: RoutedCase, call: RoutedCall, inputs: RoutedInputs) -> str | Non
             found |= {f"gradient {i}": gradient for i, gradient in enumerate(gradients[1:])}
         return found
 
-    ours = results(call.forward(), call.leaves)
+    with call.around():
+        ours = results(call.forward(), call.leaves)
     eager, oracle = (
         results(*formula(case, inputs, dtype)) for dtype in (case.torch_dtype, torch.float64)
     )

@@ -6,6 +6,7 @@ and B of each adapter and slice.
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -187,6 +188,14 @@ def ours(inputs: RoutedInputs, case: RoutedCase, backend: str = "auto") -> Route
     return RoutedCall(forward, leaves)
 
 
+def fused(inputs: RoutedInputs, case: RoutedCase) -> RoutedCall:
+    """Our kernels with the base GEMM and the routed tail in one."""
+    from lora_kernels.ops.routed_lora import tiles
+
+    call = ours(inputs, case, "triton")
+    return replace(call, around=functools.partial(tiles.use_strategy, "fused"))
+
+
 def single(inputs: RoutedInputs, case: RoutedCase) -> RoutedCall:
     """One adapter of the mean rank for all tokens: what routing is measured against."""
     from lora_kernels.ops.lora_linear import lora_linear
@@ -219,5 +228,6 @@ ROUTED_PROVIDERS: dict[str, Callable[[RoutedInputs, RoutedCase], RoutedCall]] = 
     "ours": ours,
     "composed": functools.partial(ours, backend="composed"),
     "triton": functools.partial(ours, backend="triton"),
+    "triton-fused": fused,
     "native": functools.partial(ours, backend="native"),
 }

@@ -12,7 +12,13 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.routed_lora import AdapterSlots, Routing, routed_lora, routed_lora_linear
+from lora_kernels.ops.routed_lora import (
+    AdapterSlots,
+    Routing,
+    routed_lora,
+    routed_lora_linear,
+    tiles,
+)
 from lora_kernels.testing.gpu_checks import Check, Skip, Target, poisoned_memory
 from lora_kernels.testing.policy import assert_within_policy
 from lora_kernels.testing.routed_inputs import (
@@ -94,6 +100,12 @@ def shape(label: str, dtype: torch.dtype, dropout: bool, target: Target) -> None
         dropout=[0.3 * (i % 3 == 2) for i in range(len(RANKS))] if dropout else 0.0,
     )
     check_policy(target, problem)
+
+
+def fused(label: str, dtype: torch.dtype, dropout: bool, target: Target) -> None:
+    """The base GEMM with the routed tail in one kernel."""
+    with tiles.use_strategy("fused"):
+        shape(label, dtype, dropout, target)
 
 
 def fp32_adapters(target: Target) -> None:
@@ -259,6 +271,10 @@ def checks() -> list[Check]:
             kind = str(dtype).removeprefix("torch.")
             drops = " with dropout" if dropout else ""
             add(f"{kind} {label}{drops}", functools.partial(shape, label, dtype, dropout))
+    for dtype, dropout in itertools.product((BF16, FP16, FP32), (False, True)):
+        kind = f"{str(dtype).removeprefix('torch.')}{' with dropout' if dropout else ''}"
+        run = functools.partial(fused, "training", dtype, dropout)
+        add(f"fused GEMM {kind}", run, on_cpu=False)
     for run in (
         fp32_adapters,
         nan_stays_where_it_is,
