@@ -372,8 +372,10 @@ class _Function(torch.autograd.Function):
     def keep(ctx, saved, bank, routing, layout, places: _Parameters, backend, parameters) -> None:
         # The tokens for their version too: a routing that was filled again must not be read.
         ctx.save_for_backward(*saved, routing.tokens, *places.used(parameters, routing))
-        # The scalings as they are now: setting another one later is not an error, nor used.
-        bank = bank._replace(scaling=bank.scaling.clone())
+        # Scalings and dropout as they are now: setting others later is not an error, nor used.
+        bank = bank._replace(
+            scaling=bank.scaling.clone(), threshold_table=bank.threshold_table.clone()
+        )
         ctx.context = bank, routing._replace(pair_weights=None), layout
         ctx.places, ctx.shapes = places, [parameter.shape for parameter in parameters]
         ctx.backend = backend
