@@ -23,6 +23,7 @@ from lora_kernels import dispatch
 from lora_kernels.integrations import peft_layers
 from lora_kernels.integrations.peft_layers import delegated_calls
 from lora_kernels.ops.routed_lora import loose
+from lora_kernels.ops.routed_lora.storage import ALIGNMENT
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 
@@ -418,12 +419,12 @@ def test_offsets_reach_every_factor_from_the_first():
         for start, (rows, columns) in zip(starts, shapes, strict=True)
     ]
     first = min(factors, key=Tensor.data_ptr)
-    assert loose._offsets([0, 2], factors, first) == ((0, 3, 960, 0), (2, 5, 448, 1984))
+    assert loose._offsets([0, 2], factors, first, ALIGNMENT) == ((0, 3, 960, 0), (2, 5, 448, 1984))
     table = loose._table(((0, 3, 960, 0), (2, 5, 448, 1984)), 3, torch.device("cpu"))
     assert table[:, :, 0].tolist() == [[3, 3], [0, 0], [5, 5], [0, 0]]
     assert table[:, :, 2].tolist() == [[960, 0], [0, 0], [448, 1984], [0, 0]]
     for factor in (factors[0].bfloat16(), factors[0].t(), memory[1:70].view(3, 23)):
-        assert loose._offsets([0, 2], [factor, *factors[1:]], first) is None
+        assert loose._offsets([0, 2], [factor, *factors[1:]], first, ALIGNMENT) is None
 
 
 def test_a_named_backend_that_has_no_use_for_loose_adapters(monkeypatch):

@@ -6,7 +6,7 @@ from torch import Tensor
 from lora_kernels import dispatch
 from lora_kernels.dispatch import Choice
 from lora_kernels.dropout import draw_seed
-from lora_kernels.ops.routed_lora import autograd, reference  # noqa: F401  (registers the ops)
+from lora_kernels.ops.routed_lora import autograd, reference
 from lora_kernels.ops.routed_lora.bank import Adapter, AdapterBank
 from lora_kernels.ops.routed_lora.checks import (
     DTYPES,
@@ -93,9 +93,7 @@ def routed_lora(
         else:
             # Negative zeros, where there is no adapter: they leave any number as it is.
             start = None if out is None else x.new_full((bank.out_features,), -0.0)
-            y = _OPS.routed_lora(
-                *call.with_layout(), x, None, start, seed, call.backend, *call.parameters()
-            )
+            y = call.differentiable("routed_lora", x, None, start, seed)
         return y if out is None else out.add_(y)
     if call.backend == "reference":
         return out.add_(call.reference(x, None, None, seed))
@@ -137,9 +135,7 @@ def routed_lora_linear(
     seed = call.seed(seed)
     if call.backend == "reference":
         return call.reference(x, weight, bias, seed)
-    return _OPS.routed_lora(
-        *call.with_layout(), x, weight, bias, seed, call.backend, *call.parameters()
-    )
+    return call.differentiable("routed_lora", x, weight, bias, seed)
 
 
 def routed_shrink(
@@ -169,7 +165,7 @@ def routed_shrink(
     seed = call.seed(seed)
     if call.backend == "reference":
         return reference.shrink(x.reshape(-1, x.shape[-1]), bank, call.routing, seed)
-    return _OPS.routed_shrink(*call.with_layout(), x, seed, call.backend, *call.parameters())
+    return call.differentiable("routed_shrink", x, seed)
 
 
 def routed_expand(
@@ -217,9 +213,7 @@ def routed_expand(
         y = reference.expand(h, base, bank, call.routing)
         return y if out is None else out.add_(y.view(out.shape))
     if out is None or call.needs_gradient(h) or (torch.is_grad_enabled() and out.requires_grad):
-        y = _OPS.routed_expand(
-            *call.with_layout(), h, rows, dtype, call.backend, *call.parameters()
-        )
+        y = call.differentiable("routed_expand", h, rows, dtype)
         return y if out is None else out.add_(y.view(out.shape))
     _OPS.routed_expand_(*call.context, out, h, call.backend)
     return out
@@ -253,20 +247,18 @@ class _Call:
         self.module, self.bank = bank, bank.tensors()
         with_plan = self.backend in ("composed", "native")
         self.routing: RoutingTensors = routing.tensors(with_plan=with_plan)
-        self._layout = None
 
     @property
     def context(self) -> tuple:
         return (*self.bank, *self.routing)
 
-    def with_layout(self) -> tuple:
-        self._layout = self.module.gradient_layout()
-        return (*self.context, *self._layout)
-
-    def parameters(self) -> tuple[list[Tensor], list[int], list[int]]:
-        if not torch.is_grad_enabled():
-            return [], [], []
-        return self.module.parameters_for(self._layout)
+    def differentiable(self, name: str, *inputs) -> Tensor:
+        """Call a differentiable op with the bank's parameters, which autograd must see."""
+        layout = self.module.gradient_layout()
+        trained = self.module.parameters_for(layout) if torch.is_grad_enabled() else ([], [], [])
+        return autograd.call_differentiable(
+            name, self.routing.tokens, *self.context, *layout, *inputs, self.backend, *trained
+        )
 
     def needs_gradient(self, x: Tensor) -> bool:
         weights = self.routing.pair_weights

@@ -331,14 +331,18 @@ def _call(name: str, *arguments):
 
     Through the dispatcher some twenty arguments are boxed twice, which a small batch feels.
     """
-    tokens = arguments[_NUM_BANK]
-    at_once = (
-        type(tokens) is Tensor
+    at_once = _runs_at_once(arguments[_NUM_BANK])
+    with torch._C._AutoDispatchBelowAutograd():
+        return (_KERNELS[name] if at_once else getattr(_OPS, name))(*arguments)
+
+
+def _runs_at_once(tokens: Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and type(tokens) is Tensor
         and tokens.device.type in ("cpu", "cuda")
         and torch._C._len_torch_dispatch_stack() == 0
     )
-    with torch._C._AutoDispatchBelowAutograd():
-        return (_KERNELS[name] if at_once else getattr(_OPS, name))(*arguments)
 
 
 class _Parameters(NamedTuple):
@@ -360,7 +364,7 @@ class _Parameters(NamedTuple):
 
     def gradients(self, flat: Tensor, shapes: list[torch.Size]) -> list[Tensor | None]:
         return [
-            flat[offset : offset + shape.numel()].view(shape) if offset >= 0 else None
+            flat.as_strided(shape, (shape[1], 1), offset) if offset >= 0 else None
             for offset, shape in zip(self.offsets, shapes, strict=True)
         ]
 
@@ -529,6 +533,13 @@ def _without_gradient(name: str):
         return result
 
     return kernel
+
+
+def call_differentiable(name: str, tokens: Tensor, *arguments):
+    """The op, or its Autograd kernel straight where nothing else has to see the call."""
+    if _runs_at_once(tokens) and not torch._C._are_functorch_transforms_active():
+        return _DIFFERENTIABLE[name](*arguments)
+    return getattr(_OPS, name)(*arguments)
 
 
 _DIFFERENTIABLE = {

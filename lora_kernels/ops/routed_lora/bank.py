@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_kernels.dropout import drop_threshold
 from lora_kernels.ops.routed_lora.adapter import Adapter, check_dropout, check_scaling
-from lora_kernels.ops.routed_lora.operands import BankTensors, GradientLayout
+from lora_kernels.ops.routed_lora.operands import BankTensors, GradientLayout, Trained
 from lora_kernels.ops.routed_lora.slots import BASE, AdapterSlots
 from lora_kernels.ops.routed_lora.storage import FactorStorage, aligned
 from lora_kernels.ops.routed_lora.tables import SlotTables
@@ -388,6 +388,7 @@ class AdapterBank(nn.Module):
         )
         self._follow_dropout()
         self._needed, self._layout = [p.requires_grad for _, _, p, _ in bound], self._make_layout()
+        self._trained = self._trained_by(self._layout)
         nothing = torch.full_like(self._layout.table, -1)
         self._no_gradients = GradientLayout([-1] * len(factors), 0, nothing)
 
@@ -419,6 +420,7 @@ class AdapterBank(nn.Module):
         layout = self._make_layout()
         if not torch.compiler.is_compiling():  # a graph guards what it changes: once more compiled
             self._needed, self._layout = needed, layout
+            self._trained = self._trained_by(layout)
         return layout
 
     def _make_layout(self) -> GradientLayout:
@@ -437,10 +439,13 @@ class AdapterBank(nn.Module):
             offsets += row
         return GradientLayout(offsets, end, table.to(self.device))
 
-    def parameters_for(
-        self, layout: GradientLayout
-    ) -> tuple[list[nn.Parameter], list[int], list[int]]:
-        """Every parameter, where its gradient begins in the flat tensor (or -1), and its slot."""
+    def parameters_for(self, layout: GradientLayout) -> Trained:
+        """Every parameter, and where its gradient begins in the flat tensor."""
+        if layout is self._layout:
+            return self._trained
+        return self._trained_by(layout)
+
+    def _trained_by(self, layout: GradientLayout) -> Trained:
         parameters, offsets, slots = [], [], []
         count = 1 + len(self.slice_widths)
         for index, adapter in enumerate(self._ordered):
@@ -453,7 +458,7 @@ class AdapterBank(nn.Module):
                 slots += [adapter.slot] * 2
                 if a_offset >= 0:
                     a_offset += pair[0].numel()
-        return parameters, offsets, slots
+        return Trained(parameters, offsets, slots)
 
     # --- what moves or copies a module --------------------------------------------------------
 
@@ -474,6 +479,7 @@ class AdapterBank(nn.Module):
             "_needed",
             "_layout",
             "_no_gradients",
+            "_trained",
         )
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 

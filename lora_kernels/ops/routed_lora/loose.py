@@ -66,7 +66,7 @@ def routed_linear_loose(
         capacity = len(slots)
         bank, backend = _bank(present, capacity, x, weight.shape[0])
         routing = _routing(ids, x.shape[1:-1].numel(), capacity, x.device)
-        tensors = routing.tensors(with_plan=backend == "composed")
+        tensors = routing.tensors(with_plan=backend != "triton")
         layout = GradientLayout([], 0, bank.table)
         return _call(
             "routed_lora", *bank, *tensors, *layout, x, weight, bias, None, backend, [], [], []
@@ -80,10 +80,12 @@ def _bank(
     factors = [factor for _, (a, b, _) in present for factor in (a, b)]
     slots = [slot for slot, _ in present]
     backend, rows, storage = "composed", None, x.new_empty(0)
-    if dispatch.choose("auto", x.device, x.dtype).backend == "triton":
+    chosen = dispatch.choose("auto", x.device, x.dtype).backend
+    if chosen != "composed":
         storage = min(factors, key=Tensor.data_ptr)
-        rows = _offsets(slots, factors, storage)
-        backend = "composed" if rows is None else "triton"
+        # The Triton kernels count on the bank's alignment.
+        rows = _offsets(slots, factors, storage, ALIGNMENT if chosen == "triton" else 1)
+        backend = "composed" if rows is None else chosen
     bank = BankTensors(
         factors=factors,
         slots=slots,
@@ -99,14 +101,15 @@ def _bank(
 
 
 def _offsets(
-    slots: list[int], factors: list[Tensor], storage: Tensor
+    slots: list[int], factors: list[Tensor], storage: Tensor, alignment: int
 ) -> tuple[tuple[int, int, int, int], ...] | None:
     """``(slot, rank, offset of A, offset of B)`` relative to one of the factors, in its elements.
 
     A device has one address space, so that a pointer into one tensor reaches the others. None where
-    the kernels could not: another dtype, strides, or addresses that are not the bank's multiples.
+    the kernels could not: another dtype, strides, or addresses that are no multiples of
+    ``alignment`` elements.
     """
-    unit = ALIGNMENT * storage.element_size()
+    unit = alignment * storage.element_size()
     base = storage.data_ptr()
     for factor in factors:
         if factor.dtype != storage.dtype or not factor.is_contiguous():

@@ -58,6 +58,14 @@ class GradientLayout(NamedTuple):
         return needed_of_a > 0, needed > needed_of_a
 
 
+class Trained(NamedTuple):
+    """A bank's parameters as arguments of an op: autograd sees them there."""
+
+    parameters: list[Tensor]
+    offsets: list[int]  # of the gradient in the flat tensor; -1 where none is needed
+    slots: list[int]  # whose it is
+
+
 class RoutingTensors(NamedTuple):
     """Which adapters each token uses: pairs (token, slot, weight), grouped by slot.
 
