@@ -249,7 +249,8 @@ class RoutedCall:
     def shrink(self, x: Tensor, mask: Tensor | None, *, zeros: bool) -> Tensor:
         """h ``[P, H]`` in fp32; what is not written is zero where ``zeros`` asks for it."""
         h = self._narrow(zeros)
-        self._groups.shrink(*_wide(rows_of(x)), *_packed(mask), *_packed(h))
+        rows = rows_of(x)  # maybe a copy, which has to outlive the call
+        self._groups.shrink(*_wide(rows), *_packed(mask), *_packed(h))
         return h
 
     def expand_(self, out: Tensor, h: Tensor) -> None:

@@ -304,10 +304,19 @@ class RoutedModel:
                 wrong[name] = "the model itself, which nothing could put another layer in for"
             elif not isinstance(module, (nn.Linear, RoutedLoRALinear)):
                 wrong[name] = f"a {type(module).__name__}, not a torch.nn.Linear"
+            elif reader := self._reader_of(name):
+                wrong[name] = f"{reader} reads its weight instead of calling it"
         if wrong:
             listed = "; ".join(f"{name}: {reason}" for name, reason in list(wrong.items())[:5])
             more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
             raise ValueError(f"modules that cannot have adapters: {listed}{more}")
+
+    def _reader_of(self, name: str) -> str | None:
+        """The class around a layer whose own forward, or fast path, would pass an adapter by."""
+        parent = self.model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            return f"torch.nn.{type(parent).__name__}"
+        return None
 
     def _check_base(self, parameters: Mapping[str, Tensor], where: str) -> None:
         """Raise unless the model has these very parameters, as far as its dtype can tell."""
@@ -329,9 +338,15 @@ class RoutedModel:
     ) -> None:
         """Give every module its part of an adapter, or leave the model as it is."""
         self._check_modules(modules)
-        layers, wrapped = {}, {}
+        layers, wrapped, owners = {}, {}, {}
         for module, part in modules.items():
             layer = self.model.get_submodule(module)
+            if layer in owners:
+                raise ValueError(
+                    f"{module}: one layer in two places, {owners[layer]} and {module}, and an "
+                    "adapter for each; it can have one of them"
+                )
+            owners[layer] = module
             expected = (layer.out_features, layer.in_features)
             if (part.lora_b.shape[0], part.lora_a.shape[1]) != expected:
                 raise ValueError(

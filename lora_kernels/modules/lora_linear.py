@@ -5,6 +5,7 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_kernels.modules.adapter_layer import (
     AdapterLayer,
@@ -260,6 +261,11 @@ def _check_options(dropout_p, lora_bias, use_dora, init_lora_weights) -> None:
 def _check_linear(linear: nn.Linear) -> None:
     if not isinstance(linear, nn.Linear):
         raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
+    if isinstance(linear, NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            "linear: it belongs to a torch.nn.MultiheadAttention, which reads its weight and never "
+            "calls it"
+        )
     if type(linear).forward is not nn.Linear.forward:
         raise TypeError(
             f"linear: {type(linear).__name__} has a forward of its own, which the fused forward "

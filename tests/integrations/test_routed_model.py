@@ -301,3 +301,24 @@ def test_dropout_of_each_adapter(tmp_path):
     assert bank["one"].training
     routed.save("one", tmp_path / "again")
     assert read_adapter(tmp_path / "again").dropout_p == 0.5
+
+
+def test_layers_that_are_read_and_not_called_are_refused():
+    attention = torch.nn.MultiheadAttention(8, 2)
+    with pytest.raises(ValueError, match=r"out_proj: .*MultiheadAttention reads its weight"):
+        route(attention).add("a", rank=2, alpha=4, target_modules=["out_proj"])
+    encoder = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    with pytest.raises(ValueError, match=r"linear1: .*TransformerEncoderLayer reads its weight"):
+        route(encoder).add("a", rank=2, alpha=4, target_modules=["linear1"])
+
+
+def test_two_adapters_for_one_layer_in_two_places_are_refused(tmp_path):
+    apart = torch.nn.ModuleDict({"first": torch.nn.Linear(8, 8), "second": torch.nn.Linear(8, 8)})
+    routed = route(apart)
+    routed.add("a", rank=2, alpha=4, target_modules=["first", "second"])
+    routed.save("a", tmp_path)
+    model = torch.nn.Module()
+    model.first = model.second = torch.nn.Linear(8, 8)
+    with pytest.raises(ValueError, match="one layer in two places, first and second"):
+        route(model).load("a", tmp_path)
+    assert type(model.first) is torch.nn.Linear

@@ -63,9 +63,30 @@ def loss_and_gradients(model: nn.Module, scale: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("settings", [{}, {"lora_dropout": 0.25}, {"use_dora": True}], ids=str)
 def test_loss_and_gradients(settings):
-    plain = llama(**settings)
-    fast = accelerate_all(copy.deepcopy(plain))
-    assert_parity(fast, with_defined_dropout(plain), torch.tensor(1.0), loss_and_gradients)
+    """The root mean square error over eight models is at most 1.5 times PEFT's.
+
+    Stricter than twice the maximum, and not a matter of luck: in one network all gradients share
+    the rounding of a few numbers, and the quotient of two such errors spreads from 0.3 to 3.
+    """
+    errors = {"ours": 0.0, "theirs": 0.0}
+    for draw in range(8):
+        plain = llama(**settings)
+        generator = torch.Generator().manual_seed(draw)
+        with torch.no_grad():
+            for name, parameter in plain.named_parameters():
+                if "lora_" in name:
+                    parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+        fast = accelerate_all(copy.deepcopy(plain))
+        plain = with_defined_dropout(plain)
+        exact = loss_and_gradients(copy.deepcopy(plain).double(), torch.tensor(1.0).double())
+        for whose, model in (("ours", fast), ("theirs", plain)):
+            results = loss_and_gradients(model, torch.tensor(1.0))
+            assert results["gradients"].shape == exact["gradients"].shape
+            for name, result in results.items():
+                scale = exact[name].abs().max()
+                errors[whose] += ((result.double() - exact[name]) / scale).square().mean().item()
+    assert errors["ours"] <= 1.5**2 * errors["theirs"]
+    assert errors["theirs"] ** 0.5 < 1e-4  # PEFT computes the same function at all
 
 
 def train(model: nn.Module, folder, **settings) -> dict[str, Tensor]:

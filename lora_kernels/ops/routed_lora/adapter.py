@@ -1,5 +1,6 @@
 """One adapter of a bank."""
 
+import math
 from numbers import Real
 
 import torch
@@ -93,6 +94,8 @@ def check_scaling(scaling: float | Tensor) -> None:
             )
     elif isinstance(scaling, bool) or not isinstance(scaling, Real):
         raise TypeError(f"scaling: expected a number or a 0-d tensor, got {type(scaling).__name__}")
+    elif not math.isfinite(scaling):
+        raise ValueError(f"scaling: expected a finite number, got {scaling}")
 
 
 def check_dropout(dropout_p: float) -> None:

@@ -93,7 +93,14 @@ def _unpack_with_layout(arguments: tuple):
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return _with_values(x).reshape(-1, x.shape[-1])
+
+
+def _with_values(x: Tensor) -> Tensor:
+    """x itself, unless it is one of torch's lazy tensors: kernels read memory."""
+    if x._is_zerotensor():
+        return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    return x.resolve_neg()
 
 
 def _like_rows_of(x: Tensor, y: Tensor) -> Tensor:
@@ -176,7 +183,7 @@ def _shrink_backward(*arguments):
     bank, routing, layout, rest = _unpack_with_layout(arguments)
     t, x, mask, seed, needs_x, backend = rest
     dx, grad = _module(backend).shrink_backward(
-        t, _rows(x), bank, routing, layout, _or_none(mask), seed, needs_x
+        _with_values(t), _rows(x), bank, routing, layout, _or_none(mask), seed, needs_x
     )
     return x.new_empty(0) if dx is None else dx.view(x.shape), grad
 
@@ -185,7 +192,7 @@ def _shrink_backward(*arguments):
 def _expand(*arguments):
     bank, routing, _, (h, rows, dtype, backend, *_) = _unpack_with_layout(arguments)
     out = h.new_zeros((rows, bank.slice_columns[-1]), dtype=dtype)
-    _module(backend).expand_(out, h, bank, routing)
+    _module(backend).expand_(out, _with_values(h), bank, routing)
     return out
 
 
@@ -193,7 +200,7 @@ def _expand(*arguments):
 def _expand_backward(*arguments):
     bank, routing, layout, (dy, h, needs, backend) = _unpack_with_layout(arguments)
     t, grad, grad_weights = _module(backend).expand_backward(
-        dy, h, bank, routing, layout, tuple(needs)
+        _rows(dy), _with_values(h), bank, routing, layout, tuple(needs)
     )
     return (
         h.new_empty(0) if t is None else t.to(h.dtype),
@@ -212,7 +219,7 @@ def _lora_in_place(*arguments):
 @_without_autocast
 def _expand_in_place(*arguments):
     bank, routing, (out, h, backend) = _unpack(arguments)
-    _module(backend).expand_(out.view(-1, out.shape[-1]), h, bank, routing)
+    _module(backend).expand_(out.view(-1, out.shape[-1]), _with_values(h), bank, routing)
 
 
 _KERNELS = {

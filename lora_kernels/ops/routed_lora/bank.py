@@ -291,6 +291,16 @@ class AdapterBank(nn.Module):
             parameter.data = slab
         self._derive()
 
+    def _follow_data(self) -> None:
+        """Somebody has replaced ``p.data``, and may put back what it was before.
+
+        So the old slabs are left to whoever holds them, and all parameters move to a new storage;
+        except where nothing may move: there the new values are copied over the old ones.
+        """
+        if self._max_rank is None:
+            self._storage.become(self.dtype, self.device)
+        self.rebind()
+
     def _become(self, dtype: torch.dtype, device: torch.device) -> None:
         """Take another dtype or device: new storage, tables of the same content."""
         if (dtype, device) != (self.dtype, self.device):
@@ -346,7 +356,7 @@ class AdapterBank(nn.Module):
                 if parameters.get(name) is not parameter:
                     _refuse(parameters.get(name))
                 if parameter.data_ptr() != address:
-                    self.rebind()
+                    self._follow_data()
                     break
         self._follow_dropout()
         return self._tensors

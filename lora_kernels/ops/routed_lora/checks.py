@@ -72,6 +72,10 @@ def check_input(x: Tensor, bank: AdapterBank, routing: Routing) -> None:
 def check_out_type(out: Tensor) -> None:
     if not isinstance(out, Tensor):
         raise TypeError(f"out: expected a tensor, got {type(out).__name__}")
+    if not torch.compiler.is_compiling() and (out.is_neg() or out._is_zerotensor()):
+        raise ValueError(
+            "out: expected a tensor of its own values, got a lazily negated or zero one"
+        )
     if out.dtype not in DTYPES or out.layout is not torch.strided:
         raise TypeError(f"out: expected a dense tensor of floating point, got {kind_of(out)}")
 

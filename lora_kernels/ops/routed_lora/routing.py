@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -41,6 +42,7 @@ class Routing:
         slots: the slots that the ids are numbers of.
     """
 
+    @torch.inference_mode(False)  # a routing made while serving may train
     def __init__(
         self, max_tokens: int, slots: AdapterSlots, pairs_per_token: int, device: torch.device
     ) -> None:
@@ -223,7 +225,7 @@ class Routing:
                     f"offsets: expected ascending numbers from 0 to at most {self.max_tokens}, "
                     f"got {steps}"
                 )
-        ids, offsets = ids.to(self.device), offsets.to(self.device)
+        ids, offsets = ids.to(self.device, torch.int64), offsets.to(self.device)
         # A segment -1 before the first and after the last.
         padded = torch.nn.functional.pad(ids, (1, 1), value=-1)
         token = torch.arange(self.max_tokens, device=self.device)
@@ -253,7 +255,7 @@ class Routing:
         if weights.requires_grad and torch.is_grad_enabled():
             self._weights = weights
             return self
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             sorted_weights = self._sorted(weights)
             if self._weight_buffer is None or self._weight_buffer.dtype != sorted_weights.dtype:
                 self._weight_buffer = sorted_weights
@@ -285,6 +287,7 @@ class Routing:
                 f"ids: expected -1 or slots of adapters, {self.slots}, got {min(wrong)}"
             )
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _fill(self, ids: Tensor, num_tokens: int) -> None:
         """Group the pairs: fixed shapes, no reading back. ids ``[n]`` in the order of the pairs."""
@@ -399,7 +402,10 @@ def _slots_of(bank) -> AdapterSlots:
 
 def _integers(name: str, values: Tensor | Sequence) -> Tensor:
     if not isinstance(values, Tensor):
-        values = torch.tensor(values, dtype=None if len(values) else torch.int64)
+        try:
+            values = torch.tensor(values, dtype=None if len(values) else torch.int64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name}: expected a list of integers or a tensor ({error})") from None
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
         raise TypeError(f"{name}: expected integers, got {values.dtype}")
     return values
@@ -414,7 +420,9 @@ def _device_for(ids: Tensor, bank, device) -> torch.device | str | None:
 def _lengths(names: Sequence[str], lengths: int | Sequence[int]) -> list[int]:
     if isinstance(names, str):
         raise TypeError(f"names: expected a list of names, got the string {names!r}")
-    if isinstance(lengths, int):
+    if hasattr(lengths, "tolist"):  # tensors and arrays
+        lengths = lengths.tolist()
+    if isinstance(lengths, Integral):
         lengths = [lengths] * len(names)
     if not isinstance(lengths, Sequence):
         raise TypeError(
@@ -423,11 +431,11 @@ def _lengths(names: Sequence[str], lengths: int | Sequence[int]) -> list[int]:
     lengths = list(lengths)
     if len(lengths) != len(names):
         raise ValueError(f"lengths: expected {len(names)}, one per name, got {len(lengths)}")
-    if any(isinstance(length, bool) or not isinstance(length, int) for length in lengths):
+    if any(isinstance(length, bool) or not isinstance(length, Integral) for length in lengths):
         raise TypeError(f"lengths: expected integers, got {lengths}")
     if any(length < 0 for length in lengths):
         raise ValueError(f"lengths: expected numbers of tokens, got {min(lengths)}")
-    return lengths
+    return [int(length) for length in lengths]
 
 
 def _is_fake(tensor: Tensor) -> bool:
