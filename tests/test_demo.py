@@ -27,6 +27,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import finetune_demo
 from demo import adapters, base, joint, report, run, settings, step_cost, texts, train
+from demo import progress as progress_module
 from demo.progress import progress
 from demo.results import BASE, Joint, Results
 from peft import PeftModel
@@ -448,6 +449,22 @@ def test_interrupt_is_a_sentence_and_exit_code_130(adapter, tmp_path, monkeypatc
     assert finetune_demo.main() == 130
     kept = f"complete: {adapter}." if adapter else "none was finished."
     assert capsys.readouterr().out.rstrip().endswith(kept)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT is sent another way there")
+def test_an_interrupt_that_a_library_swallows_ends_the_next_step(monkeypatch):
+    monkeypatch.setattr("demo.progress._interrupted", False)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        progress_module.keep_interrupts()
+        with pytest.raises(KeyboardInterrupt), progress("Working", 3, StringIO()) as advance:
+            advance("one")
+            with pytest.raises(KeyboardInterrupt):  # as a destructor would
+                signal.raise_signal(signal.SIGINT)
+            advance("two")
+            pytest.fail("it went on")
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT is sent another way there")

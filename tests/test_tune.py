@@ -107,7 +107,7 @@ def test_a_wrong_candidate_is_not_timed(dropout, monkeypatch):
     sets = [op.make_inputs(case, 0)]
     allowed = tune.expected(case, sets[0])
     assert set(allowed) == {"y", "x", "lora_a", "lora_b"}
-    candidates = {"composed": Candidate("composed"), "absent": Candidate("native")}
+    candidates = {"composed": Candidate("composed"), "absent": Candidate("triton")}
     times = tune.seconds_of(case, sets, allowed, 2, candidates)
     assert list(times["forward"]) == list(times["backward"]) == ["composed"]
     assert times["forward"]["composed"] > 0

@@ -1,6 +1,7 @@
 """Progress that is always seen: a bar on a terminal, a line every few seconds elsewhere."""
 
 import logging
+import signal
 import sys
 import time
 import warnings
@@ -23,6 +24,7 @@ Advance = Callable[[str], None]
 
 SECONDS_BETWEEN_LINES = 5.0
 _started = time.monotonic()
+_interrupted = False
 
 
 def elapsed() -> float:
@@ -41,13 +43,34 @@ def quieten() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
 
 
+def keep_interrupts() -> None:
+    """Ctrl-C ends the demo at the next step at the latest.
+
+    Where it strikes inside a destructor or a library's callback, Python prints the exception and
+    goes on.
+    """
+
+    def interrupt(signum: int, frame) -> None:
+        global _interrupted
+        _interrupted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+
+
 @contextmanager
 def progress(title: str, total: int, stream: TextIO | None = None) -> Iterator[Advance]:
     """Shows `total` steps; call what it gives once after each, with a note to stand beside it."""
     stream = stream or sys.stdout
     showing = _bar if stream.isatty() else _lines
     with showing(title, total, stream) as advance:
-        yield advance
+
+        def step(note: str = "") -> None:
+            advance(note)
+            if _interrupted:
+                raise KeyboardInterrupt
+
+        yield step
 
 
 @contextmanager

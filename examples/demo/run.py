@@ -14,7 +14,7 @@ from demo.adapters import adapter_bytes, save_adapter
 from demo.base import load_base, load_tokenizer
 from demo.generate import generate
 from demo.joint import run_joint
-from demo.progress import elapsed, progress, quieten, say
+from demo.progress import elapsed, keep_interrupts, progress, quieten, say
 from demo.report import FILES, cost_table, joint_table, loss_table, write_report
 from demo.results import BASE, Results
 from demo.settings import ROUNDING, Settings, settings_from
@@ -26,6 +26,7 @@ from demo.train import add_adapter, held_out_loss, shuffled_batches, train
 def run(options: argparse.Namespace) -> int:
     """Does it all; returns the exit code."""
     quieten()
+    keep_interrupts()
     settings = settings_from(**vars(options))
     settings.adapters.mkdir(parents=True, exist_ok=True)
     for name in FILES:  # of an earlier run: they would stand beside this one's adapters
