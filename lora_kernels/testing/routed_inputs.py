@@ -167,7 +167,9 @@ class RoutedProblem:
             a, b = zip(*(pair or (None, None) for pair in adapter.pairs), strict=True)
             if len(self.widths) == 1:
                 (a,), (b,) = a, b
-            added = bank.add(name, a, b, adapter.scaling, adapter.dropout_p)
+            # A tensor: its value is not looked at, and may be what a bad file has.
+            scaling = torch.tensor(adapter.scaling, dtype=torch.float64)
+            added = bank.add(name, a, b, scaling, adapter.dropout_p)
             added.train(adapter.training)
             assert added.slot == adapter.slot
         return bank

@@ -257,7 +257,7 @@ def test_messages():
     problem = LoRAProblem.random((4,), 8, 8, 2)
     arguments = (problem.weight, problem.lora_a, problem.lora_b)
     assert explain(problem.x, *arguments, backend="triton").backend == "triton"
-    assert explain(problem.x, *arguments).backend == "composed"
+    assert explain(problem.x, *arguments).backend in ("composed", "native")
     doubles = [t.double() for t in (problem.x, *arguments)]
     with pytest.raises(ValueError, match="float64"):
         lora_linear(*doubles, 1.0, backend="triton")
