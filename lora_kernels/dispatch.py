@@ -1,7 +1,8 @@
 """Which backend serves a call, and why.
 
 ``auto`` never takes a kernel that has not been measured on the device kind at hand, correctness
-and time. On a CPU it is ``native`` where the compiled extension is there and has AVX2 at least; on
+and time. On a CPU it is ``native`` where the compiled extension is there, with AVX2 at least (for
+bf16 with AVX-512-BF16: below that it was measured slower than oneDNN's narrow GEMMs); on
 a GPU an operation looks its calls up in a table under ``tuned/`` itself (``measured.py`` in its
 folder); everywhere else it is ``composed``, which runs anywhere.
 ``LORA_KERNELS_BACKEND`` replaces ``auto`` for the whole process, so that the kernels can be
@@ -86,12 +87,16 @@ def _on_a_cpu(dtype: torch.dtype | None) -> Choice:
     reason = _native_unavailable(dtype)
     if reason is not None:
         return Choice("composed", reason)
-    if native.level() == 0:
-        return Choice("composed", "the compiled kernels have no vectors for this processor")
+    level = native.LEVELS[native.level()]
+    if native.level() < (native.AVX512_BF16 if dtype == torch.bfloat16 else native.AVX2):
+        return Choice(
+            "composed",
+            f"the compiled kernels ({level}) were not measured faster than the vendor's narrow "
+            f"GEMMs for {dtype}",
+        )
     return Choice(
         "native",
-        f"the compiled kernels ({native.LEVELS[native.level()]}) were measured faster than the "
-        "vendor's narrow GEMMs",
+        f"the compiled kernels ({level}) were measured faster than the vendor's narrow GEMMs",
     )
 
 

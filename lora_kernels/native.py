@@ -28,6 +28,7 @@ from lora_kernels.dropout import GROUP, drop_threshold
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEVELS = ("portable", "AVX2", "AVX-512", "AVX-512 with BF16")
+AVX2, AVX512_BF16 = 1, 3  # indices of LEVELS
 
 _NUMBER = {dtype: number for number, dtype in enumerate(DTYPES)}
 _ERROR_FILE = Path(__file__).with_name("_native_error.txt")

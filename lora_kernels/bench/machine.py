@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 
+from lora_kernels import native
+
 
 def versions() -> dict[str, str | None]:
     """Installed versions; None for what is not installed."""
@@ -87,6 +89,7 @@ def meta(device: torch.device, command: str) -> dict:
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_name(),
         "cpu_features": cpu_features(),
+        "extension": native.status(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": load(),
