@@ -2,6 +2,9 @@
 
 import torch
 
+# What activations and factors may be.
+FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp32, or fp64 for fp64."""

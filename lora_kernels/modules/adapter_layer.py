@@ -9,9 +9,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.dtypes import FLOATING
 from lora_kernels.modules.peft_names import in_memory_name, our_names
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _INITIALISATIONS = (True, False, "gaussian")
 _MERGED_FOR_GOOD = "merged"  # key of a state dict whose base weight already holds the adapter
 
@@ -310,7 +310,7 @@ def check_initialisation(init_lora_weights: bool | str) -> None:
 def adapter_dtype_over(weight: Tensor, adapter_dtype: torch.dtype | None) -> torch.dtype:
     """What an adapter is kept in: fp32 over a half-precision base unless said otherwise."""
     for name, dtype in (("weight", weight.dtype), ("adapter_dtype", adapter_dtype)):
-        if dtype is not None and dtype not in _DTYPES:
+        if dtype is not None and dtype not in FLOATING:
             raise TypeError(
                 f"{name}: expected dtype bfloat16, float16, float32 or float64, got {dtype}"
             )

@@ -79,6 +79,17 @@ def test_weights_that_were_swapped_away_come_back():
         assert torch.equal(routed_lora(x, bank, routing), trained)
 
 
+def test_data_swapped_while_serving_still_trains():
+    bank, x = filled(), torch.randn(4, K)
+    routing = Routing.from_tokens([0, 1, 2, -1], bank)
+    with torch.inference_mode():
+        for parameter in bank.parameters():
+            parameter.data = 2.0 * parameter.data
+        routed_lora(x, bank, routing)
+    routed_lora(x.requires_grad_(), bank, routing).sum().backward()
+    assert all(parameter.grad.any() for parameter in bank.parameters())
+
+
 def test_what_scalings_and_lengths_may_be():
     bank = filled()
     with pytest.raises(ValueError, match="scaling: expected a finite number"):

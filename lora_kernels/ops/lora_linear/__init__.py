@@ -8,12 +8,11 @@ from torch.autograd import forward_ad
 
 from lora_kernels import dispatch
 from lora_kernels.dropout import draw_seed, drop_threshold
+from lora_kernels.dtypes import FLOATING
 from lora_kernels.ops.lora_linear import autograd, measured  # noqa: F401  (registers the ops)
 from lora_kernels.ops.lora_linear.reference import lora_linear_reference
 
 __all__ = ["explain", "lora_linear"]
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def lora_linear(
@@ -184,7 +183,7 @@ def _check(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, se
 def _check_floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in FLOATING:
         raise TypeError(
             f"{name}: expected dtype bfloat16, float16, float32 or float64, got {tensor.dtype}"
         )

@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
+from lora_kernels.dtypes import FLOATING
 from lora_kernels.ops.lora_weight_norm import composed  # noqa: F401  (registers the op)
 
 __all__ = ["lora_weight_norm"]
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def lora_weight_norm(
@@ -54,7 +53,7 @@ def _check(weight, lora_a, lora_b, scaling) -> None:
     for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in FLOATING:
             raise TypeError(
                 f"{name}: expected dtype bfloat16, float16, float32 or float64, got {tensor.dtype}"
             )

@@ -6,10 +6,10 @@ from torch import Tensor
 from lora_kernels import dispatch
 from lora_kernels.dispatch import Choice
 from lora_kernels.dropout import draw_seed
+from lora_kernels.dtypes import FLOATING
 from lora_kernels.ops.routed_lora import autograd, reference
 from lora_kernels.ops.routed_lora.bank import Adapter, AdapterBank
 from lora_kernels.ops.routed_lora.checks import (
-    DTYPES,
     cast_for_autocast,
     check_base,
     check_h,
@@ -197,7 +197,7 @@ def routed_expand(
     if out is not None:
         check_out_type(out)
     dtype = dtype or (bank.dtype if out is None else out.dtype)
-    if dtype not in DTYPES:
+    if dtype not in FLOATING:
         raise TypeError(f"dtype: expected a floating point dtype, got {dtype}")
     rows = routing.num_tokens
     if out is not None:

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.dropout import drop_threshold
+from lora_kernels.dtypes import FLOATING
 from lora_kernels.ops.routed_lora.adapter import Adapter, check_dropout, check_scaling
 from lora_kernels.ops.routed_lora.operands import BankTensors, GradientLayout, Trained
 from lora_kernels.ops.routed_lora.slots import BASE, AdapterSlots
 from lora_kernels.ops.routed_lora.storage import FactorStorage, aligned
 from lora_kernels.ops.routed_lora.tables import SlotTables
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 # What a bank makes must be plain tensors, also under inference_mode: a later step may save them.
 _OUTSIDE_INFERENCE = torch.inference_mode(False)
@@ -78,7 +77,7 @@ class AdapterBank(nn.Module):
         for width in widths:
             _check_size("out_features", width)
         dtype = dtype or torch.get_default_dtype()
-        if dtype not in _DTYPES:
+        if dtype not in FLOATING:
             raise TypeError(f"dtype: expected bfloat16, float16, float32 or float64, got {dtype}")
         if slots is not None and not isinstance(slots, AdapterSlots):
             raise TypeError(f"slots: expected AdapterSlots, got {type(slots).__name__}")
@@ -291,6 +290,7 @@ class AdapterBank(nn.Module):
             parameter.data = slab
         self._derive()
 
+    @_OUTSIDE_INFERENCE
     def _follow_data(self) -> None:
         """Somebody has replaced ``p.data``, and may put back what it was before.
 
@@ -525,7 +525,7 @@ class AdapterBank(nn.Module):
                 pairs.append(None)
                 continue
             for name, factor in (("lora_a", a), ("lora_b", b)):
-                if not isinstance(factor, Tensor) or factor.dtype not in _DTYPES:
+                if not isinstance(factor, Tensor) or factor.dtype not in FLOATING:
                     came = factor.dtype if isinstance(factor, Tensor) else type(factor).__name__
                     raise TypeError(f"{name}: expected a tensor of floating point, got {came}")
                 if factor.layout is not torch.strided or factor.is_nested:

@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lora_kernels.dtypes import FLOATING
 from lora_kernels.ops.routed_lora.bank import AdapterBank
 from lora_kernels.ops.routed_lora.routing import Routing
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def cast_for_autocast(x: Tensor, *others: Tensor | None) -> tuple:
@@ -51,7 +50,7 @@ def check_rows(name: str, rows: int, routing: Routing) -> None:
 
 
 def check_h(h: Tensor, bank: AdapterBank, routing: Routing) -> None:
-    if not isinstance(h, Tensor) or h.dtype not in DTYPES:
+    if not isinstance(h, Tensor) or h.dtype not in FLOATING:
         raise TypeError(f"h: expected a tensor of floating point, got {kind_of(h)}")
     if h.layout is not torch.strided or h.is_nested:
         raise TypeError("h: expected a dense tensor, got a sparse or nested one")
@@ -59,7 +58,7 @@ def check_h(h: Tensor, bank: AdapterBank, routing: Routing) -> None:
 
 
 def check_input(x: Tensor, bank: AdapterBank, routing: Routing) -> None:
-    if not isinstance(x, Tensor) or x.dtype not in DTYPES:
+    if not isinstance(x, Tensor) or x.dtype not in FLOATING:
         raise TypeError(f"x: expected a tensor of floating point, got {kind_of(x)}")
     if x.layout is not torch.strided or x.is_nested:
         raise TypeError("x: expected a dense tensor, got a sparse or nested one")
@@ -76,7 +75,7 @@ def check_out_type(out: Tensor) -> None:
         raise ValueError(
             "out: expected a tensor of its own values, got a lazily negated or zero one"
         )
-    if out.dtype not in DTYPES or out.layout is not torch.strided:
+    if out.dtype not in FLOATING or out.layout is not torch.strided:
         raise TypeError(f"out: expected a dense tensor of floating point, got {kind_of(out)}")
 
 
