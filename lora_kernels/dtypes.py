@@ -1,6 +1,7 @@
-"""The dtype that sums are accumulated in, whatever the operation."""
+"""Which dtypes there are, whatever the operation."""
 
 import torch
+from torch import Tensor
 
 # What activations and factors may be.
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -9,3 +10,14 @@ FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp32, or fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def cast_for_autocast(x: Tensor, *others: Tensor | None) -> tuple:
+    """The tensors as ``torch.nn.functional.linear`` would see them under autocast."""
+    tensors = (x, *others)
+    if not isinstance(x, Tensor) or x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return tensors
+    if not x.is_floating_point() or x.dtype == torch.float64:
+        return tensors
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)

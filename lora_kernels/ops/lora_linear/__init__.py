@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from lora_kernels import dispatch
 from lora_kernels.dropout import draw_seed, drop_threshold
-from lora_kernels.dtypes import FLOATING
+from lora_kernels.dtypes import FLOATING, cast_for_autocast
 from lora_kernels.ops.lora_linear import autograd, measured  # noqa: F401  (registers the ops)
 from lora_kernels.ops.lora_linear.reference import lora_linear_reference
 
@@ -67,7 +67,7 @@ def lora_linear(
         ValueError: a shape, device or value does not fit, or the named backend cannot serve.
         NotImplementedError: forward-mode differentiation is active.
     """
-    x, weight, bias = _cast_for_autocast(x, weight, bias)
+    x, weight, bias = cast_for_autocast(x, weight, bias)
     _check(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed)
     backend = dispatch.requested(backend)
     if forward_ad._current_level >= 0 and backend != "reference":
@@ -114,25 +114,9 @@ def explain(
     Returns:
         A named tuple ``(backend, reason)``.
     """
-    x, weight, bias = _cast_for_autocast(x, weight, bias)
+    x, weight, bias = cast_for_autocast(x, weight, bias)
     _check(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed)
     return measured.explain(backend, x, weight, lora_a, lora_b, dropout_p)
-
-
-def _cast_for_autocast(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """x, weight and bias as ``torch.nn.functional.linear`` would see them under autocast."""
-    if not isinstance(x, Tensor) or x.is_meta or not torch.is_autocast_enabled(x.device.type):
-        return x, weight, bias
-    if not x.is_floating_point() or x.dtype == torch.float64:
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return (
-        x.to(dtype),
-        weight if weight is None else weight.to(dtype),
-        bias if bias is None else bias.to(dtype),
-    )
 
 
 def _check(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed) -> None:

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_kernels import dispatch
 from lora_kernels.dropout import GROUP, drop_threshold
+from lora_kernels.ops.eager import requires_grad, runs_at_once
 from lora_kernels.ops.lora_linear import compiled, composed, measured
 from lora_kernels.products import product_dtype
 
@@ -169,7 +170,7 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, backend):
         _, _, needs_a, needs_b, _, _, needs_output_scale = ctx.needs_input_grad[:7]
-        forward = _forward if _runs_at_once(x) else _FORWARD
+        forward = _forward if runs_at_once(x) else _FORWARD
         with torch._C._AutoDispatchBelowAutograd():
             y, h, mask, unscaled = forward(
                 x, weight, a, b, scaling, bias, output_scale, dropout_p, seed,
@@ -196,7 +197,7 @@ class LoRALinearFunction(torch.autograd.Function):
         x, weight, a, b, scaling, h, output_scale, unscaled, mask, seed = ctx.saved_tensors
         needs_x, _, needs_a, needs_b, _, needs_bias, needs_output_scale = ctx.needs_input_grad[:7]
         needs = [needs_x, needs_a, needs_b, needs_bias, needs_output_scale]
-        backward = _backward if _runs_at_once(dy) else _BACKWARD
+        backward = _backward if runs_at_once(dy) else _BACKWARD
         with torch._C._AutoDispatchBelowAutograd():
             grads = backward(
                 dy, x, weight, a, b, scaling, h, output_scale, unscaled, mask,
@@ -208,38 +209,17 @@ class LoRALinearFunction(torch.autograd.Function):
         return dx, None, grad_a, grad_b, None, grad_bias, grad_output_scale, None, None, None
 
 
-def _runs_at_once(x: Tensor) -> bool:
-    """Whether nothing records or replaces operations, so that a kernel can be called straight.
-
-    A call through the dispatcher boxes a dozen arguments twice, which costs as much as a narrow
-    GEMM of a small layer. Graphs, fake tensors and dispatch modes need to see the op.
-    """
-    return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and x.device.type in ("cpu", "cuda")
-        and torch._C._len_torch_dispatch_stack() == 0
-        # The dispatcher turns these lazy tensors into values; kernels read memory.
-        and not (x.is_neg() or x._is_zerotensor())
-    )
-
-
-def _requires_grad(args) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(arg, Tensor) and arg.requires_grad for arg in args
-    )
-
-
 def _autograd(*args):
-    if _requires_grad(args):
+    if requires_grad(args):
         return LoRALinearFunction.apply(*args)
-    inference = _inference if _runs_at_once(args[0]) else _OP
+    inference = _inference if runs_at_once(args[0]) else _OP
     with torch._C._AutoDispatchBelowAutograd():
         return inference(*args)
 
 
 def _refuse_gradients(op, name: str):
     def kernel(*args):
-        if _requires_grad(args):
+        if requires_grad(args):
             raise RuntimeError(
                 f"{name} is not differentiable: lora_linear's backward is implemented once; "
                 "double backward is not supported"

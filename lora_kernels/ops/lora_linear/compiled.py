@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora_kernels import native
 from lora_kernels.dropout import drop_threshold, keep_scale
+from lora_kernels.ops.eager import like_rows_of
 from lora_kernels.ops.lora_linear.composed import _column_dot, _scale_columns
 
 
@@ -49,8 +50,7 @@ def forward(
         unscaled = y if save_unscaled else None
         y = _scale_columns(y, output_scale, bias)
     if x.ndim != 2:
-        # Not a view to autograd: the caller could not change one made inside a Function in place.
-        y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], lora_b.shape[0]))
+        y = like_rows_of(x, y)
     return y, h, mask, unscaled
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_kernels.dropout import drop_threshold, keep_scale, packed_keep_mask, zero_dropped
 from lora_kernels.dtypes import accumulator_dtype
+from lora_kernels.ops.eager import like_rows_of
 from lora_kernels.products import (
     narrow_product,
     product_dtype,
@@ -57,8 +58,7 @@ def forward(
     if output_scale is not None:
         unscaled = y if save_unscaled else None
         y = _scale_columns(y, output_scale, bias)
-    # Not a view to autograd: the caller could not change a view made inside a Function in place.
-    y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], lora_b.shape[0]))
+    y = like_rows_of(x, y)
     return y, h, mask, unscaled
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from lora_kernels.dropout import drop_threshold, keep_scale
 from lora_kernels.kernels.reduce import reduce_partials_kernel, scale_cast_kernel
 from lora_kernels.launching import cdiv, limits_of, on_device, padded_rows, precision
+from lora_kernels.ops.eager import like_rows_of
 from lora_kernels.ops.lora_linear import tiles
 from lora_kernels.ops.lora_linear.gemm import gemm_with_tail
 from lora_kernels.ops.lora_linear.kernels import (
@@ -45,7 +46,7 @@ def forward(
     unscaled = torch.empty_like(y) if save_unscaled else None
     h = rows.new_empty((tokens, rank), dtype=torch.float32)
     if tokens == 0:
-        return _like_rows_of(x, y), h, None, unscaled
+        return like_rows_of(x, y), h, None, unscaled
     cell = _cell("forward", rows, columns, out_features, rank, dropout_p)
     drop = Dropout(seed, dropout_p, tokens, columns)
     with on_device(rows):
@@ -62,7 +63,7 @@ def forward(
             bias=bias,
             output_scale=output_scale,
         )
-    return _like_rows_of(x, y), h, None, unscaled
+    return like_rows_of(x, y), h, None, unscaled
 
 
 def backward(
@@ -123,11 +124,6 @@ def backward(
         if needs_a:
             _a_gradient(cell, x.reshape(-1, columns), t, grad_a, drop)
     return dx, *grads[1:]
-
-
-def _like_rows_of(x: Tensor, y: Tensor) -> Tensor:
-    """``[M, N]`` as ``[..., N]``. Not a view to autograd: the caller may change it in place."""
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
 
 
 def _shrink(

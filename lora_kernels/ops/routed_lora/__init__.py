@@ -6,11 +6,10 @@ from torch import Tensor
 from lora_kernels import dispatch
 from lora_kernels.dispatch import Choice
 from lora_kernels.dropout import draw_seed
-from lora_kernels.dtypes import FLOATING
+from lora_kernels.dtypes import FLOATING, cast_for_autocast
 from lora_kernels.ops.routed_lora import autograd, reference
 from lora_kernels.ops.routed_lora.bank import Adapter, AdapterBank
 from lora_kernels.ops.routed_lora.checks import (
-    cast_for_autocast,
     check_base,
     check_h,
     check_input,

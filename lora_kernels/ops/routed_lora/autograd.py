@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_kernels.dropout import GROUP
 from lora_kernels.dtypes import accumulator_dtype
+from lora_kernels.ops.eager import like_rows_of, requires_grad, runs_at_once
 from lora_kernels.ops.routed_lora import compiled, composed
 from lora_kernels.ops.routed_lora.operands import BankTensors, GradientLayout, RoutingTensors
 from lora_kernels.products import product_dtype
@@ -103,11 +104,6 @@ def _with_values(x: Tensor) -> Tensor:
     return x.resolve_neg()
 
 
-def _like_rows_of(x: Tensor, y: Tensor) -> Tensor:
-    """``[M, D]`` as ``[..., D]``. Not a view to autograd: the caller may change it in place."""
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
-
-
 def _or_empty(like: Tensor, tensor: Tensor | None) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
@@ -138,14 +134,14 @@ def _forward(*arguments):
     y, h, mask = _module(backend).forward(_rows(x), weight, bias, bank, routing, seed, True)
     if not stores_mask(x.device, seed, backend):
         mask = None
-    return _like_rows_of(x, y), h, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
+    return like_rows_of(x, y), h, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
 
 
 @_without_autocast
 def _inference(*arguments):
     bank, routing, _, (x, weight, bias, seed, backend, *_) = _unpack_with_layout(arguments)
     y, _, _ = _module(backend).forward(_rows(x), weight, bias, bank, routing, seed, False)
-    return _like_rows_of(x, y)
+    return like_rows_of(x, y)
 
 
 @_without_autocast
@@ -338,18 +334,9 @@ def _call(name: str, *arguments):
 
     Through the dispatcher some twenty arguments are boxed twice, which a small batch feels.
     """
-    at_once = _runs_at_once(arguments[_NUM_BANK])
+    at_once = runs_at_once(arguments[_NUM_BANK])
     with torch._C._AutoDispatchBelowAutograd():
         return (_KERNELS[name] if at_once else getattr(_OPS, name))(*arguments)
-
-
-def _runs_at_once(tokens: Tensor) -> bool:
-    return (
-        not torch.compiler.is_compiling()
-        and type(tokens) is Tensor
-        and tokens.device.type in ("cpu", "cuda")
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
 
 
 class _Parameters(NamedTuple):
@@ -488,16 +475,10 @@ class RoutedExpandFunction(_Function):
         )
 
 
-def _requires_grad(arguments) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(argument, Tensor) and argument.requires_grad for argument in arguments
-    )
-
-
 def _lora_autograd(*arguments):
     bank, routing, layout, rest = _unpack_with_layout(arguments)
     x, weight, bias, seed, backend, parameters, offsets, slots = rest
-    if not _requires_grad((x, bias, routing.pair_weights, *parameters)):
+    if not requires_grad((x, bias, routing.pair_weights, *parameters)):
         return _call("routed_lora", *arguments[:-3], [], [], [])
     return RoutedLoRAFunction.apply(
         bank, routing, layout, _Parameters(offsets, slots), backend, x, weight, bias, seed,
@@ -508,7 +489,7 @@ def _lora_autograd(*arguments):
 def _shrink_autograd(*arguments):
     bank, routing, layout, rest = _unpack_with_layout(arguments)
     x, seed, backend, parameters, offsets, slots = rest
-    if not _requires_grad((x, *parameters)):
+    if not requires_grad((x, *parameters)):
         return _call("routed_shrink", *arguments[:-3], [], [], [])
     return RoutedShrinkFunction.apply(
         bank, routing, layout, _Parameters(offsets, slots), backend, x, seed, *parameters
@@ -518,7 +499,7 @@ def _shrink_autograd(*arguments):
 def _expand_autograd(*arguments):
     bank, routing, layout, rest = _unpack_with_layout(arguments)
     h, rows, dtype, backend, parameters, offsets, slots = rest
-    if not _requires_grad((h, routing.pair_weights, *parameters)):
+    if not requires_grad((h, routing.pair_weights, *parameters)):
         return _call("routed_expand", *arguments[:-3], [], [], [])
     return RoutedExpandFunction.apply(
         bank, routing, layout, _Parameters(offsets, slots), backend, h, rows, dtype,
@@ -528,7 +509,7 @@ def _expand_autograd(*arguments):
 
 def _without_gradient(name: str):
     def kernel(*arguments):
-        if _requires_grad(arguments):
+        if requires_grad(arguments):
             raise RuntimeError(
                 f"{name} is not differentiable; routed_lora's backward is implemented once, double "
                 "backward is not supported"
@@ -544,7 +525,7 @@ def _without_gradient(name: str):
 
 def call_differentiable(name: str, tokens: Tensor, *arguments):
     """The op, or its Autograd kernel straight where nothing else has to see the call."""
-    if _runs_at_once(tokens) and not torch._C._are_functorch_transforms_active():
+    if runs_at_once(tokens) and not torch._C._are_functorch_transforms_active():
         return _DIFFERENTIABLE[name](*arguments)
     return getattr(_OPS, name)(*arguments)
 

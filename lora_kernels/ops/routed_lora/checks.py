@@ -9,17 +9,6 @@ from lora_kernels.ops.routed_lora.bank import AdapterBank
 from lora_kernels.ops.routed_lora.routing import Routing
 
 
-def cast_for_autocast(x: Tensor, *others: Tensor | None) -> tuple:
-    """The tensors as ``torch.nn.functional.linear`` would see them under autocast."""
-    tensors = (x, *others)
-    if not isinstance(x, Tensor) or x.is_meta or not torch.is_autocast_enabled(x.device.type):
-        return tensors
-    if not x.is_floating_point() or x.dtype == torch.float64:
-        return tensors
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
-
-
 def kind_of(value: object) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 

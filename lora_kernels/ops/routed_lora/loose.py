@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lora_kernels import dispatch
+from lora_kernels.dtypes import cast_for_autocast
 from lora_kernels.ops.routed_lora.autograd import _call
-from lora_kernels.ops.routed_lora.checks import cast_for_autocast
 from lora_kernels.ops.routed_lora.operands import BankTensors, GradientLayout
 from lora_kernels.ops.routed_lora.routing import Routing
 from lora_kernels.ops.routed_lora.slots import BASE, AdapterSlots

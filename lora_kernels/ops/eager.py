@@ -1,0 +1,31 @@
+"""What the operations' registrations share: eager calls without the dispatcher's cost."""
+
+import torch
+from torch import Tensor
+
+
+def runs_at_once(x: Tensor) -> bool:
+    """Whether nothing records or replaces operations, so that a kernel can be called straight.
+
+    A call through the dispatcher boxes a dozen arguments twice, which costs as much as a narrow
+    GEMM of a small layer. Graphs, fake tensors and dispatch modes need to see the op; and torch's
+    lazily negated or zero tensors the dispatcher, which turns them into values.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and x.device.type in ("cpu", "cuda")
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not (x.is_neg() or x._is_zerotensor())
+    )
+
+
+def requires_grad(arguments) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(argument, Tensor) and argument.requires_grad for argument in arguments
+    )
+
+
+def like_rows_of(x: Tensor, y: Tensor) -> Tensor:
+    """``[M, D]`` as ``[..., D]``. Not a view to autograd: the caller may change it in place."""
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
