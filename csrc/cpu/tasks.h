@@ -5,11 +5,9 @@
 
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace lora {
-
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
-
-inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 // An activation [., D], unit stride along D; row i of a task is row index[i], or first + i.
 struct Wide {
