@@ -1,4 +1,4 @@
-// What the kernels ask of the hardware, each instruction once. tests/native/emulator has the same
+// What the kernels ask of the hardware, each instruction once. tests/cuda/emulator has the same
 // functions in plain C++ (LORA_EMULATE), so that the kernels also run where there is no GPU.
 #pragma once
 
