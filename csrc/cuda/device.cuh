@@ -180,11 +180,12 @@ __device__ __forceinline__ void barrier_expect(Barrier* barrier, uint32_t bytes)
                "r"(bytes)
                : "memory");
 }
-// Arrive at the barrier of a block of the cluster.
+// Arrive at the barrier of a block of the cluster. What came before is not published to other blocks:
+// a wider release waits for all of the warp's memory operations, in every step of a pipeline.
 __device__ __forceinline__ void barrier_arrive(Barrier* barrier, uint32_t block) {
   asm volatile(
       "{\n .reg .b32 remote;\n mapa.shared::cluster.u32 remote, %0, %1;\n"
-      " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(
+      " mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(
           shared_address(barrier)),
       "r"(block)
       : "memory");
@@ -193,7 +194,7 @@ __device__ __forceinline__ void barrier_arrive(Barrier* barrier, uint32_t block)
 __device__ __forceinline__ void barrier_wait(Barrier* barrier, uint32_t parity) {
   asm volatile(
       "{\n .reg .pred done;\nwaiting%=:\n"
-      " mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      " mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       " @!done bra waiting%=;\n}" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");

@@ -1,6 +1,7 @@
 // Launches, and what they may report.
 #pragma once
 
+#include <algorithm>
 #include <sstream>
 #include <stdexcept>
 #include <string>
