@@ -16,8 +16,7 @@ namespace {
 constexpr int BLOCK_M = 128, BLOCK_D = 64, THREADS = 384;
 constexpr int ROW = 2 * BLOCK_D;      // bytes of a row of any tile in shared memory
 constexpr int SLAB = 64 * ROW;        // 64 rows: a warpgroup's part of left, a box of right [D, C]
-constexpr int NEIGHBOURS = 8;         // row tiles that take turns, so that L2 keeps their operands
-constexpr int CONSUMERS = 2, WARPS = 4 * CONSUMERS;
+constexpr int CONSUMERS = 2;
 
 template <int BLOCK_C>
 struct Ring {
@@ -38,6 +37,8 @@ struct Sizes {
 };
 
 #ifdef LORA_SM90A
+
+constexpr int NEIGHBOURS = 8;  // row tiles that take turns, so that L2 keeps their operands
 
 struct Tile {
   int row, column;
@@ -272,7 +273,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < R::STAGES; ++stage) {
       barrier_init(full + stage, 1);
-      barrier_init(empty + stage, WARPS * cluster_size());
+      barrier_init(empty + stage, 4 * CONSUMERS * cluster_size());
     }
     barrier_init_fence();
   }
@@ -327,6 +328,8 @@ __global__ void __launch_bounds__(THREADS, 1)
   // The other block may still copy into this one's ring, or tell it what was read.
   cluster_arrive();
   cluster_wait();
+#else
+  __trap();  // built for another architecture: never a silent result
 #endif
 }
 
