@@ -1,6 +1,9 @@
 // The only file that knows Python. Tensors come as addresses, sizes and strides in elements, dtypes
-// as the numbers of lora::DType; lora_kernels/native.py turns tensors into them. Absent tensors are
-// address 0. Everything has been checked before; the lock is released while a kernel runs.
+// as the numbers of lora::DType; lora_kernels/native.py and native_cuda.py turn tensors into them.
+// Absent tensors are address 0. Everything has been checked before; the lock is released while a
+// kernel runs.
+//
+// LORA_KERNELS_CUDA: with the CUDA kernels; its text says what for.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -9,6 +12,9 @@
 #include "cpu/linear.h"
 #include "cpu/routed.h"
 #include "cpu/tasks.h"
+#ifdef LORA_KERNELS_CUDA
+#include "cuda/kernels.h"
+#endif
 
 namespace py = pybind11;
 using lora::DType;
@@ -119,10 +125,65 @@ class Routed {
   const lora::Routed routed_;
 };
 
+#ifdef LORA_KERNELS_CUDA
+
+// A stream is the number of a cudaStream_t, as torch has it.
+lora::cuda::Place place_of(int device, uintptr_t stream) { return {device, at<void>(stream)}; }
+
+void cuda_decode_linear(int device, uintptr_t stream, int dtype, int factor_dtype, uintptr_t x,
+                        int64_t x_stride, uintptr_t weight, int64_t weight_stride,
+                        uintptr_t lora_a, int64_t a_stride, uintptr_t lora_b, int64_t b_stride,
+                        uintptr_t bias, uintptr_t scaling_at, double scaling, uintptr_t y,
+                        int64_t y_stride, uintptr_t h, int64_t tokens, int64_t in_features,
+                        int64_t out_features, int64_t rank) {
+  lora::cuda::decode_linear(
+      {dtype_of(dtype), dtype_of(factor_dtype), at<void>(x), x_stride, at<void>(weight),
+       weight_stride, at<void>(lora_a), a_stride, at<void>(lora_b), b_stride, at<void>(bias),
+       at<float>(scaling_at), float(scaling), at<void>(y), y_stride, at<float>(h), tokens,
+       in_features, out_features, rank},
+      place_of(device, stream));
+}
+
+void cuda_decode_routed(int device, uintptr_t stream, int dtype, int factor_dtype, uintptr_t x,
+                        int64_t x_stride, uintptr_t y, int64_t y_stride, bool overwrite,
+                        uintptr_t h, uintptr_t storage, uintptr_t table, uintptr_t scaling,
+                        uintptr_t tiles, uintptr_t offsets, uintptr_t pair_tokens,
+                        uintptr_t pair_weights, int64_t tokens, int64_t in_features, int64_t width,
+                        int64_t num_tiles, int64_t block, const py::sequence& slice_columns) {
+  int64_t columns[lora::cuda::MAX_SLICES + 1];
+  const int64_t slices = int64_t(slice_columns.size()) - 1;
+  for (int64_t s = 0; s <= slices && s <= lora::cuda::MAX_SLICES; ++s) {
+    columns[s] = slice_columns[size_t(s)].cast<int64_t>();
+  }
+  py::gil_scoped_release released;
+  lora::cuda::decode_routed(
+      {dtype_of(dtype), dtype_of(factor_dtype), at<void>(x), x_stride, at<void>(y), y_stride,
+       overwrite, at<float>(h), at<void>(storage), at<int64_t>(table), at<double>(scaling),
+       at<int32_t>(tiles), at<int32_t>(offsets), at<int32_t>(pair_tokens),
+       at<float>(pair_weights), tokens, in_features, width, num_tiles, block, slices, columns},
+      place_of(device, stream));
+}
+
+void cuda_gemm_tail(int device, uintptr_t stream, int dtype, uintptr_t left, int64_t left_stride,
+                    uintptr_t right, int64_t right_stride, uintptr_t tail_left,
+                    int64_t tail_left_stride, uintptr_t tail_right, int64_t tail_right_stride,
+                    bool transposed, uintptr_t out, int64_t out_stride, uintptr_t bias,
+                    uintptr_t output_scale, uintptr_t seed, uint32_t threshold, int64_t tokens,
+                    int64_t depth, int64_t columns, int64_t rank, int tile_columns, int cluster) {
+  lora::cuda::gemm_tail(
+      {dtype_of(dtype), at<void>(left), left_stride, at<void>(right), right_stride,
+       at<void>(tail_left), tail_left_stride, at<void>(tail_right), tail_right_stride, transposed,
+       at<void>(out), out_stride, at<void>(bias), at<void>(output_scale), at<int64_t>(seed),
+       threshold, tokens, depth, columns, rank, tile_columns, cluster},
+      place_of(device, stream));
+}
+
+#endif  // LORA_KERNELS_CUDA
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "CPU kernels of lora_kernels; see lora_kernels/native.py.";
+  m.doc() = "Compiled kernels of lora_kernels; see lora_kernels/native.py and native_cuda.py.";
   m.def("best_level", &lora::best_level);
   m.def("level", &lora::level);
   m.def("set_level", &lora::set_level);
@@ -132,7 +193,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("shrink", &shrink, Released());
   m.def("expand", &expand, Released());
   m.def("rank_gradient", &rank_gradient, Released());
-  py::class_<Routed>(m, "Routed")
+  // Local, so that a second build of this module may live in the process: tests have one.
+  py::class_<Routed>(m, "Routed", py::module_local())
       .def(py::init<uintptr_t, int, uintptr_t, uintptr_t, uintptr_t, const py::sequence&, int64_t,
                     uintptr_t, int64_t, uintptr_t, uintptr_t, int>())
       .def("draw_mask", &Routed::draw_mask, Released())
@@ -142,4 +204,17 @@ PYBIND11_MODULE(_native, m) {
       .def("gradient_b", &Routed::gradient_b, Released())
       .def("gradient_a", &Routed::gradient_a, Released())
       .def("shrink_backward", &Routed::shrink_backward, Released());
+
+#if defined(LORA_EMULATE)
+  m.attr("cuda_built_for") = "emulated";
+#elif defined(LORA_KERNELS_CUDA)
+  m.attr("cuda_built_for") = LORA_KERNELS_CUDA;
+#else
+  m.attr("cuda_built_for") = "";
+#endif
+#ifdef LORA_KERNELS_CUDA
+  m.def("cuda_decode_linear", &cuda_decode_linear, Released());
+  m.def("cuda_decode_routed", &cuda_decode_routed);
+  m.def("cuda_gemm_tail", &cuda_gemm_tail, Released());
+#endif
 }
