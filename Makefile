@@ -29,7 +29,7 @@ test: $(VENV)/.dev
 # Threads: a test of their own counts; what the interpreter never gives back is no leak of ours.
 SANITIZED := build/sanitize
 sanitize: $(VENV)/.dev
-	LORA_KERNELS_SANITIZE=1 $(BIN)/python setup.py -q build_ext \
+	LORA_KERNELS_SANITIZE=1 LORA_KERNELS_CUDA=0 $(BIN)/python setup.py -q build_ext \
 		--build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
 	LORA_KERNELS_NATIVE="$$(ls $(CURDIR)/$(SANITIZED)/lora_kernels/_native*.so)" \
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
@@ -64,7 +64,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 # What the compiled extension is made of; it is built by the installation.
-CSRC := $(wildcard csrc/*.cpp csrc/cpu/*)
+CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
 $(VENV)/.demo: pyproject.toml setup.py $(CSRC)
 	$(CREATE)

@@ -1,7 +1,7 @@
-"""Builds ``lora_kernels._native`` from ``csrc`` where a C++17 compiler is, its CUDA part where nvcc is.
+"""Builds ``lora_kernels._native`` from ``csrc``: a C++17 compiler for the CPU, nvcc for its CUDA part.
 
-All metadata is in pyproject.toml. Without a compiler, or if it fails, the install is pure Python and
-works; without nvcc, or if that fails, the extension has the CPU kernels only. Why is written beside
+All metadata is in pyproject.toml. Without a compiler, or if it fails, the install is pure Python
+and works; without nvcc, or if that fails, the extension has the CPU kernels only. Why is written beside
 the package's modules (``_native_error.txt``, ``_native_cuda_error.txt``), where ``python -m
 lora_kernels doctor`` reads it. What the environment says:
 
@@ -91,7 +91,9 @@ class Toolkit:
         found = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
         version = re.search(r"release (\d+\.\d+)", found.stdout)
         if version is None:
-            raise NoCuda(f"{nvcc} --version names no release: {found.stdout} {found.stderr}".strip())
+            raise NoCuda(
+                f"{nvcc} --version names no release: {found.stdout} {found.stderr}".strip()
+            )
         return Toolkit(nvcc, version[1], runtime_of(nvcc), known_archs(nvcc))
 
     @property
@@ -295,19 +297,20 @@ def tell(reason: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-sanitize = SANITIZE if os.environ.get("LORA_KERNELS_SANITIZE") == "1" else []
-setup(
-    ext_modules=[
-        Extension(
-            "lora_kernels._native",
-            SOURCES,
-            depends=sorted({*HEADERS, *CUDA_HEADERS, *CUDA_SOURCES}),
-            include_dirs=["csrc"],
-            extra_compile_args=[*FLAGS, *sanitize],
-            extra_link_args=["-pthread", "-ldl", *sanitize],
-            language="c++",
-            optional=True,
-        )
-    ],
-    cmdclass={"build_ext": BuildOptionally},
-)
+if __name__ == "__main__":
+    sanitize = SANITIZE if os.environ.get("LORA_KERNELS_SANITIZE") == "1" else []
+    setup(
+        ext_modules=[
+            Extension(
+                "lora_kernels._native",
+                SOURCES,
+                depends=sorted({*HEADERS, *CUDA_HEADERS, *CUDA_SOURCES}),
+                include_dirs=["csrc"],
+                extra_compile_args=[*FLAGS, *sanitize],
+                extra_link_args=["-pthread", "-ldl", *sanitize],
+                language="c++",
+                optional=True,
+            )
+        ],
+        cmdclass={"build_ext": BuildOptionally},
+    )

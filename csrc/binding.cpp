@@ -68,6 +68,23 @@ void rank_gradient(uintptr_t wide, int wide_dtype, int64_t wide_stride, int64_t 
                       columns, threads);
 }
 
+// t [M, R] as shrink makes it of dy and B, and the gradient of B [D, R].
+void project(uintptr_t dy, int dtype, int64_t stride, int64_t rows, int64_t columns, uintptr_t b,
+             int b_dtype, int64_t rank_stride, int64_t column_stride, int64_t rank, uintptr_t t,
+             double t_scale, uintptr_t h, int64_t h_stride, double scale, uintptr_t grad,
+             int grad_dtype, int64_t grad_rank_stride, int64_t grad_column_stride, int threads) {
+  const lora::Wide wide{at<char>(dy), dtype_of(dtype), stride, nullptr, 0};
+  lora::project({wide,
+                 {nullptr, 0},
+                 {at<char>(b), dtype_of(b_dtype), rank_stride, column_stride},
+                 {at<float>(t), rank}, float(t_scale), columns, 0, 0, 0, 0},
+                {wide,
+                 {nullptr, 0},
+                 {at<float>(h), h_stride}, nullptr, float(scale), at<char>(grad),
+                 dtype_of(grad_dtype), grad_rank_stride, grad_column_stride, rank, rows, 0, 0},
+                columns, threads);
+}
+
 // A bank and a routing, as long as their tensors live.
 class Routed {
  public:
@@ -193,6 +210,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("shrink", &shrink, Released());
   m.def("expand", &expand, Released());
   m.def("rank_gradient", &rank_gradient, Released());
+  m.def("project", &project, Released());
   // Local, so that a second build of this module may live in the process: tests have one.
   py::class_<Routed>(m, "Routed", py::module_local())
       .def(py::init<uintptr_t, int, uintptr_t, uintptr_t, uintptr_t, const py::sequence&, int64_t,
