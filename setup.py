@@ -1,9 +1,9 @@
-"""Builds ``lora_kernels._native`` from ``csrc``: a C++17 compiler for the CPU, nvcc for its CUDA part.
+"""Builds ``lora_kernels._native`` from ``csrc``, its CUDA part where nvcc is.
 
-All metadata is in pyproject.toml. Without a compiler, or if it fails, the install is pure Python
-and works; without nvcc, or if that fails, the extension has the CPU kernels only. Why is written beside
-the package's modules (``_native_error.txt``, ``_native_cuda_error.txt``), where ``python -m
-lora_kernels doctor`` reads it. What the environment says:
+All metadata is in pyproject.toml. Without a C++17 compiler, or if it fails, the install is pure
+Python and works; without nvcc, or if that fails, the extension has the CPU kernels only. Why is
+written beside the package's modules (``_native_error.txt``, ``_native_cuda_error.txt``), where
+``python -m lora_kernels doctor`` reads it. What the environment says:
 
     LORA_KERNELS_BUILD=0       builds nothing
     LORA_KERNELS_CUDA          0: never the CUDA part; 1: it must be there, or a loud message says
@@ -217,7 +217,7 @@ class BuildOptionally(build_ext):
         toolkit, reason = None, None
         try:
             toolkit = Toolkit.find()
-        except NoCuda as error:
+        except (NoCuda, OSError) as error:
             reason = str(error)
         built = self.get_ext_fullpath(ext.name)
         if (toolkit is not None) != had_cuda or newer_group([*ext.sources, *ext.depends], built):
