@@ -197,6 +197,29 @@ def rank_gradient(
     return grad if dtype == like.dtype else grad.to(like.dtype)
 
 
+def project(
+    dy: Tensor,  # [M, N], unit stride in N
+    lora_b: Tensor,  # [N, R]
+    t_scale: float,
+    h: Tensor,  # [M, R] fp32
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """``t = t_scale * dy @ B`` ``[M, R]`` in fp32 and ``grad_b = scale * dy^T @ h``.
+
+    One read of dy. ``grad_b`` has the shape and dtype of ``lora_b``.
+    """
+    rows, columns = dy.shape
+    factor, (address, dtype, rank_stride, column_stride, rank) = _factor(lora_b, True)
+    t = torch.empty((rows, rank), dtype=torch.float32)
+    grad = torch.empty(lora_b.shape, dtype=factor.dtype)
+    extension().project(
+        *_wide(dy), rows, columns, address, dtype, rank_stride, column_stride, rank,
+        t.data_ptr(), t_scale, h.data_ptr(), h.stride(0), scale, grad.data_ptr(),
+        _NUMBER[grad.dtype], grad.stride(1), grad.stride(0), torch.get_num_threads(),
+    )  # fmt: skip
+    return t, grad if grad.dtype == lora_b.dtype else grad.to(lora_b.dtype)
+
+
 # --- many adapters ---------------------------------------------------------------------------
 
 

@@ -19,8 +19,7 @@ namespace level_avx2 {
 #include "kernels.h"
 }  // namespace level_avx2
 
-const Kernels avx2_kernels = {level_avx2::shrink, level_avx2::expand,
-    level_avx2::rank_gradient, level_avx2::philox};
+const Kernels avx2_kernels = level_avx2::ALL;
 }  // namespace lora
 
 #pragma GCC pop_options

@@ -19,8 +19,7 @@ namespace level_avx512 {
 #include "kernels.h"
 }  // namespace level_avx512
 
-const Kernels avx512_kernels = {level_avx512::shrink, level_avx512::expand,
-    level_avx512::rank_gradient, level_avx512::philox};
+const Kernels avx512_kernels = level_avx512::ALL;
 }  // namespace lora
 
 #pragma GCC pop_options

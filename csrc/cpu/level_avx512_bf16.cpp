@@ -20,8 +20,7 @@ namespace level_avx512_bf16 {
 #include "kernels.h"
 }  // namespace level_avx512_bf16
 
-const Kernels avx512_bf16_kernels = {level_avx512_bf16::shrink, level_avx512_bf16::expand,
-    level_avx512_bf16::rank_gradient, level_avx512_bf16::philox};
+const Kernels avx512_bf16_kernels = level_avx512_bf16::ALL;
 }  // namespace lora
 
 #pragma GCC pop_options

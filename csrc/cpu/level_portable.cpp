@@ -10,6 +10,5 @@ namespace level_portable {
 #include "kernels.h"
 }  // namespace level_portable
 
-const Kernels portable_kernels = {level_portable::shrink, level_portable::expand,
-    level_portable::rank_gradient, level_portable::philox};
+const Kernels portable_kernels = level_portable::ALL;
 }  // namespace lora

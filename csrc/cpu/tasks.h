@@ -91,6 +91,14 @@ struct RankGradient {
   int64_t column_begin, column_end;
 };
 
+// The share of some rows in a gradient over all columns of `whole`: sums [R, pitch], unscaled.
+struct GradientPart {
+  RankGradient whole;
+  int64_t row_begin, row_end;
+  float* sums;
+  int64_t pitch;
+};
+
 // The generator's groups first .. first + count - 1 (lora_kernels/dropout.py), one byte each.
 struct Philox {
   uint8_t* out;
@@ -105,6 +113,9 @@ struct Kernels {
   void (*shrink)(const Shrink&);
   void (*expand)(const Expand&);
   void (*rank_gradient)(const RankGradient&);
+  void (*gradient_part)(const GradientPart&);
+  // The task's columns of the gradient from `count` parts [R, pitch] that lie one after another.
+  void (*gradient_of_parts)(const RankGradient&, const float* parts, int64_t count, int64_t pitch);
   void (*philox)(const Philox&);
 };
 
@@ -120,7 +131,7 @@ void set_level(int level);  // at most best_level()
 const Kernels& kernels();
 
 // Memory of the calling thread, kept from call to call; aligned to a cache line.
-enum class Scratch { panel, left, rows, sums, temporary, count };
+enum class Scratch { panel, left, rows, sums, temporary, parts, count };
 void* scratch_bytes(Scratch which, int64_t bytes);
 
 template <class T>

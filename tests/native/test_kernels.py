@@ -106,6 +106,20 @@ def test_rank_gradient(level, dtype, adapter_dtype, transposed, dropped, poisone
         assert_close(ours, exact, size, rows)
 
 
+@pytest.mark.parametrize("adapter_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows, columns, rank", [(255, 33, 3), (256, 70, 16), (2177, 130, 24)])
+def test_both_passes_over_dy(level, rows, columns, rank, dtype, adapter_dtype, poisoned_memory):
+    """t has the bits of shrink; the gradient may be summed in parts."""
+    dy, h = wide(rows, columns, dtype), draw(rows, rank + 1)[:, :rank]
+    factor = draw(columns, rank, dtype=adapter_dtype)
+    t, grad = native.project(dy, factor, 1.3, h, 0.9)
+    assert torch.equal(t, native.shrink(dy, factor, 1.3, transposed=True))
+    left, right = operand(h, dy, level).double().t(), dy.double()
+    assert grad.dtype == adapter_dtype
+    assert_close(grad.t(), 0.9 * left @ right, left.abs() @ right.abs(), rows)
+
+
 @pytest.mark.parametrize("p", [1e-5, 0.05, 0.5, 0.9999])
 def test_the_masks_bits_are_the_definition(level, p):
     for rows, columns, stream in [(1, 1, 0), (7, 13, 1), (64, 576, 0), (3, 4097, 2**31 + 5)]:

@@ -30,6 +30,7 @@ def kernels(dtype: torch.dtype) -> list[torch.Tensor]:
         out = x.clone()
         native.expand_(out, narrow, factor, 1.0, mask, transposed=transposed)
         results += [out, native.rank_gradient(x, narrow, factor, 1.0, mask, transposed=transposed)]
+    results += native.project(x, b, 1.0, narrow, 1.0)
     return results
 
 
@@ -135,7 +136,7 @@ def test_the_operation_takes_the_compiled_kernels(monkeypatch):
     from lora_kernels import lora_linear
 
     calls = []
-    for name in ("shrink", "expand_", "rank_gradient", "packed_keep_mask"):
+    for name in ("shrink", "expand_", "rank_gradient", "project", "packed_keep_mask"):
         original = getattr(native, name)
         monkeypatch.setattr(
             native, name,
@@ -146,7 +147,9 @@ def test_the_operation_takes_the_compiled_kernels(monkeypatch):
     if native.level() == 0:
         pytest.skip("auto does not take the portable kernels")
     run_forward_backward(lora_linear, LoRAProblem.random((5,), 16, 12, 3, dropout_p=0.3))
-    assert (
-        sorted(calls)
-        == ["expand_"] * 2 + ["packed_keep_mask"] + ["rank_gradient"] * 2 + ["shrink"] * 2
-    )
+    assert sorted(calls) == ["expand_"] * 2 + [
+        "packed_keep_mask",
+        "project",
+        "rank_gradient",
+        "shrink",
+    ]

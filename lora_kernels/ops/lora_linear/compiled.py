@@ -80,11 +80,14 @@ def backward(
         grad_output_scale = _column_dot(rows_dy, unscaled).to(output_scale.dtype)
     if output_scale is not None and (needs_x or needs_a or needs_b):
         rows_dy = _scale_columns(rows_dy, output_scale, None)
-    if needs_x or needs_a:
-        # The dropout scale rides on t, to both products. t goes first: it reads dy in order.
-        t = native.shrink(rows_dy, lora_b, scale * keep_scale(dropout_p), transposed=True)  # [M, R]
-    if needs_b:
+    # The dropout scale rides on t, to both of its products.
+    t_scale = scale * keep_scale(dropout_p)
+    if needs_b and (needs_x or needs_a):
+        t, grad_b = native.project(rows_dy, lora_b, t_scale, h.float(), scale)
+    elif needs_b:
         grad_b = native.rank_gradient(rows_dy, h.float(), lora_b, scale, transposed=True)
+    elif needs_x or needs_a:
+        t = native.shrink(rows_dy, lora_b, t_scale, transposed=True)  # [M, R]
     if not (needs_x or needs_a):
         return dx, grad_a, grad_b, grad_bias, grad_output_scale
 
