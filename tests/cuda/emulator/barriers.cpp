@@ -1,0 +1,112 @@
+// Barriers in shared memory, which count arrivals and bytes. Their state is in a table of the
+// block; the eight bytes themselves hold a mark, so that it shows when something else is written
+// there.
+#include <cstring>
+
+#include "emulator.h"
+
+namespace emulator {
+namespace {
+
+constexpr int64_t BYTES_LIMIT = (1 << 20) - 1, ARRIVALS_LIMIT = (1 << 20) - 1;
+
+uint64_t mark(int64_t offset) { return 0x4C4F5241626172ull * uint64_t(offset + 9); }
+
+MemoryBarrier& find(Block& block, int64_t offset, const char* what) {
+  const auto entry = block.memory_barriers.find(offset);
+  if (entry == block.memory_barriers.end()) {
+    fail(std::string(what) + ": there is no initialized barrier at shared byte " +
+         std::to_string(offset) + " of " + name_of(block) + ", " + here());
+  }
+  return entry->second;
+}
+
+// Begins the next phase if this one has all that it waits for.
+void complete(MemoryBarrier& barrier) {
+  if (barrier.pending || barrier.bytes) return;
+  barrier.pending = barrier.expected;
+  barrier.phase++;
+  for (Fiber* fiber : barrier.waiting) wake(*fiber);
+  barrier.waiting.clear();
+}
+
+void arrive(MemoryBarrier& barrier, const char* what) {
+  if (barrier.pending == 0) {
+    fail(std::string(what) + ": more arrivals than the barrier was initialized for, " + here());
+  }
+  barrier.pending--;
+  complete(barrier);
+}
+
+void add_bytes(MemoryBarrier& barrier, int64_t bytes, const char* what) {
+  barrier.bytes += bytes;
+  if (barrier.bytes < -BYTES_LIMIT || barrier.bytes > BYTES_LIMIT) {
+    fail(std::string(what) + ": a barrier counts less than 2^20 bytes, " + here());
+  }
+}
+
+int64_t place(const void* barrier, const char* what) {
+  needs_sm90a(what);
+  const int64_t offset = offset_of(this_block(), barrier, what);
+  if (offset % 8 || offset + 8 > state.launch.shared_bytes) {
+    fail(std::string(what) + ": a barrier is 8 aligned bytes of shared memory, " + here());
+  }
+  return offset;
+}
+
+}  // namespace
+
+void barrier_init(const void* barrier, uint32_t arrivals) {
+  const int64_t offset = place(barrier, "barrier_init");
+  if (arrivals < 1 || arrivals > ARRIVALS_LIMIT) {
+    fail("barrier_init: 1 to 2^20 - 1 arrivals, " + here());
+  }
+  const MemoryBarrier fresh{arrivals, int64_t(arrivals), 0, 0, {}};
+  if (!this_block().memory_barriers.insert({offset, fresh}).second) {
+    fail("barrier_init: this barrier is initialized already, " + here());
+  }
+  const uint64_t bytes = mark(offset);
+  std::memcpy(this_block().shared + offset, &bytes, 8);
+  maybe_yield();
+}
+
+void barrier_expect(const void* barrier, uint32_t bytes) {
+  MemoryBarrier& at = find(this_block(), place(barrier, "barrier_expect"), "barrier_expect");
+  add_bytes(at, bytes, "barrier_expect");
+  arrive(at, "barrier_expect");
+  maybe_yield();
+}
+
+void barrier_arrive(const void* barrier, uint32_t rank) {
+  const int64_t offset = place(barrier, "barrier_arrive");
+  arrive(find(block_of_cluster(rank), offset, "barrier_arrive"), "barrier_arrive");
+  maybe_yield();
+}
+
+void barrier_wait(const void* barrier, uint32_t parity) {
+  const int64_t offset = place(barrier, "barrier_wait");
+  if (parity > 1) fail("barrier_wait: a parity is 0 or 1, " + here());
+  MemoryBarrier& at = find(this_block(), offset, "barrier_wait");
+  while ((at.phase & 1) == parity) {
+    at.waiting.push_back(state.current);
+    suspend(Doing::AT_MEMORY_BARRIER, offset, parity);
+  }
+}
+
+void barrier_complete(Block& block, int64_t offset, int64_t bytes, const char* what) {
+  MemoryBarrier& at = find(block, offset, what);
+  add_bytes(at, -bytes, what);
+  complete(at);
+}
+
+void check_overwritten(const Block& block) {
+  for (const auto& entry : block.memory_barriers) {
+    const uint64_t bytes = mark(entry.first);
+    if (std::memcmp(block.shared + entry.first, &bytes, 8)) {
+      fail(name_of(block) + " wrote over the barrier at shared byte " +
+           std::to_string(entry.first));
+    }
+  }
+}
+
+}  // namespace emulator
