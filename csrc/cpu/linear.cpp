@@ -62,9 +62,11 @@ void rank_gradient(const RankGradient& whole, int64_t columns, int threads) {
 }
 
 void project(const Shrink& whole_t, const RankGradient& whole_b, int64_t columns, int threads) {
-  constexpr int64_t ROWS = 128, MOST_PARTS = 16;
+  constexpr int64_t ROWS = 128, MOST_PARTS = 16, CACHE = 1 << 19;
   const int64_t rows = whole_b.rows, rank = whole_b.rank;
-  if (rows < 2 * ROWS) {  // too few to share by rows, whatever the threads: the bits do not depend on them
+  // Too few rows to share, or too wide to stay in the cache between the passes. Whatever the
+  // threads: the bits do not depend on them.
+  if (rows < 2 * ROWS || ROWS * columns * size_of(whole_b.wide.dtype) > CACHE) {
     shrink(whole_t, rows, rank, threads);
     rank_gradient(whole_b, columns, threads);
     return;
