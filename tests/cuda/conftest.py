@@ -1,4 +1,4 @@
-"""The CUDA kernels on a CPU: compiled with the emulator in tests/cuda/emulator, once per session."""
+"""The CUDA kernels on a CPU: compiled with the emulator in tests/cuda/emulator."""
 
 import ctypes
 import importlib.util
@@ -6,6 +6,8 @@ import sysconfig
 
 import pytest
 from emulator.build import ROOT, build, compiler
+
+from lora_kernels import native
 
 
 @pytest.fixture(scope="session")
@@ -25,12 +27,18 @@ def emulated_library():
 
 
 @pytest.fixture(scope="session")
-def emulated(emulated_library):
-    """The extension module in which CUDA kernels are emulated; they take tensors of the CPU."""
+def emulated_module(emulated_library):
     spec = importlib.util.spec_from_file_location("lora_kernels._native", emulated_library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def emulated(emulated_module, monkeypatch):
+    """The extension is one whose CUDA kernels are emulated and take tensors of the CPU."""
+    monkeypatch.setattr(native, "_found", lambda: (emulated_module, "emulated in a test"))
+    return emulated_module
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Compiles what includes csrc/cuda/device.cuh for the emulator: shared libraries for this machine."""
+"""Compiles kernels for the emulator, into shared libraries for this machine."""
 
 import os
 import shlex
