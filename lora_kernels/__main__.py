@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 def doctor() -> list[str]:
     """What a user in trouble, or a bug report, needs to know; as lines of text."""
     import lora_kernels
+    from lora_kernels import native, native_cuda
     from lora_kernels.bench import machine
 
     devices = [torch.device("cpu")]
@@ -51,7 +52,9 @@ def doctor() -> list[str]:
     lines += [
         f"{name:<13} {version or 'not installed'}" for name, version in machine.versions().items()
     ]
-    lines.append(f"{'extension':<13} {_extension()}")
+    lines.append(f"{'extension':<13} {native.status()}")
+    first, *more = native_cuda.status().splitlines()
+    lines += [f"{'CUDA kernels':<13} {first}", *(" " * 14 + line for line in more)]
     override = os.environ.get("LORA_KERNELS_BACKEND")
     lines.append(f"LORA_KERNELS_BACKEND  {override or 'not set: auto decides'}")
     for device in devices:
@@ -59,12 +62,6 @@ def doctor() -> list[str]:
         lines += _backends(device)
         lines += _choices(device)
     return lines
-
-
-def _extension() -> str:
-    from lora_kernels import native
-
-    return native.status()
 
 
 def _describe(device: torch.device) -> str:

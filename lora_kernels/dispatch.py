@@ -4,7 +4,8 @@
 and time. On a CPU it is ``native`` where the compiled extension is there, with AVX2 at least (for
 bf16 with AVX-512-BF16: below that it was measured slower than oneDNN's narrow GEMMs); on
 a GPU an operation looks its calls up in a table under ``tuned/`` itself (``measured.py`` in its
-folder); everywhere else it is ``composed``, which runs anywhere.
+folder); everywhere else it is ``composed``, which runs anywhere. ``native`` is the extension's C++
+kernels on a CPU and its CUDA kernels on a GPU, where it leaves to Triton's what they do not cover.
 ``LORA_KERNELS_BACKEND`` replaces ``auto`` for the whole process, so that the kernels can be
 switched off without touching a program; it is read once, at import.
 """
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from lora_kernels import native
+from lora_kernels import native, native_cuda
 
 BACKENDS = ("reference", "composed", "triton", "native")
 
@@ -54,7 +55,7 @@ def unavailable(backend: str, device: torch.device, dtype: torch.dtype | None = 
         return _triton_unavailable(device, dtype)
     if device.type == "cpu":
         return _native_unavailable(dtype)
-    return f"no {backend} kernel of this operation exists for {device.type!r} devices yet"
+    return _native_unavailable_on_cuda(device, dtype)
 
 
 @functools.cache
@@ -79,6 +80,22 @@ def _native_unavailable(dtype: torch.dtype | None) -> str | None:
     if dtype is not None and dtype not in native.DTYPES:
         return f"the compiled kernels accumulate in fp32 and do not take {dtype}"
     return native.missing()
+
+
+@functools.cache
+def _native_unavailable_on_cuda(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"no native kernel of this operation exists for {device.type!r} devices yet"
+    if dtype is not None and dtype not in native_cuda.DTYPES:
+        return (
+            f"the CUDA kernels take bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+        )
+    if reason := native_cuda.missing(device):
+        return reason
+    # Calls for which there is no CUDA kernel go to Triton's.
+    if reason := _triton_unavailable(device, dtype):
+        return f"the CUDA kernels leave part of each operation to Triton's: {reason}"
+    return None
 
 
 @functools.cache

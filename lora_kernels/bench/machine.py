@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from lora_kernels import native
+from lora_kernels import native, native_cuda
 
 
 def versions() -> dict[str, str | None]:
@@ -90,6 +90,7 @@ def meta(device: torch.device, command: str) -> dict:
         "cpu": cpu_name(),
         "cpu_features": cpu_features(),
         "extension": native.status(),
+        "cuda_kernels": native_cuda.status().splitlines()[0],
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": load(),

@@ -116,7 +116,7 @@ def explain(
     """
     x, weight, bias = cast_for_autocast(x, weight, bias)
     _check(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed)
-    return measured.explain(backend, x, weight, lora_a, lora_b, dropout_p)
+    return measured.explain(backend, x, weight, lora_a, lora_b, dropout_p, output_scale)
 
 
 def _check(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed) -> None:

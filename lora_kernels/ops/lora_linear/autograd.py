@@ -53,7 +53,10 @@ def stores_mask(device: torch.device, dropout_p: float, backend: str) -> bool:
 
 
 def _dtype_of_h(x: Tensor, backend: str) -> torch.dtype:
-    """Known from x's device and dtype, as the choice between native and composed is."""
+    """Known from x's device and dtype, as the choice between native and composed is.
+
+    On a GPU it is the same whatever serves the call.
+    """
     native = x.device.type == "cpu" and dispatch.choose(backend, x.device, x.dtype)[0] == "native"
     return torch.float32 if native or backend == "triton" else product_dtype(x)
 
@@ -64,14 +67,14 @@ def _implementation(backend: str, direction: str, *call):
     Chosen when the op runs, not when a graph is traced, so that it adds no guards.
     """
     chosen = measured.choose(backend, direction, *call).backend
-    if chosen == "native":
-        return compiled
-    if chosen != "triton":
+    if chosen not in ("triton", "native"):
         return composed
+    if chosen == "native" and call[0].device.type == "cpu":
+        return compiled
     # Not at the top: importing the package does not import Triton.
-    from lora_kernels.ops.lora_linear import launch
+    from lora_kernels.ops.lora_linear import cuda, launch
 
-    return launch
+    return cuda if chosen == "native" else launch
 
 
 # --- kernels ---------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ tuned inside a call, so that all of it can be captured in a CUDA graph; workspac
 allocator.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -38,8 +40,9 @@ def forward(
     dropout_p: float,
     seed: Tensor | None,  # []
     save_unscaled: bool,
+    gemm: Callable[..., None] = gemm_with_tail,
 ) -> tuple[Tensor, Tensor, None, Tensor | None]:
-    """``(y, h, None, unscaled)``, as :func:`composed.forward`."""
+    """``(y, h, None, unscaled)``, as :func:`composed.forward`; ``gemm`` makes y from x and h."""
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
     (tokens, columns), (out_features, rank) = rows.shape, lora_b.shape
     y = rows.new_empty((tokens, out_features))
@@ -52,7 +55,7 @@ def forward(
     with on_device(rows):
         tail = _shrink(cell, rows, lora_a, h, drop, keep_scale(dropout_p))
         scaled_b = _scale_cast(lora_b, scaling_argument(scaling), x.dtype)  # [N, R]
-        gemm_with_tail(
+        gemm(
             cell,
             rows,
             None if weight is None else weight.t(),
@@ -80,8 +83,12 @@ def backward(
     dropout_p: float,
     seed: Tensor | None,
     needs: tuple[bool, bool, bool, bool, bool],  # x, lora_a, lora_b, bias, output_scale
+    gemm: Callable[..., None] = gemm_with_tail,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, lora_a, lora_b, bias and output_scale, as :func:`composed.backward`."""
+    """Gradients of x, lora_a, lora_b, bias and output_scale, as :func:`composed.backward`.
+
+    ``gemm`` makes dx from dy and t.
+    """
     needs_x, needs_a, needs_b, needs_bias, needs_output_scale = needs
     rows_dy = dy.reshape(-1, dy.shape[-1])  # [M, N]
     (tokens, out_features), (rank, columns) = rows_dy.shape, lora_a.shape
@@ -119,7 +126,7 @@ def backward(
             tail = _shrink(cell, rows_dy, lora_b.t(), t, None, factor, scaling, rounded=needs_x)
         if needs_x:
             a = lora_a if lora_a.dtype == dy.dtype else _scale_cast(lora_a, 1.0, dy.dtype)
-            gemm_with_tail(cell, rows_dy, weight, tail, a, dx, drop=drop)
+            gemm(cell, rows_dy, weight, tail, a, dx, drop=drop)
             dx = dx.view(*dy.shape[:-1], columns)
         if needs_a:
             _a_gradient(cell, x.reshape(-1, columns), t, grad_a, drop)

@@ -6,9 +6,10 @@ options, the fastest backend and the times it was chosen by::
     {"backend": "triton", "strategy": "fused",
      "seconds": {"composed": 4.1e-4, "hybrid": 4.0e-4, "fused": 3.7e-4}}
 
-Forward and backward are cells of their own and may differ: what one saves, every other reads. The
-lookup happens when the op runs, never while a graph is traced, so it adds no guards; it reads sizes
-and strides, never the device.
+The backend may be ``native``; where its CUDA kernels were not built, the fastest of the others
+serves. Forward and backward are cells of their own and may differ: what one saves, every other
+reads. The lookup happens when the op runs, never while a graph is traced, so it adds no guards; it
+reads sizes and strides, never the device.
 """
 
 import functools
@@ -17,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from lora_kernels import dispatch
+from lora_kernels import dispatch, native_cuda
 from lora_kernels.dispatch import Choice
 from lora_kernels.dropout import drop_threshold
 from lora_kernels.launching import limits_of
@@ -51,9 +52,13 @@ def explain(
     lora_a: Tensor,  # [R, K]
     lora_b: Tensor,  # [N, R]
     dropout_p: float,
+    output_scale: Tensor | None,  # [N]
 ) -> Choice:
     """The forward's choice; where a table decides, the reason names the backward's too."""
     forward = choose(backend, "forward", x, weight, lora_a, lora_b, dropout_p)
+    if forward.backend == "native" and x.device.type == "cuda":
+        kernels = _native_kernels(x, weight, dropout_p, output_scale)
+        forward = Choice("native", f"{forward.reason}; {kernels}")
     if dispatch.requested(backend) != "auto" or x.device.type != "cuda" or weight is None:
         return forward
     # dy is not known yet: taken as contiguous, which it is in a model.
@@ -61,6 +66,19 @@ def explain(
     return Choice(
         forward.backend, f"{forward.reason}; backward {backward.backend}: {backward.reason}"
     )
+
+
+def _native_kernels(
+    x: Tensor, weight: Tensor | None, dropout_p: float, output_scale: Tensor | None
+) -> str:
+    """Which kernels run when native serves a forward on a GPU."""
+    drops = drop_threshold(dropout_p) > 0
+    reason = native_cuda.unfit_for_decode_linear(x, weight, drops, output_scale)
+    if reason is None:
+        return "one CUDA kernel for base and adapter"
+    gemm = native_cuda.missing_gemm_tail(x.device)
+    wide = f"all kernels are Triton's ({gemm})" if gemm else "Triton's kernels around a CUDA GEMM"
+    return f"not the CUDA kernel for few tokens ({reason}): {wide}"
 
 
 def _of_sizes(
@@ -111,15 +129,20 @@ def _lookup(
             f"nothing is recorded for {cell.key} on {limits.name}, and a kernel that nobody "
             "measured there is not taken unasked (`python -m lora_kernels tune` measures it)",
         )
-    if reason := dispatch.unavailable(found["backend"], device, dtype):
-        return Choice("composed", reason)
-    times = ", ".join(
-        f"{name} {seconds * 1e3:.3f} ms" for name, seconds in found.get("seconds", {}).items()
-    )
-    named = found["backend"]
-    if named == "triton":
-        named = f"triton ({tiles.strategy(cell, limits)})"
-    return Choice(
-        found["backend"],
-        f"{named} was the fastest measured on {limits.name} in {cell.key}: {times or 'no times'}",
-    )
+    seconds = found.get("seconds", {})
+    times = ", ".join(f"{name} {took * 1e3:.3f} ms" for name, took in seconds.items())
+    where = f"measured on {limits.name} in {cell.key}: {times or 'no times'}"
+    fastest = found["backend"]
+    reason = dispatch.unavailable(fastest, device, dtype)
+    if reason is None:
+        return Choice(fastest, f"{_named(fastest, cell, limits)} was the fastest {where}")
+    for name in sorted(seconds, key=seconds.get):
+        backend = "triton" if name in tiles.STRATEGIES else name
+        if dispatch.unavailable(backend, device, dtype) is None:
+            named = _named(backend, cell, limits)
+            return Choice(backend, f"{named} was the fastest {where}, but for {fastest}: {reason}")
+    return Choice("composed", reason)
+
+
+def _named(backend: str, cell: tiles.Cell, limits: tiles.DeviceLimits) -> str:
+    return f"triton ({tiles.strategy(cell, limits)})" if backend == "triton" else backend

@@ -6,7 +6,8 @@ fields for the cells that were measured::
     {"cells": {"forward/bfloat16/M8192/K4096/N4096/R16/p0":
         {"strategy": "fused", "gemm": {"num_stages": 4}, "shrink": {"BLOCK_M": 128}}}}
 
-with ``backward`` likewise (``gemm``, ``shrink``, ``rank_gradient``), M and R rounded up to powers
+with ``backward`` likewise (``gemm``, ``shrink``, ``rank_gradient``; ``native`` for the CUDA GEMM's
+``tile_columns`` and ``cluster``), M and R rounded up to powers
 of two, and p 0 or 1 for without and with dropout.
 """
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lora_kernels import dispatch
+from lora_kernels import dispatch, native_cuda
 from lora_kernels.dispatch import Choice
 from lora_kernels.dropout import draw_seed
 from lora_kernels.dtypes import FLOATING, cast_for_autocast
@@ -235,6 +235,13 @@ def explain(x: Tensor, bank: AdapterBank, routing: Routing, *, backend: str = "a
             f"{choice.reason}; it reads the sizes of the routing's groups once per filling, so the "
             "call cannot be captured in a CUDA graph",
         )
+    if choice.backend == "native" and x.device.type == "cuda":
+        tensors = bank.tensors()
+        reason = native_cuda.unfit_for_decode_routed(
+            x, tensors, routing.tensors(with_plan=False), any(tensors.thresholds)
+        )
+        kernels = f"Triton's kernels ({reason})" if reason else "one CUDA kernel for all adapters"
+        return Choice("native", f"{choice.reason}; {kernels}")
     return choice
 
 
@@ -244,7 +251,10 @@ class _Call:
     def __init__(self, bank: AdapterBank, routing: Routing, backend: str, like: Tensor) -> None:
         self.backend = dispatch.choose(backend, like.device, like.dtype).backend
         self.module, self.bank = bank, bank.tensors()
-        with_plan = self.backend in ("composed", "native")
+        # On a GPU the groups' sizes would have to be waited for; the kernels there need no plan.
+        with_plan = self.backend == "composed" or (
+            self.backend == "native" and like.device.type == "cpu"
+        )
         self.routing: RoutingTensors = routing.tensors(with_plan=with_plan)
 
     @property

@@ -64,15 +64,15 @@ for _schema in (
 _OPS = torch.ops.lora_kernels
 
 
-def _module(backend: str) -> ModuleType:
+def _module(backend: str, like: Tensor) -> ModuleType:
     """The module that serves a resolved backend; Triton is imported when it is first asked for."""
-    if backend == "native":
-        return compiled
-    if backend != "triton":
+    if backend not in ("triton", "native"):
         return composed
-    from lora_kernels.ops.routed_lora import launch
+    if backend == "native" and like.device.type == "cpu":
+        return compiled
+    from lora_kernels.ops.routed_lora import cuda, launch
 
-    return launch
+    return cuda if backend == "native" else launch
 
 
 def stores_mask(device: torch.device, seed: Tensor | None, backend: str) -> bool:
@@ -131,7 +131,7 @@ def _without_autocast(function):
 @_without_autocast
 def _forward(*arguments):
     bank, routing, (x, weight, bias, seed, backend) = _unpack(arguments)
-    y, h, mask = _module(backend).forward(_rows(x), weight, bias, bank, routing, seed, True)
+    y, h, mask = _module(backend, x).forward(_rows(x), weight, bias, bank, routing, seed, True)
     if not stores_mask(x.device, seed, backend):
         mask = None
     return like_rows_of(x, y), h, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
@@ -140,7 +140,7 @@ def _forward(*arguments):
 @_without_autocast
 def _inference(*arguments):
     bank, routing, _, (x, weight, bias, seed, backend, *_) = _unpack_with_layout(arguments)
-    y, _, _ = _module(backend).forward(_rows(x), weight, bias, bank, routing, seed, False)
+    y, _, _ = _module(backend, x).forward(_rows(x), weight, bias, bank, routing, seed, False)
     return like_rows_of(x, y)
 
 
@@ -148,7 +148,7 @@ def _inference(*arguments):
 def _backward(*arguments):
     bank, routing, layout, rest = _unpack_with_layout(arguments)
     dy, x, weight, h, mask, seed, in_features, needs, backend = rest
-    dx, grad, grad_weights, grad_bias = _module(backend).backward(
+    dx, grad, grad_weights, grad_bias = _module(backend, dy).backward(
         _rows(dy), None if x is None else _rows(x), weight, bank, routing, layout, h,
         _or_none(mask), seed, in_features, tuple(needs),
     )  # fmt: skip
@@ -163,7 +163,7 @@ def _backward(*arguments):
 @_without_autocast
 def _shrink(*arguments):
     bank, routing, (x, seed, backend) = _unpack(arguments)
-    h, mask = _module(backend).shrink(_rows(x), bank, routing, seed)
+    h, mask = _module(backend, x).shrink(_rows(x), bank, routing, seed)
     if not stores_mask(x.device, seed, backend):
         mask = None
     return h, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
@@ -178,7 +178,7 @@ def _shrink_inference(*arguments):
 def _shrink_backward(*arguments):
     bank, routing, layout, rest = _unpack_with_layout(arguments)
     t, x, mask, seed, needs_x, backend = rest
-    dx, grad = _module(backend).shrink_backward(
+    dx, grad = _module(backend, x).shrink_backward(
         _with_values(t), _rows(x), bank, routing, layout, _or_none(mask), seed, needs_x
     )
     return x.new_empty(0) if dx is None else dx.view(x.shape), grad
@@ -188,14 +188,14 @@ def _shrink_backward(*arguments):
 def _expand(*arguments):
     bank, routing, _, (h, rows, dtype, backend, *_) = _unpack_with_layout(arguments)
     out = h.new_zeros((rows, bank.slice_columns[-1]), dtype=dtype)
-    _module(backend).expand_(out, _with_values(h), bank, routing)
+    _module(backend, h).expand_(out, _with_values(h), bank, routing)
     return out
 
 
 @_without_autocast
 def _expand_backward(*arguments):
     bank, routing, layout, (dy, h, needs, backend) = _unpack_with_layout(arguments)
-    t, grad, grad_weights = _module(backend).expand_backward(
+    t, grad, grad_weights = _module(backend, h).expand_backward(
         _rows(dy), _with_values(h), bank, routing, layout, tuple(needs)
     )
     return (
@@ -209,13 +209,13 @@ def _expand_backward(*arguments):
 def _lora_in_place(*arguments):
     bank, routing, (out, x, seed, backend) = _unpack(arguments)
     # A view, or the rows could not be added to in place: the public function sees to it.
-    _module(backend).add_(out.view(-1, out.shape[-1]), _rows(x), bank, routing, seed)
+    _module(backend, x).add_(out.view(-1, out.shape[-1]), _rows(x), bank, routing, seed)
 
 
 @_without_autocast
 def _expand_in_place(*arguments):
     bank, routing, (out, h, backend) = _unpack(arguments)
-    _module(backend).expand_(out.view(-1, out.shape[-1]), _with_values(h), bank, routing)
+    _module(backend, h).expand_(out.view(-1, out.shape[-1]), _with_values(h), bank, routing)
 
 
 _KERNELS = {
