@@ -12,8 +12,8 @@ from filelock import FileLock
 EMULATOR = Path(__file__).parent
 ROOT = EMULATOR.parents[2]
 BUILT = ROOT / "build" / "emulated"
-RUNTIME = sorted(EMULATOR.glob("*.cpp"))
-RUNTIME.remove(EMULATOR / "probe.cpp")
+PROBES = sorted(EMULATOR.glob("probe*.cpp"))
+RUNTIME = sorted({*EMULATOR.glob("*.cpp")} - {*PROBES})
 
 FLAGS = [
     *("-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread"),
@@ -36,9 +36,9 @@ def compiler() -> str | None:
 def build(name: str, sources: list[Path], flags: list[str] = ()) -> Path:
     """The shared library ``name`` of these sources and the emulator; up to date when it returns.
 
-    Kernels (``.cu``, and the emulator's probe) are compiled with checks. Objects are compiled again
-    when a file they include, or their command, has changed; two at a time. Raises RuntimeError with
-    what the compiler says.
+    Kernels (``.cu``, and the emulator's probes) are compiled with checks. An object is compiled
+    again when a file that it includes, or its command, has changed; two at a time. Raises
+    RuntimeError with what the compiler says.
     """
     BUILT.mkdir(parents=True, exist_ok=True)
     with FileLock(BUILT / "lock"):
@@ -57,7 +57,7 @@ def build(name: str, sources: list[Path], flags: list[str] = ()) -> Path:
 
 
 def _command(source: Path, flags: list[str]) -> list[str]:
-    checks = CHECKS if source.suffix == ".cu" or source.name == "probe.cpp" else []
+    checks = CHECKS if source.suffix == ".cu" or source in PROBES else []
     # The kernels for processors are only along for the ride.
     mine = ["-O1"] if source.parent.name == "cpu" else []
     if source.name == "products.cpp":
