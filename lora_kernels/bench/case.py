@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from lora_kernels.bench import layer, machine, measure, op, report, routed, step
+from lora_kernels.bench import kernel, layer, machine, measure, op, report, routed, step
 from lora_kernels.bench.memory import STABLE_MALLOC
 
-CASES = {"op": op, "step": step, "layer": layer, "routed": routed}
+CASES = {"op": op, "step": step, "layer": layer, "routed": routed, "kernel": kernel}
 
 
 def measure_case(

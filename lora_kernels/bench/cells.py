@@ -5,6 +5,7 @@ M tokens, K in_features, N out_features, r rank, p dropout; bf16, alpha = 2 r.
 
 import itertools
 
+from lora_kernels.bench.kernel import KernelCase
 from lora_kernels.bench.op import OpCase
 from lora_kernels.bench.routed import RoutedCase
 
@@ -52,6 +53,7 @@ PROVIDERS = (
     "composed",
     "triton-hybrid",
     "triton-fused",
+    "native",
     "ours",
 )
 
@@ -65,6 +67,7 @@ ROUTED_PROVIDERS = (
     "composed",
     "triton",
     "triton-fused",
+    "native",
 )
 
 # Llama-3 8B's q+k+v, gate+up and down.
@@ -93,6 +96,37 @@ def routed_core(device: str = "cuda", shrink: int = 1) -> list[RoutedCase]:
         device=device,
     )  # fmt: skip
     return [*decode, train]
+
+
+# M, K, N, r of a decoder step with one adapter, and of GEMMs with a tail.
+_DECODE = [
+    (m, 4096, n, r) for n, r in ((4096, 16), (11008, 16), (4096, 64), (11008, 64))
+    for m in (1, 8, 16, 64)
+]  # fmt: skip
+_GEMM = (
+    (8192, 4096, 4096, 16),
+    (8192, 4096, 14336, 16),
+    (8192, 14336, 4096, 16),
+    (8192, 4096, 4096, 64),
+    (2048, 4096, 4096, 16),
+    (512, 4096, 4096, 16),
+)
+
+
+def decode(device: str = "cuda", shrink: int = 1) -> list[KernelCase]:
+    return [
+        KernelCase("decode", m, k // shrink, n // shrink, r, device=device)
+        for m, k, n, r in _DECODE
+    ]
+
+
+def gemm(device: str = "cuda", shrink: int = 1) -> list[KernelCase]:
+    """Both GEMMs of a training step, that of dx with and without dropout."""
+    return [
+        KernelCase(what, m // shrink, k // shrink, n // shrink, r, p, device=device)
+        for m, k, n, r in _GEMM
+        for what, p in (("y", 0.0), ("dx", 0.0), ("dx", 0.1))
+    ]
 
 
 def core(device: str = "cuda", shrink: int = 1) -> list[OpCase]:

@@ -39,6 +39,8 @@ def _machine(rows: list[dict]) -> str:
     if found["missing"]:
         lines.append(f"not installed and not needed here: {', '.join(found['missing'])}")
     for row in rows:
+        if row["kind"] == "build":
+            lines.append(f"extension: {row['seconds']} s to build; CUDA kernels: {row['status']}")
         if row["kind"] == "ceilings":
             lines.append(
                 f"measured ceilings: bf16 GEMM {row['bf16']['flops_per_second'] / 1e12:.0f} TFLOP/s"

@@ -12,6 +12,7 @@ import gc
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,14 +22,16 @@ from pathlib import Path
 
 import torch
 
-from lora_kernels.bench import cells, layer, machine, op
+from lora_kernels import dispatch
+from lora_kernels.bench import cells, kernel, layer, machine, op
 from lora_kernels.bench.case import measure_case
-from lora_kernels.bench.gpu_check import AGAIN, append, read_part
+from lora_kernels.bench.gpu_check import AGAIN, ROOT, append, read_part
 from lora_kernels.bench.providers import OP_PROVIDERS
 from lora_kernels.testing import (
     LoRAProblem,
     gpu_checks,
     gpu_long_checks,
+    native_gpu_checks,
     routed_gpu_checks,
     run_forward_backward,
 )
@@ -42,6 +45,7 @@ CHECKS = {
     "quick": gpu_checks.quick,
     "routed": routed_gpu_checks.checks,
     "long": gpu_long_checks.long,
+    "native": native_gpu_checks.checks,
 }
 
 
@@ -66,47 +70,134 @@ def units_of(section: str, dry_run: bool) -> list[Unit]:
             Unit("versions", functools.partial(environment, device)),
             Unit("ceilings", functools.partial(ceilings, device)),
         ]
+    if section == "build":
+        return [Unit("build_ext", functools.partial(build, dry_run))]
     if section in CHECKS:
         checks = CHECKS[section]()
-        backend = "composed" if dry_run else "triton"
-        chosen = [check for check in checks if check.on_cpu or not dry_run]
-        return [
-            Unit(check.name, functools.partial(check, device, backend)) for check in chosen
-        ]  # fmt: skip
+        if dry_run:
+            return _units("composed", [check for check in checks if check.on_cpu], device)
+        if section == "quick" or section == "routed":
+            return _units("triton", checks, device)
+        if section == "long":
+            ours = native_gpu_checks.of_native(checks)
+            return _units("triton", checks, device) + _units("native", ours, device, ", native")
+        grids = native_gpu_checks.of_native(gpu_checks.quick() + routed_gpu_checks.checks())
+        return _units("native", checks + grids, device)
     # Sizes for a CPU keep the proportions and lose a factor of 64.
-    core = cells.core(device, 64)[:2] if dry_run else cells.core(device)
+    shrink, reps = (64, 2) if dry_run else (1, 9)
+    core = cells.core(device, shrink)[: 2 if dry_run else None]
     if section == "shapes":
-        names = ["composed"] if dry_run else OURS
+        names = ["composed"] if dry_run else [*OURS, *_if_native(["native"])]
         return [
             Unit(f"{case.title}, {name}", functools.partial(right_at, case, name))
             for case in core
             for name in names
         ]
     if section == "routed-core":
-        names = [n for n in cells.ROUTED_PROVIDERS if not (dry_run and n.startswith("triton"))]
+        names = _here(cells.ROUTED_PROVIDERS, dry_run)
         return [
             Unit(case.title, functools.partial(routed_benchmark, case, names, 2 if dry_run else 15))
-            for case in cells.routed_core(device, 64 if dry_run else 1)
+            for case in cells.routed_core(device, shrink)
         ]
-    names = [name for name in cells.PROVIDERS if not (dry_run and name.startswith("triton"))]
+    if section in ("decode", "gemm"):
+        cases = {"decode": cells.decode, "gemm": cells.gemm}[section](device, shrink)
+        return [
+            Unit(case.title, functools.partial(kernel_benchmark, case, dry_run, reps))
+            for case in cases[: 3 if dry_run else None]
+        ]
+    names = _here(cells.PROVIDERS, dry_run)
     if section == "core":
         return [
-            Unit(case.title, functools.partial(benchmark, "op", case, names, 2 if dry_run else 9))
-            for case in core
+            Unit(case.title, functools.partial(benchmark, "op", case, names, reps)) for case in core
         ]
     if section == "layer":
         cases = [layer.LayerCase(dropout=p, device=device) for p in (0.0, 0.1)]
         if dry_run:
             cases = [layer.small(case) for case in cases]
         return [
-            Unit(
-                case.title, functools.partial(benchmark, "layer", case, names, 2 if dry_run else 9)
-            )
+            Unit(case.title, functools.partial(benchmark, "layer", case, names, reps))
             for case in cases
         ]
-    return [
-        Unit(f"memcheck {name}", functools.partial(memcheck, name, dry_run)) for name in SANITIZED
+    triton = [
+        Unit(f"memcheck {name}", functools.partial(sanitize, "memcheck", name, dry_run))
+        for name in SANITIZED
     ]
+    return triton + [
+        Unit(f"{tool} native", functools.partial(sanitize, tool, "native", dry_run))
+        for tool in ("memcheck", "racecheck", "synccheck")
+    ]
+
+
+def _units(backend: str, checks: list[gpu_checks.Check], device: str, more: str = "") -> list[Unit]:
+    return [
+        Unit(check.name + more, functools.partial(run_check, check, device, backend))
+        for check in checks
+    ]
+
+
+def _here(names: tuple[str, ...], dry_run: bool) -> list[str]:
+    """The providers that can be measured here: what was not built is said once, not in each row."""
+    if dry_run:
+        return [name for name in names if not name.startswith(("triton", "native"))]
+    return [name for name in names if name != "native" or _if_native([name])]
+
+
+def _if_native(names: list[str]) -> list[str]:
+    return [] if _native_unavailable() else names
+
+
+@functools.cache
+def _native_unavailable() -> str | None:
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return dispatch.unavailable("native", torch.device("cuda", 0), torch.bfloat16)
+
+
+def run_check(check: gpu_checks.Check, device: str, backend: str) -> None:
+    if backend == "native" and (reason := _native_unavailable()):
+        raise Skip(reason)
+    check(device, backend)
+
+
+# ---- the extension
+
+
+BUILD_SECONDS = 52  # less than the unit's: what it started is ended with it
+
+
+def build(dry_run: bool) -> list[dict]:
+    """`setup.py build_ext --inplace` with this Python; nothing is downloaded."""
+    if dry_run:
+        raise Skip("a dry run builds nothing")
+    if not (ROOT / "setup.py").is_file():
+        raise Skip("this is no source tree: what was installed is used")
+    began = time.monotonic()
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        said, _ = process.communicate(timeout=BUILD_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise Wrong(
+            f"not built within {BUILD_SECONDS} s: run {' '.join(command)} first", []
+        ) from None
+    rows = [{"schema": 1, "kind": "build", "seconds": round(time.monotonic() - began, 1)}]
+    # This process has looked for the extension before it was built.
+    code = (
+        "import torch; from lora_kernels import native_cuda as n; print(n.status());"
+        "print('missing:', n.missing(torch.device('cuda', 0)))"
+    )
+    asked = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    status, _, reason = asked.stdout.strip().rpartition("\nmissing: ")
+    rows[0]["status"] = status
+    if process.returncode or asked.returncode or reason != "None":
+        text = f"{status} {said} {asked.stderr}"
+        raise Wrong(" | ".join([reason, *text.strip().splitlines()[-8:]]), rows)
+    return rows
 
 
 # ---- environment
@@ -176,6 +267,21 @@ def benchmark(kind: str, case, names: list[str], reps: int) -> list[dict]:
     return rows
 
 
+def kernel_benchmark(case: kernel.KernelCase, dry_run: bool, reps: int) -> list[dict]:
+    """Not every provider exists for every case, nor on every device; none may be wrong."""
+    meta = machine.meta(torch.device(case.device), COMMAND)
+    names = [name for name in kernel.providers(case) if not (dry_run and name.startswith("tri"))]
+    rows = measure_case("kernel", case, names, meta, reps, memory=False)
+    skipped = [
+        f"{row['provider']}: {row['skipped']}"
+        for row in rows
+        if row["skipped"] and not row["skipped"].startswith("Unavailable")
+    ]
+    if skipped and not dry_run:
+        raise Wrong("; ".join(skipped), rows)
+    return rows
+
+
 def routed_benchmark(case, names: list[str], reps: int) -> list[dict]:
     """Not every provider exists for every case; ours must."""
     meta = machine.meta(torch.device(case.device), COMMAND)
@@ -200,13 +306,16 @@ SANITIZED = {
 }
 
 
-def memcheck(name: str, dry_run: bool) -> None:
+def sanitize(which: str, name: str, dry_run: bool) -> None:
+    """Runs :func:`call` under one of compute-sanitizer's tools."""
     if dry_run:
         raise Skip("there are no kernels to watch on a CPU")
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(tool).is_file():
         raise Skip("compute-sanitizer is not installed")
-    command = [tool, "--tool=memcheck", "--error-exitcode=97", sys.executable]
+    if name == "native" and (reason := _native_unavailable()):
+        raise Skip(reason)
+    command = [tool, f"--tool={which}", "--error-exitcode=97", sys.executable]
     command += ["-m", "lora_kernels.bench.gpu_units", "call", f"--call={name}"]
     # Every tensor its own allocation: past its end is past the allocation's.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -214,11 +323,16 @@ def memcheck(name: str, dry_run: bool) -> None:
     output = done.stdout + done.stderr
     if "Device not supported" in output:
         raise Skip("compute-sanitizer does not support this device")
-    if done.returncode or "ERROR SUMMARY: 0 errors" not in output:
+    # racecheck has a summary of its own, "0 hazards displayed (0 errors, 0 warnings)".
+    clean = "ERROR SUMMARY: 0 errors" in output or "(0 errors, 0 warnings)" in output
+    if done.returncode or not clean:
         raise AssertionError(" | ".join(output.strip().splitlines()[:12]))
 
 
 def call(name: str) -> None:
+    if name == "native":
+        native_gpu_checks.small_calls()
+        return
     label, dtype, strategy = SANITIZED[name]
     rows, *sizes = gpu_checks.SHAPES[label]
     problem = LoRAProblem.random((rows,), *sizes, dtype=dtype, dropout_p=0.3, device="cuda")
@@ -239,7 +353,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--workers", type=int, default=1)
     add("--unit-seconds", type=float, default=60)
     add("--dry-run", action="store_true")
-    add("--call", choices=SANITIZED)
+    add("--call", choices=[*SANITIZED, "native"])
     args = parser.parse_args(argv)
     if args.section == "call":
         call(args.call)

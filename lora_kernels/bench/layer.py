@@ -88,6 +88,7 @@ PROVIDERS = {
     "composed": Provider(functools.partial(our_linear, "composed")),
     "triton-hybrid": Provider(functools.partial(our_linear, "triton"), strategy="hybrid"),
     "triton-fused": Provider(functools.partial(our_linear, "triton"), strategy="fused"),
+    "native": Provider(functools.partial(our_linear, "native")),
     "ours": Provider(functools.partial(our_linear, "auto")),
 }
 

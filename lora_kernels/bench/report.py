@@ -2,8 +2,8 @@
 
 A row is one provider in one case:
 
-    schema, kind ("op", "step", "layer" or "routed"), case, title, provider, skipped (why, or null),
-    timing, reps
+    schema, kind ("op", "step", "layer", "routed" or "kernel"), case, title, provider,
+    skipped (why, or null), timing, reps
     seconds         quantity -> {median, q1, q3, samples}
     over_frozen     quantity -> {median, q1, q3} of this / frozen, repetition by repetition
     peft_over       quantity -> {median, q1, q3} of PEFT / this, likewise
@@ -31,6 +31,7 @@ QUANTITIES = {
     "step": ("forward", "backward", "step"),
     "layer": ("forward", "backward", "step"),
     "routed": ("layer", "part"),
+    "kernel": ("forward",),
 }
 # The quantity that is compared with the frozen layer or model, where it is not the last one.
 OVER_FROZEN = {"routed": "layer"}

@@ -51,8 +51,11 @@ class Check:
     run: Callable[[Target], None]
     strategy: str = "fused"
     on_cpu: bool = True  # small enough, and meaningful there
+    half: bool = True  # in half precision, which is all that CUDA kernels take
 
     def __call__(self, device: str, backend: str) -> None:
+        if backend == "native" and device == "cuda" and not self.half:
+            raise Skip("the CUDA kernels take bfloat16 and float16")
         with tiles.use_cells({"*": {"strategy": self.strategy}}):
             self.run(Target(device, backend, self.strategy))
 
@@ -283,10 +286,12 @@ def quick() -> list[Check]:
     """In order of worth. On a CPU the strategies are the same thing, so one of them is enough."""
     checks = []
 
-    def add(name: str, run: Callable[[Target], None], both: bool = False, on_cpu=True) -> None:
+    def add(
+        name: str, run: Callable[[Target], None], both: bool = False, on_cpu=True, half=True
+    ) -> None:
         for strategy in ("fused", "hybrid") if both else ("fused",):
             label = f"{name} {strategy}" if both else name
-            checks.append(Check(label, run, strategy, on_cpu and strategy == "fused"))
+            checks.append(Check(label, run, strategy, on_cpu and strategy == "fused", half))
 
     for dtype, labels in (
         (BF16, list(SHAPES)),
@@ -296,7 +301,8 @@ def quick() -> list[Check]:
         for label, p in itertools.product(labels, (0.0, 0.3)):
             name = f"{str(dtype).removeprefix('torch.')} {label} p {p:g}"
             both = dtype is BF16 or label == "aligned"
-            add(name, functools.partial(shape, SHAPES[label], dtype, p), both=both)
+            run = functools.partial(shape, SHAPES[label], dtype, p)
+            add(name, run, both=both, half=dtype != FP32)
     for which in ("forward", "dx", "dA"):
         add(f"mask bits {which}", functools.partial(mask_bits, which), both=True)
     for dtype, p in itertools.product((BF16, FP16), (0.0, 0.1)):
@@ -316,6 +322,6 @@ def quick() -> list[Check]:
         checkpointing_replays_the_mask,
     ):
         add(run.__name__.replace("_", " "), run, both=run in (strides, subsets_of_gradients))
-    add("tf32", tf32, both=True, on_cpu=False)
+    add("tf32", tf32, both=True, on_cpu=False, half=False)
     # Hybrid shares most kernels with fused: behind it, they are compiled already.
     return sorted(checks, key=lambda check: check.strategy == "hybrid")

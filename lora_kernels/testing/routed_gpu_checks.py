@@ -263,18 +263,19 @@ def checks() -> list[Check]:
     """In order of worth."""
     found = []
 
-    def add(name: str, run: Callable[[Target], None], on_cpu: bool = True) -> None:
-        found.append(Check(f"routed {name}", run, on_cpu=on_cpu))
+    def add(name: str, run: Callable[[Target], None], on_cpu: bool = True, half=True) -> None:
+        found.append(Check(f"routed {name}", run, on_cpu=on_cpu, half=half))
 
     for dtype, dropout in itertools.product((BF16, FP16, FP32), (False, True)):
         for label in SHAPES:
             kind = str(dtype).removeprefix("torch.")
             drops = " with dropout" if dropout else ""
-            add(f"{kind} {label}{drops}", functools.partial(shape, label, dtype, dropout))
+            run = functools.partial(shape, label, dtype, dropout)
+            add(f"{kind} {label}{drops}", run, half=dtype != FP32)
     for dtype, dropout in itertools.product((BF16, FP16, FP32), (False, True)):
         kind = f"{str(dtype).removeprefix('torch.')}{' with dropout' if dropout else ''}"
         run = functools.partial(fused, "training", dtype, dropout)
-        add(f"fused GEMM {kind}", run, on_cpu=False)
+        add(f"fused GEMM {kind}", run, on_cpu=False, half=dtype != FP32)
     for run in (
         fp32_adapters,
         nan_stays_where_it_is,

@@ -8,12 +8,19 @@ import os
 import pytest
 import torch
 
-from lora_kernels.testing import gpu_checks, gpu_long_checks, routed_gpu_checks
+from lora_kernels import dispatch
+from lora_kernels.testing import (
+    gpu_checks,
+    gpu_long_checks,
+    native_gpu_checks,
+    routed_gpu_checks,
+)
 
 # Read when the first CUDA context is made: poisoned memory switches deterministic algorithms on.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 CHECKS = gpu_checks.quick() + routed_gpu_checks.checks() + gpu_long_checks.long()
+NATIVE = native_gpu_checks.checks()
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
 
@@ -31,6 +38,17 @@ def test_triton(check):
 
 
 @needs_gpu
+@by_name(NATIVE + native_gpu_checks.of_native(CHECKS))
+def test_native(check):
+    if reason := dispatch.unavailable("native", torch.device("cuda", 0), torch.bfloat16):
+        pytest.skip(reason)
+    try:
+        check("cuda", "native")
+    except gpu_checks.Skip as reason:
+        pytest.skip(str(reason))
+
+
+@needs_gpu
 @by_name([check for check in CHECKS if check.strategy == "fused"])
 def test_composed(check):
     try:
@@ -39,7 +57,7 @@ def test_composed(check):
         pytest.skip(str(reason))
 
 
-@by_name([check for check in CHECKS if check.on_cpu])
+@by_name([check for check in CHECKS + NATIVE if check.on_cpu])
 def test_body_on_a_cpu(check):
     try:
         check("cpu", "composed")
