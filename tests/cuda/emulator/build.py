@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -78,7 +79,9 @@ def _compile(command: list[str]) -> bool:
         if all(map(lambda path: path.exists() and path.stat().st_mtime < built, _used(target))):
             return False
     target.unlink(missing_ok=True)
+    began = time.time()
     _call(command)
+    os.utime(target, (began, began))  # a source may change while it is compiled
     _record(target, command)
     return True
 

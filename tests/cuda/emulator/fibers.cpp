@@ -27,7 +27,7 @@ char* stack(int number) {
 
 }  // namespace
 
-#ifdef __x86_64__
+#ifdef LORA_OWN_SWAP
 
 // Saves what a function must keep, and the stack pointer. No signal mask: that is a system call.
 asm(R"(

@@ -1,7 +1,9 @@
 // Stacks of their own for the threads of a kernel, and switches between them.
 #pragma once
 
-#ifndef __x86_64__
+#if defined(__x86_64__) && defined(__ELF__)
+#define LORA_OWN_SWAP 1
+#else
 #include <ucontext.h>
 #endif
 
@@ -9,7 +11,7 @@ namespace emulator {
 
 // Where a suspended thread goes on.
 struct Context {
-#ifdef __x86_64__
+#ifdef LORA_OWN_SWAP
   void* stack_pointer = nullptr;
 #else
   ucontext_t saved;

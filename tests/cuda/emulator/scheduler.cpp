@@ -118,7 +118,7 @@ void schedule() {
     if (--state.steps_left <= 0) {
       state.order = int(random_below(3));
       state.patience = int(random_below(3));
-      state.steps_left = 16 + int(random_below(256));
+      state.steps_left = 8 << random_below(6);
     }
     const bool task_first =
         state.patience == 0 ? random_below(2) == 0 : state.patience == 1 && random_below(16) == 0;
