@@ -83,6 +83,34 @@ def test_where_only_fused_is_wrong_hybrid_is_taken(monkeypatch):
     assert tune.tune(CASE, reps=1)[FORWARD]["strategy"] == "hybrid"
 
 
+@pytest.mark.parametrize("gemm", [True, False], ids=["gemm_tail", "decode_alone"])
+def test_native_competes_where_its_kernels_were_built(gemm, monkeypatch):
+    monkeypatch.setattr(tune, "runs_native", lambda case: True)
+    monkeypatch.setattr(tune, "runs_gemm_tail", lambda case: gemm)
+    wide = {"tile_columns": 256, "cluster": 2}
+
+    def seconds(direction, candidate):
+        if candidate.backend != "native":
+            return 1.0
+        took = 0.9 if direction == "forward" else 1.1
+        return took - 0.05 * (candidate.options[direction].get("native") == wide)
+
+    rounds = made_up(monkeypatch, seconds)
+    found = tune.tune(CASE, reps=1)
+    assert list(rounds[0]) == ["composed", "hybrid", "fused", "native"]
+    assert len(rounds) == 5 + gemm
+    assert found[FORWARD]["backend"] == "native"
+    assert found[FORWARD]["seconds"]["native"] == (0.85 if gemm else 0.9)
+    assert found[BACKWARD]["backend"] == "composed"
+    for key in (FORWARD, BACKWARD):
+        assert found[key].get("native") == (wide if gemm else None)
+        assert found[key]["strategy"] == "hybrid"
+
+
+def test_native_is_no_candidate_where_there_is_no_gpu():
+    assert not tune.runs_native(CASE)
+
+
 def test_every_tile_option_is_a_field_of_its_tile():
     for options, tile in (
         (tune.GEMM_TILES, tiles.GemmTile),

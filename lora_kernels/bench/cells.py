@@ -120,6 +120,14 @@ def decode(device: str = "cuda", shrink: int = 1) -> list[KernelCase]:
     ]
 
 
+def decode_steps(device: str = "cuda", shrink: int = 1) -> list[OpCase]:
+    """The same sizes as calls with a backward, as `tune` measures them."""
+    return [
+        OpCase(m, k // shrink, n // shrink, rank=r, alpha=2 * r, device=device)
+        for m, k, n, r in _DECODE
+    ]
+
+
 def gemm(device: str = "cuda", shrink: int = 1) -> list[KernelCase]:
     """Both GEMMs of a training step, that of dx with and without dropout."""
     return [

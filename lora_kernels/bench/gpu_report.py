@@ -14,6 +14,9 @@ def markdown(rows: list[dict], command: str) -> str:
     parts += [_failures(rows), _targets(rows), _providers(rows)]
     benchmarks = [row for row in rows if row["kind"] in report.QUANTITIES]
     parts += [_cells(rows)] if benchmarks else []
+    parts += [_kernels(rows, "decode", "Decoding with one adapter, over the frozen layer")]
+    parts += [_kernels(rows, "y", "The GEMM of y with its tail, over the GEMM alone")]
+    parts += [_kernels(rows, "dx", "The GEMM of dx with its tail, over the GEMM alone")]
     parts += ["## Every case", report.markdown(benchmarks)] if benchmarks else []
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -161,3 +164,26 @@ def _cells(rows: list[dict]) -> str:
         lines.append(line)
     headers = ["M x K x N", "frozen, ms", "floor / frozen", *(f"{name} /" for name in names)]
     return "## The core cells, over frozen\n\n" + _table(headers, lines)
+
+
+def _kernels(rows: list[dict], what: str, title: str) -> str:
+    """A line per call without a backward: microseconds of frozen, everybody else over it."""
+    groups = report.by_case(
+        [row for row in rows if row["kind"] == "kernel" and row["case"]["what"] == what]
+    )
+    cells = [{row["provider"]: row for row in group if not row["skipped"]} for group in groups]
+    cells = [cell for cell in cells if "frozen" in cell]
+    if not cells:
+        return ""
+    names = list(dict.fromkeys(name for cell in cells for name in cell if name != "frozen"))
+    lines = []
+    for cell in cells:
+        case = cell["frozen"]["case"]
+        line = [f"{case['m']}x{case['k']}x{case['n']} r {case['rank']} p {case['dropout']:g}"]
+        line.append(f"{cell['frozen']['seconds']['forward']['median'] * 1e6:.1f}")
+        for name in names:
+            found = ratio(cell, name, "frozen", "forward")
+            line.append("-" if found is None else f"{found:.3f}")
+        lines.append(line)
+    headers = ["M x K x N", "frozen, us", *(f"{name} /" for name in names)]
+    return f"## {title}\n\n" + _table(headers, lines)

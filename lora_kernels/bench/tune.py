@@ -1,10 +1,11 @@
 """`python -m lora_kernels tune`: measures what `auto` may take on this GPU, and the tiles.
 
-For every cell (a call of the grid, forward and backward each) the candidates are composed, and our
-kernels with the base in the vendor's GEMM (hybrid) or in ours (fused), first with the tiles that
-`tiles.py` computes, then with a short list of others. A candidate whose result breaks the error
-policy, with dropout where the cell has it, is not timed. The file is rewritten after every cell and
-cells that are in it are skipped, so the command goes on where it stopped.
+For every cell (a call of the grid, forward and backward each) the candidates are composed, our
+Triton kernels with the base in the vendor's GEMM (hybrid) or in ours (fused), and the extension's
+CUDA kernels where they were built (native), first with the tiles that `tiles.py` computes, then
+with a short list of others. A candidate whose result breaks the error policy, with dropout where
+the cell has it, is not timed. The file is rewritten after every cell and cells that are in it are
+skipped, so the command goes on where it stopped.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lora_kernels import dispatch, native_cuda
 from lora_kernels.bench import cells, machine, measure, op
 from lora_kernels.bench.case import say
 from lora_kernels.bench.providers import Call, OpInputs, our_op
@@ -53,6 +55,9 @@ RANK_GRADIENT_TILES = (
     {"BLOCK_M": 128, "num_stages": 2},
     {"num_warps": 4},
 )
+NATIVE_TILES = tuple(
+    {"tile_columns": columns, "cluster": cluster} for columns, cluster in native_cuda.TILES
+)
 
 
 def main(argv: list[str]) -> int:
@@ -67,7 +72,8 @@ def main(argv: list[str]) -> int:
     limits = limits_of(device)
     out = args.out or tiles.TUNED / limits.name.replace(" ", "_") / "lora_linear.json"
     table = json.loads(out.read_text()) if out.is_file() else {"cells": {}}
-    chosen = {"core": cells.core, "full": cells.grid}[args.cells](device.type, args.shrink)
+    lists = {"core": cells.core, "decode": cells.decode_steps, "full": cells.grid}
+    chosen = lists[args.cells](device.type, args.shrink)
     todo = [case for case in chosen if not is_done(case, table["cells"])]
     say(f"{limits.name}: {len(chosen)} calls, {len(chosen) - len(todo)} of them in the table")
     # Not to be confused with another installation's measurements.
@@ -92,7 +98,8 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--cells", choices=("core", "full"), default="core", help="which calls (%(default)s)")
+    choices = ("core", "decode", "full")
+    add("--cells", choices=choices, default="core", help="which calls (%(default)s)")
     add("--minutes", type=float, default=20, help="start no cell after these (%(default)s)")
     add("--reps", type=int, default=7, help="interleaved repetitions (%(default)s)")
     add("--out", type=Path, help="the file (lora_kernels/tuned/<gpu>/lora_linear.json)")
@@ -142,21 +149,24 @@ def tune(case: op.OpCase, reps: int) -> dict[str, dict]:
     allowed = expected(case, sets[0])
     measured = functools.partial(seconds_of, case, sets, allowed, reps)
 
-    times = measured(finalists({direction: {} for direction in DIRECTIONS}))
+    native = runs_native(case)
+    times = measured(finalists({direction: {} for direction in DIRECTIONS}, native))
     # The faster strategy of each direction, and the tiles found so far.
     best = {direction: {"strategy": fastest_strategy(times[direction])} for direction in DIRECTIONS}
     for part, tile_options in (
         ("gemm", GEMM_TILES),
         ("shrink", SHRINK_TILES),
         ("rank_gradient", RANK_GRADIENT_TILES),
+        *([("native", NATIVE_TILES)] if native and runs_gemm_tail(case) else []),
     ):
+        backend = "native" if part == "native" else "triton"
         # Hybrid leaves the GEMM to the vendor: its tiles are found with fused.
         base = {
             direction: options | ({"strategy": "fused"} if part == "gemm" else {})
             for direction, options in best.items()
         }
-        candidates = {"as it is": Candidate("triton", base)} | {
-            str(tile): Candidate("triton", {d: base[d] | {part: tile} for d in DIRECTIONS})
+        candidates = {"as it is": Candidate(backend, base)} | {
+            str(tile): Candidate(backend, {d: base[d] | {part: tile} for d in DIRECTIONS})
             for tile in tile_options
         }
         times = measured(candidates)
@@ -165,7 +175,7 @@ def tune(case: op.OpCase, reps: int) -> dict[str, dict]:
             if name is not None:
                 best[direction][part] = candidates[name].options[direction][part]
                 say(f"  {direction}: {part} {name} takes {gain:.3f} of the time")
-    times = measured(finalists(best))
+    times = measured(finalists(best, native))
     for direction in DIRECTIONS:
         shown = (f"{name} {1e3 * took:.3f} ms" for name, took in times[direction].items())
         say(f"  {direction}: {', '.join(shown)}")
@@ -176,14 +186,29 @@ def tune(case: op.OpCase, reps: int) -> dict[str, dict]:
     }
 
 
-def finalists(tiles_found: dict[str, dict]) -> dict[str, Candidate]:
-    """composed, hybrid and fused, the latter two with the tiles of each direction."""
-    return {"composed": Candidate("composed")} | {
-        strategy: Candidate(
-            "triton", {d: options | {"strategy": strategy} for d, options in tiles_found.items()}
-        )
-        for strategy in STRATEGIES
-    }
+def runs_native(case: op.OpCase) -> bool:
+    """Whether there are CUDA kernels to time. On a CPU native is another thing."""
+    device = torch.device(case.device)
+    return device.type == "cuda" and not dispatch.unavailable("native", device, case.torch_dtype)
+
+
+def runs_gemm_tail(case: op.OpCase) -> bool:
+    return native_cuda.missing_gemm_tail(torch.device(case.device)) is None
+
+
+def finalists(tiles_found: dict[str, dict], native: bool) -> dict[str, Candidate]:
+    """composed, hybrid, fused and maybe native, all but the first with the tiles found."""
+    return (
+        {"composed": Candidate("composed")}
+        | {
+            strategy: Candidate(
+                "triton",
+                {d: options | {"strategy": strategy} for d, options in tiles_found.items()},
+            )
+            for strategy in STRATEGIES
+        }
+        | ({"native": Candidate("native", tiles_found)} if native else {})
+    )
 
 
 def fastest_strategy(times: dict[str, float]) -> str:
@@ -207,7 +232,7 @@ def entry(times: dict[str, float], best: dict) -> dict:
     """A cell of the table, from the seconds of the finalists."""
     fastest = min(times, key=times.get)
     return best | {
-        "backend": "composed" if fastest == "composed" else "triton",
+        "backend": "triton" if fastest in STRATEGIES else fastest,
         "strategy": fastest_strategy(times),
         "seconds": {name: float(f"{took:.4g}") for name, took in times.items()},
     }
