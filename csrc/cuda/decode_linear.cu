@@ -74,6 +74,7 @@ struct Decode {
   __device__ __forceinline__ void prefetch() const {
     const int rows = min(layout.rows, int(call.out_features) - row);
     const int line = LINE / int(sizeof(T));
+#pragma unroll 1
     for (int i = int(threadIdx.x); i < PREFETCHED_LINES; i += THREADS) {
       const int from = i / layout.rows * line, r = i % layout.rows;
       if (r >= rows || from >= columns) continue;
@@ -82,11 +83,13 @@ struct Decode {
     }
     const int each = layout.rows / int(cluster_size());
     const int64_t size = call.factor_dtype == DType::f32 ? 4 : 2;
+#pragma unroll 1
     for (int i = int(threadIdx.x); i < each; i += THREADS) {
       const int r = int(cluster_rank()) * each + i;
       if (r >= rows) continue;
       const char* const b = static_cast<const char*>(call.lora_b) +
                             (row + r) * call.b_stride * size;
+#pragma unroll 1
       for (int64_t byte = 0; byte < call.rank * size; byte += LINE) prefetch_to_l2(b + byte);
     }
   }
@@ -206,6 +209,7 @@ struct Decode {
     const int each = rank_blocks * live * 32 / int(cluster_size());
     const int first = int(cluster_rank()) * each;
     const bool saves = call.h && blockIdx.x < cluster_size();
+#pragma unroll 1
     for (int i = int(threadIdx.x); i < each; i += THREADS) {
       const float4 sum = sum_over_blocks(h + first + i);
       const int lane = (first + i) % 32, group = (first + i) / 32;
@@ -420,12 +424,12 @@ void run(const DecodeLinear& call, const Place& place) {
   use(place, what);
   const int capability = compute_capability(place, what);
   const int64_t factor_size = size_of(call.factor_dtype);
-  const auto eights = [](const void* address, int64_t stride, int64_t size) {
-    return is_aligned(address, 16) && stride * size % 16 == 0;
+  const auto eights = [](const void* address, int64_t rows, int64_t stride, int64_t size) {
+    return is_aligned(address, 16) && (rows == 1 || stride * size % 16 == 0);
   };
-  const bool vec = call.in_features % 8 == 0 && eights(call.x, call.x_stride, 2) &&
-                   eights(call.weight, call.weight_stride, 2) &&
-                   eights(call.lora_a, call.a_stride, factor_size);
+  const bool vec = call.in_features % 8 == 0 && eights(call.x, call.tokens, call.x_stride, 2) &&
+                   eights(call.weight, call.out_features, call.weight_stride, 2) &&
+                   eights(call.lora_a, call.rank, call.a_stride, factor_size);
   Layout layout = {};
   layout.vec_b = call.rank % 4 == 0 && call.b_stride % 4 == 0 &&
                  is_aligned(call.lora_b, 4 * factor_size);
@@ -433,7 +437,7 @@ void run(const DecodeLinear& call, const Place& place) {
   // As many tokens at once as there are, or as h leaves room for.
   bool runs = false;
   if (!vec) {
-    runs = run<T, 4, false>(call, layout, capability, place);
+    runs = run<T, 2, false>(call, layout, capability, place);
   } else {
     if (call.tokens > 32) runs = run<T, 8, true>(call, layout, capability, place);
     if (!runs && call.tokens > 8) runs = run<T, 4, true>(call, layout, capability, place);

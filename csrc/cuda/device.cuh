@@ -138,7 +138,15 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 // Shared memory written before the arrival is seen by every thread of the cluster after its wait.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
+#if __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1208
+  // A plain release would also wait until L2 has seen all that this thread does in global memory.
+  asm volatile(
+      "fence.release.sync_restrict::shared::cta.cluster;\n"
+      "barrier.cluster.arrive.relaxed.aligned;" ::
+          : "memory");
+#else
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
 #endif
 }
 __device__ __forceinline__ void cluster_wait() {
