@@ -28,7 +28,7 @@ def emulated_library():
 
 @pytest.fixture(scope="session")
 def emulated_module(emulated_library):
-    spec = importlib.util.spec_from_file_location("lora_kernels._native", emulated_library)
+    spec = importlib.util.spec_from_file_location("emulated._native", emulated_library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
