@@ -28,6 +28,7 @@ def emulated_library():
 
 @pytest.fixture(scope="session")
 def emulated_module(emulated_library):
+    # Not the extension's own name: where that was imported before, pybind11 would return it again.
     spec = importlib.util.spec_from_file_location("emulated._native", emulated_library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
