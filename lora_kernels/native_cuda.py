@@ -23,8 +23,8 @@ from lora_kernels import native
 from lora_kernels.launching import cdiv, limits_of, on_device
 
 DTYPES = (torch.bfloat16, torch.float16)
-# Beyond them a GEMM with a tail reads less.
-MAX_DECODE_TOKENS, MAX_DECODE_PAIRS, MAX_SLICES = 64, 256, 8
+# Beyond them a GEMM with a tail reads less, and h would not fit beside the tokens.
+MAX_DECODE_TOKENS, MAX_DECODE_PAIRS, MAX_DECODE_RANK, MAX_SLICES = 64, 256, 256, 8
 TILES = tuple((columns, cluster) for columns in (128, 256) for cluster in (1, 2))
 
 _NUMBER = {dtype: number for number, dtype in enumerate(native.DTYPES)}
@@ -150,6 +150,7 @@ def missing_gemm_tail(device: torch.device) -> str | None:
 def unfit_for_decode_linear(
     x: Tensor,  # [..., K]
     weight: Tensor | None,  # [N, K]
+    rank: int,
     drops: bool,
     output_scale: Tensor | None,  # [N]
 ) -> str | None:
@@ -161,6 +162,8 @@ def unfit_for_decode_linear(
         return "there is no base weight"
     if weight.stride(1) != 1 and weight.shape[1] > 1:
         return "the weight's rows are not contiguous"
+    if rank > MAX_DECODE_RANK:
+        return f"rank {rank} is more than {MAX_DECODE_RANK}"
     if drops:
         return "there is dropout"
     return None if output_scale is None else "there is an output_scale"

@@ -32,8 +32,8 @@ def forward(
     save_unscaled: bool,
 ) -> tuple[Tensor, Tensor, None, Tensor | None]:
     """``(y, h, None, unscaled)`` as :func:`launch.forward`, h in fp32."""
-    drops = drop_threshold(dropout_p) > 0
-    if native_cuda.unfit_for_decode_linear(x, weight, drops, output_scale) is None:
+    drops, rank = drop_threshold(dropout_p) > 0, lora_a.shape[0]
+    if native_cuda.unfit_for_decode_linear(x, weight, rank, drops, output_scale) is None:
         rows = native.rows_of(x)
         y, h = native_cuda.decode_linear(rows, weight, lora_a, lora_b, scaling, bias, save_h=True)
         return like_rows_of(x, y), h, None, None

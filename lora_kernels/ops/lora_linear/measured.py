@@ -57,7 +57,7 @@ def explain(
     """The forward's choice; where a table decides, the reason names the backward's too."""
     forward = choose(backend, "forward", x, weight, lora_a, lora_b, dropout_p)
     if forward.backend == "native" and x.device.type == "cuda":
-        kernels = _native_kernels(x, weight, dropout_p, output_scale)
+        kernels = _native_kernels(x, weight, lora_a.shape[0], dropout_p, output_scale)
         forward = Choice("native", f"{forward.reason}; {kernels}")
     if dispatch.requested(backend) != "auto" or x.device.type != "cuda" or weight is None:
         return forward
@@ -69,11 +69,11 @@ def explain(
 
 
 def _native_kernels(
-    x: Tensor, weight: Tensor | None, dropout_p: float, output_scale: Tensor | None
+    x: Tensor, weight: Tensor | None, rank: int, dropout_p: float, output_scale: Tensor | None
 ) -> str:
     """Which kernels run when native serves a forward on a GPU."""
     drops = drop_threshold(dropout_p) > 0
-    reason = native_cuda.unfit_for_decode_linear(x, weight, drops, output_scale)
+    reason = native_cuda.unfit_for_decode_linear(x, weight, rank, drops, output_scale)
     if reason is None:
         return "one CUDA kernel for base and adapter"
     gemm = native_cuda.missing_gemm_tail(x.device)
