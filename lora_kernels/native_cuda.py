@@ -23,8 +23,10 @@ from lora_kernels import native
 from lora_kernels.launching import cdiv, limits_of, on_device
 
 DTYPES = (torch.bfloat16, torch.float16)
-# Beyond them a GEMM with a tail reads less, and h would not fit beside the tokens.
-MAX_DECODE_TOKENS, MAX_DECODE_PAIRS, MAX_DECODE_RANK, MAX_SLICES = 64, 256, 256, 8
+# Beyond them a GEMM with a tail reads less. Of these ranks there is room for h in the shared memory
+# of every device, at any number of tokens.
+MAX_DECODE_TOKENS, MAX_DECODE_PAIRS, MAX_SLICES = 64, 256, 8
+MAX_DECODE_RANK, MAX_DECODE_WIDTH = 256, 512
 TILES = tuple((columns, cluster) for columns in (128, 256) for cluster in (1, 2))
 
 _NUMBER = {dtype: number for number, dtype in enumerate(native.DTYPES)}
@@ -232,6 +234,8 @@ def unfit_for_decode_routed(
         return f"room for {pairs} tokens is not 1 to {MAX_DECODE_PAIRS}"
     if x.numel() == 0 or bank.width == 0:
         return "there is nothing to compute"
+    if bank.width > MAX_DECODE_WIDTH:
+        return f"ranks of {bank.width} over the slices are more than {MAX_DECODE_WIDTH}"
     if bank.num_slices > MAX_SLICES:
         return f"{bank.num_slices} slices are more than {MAX_SLICES}"
     if drops:

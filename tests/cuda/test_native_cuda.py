@@ -359,13 +359,25 @@ def test_decode_operands(emulated, no_triton, poisoned_memory):
 
 
 @pytest.mark.parametrize("rank", [1, 128, native_cuda.MAX_DECODE_RANK])
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 86, 90])
 def test_decode_ranks(rank, capability, emulated, emulated_device, no_triton, poisoned_memory):
     """Up to the largest that is taken, of as many tokens as are."""
     emulated_device(4, capability)
-    for dtype in (BF16, FP32):
-        problem = LoRAProblem.random((64,), 72, 40, rank, dtype=BF16, adapter_dtype=dtype)
+    for dtype, columns in ((BF16, 72), (FP32, 72), (BF16, 71)):
+        problem = LoRAProblem.random((64,), columns, 40, rank, dtype=BF16, adapter_dtype=dtype)
         check_forward(problem)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90])
+def test_routed_ranks(capability, emulated, emulated_device, no_triton, poisoned_memory):
+    emulated_device(4, capability)
+    width = native_cuda.MAX_DECODE_WIDTH // 8
+    ranks = [(width,) * 8, (3, 0, 0, 0, 0, 0, 0, width)]
+    problem = RoutedProblem.random(
+        some_ids(33, 2), ranks, 72, (24,) * 8, dtype=BF16, with_weight=False
+    )
+    y, *_ = routed_forward(problem)
+    assert_within_policy("y", y, routed_eager(problem)["y"], routed_oracle(problem)["y"], BF16)
 
 
 def test_what_is_left_to_triton(emulated, no_triton):
@@ -559,6 +571,7 @@ def test_what_routed_leaves_to_triton(emulated, no_triton):
         "fp16 adapters over bf16": RoutedProblem.random(
             ids, ranks, columns, width, adapter_dtype=FP16, **usual
         ),
+        "ranks": RoutedProblem.random(ids, (3, 513), columns, width, **usual),
         "no tokens": RoutedProblem.random(ids[:0], ranks, columns, width, **usual),
     }
     routed_forward(RoutedProblem.random(ids, ranks, columns, width, **usual))
