@@ -23,7 +23,8 @@ demo: $(VENV)/.demo
 # Triton's interpreter is chosen when a kernel is imported, so its tests have a process of their own.
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(JOBS) tests
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels/interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels/interpreter \
+		tests/cuda/test_native_interpreted.py
 
 # The compiled kernels under the address and undefined-behaviour sanitizers, built beside the others.
 # Threads: a test of their own counts; what the interpreter never gives back is no leak of ours.
