@@ -1,11 +1,96 @@
-// Barriers in shared memory, which count arrivals and bytes. Their state is in a table of the
-// block; the eight bytes themselves hold a mark, so that it shows when something else is written
-// there.
+// The barriers of blocks and clusters, and those in shared memory.
 #include <cstring>
 
 #include "emulator.h"
 
 namespace emulator {
+
+// --- blocks and clusters ---------------------------------------------------------------------
+
+namespace {
+
+void wait_for(Warp& warp, Doing doing, int64_t subject) {
+  for (Fiber& fiber : warp.lanes) {
+    fiber.doing = doing;
+    fiber.subject = subject;
+  }
+}
+
+struct BarrierOperand {
+  int number, threads;
+};
+
+void arrive_at_barrier(Warp& warp) {
+  const BarrierOperand asked = *static_cast<const BarrierOperand*>(warp.operands[0]);
+  for (const void* operands : warp.operands) {
+    if (std::memcmp(operands, &asked, sizeof(asked))) {
+      fail("the lanes of a warp are at different barriers, " + here());
+    }
+  }
+  NamedBarrier& barrier = warp.block->barriers[asked.number];
+  if (barrier.arrived == 0) barrier.threads = asked.threads;
+  if (barrier.threads != asked.threads || asked.threads <= 0 || asked.threads % LANES ||
+      asked.threads > state.launch.threads) {
+    fail("barrier " + std::to_string(asked.number) + " is for " + std::to_string(asked.threads) +
+         " threads, " + here());
+  }
+  barrier.arrived += LANES;
+  barrier.waiting.push_back(&warp);
+  wait_for(warp, Doing::AT_BARRIER, asked.number);
+  if (barrier.arrived != barrier.threads) return;
+  for (Warp* waiting : barrier.waiting) wake(*waiting);
+  barrier.waiting.clear();
+  barrier.arrived = 0;
+}
+
+}  // namespace
+
+void sync_block(int number, int threads) {
+  const BarrierOperand mine{number, threads};
+  together(Doing::SYNC_BLOCK, &mine, &arrive_at_barrier, STAY);
+}
+
+void cluster_complete() {
+  if (state.cluster_arrived == 0 || state.cluster_arrived != state.threads_left) return;
+  state.cluster_arrived = 0;
+  state.cluster_phase++;
+  for (Block& block : state.blocks) {
+    for (Warp& warp : block.warps) {
+      if (warp.lanes[0].doing == Doing::AT_CLUSTER) wake(warp);
+    }
+  }
+}
+
+void cluster_arrive() {
+  if (compute_capability() < 90) return;
+  together(Doing::CLUSTER_ARRIVE, nullptr, [](Warp& warp) {
+    if (warp.at_cluster) fail("cluster_arrive without a wait for the one before, " + here());
+    warp.at_cluster = true;
+    warp.cluster_phase = state.cluster_phase;
+    state.cluster_arrived += LANES;
+    cluster_complete();
+  });
+  maybe_yield();
+}
+
+void cluster_wait() {
+  if (compute_capability() < 90) return sync_block(0, state.launch.threads);
+  together(
+      Doing::CLUSTER_WAIT, nullptr,
+      [](Warp& warp) {
+        if (!warp.at_cluster) fail("cluster_wait without cluster_arrive, " + here());
+        warp.at_cluster = false;
+        wait_for(warp, Doing::AT_CLUSTER, 0);
+        if (state.cluster_phase > warp.cluster_phase) wake(warp);
+      },
+      STAY);
+}
+
+// --- in shared memory ------------------------------------------------------------------------
+//
+// They count arrivals and bytes. Their state is in a table of the block; the eight bytes themselves
+// hold a mark, so that it shows when something else is written there.
+
 namespace {
 
 constexpr int64_t BYTES_LIMIT = (1 << 20) - 1, ARRIVALS_LIMIT = (1 << 20) - 1;

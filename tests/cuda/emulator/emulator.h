@@ -162,7 +162,8 @@ struct State {
   Context scheduler;
   std::string error;
   uint64_t random;
-  int order, patience, steps_left;  // moods of the scheduler
+  int order, patience, steps_left;  // the scheduler's mood
+  uint32_t starved;
 };
 extern State state;
 

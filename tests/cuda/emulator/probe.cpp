@@ -111,43 +111,23 @@ __global__ void misuse(const char* global, float* out, int64_t shared_bytes, int
       if (thread == 40) return;
       sync_warp();
       break;
-    case 4:
-      out[thread] = float(load_16(global + 8).x);
-      break;
-    case 5:
-      out[thread] = float(load_8(global + 4).x);
-      break;
-    case 6:
-      out[thread] = reinterpret_cast<const uint4*>(shared + 4)->x;
-      break;
-    case 7:
-      out[thread] = values[thread % 5];
-      break;
-    case 8:
-      shared[shared_bytes + 3] = 1;
-      break;
-    case 9:
-      out[thread] = float(1 << thread);
-      break;
-    case 10:
-      out[thread] = float(shared_address(global));
-      break;
-    case 11:
-      __trap();
-    case 12:
-      throw std::runtime_error("from the kernel");
+    case 4: out[thread] = float(load_16(global + 8).x); break;
+    case 5: out[thread] = float(load_8(global + 4).x); break;
+    case 6: out[thread] = reinterpret_cast<const uint4*>(shared + 4)->x; break;
+    case 7: out[thread] = values[thread % 5]; break;
+    case 8: shared[shared_bytes + 3] = 1; break;
+    case 9: out[thread] = float(1 << thread); break;
+    case 10: out[thread] = float(shared_address(global)); break;
+    case 11: __trap();
+    case 12: throw std::runtime_error("from the kernel");
     case 13:
       if (thread == 0) {
         cluster_arrive();
         cluster_wait();
       }
       break;
-    case 14:
-      __syncthreads(), sync_named(1 + int(thread / 32), 64);
-      break;
-    case 15:
-      cluster_wait();
-      break;
+    case 14: __syncthreads(), sync_named(1 + int(thread / 32), 64); break;
+    case 15: cluster_wait(); break;
   }
 }
 

@@ -21,34 +21,20 @@ namespace {
 std::string doing(const Fiber& fiber) {
   const Block& block = *fiber.warp->block;
   switch (fiber.doing) {
-    case Doing::RUNNING:
-      return "can go on";
-    case Doing::RETURNED:
-      return "have returned";
-    case Doing::SYNC_WARP:
-      return "wait for their warp in sync_warp";
-    case Doing::SHUFFLE:
-      return "wait for their warp in shuffle";
-    case Doing::MMA:
-      return "wait for their warp in mma";
-    case Doing::STORE_BLOCKS:
-      return "wait for their warp in store_blocks";
-    case Doing::SYNC_BLOCK:
-      return "wait for their warp at a barrier of the block";
-    case Doing::CLUSTER_ARRIVE:
-      return "wait for their warp in cluster_arrive";
-    case Doing::CLUSTER_WAIT:
-      return "wait for their warp in cluster_wait";
-    case Doing::REGISTERS:
-      return "wait for their warp in registers_fewer or registers_more";
-    case Doing::WGMMA_FENCE:
-      return "wait for their warp in wgmma_fence";
-    case Doing::WGMMA_WAIT:
-      return "wait for their warp in wgmma_wait";
-    case Doing::AT_PRODUCTS:
-      return "wait for products";
-    case Doing::AT_STORES:
-      return "wait for bulk stores";
+    case Doing::RUNNING: return "can go on";
+    case Doing::RETURNED: return "have returned";
+    case Doing::SYNC_WARP: return "wait for their warp in sync_warp";
+    case Doing::SHUFFLE: return "wait for their warp in shuffle";
+    case Doing::MMA: return "wait for their warp in mma";
+    case Doing::STORE_BLOCKS: return "wait for their warp in store_blocks";
+    case Doing::SYNC_BLOCK: return "wait for their warp at a barrier of the block";
+    case Doing::CLUSTER_ARRIVE: return "wait for their warp in cluster_arrive";
+    case Doing::CLUSTER_WAIT: return "wait for their warp in cluster_wait";
+    case Doing::REGISTERS: return "wait for their warp in registers_fewer or registers_more";
+    case Doing::WGMMA_FENCE: return "wait for their warp in wgmma_fence";
+    case Doing::WGMMA_WAIT: return "wait for their warp in wgmma_wait";
+    case Doing::AT_PRODUCTS: return "wait for products";
+    case Doing::AT_STORES: return "wait for bulk stores";
     case Doing::AT_CLUSTER:
       return "wait for the cluster's barrier, where " + std::to_string(state.cluster_arrived) +
              " of " + std::to_string(state.threads_left) + " threads are";

@@ -103,23 +103,43 @@ void do_task() {
   task.work();
 }
 
-Warp& take_warp() {
+// Which warp is next: moods in which some get far ahead of others.
+enum Order { ANY, NEWEST, OLDEST, WITHOUT_A_BLOCK, WITHOUT_A_WARP, ORDERS };
+
+size_t place_of_next() {
   const size_t count = state.ready.size();
-  const size_t which = state.order == 0   ? random_below(uint32_t(count))
-                       : state.order == 1 ? count - 1  // the one that became ready last
-                                          : 0;
-  Warp& warp = *state.ready[which];
-  state.ready.erase(state.ready.begin() + ptrdiff_t(which));
+  if (state.order == NEWEST) return count - 1;
+  if (state.order == OLDEST) return 0;
+  const size_t any = random_below(uint32_t(count));
+  if (state.order == ANY) return any;
+  for (size_t i = 0; i < count; ++i) {
+    const Warp& warp = *state.ready[(any + i) % count];
+    const bool starved = state.order == WITHOUT_A_BLOCK ? warp.block->rank == state.starved
+                                                        : uint32_t(warp.number) == state.starved;
+    if (!starved) return (any + i) % count;
+  }
+  return any;
+}
+
+Warp& take_warp() {
+  const size_t place = place_of_next();
+  Warp& warp = *state.ready[place];
+  state.ready.erase(state.ready.begin() + ptrdiff_t(place));
   return warp;
+}
+
+void change_mood() {
+  state.order = int(random_below(ORDERS));
+  const int others =
+      state.order == WITHOUT_A_BLOCK ? state.launch.cluster : state.launch.threads / LANES;
+  state.starved = random_below(uint32_t(others));
+  state.patience = int(random_below(3));
+  state.steps_left = 8 << random_below(6);
 }
 
 void schedule() {
   while (state.threads_left) {
-    if (--state.steps_left <= 0) {
-      state.order = int(random_below(3));
-      state.patience = int(random_below(3));
-      state.steps_left = 8 << random_below(6);
-    }
+    if (--state.steps_left <= 0) change_mood();
     const bool task_first =
         state.patience == 0 ? random_below(2) == 0 : state.patience == 1 && random_below(16) == 0;
     if (!state.tasks.empty() && (state.ready.empty() || task_first)) {
@@ -283,87 +303,6 @@ void together(Doing call, const void* operands, void (*work)(Warp&), After after
   for (Fiber& other : warp.lanes) {
     if (&other != &fiber) wake(other);
   }
-}
-
-// --- barriers of blocks and clusters ---------------------------------------------------------
-
-namespace {
-
-void wait_for(Warp& warp, Doing doing, int64_t subject) {
-  for (Fiber& fiber : warp.lanes) {
-    fiber.doing = doing;
-    fiber.subject = subject;
-  }
-}
-
-struct BarrierOperand {
-  int number, threads;
-};
-
-void arrive_at_barrier(Warp& warp) {
-  const BarrierOperand asked = *static_cast<const BarrierOperand*>(warp.operands[0]);
-  for (const void* operands : warp.operands) {
-    if (std::memcmp(operands, &asked, sizeof(asked))) {
-      fail("the lanes of a warp are at different barriers, " + here());
-    }
-  }
-  NamedBarrier& barrier = warp.block->barriers[asked.number];
-  if (barrier.arrived == 0) barrier.threads = asked.threads;
-  if (barrier.threads != asked.threads || asked.threads <= 0 || asked.threads % LANES ||
-      asked.threads > state.launch.threads) {
-    fail("barrier " + std::to_string(asked.number) + " is for " + std::to_string(asked.threads) +
-         " threads, " + here());
-  }
-  barrier.arrived += LANES;
-  barrier.waiting.push_back(&warp);
-  wait_for(warp, Doing::AT_BARRIER, asked.number);
-  if (barrier.arrived != barrier.threads) return;
-  for (Warp* waiting : barrier.waiting) wake(*waiting);
-  barrier.waiting.clear();
-  barrier.arrived = 0;
-}
-
-}  // namespace
-
-void sync_block(int number, int threads) {
-  const BarrierOperand mine{number, threads};
-  together(Doing::SYNC_BLOCK, &mine, &arrive_at_barrier, STAY);
-}
-
-void cluster_complete() {
-  if (state.cluster_arrived == 0 || state.cluster_arrived != state.threads_left) return;
-  state.cluster_arrived = 0;
-  state.cluster_phase++;
-  for (Block& block : state.blocks) {
-    for (Warp& warp : block.warps) {
-      if (warp.lanes[0].doing == Doing::AT_CLUSTER) wake(warp);
-    }
-  }
-}
-
-void cluster_arrive() {
-  if (compute_capability() < 90) return;
-  together(Doing::CLUSTER_ARRIVE, nullptr, [](Warp& warp) {
-    if (warp.at_cluster) fail("cluster_arrive without a wait for the one before, " + here());
-    warp.at_cluster = true;
-    warp.cluster_phase = state.cluster_phase;
-    state.cluster_arrived += LANES;
-    cluster_complete();
-  });
-  maybe_yield();
-}
-
-void cluster_wait() {
-  if (compute_capability() < 90) return sync_block(0, state.launch.threads);
-  together(
-      Doing::CLUSTER_WAIT, nullptr,
-      [](Warp& warp) {
-        if (!warp.at_cluster) fail("cluster_wait without cluster_arrive, " + here());
-        warp.at_cluster = false;
-        wait_for(warp, Doing::AT_CLUSTER, 0);
-        if (state.cluster_phase > warp.cluster_phase) wake(warp);
-      },
-      STAY);
 }
 
 // --- where things are ------------------------------------------------------------------------
