@@ -1,10 +1,11 @@
 // What the decode kernels share: products of few tokens with rows that are read once.
 //
-// The rows (of W, A or B) are the 16 rows of mma's `a`, eight tokens its columns `b`. Row and column
-// i of a product may be any row and token, and the order of the depth inside a sum is free as long
-// as `a` and `b` agree. So with g = lane / 4 and t = lane % 4 a lane takes
+// The rows (of W, A or B) are the 16 rows of mma's `a`, eight tokens its columns `b`. Row and
+// column i of a product may be any row and token, and the order of the depth inside a sum is free
+// as long as `a` and `b` agree. So with g = lane / 4 and t = lane % 4 a lane takes
 // * rows 2g and 2g + 1 of 16: its results lie side by side in y and in h;
-// * 8 neighbouring columns of 32 (a chunk) from 8t on: 16 bytes, straight from global memory into the
+// * 8 neighbouring columns of 32 (a chunk) from 8t on: 16 bytes, straight from global memory into
+// the
 //   registers of two products;
 // * 4 neighbouring ranks of 16 (a step) from 4t on, where the depth is a rank.
 #pragma once
@@ -45,7 +46,8 @@ __device__ __forceinline__ float float_of(uint32_t bits) {
   return value;
 }
 
-// Neighbouring elements of a row as they were loaded, so that waiting for them is left to their use.
+// Neighbouring elements of a row as they were loaded, so that waiting for them is left to their
+// use.
 template <class F>
 struct Eight {
   uint4 raw[sizeof(F) / 2];
@@ -193,12 +195,20 @@ __device__ __forceinline__ float4 sum_over_blocks(const float4* shared) {
   return sum + d + e + f + *of_block(shared, 7);
 }
 
+// A block's share of `count` things, rounded up; and which cluster this is. Not divisions, which
+// would cost more than what they decide about.
+__device__ __forceinline__ int share_of(int count) {
+  return cluster_size() == 1 ? count : (count + CLUSTER - 1) / CLUSTER;
+}
+__device__ __forceinline__ int cluster_index() {
+  return int(cluster_size() == 1 ? blockIdx.x : blockIdx.x / CLUSTER);
+}
+
 // The chunks of the depth that this block of the cluster takes.
 struct Share {
   int first, chunks;
   __device__ __forceinline__ explicit Share(int columns) {
-    const int all = (columns + CHUNK - 1) / CHUNK;
-    const int each = (all + int(cluster_size()) - 1) / int(cluster_size());
+    const int all = (columns + CHUNK - 1) / CHUNK, each = share_of(all);
     first = min(int(cluster_rank()) * each, all);
     chunks = min(each, all - first);
   }
@@ -208,7 +218,10 @@ struct Share {
 struct Split {
   int parts, block, part;
   __device__ __forceinline__ Split(int blocks, int warp)
-      : parts(blocks == 1 ? 8 : blocks == 2 ? 4 : blocks <= 4 ? 2 : 1),
+      : parts(blocks == 1   ? 8
+              : blocks == 2 ? 4
+              : blocks <= 4 ? 2
+                            : 1),
         block(warp % blocks),
         part(warp / blocks) {}
   // Warps may be left over.

@@ -1,5 +1,5 @@
-// decode_linear: y = x W^T + bias + s (x A^T) B^T for few tokens. All that counts is to read W once,
-// at the speed of memory, so everything else happens while W is on its way.
+// decode_linear: y = x W^T + bias + s (x A^T) B^T for few tokens. All that counts is to read W
+// once, at the speed of memory, so everything else happens while W is on its way.
 //
 // M tokens, K in_features, N out_features, R rank. A cluster serves `rows` rows of W for 8 NB
 // tokens; each of its blocks takes a part of K (chunks of 32 columns) for all of these rows:
@@ -13,7 +13,8 @@
 //   * finish: tiles of 16 rows and 8 tokens, spread over the warps of the cluster, add the blocks'
 //     sums, then (s h) B^T in the same accumulators, then bias; y is rounded once.
 //
-// Every sum has an order that depends on K, N and R alone: a token's bits are the same in any batch.
+// Every sum has an order that depends on K, N and R alone: a token's bits are the same in any
+// batch.
 #include "cuda/decode.cuh"
 
 namespace lora::cuda {
@@ -28,13 +29,14 @@ constexpr int PREFETCHED_LINES = 1024;        // of W into L2, while x is copied
 // Sizes, and where things lie in shared memory (bytes). Sums lie as the lanes hold them, float4
 // [16 rows or ranks, live groups of 8 tokens, 32]. At 0 is x [tokens, K], later the sums of W.
 struct Layout {
-  int rows;        // of W that a cluster serves
-  int pass;        // chunks of x that shared memory holds
-  int pitch;       // of a token in x
-  int tail_pitch;  // of a token in the rounded s h
-  int shrunk;      // the warps' sums of 16 ranks each
-  int h;           // this block's part of h; then T [tokens, R], all of s h
-  int mine;        // uint2: this block's share of s h
+  int rows;           // of W that a cluster serves
+  int warps_k;        // parts of the depth: MAX_ROWS / rows
+  int pass;           // chunks of x that shared memory holds
+  int pitch;          // of a token in x
+  int tail_pitch;     // of a token in the rounded s h
+  int shrunk;         // the warps' sums of 16 ranks each
+  int h;              // this block's part of h; then T [tokens, R], all of s h
+  int mine;           // uint2: this block's share of s h
   bool vec_b, vec_y;  // whether four ranks of B, two columns of y may be read or written at once
 };
 
@@ -44,21 +46,21 @@ struct Decode {
   const Layout& layout;
   char* const shared;
   const Lane at;
-  const Share share;    // of K
-  const int row;        // of W: the cluster's first
-  const int token;      // the block's first
-  const int column;     // the block's first
-  const int columns;    // of the block
+  const Share share;  // of K
+  const int row;      // of W: the cluster's first
+  const int token;    // the block's first
+  const int column;   // the block's first
+  const int columns;  // of the block
   const int rank_blocks;
-  const int live;       // groups of 8 tokens that there are
-  int staged;           // first chunk of the block's that is in shared memory, or far off
+  const int live;  // groups of 8 tokens that there are
+  int staged;      // first chunk of the block's that is in shared memory, or far off
 
   __device__ __forceinline__ Decode(const DecodeLinear& call, const Layout& layout)
       : call(call),
         layout(layout),
         shared(shared_memory()),
         share(int(call.in_features)),
-        row(int(blockIdx.x / cluster_size()) * layout.rows),
+        row(cluster_index() * layout.rows),
         token(int(blockIdx.y) * 8 * NB),
         column(share.first * CHUNK),
         columns(min(share.chunks * CHUNK, int(call.in_features) - column)),
@@ -68,34 +70,32 @@ struct Decode {
 
   typedef Rows<T, T, VEC, 2, DEPTH> Weight;
 
-  __device__ __forceinline__ int warps_k() const { return MAX_ROWS / layout.rows; }
+  static constexpr int LINE_ELEMENTS = LINE / int(sizeof(T));
 
-  // What is read first of W, and all of B, on their way before anybody waits.
+  __device__ __forceinline__ int warps_k() const { return layout.warps_k; }
+
+  // What is read first of W, and all of B, on their way before anybody waits. 256 threads are a
+  // multiple of the rows.
   __device__ __forceinline__ void prefetch() const {
-    const int rows = min(layout.rows, int(call.out_features) - row);
-    const int line = LINE / int(sizeof(T));
-#pragma unroll 1
-    for (int i = int(threadIdx.x); i < PREFETCHED_LINES; i += THREADS) {
-      const int from = i / layout.rows * line, r = i % layout.rows;
-      if (r >= rows || from >= columns) continue;
-      prefetch_to_l2(static_cast<const T*>(call.weight) + (row + r) * call.weight_stride + column +
-                     from);
+    const int thread = int(threadIdx.x), rows = min(layout.rows, int(call.out_features) - row);
+    const int r = thread % layout.rows, from = thread / layout.rows * LINE_ELEMENTS;
+    const T* const w = static_cast<const T*>(call.weight) + (row + r) * call.weight_stride + column;
+#pragma unroll
+    for (int i = 0; i < PREFETCHED_LINES / THREADS; ++i) {
+      const int line = from + i * (warps_k() * LINE_ELEMENTS);
+      if (r < rows && line < columns) prefetch_to_l2(w + line);
     }
-    const int each = layout.rows / int(cluster_size());
-    const int64_t size = call.factor_dtype == DType::f32 ? 4 : 2;
+    const int64_t size = call.factor_dtype == DType::f32 ? 4 : 2, row_bytes = call.rank * size;
+    const int own = share_of(layout.rows), first = int(cluster_rank()) * own;
+    if (thread >= own || first + thread >= rows) return;
+    const char* const b =
+        static_cast<const char*>(call.lora_b) + (row + first + thread) * call.b_stride * size;
 #pragma unroll 1
-    for (int i = int(threadIdx.x); i < each; i += THREADS) {
-      const int r = int(cluster_rank()) * each + i;
-      if (r >= rows) continue;
-      const char* const b = static_cast<const char*>(call.lora_b) +
-                            (row + r) * call.b_stride * size;
-#pragma unroll 1
-      for (int64_t byte = 0; byte < call.rank * size; byte += LINE) prefetch_to_l2(b + byte);
-    }
+    for (int64_t byte = 0; byte < row_bytes; byte += LINE) prefetch_to_l2(b + byte);
   }
 
-  // Copies the pass of x that begins with this chunk, unless it is there; zeros beyond M and K. With
-  // AT_ONCE 16-byte loads of a thread under way.
+  // Copies the pass of x that begins with this chunk, unless it is there; zeros beyond M and K.
+  // With AT_ONCE 16-byte loads of a thread under way.
   template <int AT_ONCE>
   __device__ __forceinline__ void stage(int chunk) {
     if (chunk >= staged && chunk < staged + layout.pass) return;
@@ -206,9 +206,9 @@ struct Decode {
     const float scaling = call.scaling_at ? *call.scaling_at : call.scaling;
     const float4* const h = reinterpret_cast<const float4*>(shared + layout.h);
     uint2* const mine = reinterpret_cast<uint2*>(shared + layout.mine);
-    const int each = rank_blocks * live * 32 / int(cluster_size());
+    const int each = share_of(rank_blocks * live * 32);
     const int first = int(cluster_rank()) * each;
-    const bool saves = call.h && blockIdx.x < cluster_size();
+    const bool saves = call.h && cluster_index() == 0;
 #pragma unroll 1
     for (int i = int(threadIdx.x); i < each; i += THREADS) {
       const float4 sum = sum_over_blocks(h + first + i);
@@ -237,7 +237,7 @@ struct Decode {
   __device__ __forceinline__ void gather() const {
     const uint2* const mine = reinterpret_cast<const uint2*>(shared + layout.mine);
     char* const tail = shared + layout.h;
-    const int count = rank_blocks * live * 32, each = count / int(cluster_size());
+    const int count = rank_blocks * live * 32, each = share_of(count);
     for (int i = int(threadIdx.x); i < count; i += THREADS) {
       const uint2 v = *of_block(mine + i % each, uint32_t(i / each));
       const int lane = i % 32, group = i / 32;
@@ -371,8 +371,8 @@ __global__ void __launch_bounds__(THREADS, NB == 8 || !VEC ? 1 : 2)
 
 // --- host ------------------------------------------------------------------------------------
 
-// The rows of W per cluster with which the busiest multiprocessors are done first. What a block does
-// besides streaming costs about as much as 24 rows.
+// The rows of W per cluster with which the busiest multiprocessors are done first. What a block
+// does besides streaming costs about as much as 24 rows.
 int rows_per_cluster(int64_t out_features, int64_t clusters_at_once) {
   int best = 0;
   int64_t best_cost = 0;
@@ -386,10 +386,12 @@ int rows_per_cluster(int64_t out_features, int64_t clusters_at_once) {
 
 // Fills in the layout for blocks of 8 `groups` tokens; returns the bytes of shared memory.
 int64_t arrange(Layout& layout, int groups, const DecodeLinear& call, int cluster) {
-  const int64_t rank_blocks = ceil_div(call.rank, BLOCK_R), chunks = ceil_div(call.in_features, CHUNK);
+  const int64_t rank_blocks = ceil_div(call.rank, BLOCK_R),
+                chunks = ceil_div(call.in_features, CHUNK);
   const int64_t sums = groups * 32 * int64_t(sizeof(float4));  // of 16 rows
   layout.pass = PASS_MULTIPLE * (groups == 1 ? 4 : 1);
-  layout.pitch = int(pitch_of_16(2 * CHUNK * std::min(layout.pass, int(ceil_div(chunks, cluster)))));
+  layout.pitch =
+      int(pitch_of_16(2 * CHUNK * std::min(layout.pass, int(ceil_div(chunks, cluster)))));
   layout.tail_pitch = int(pitch_of_8(2 * BLOCK_R * rank_blocks));
   int64_t end = std::max<int64_t>(8 * groups * layout.pitch, MAX_ROWS / 16 * sums);
   layout.shrunk = int(end);
@@ -411,6 +413,7 @@ bool run(const DecodeLinear& call, Layout layout, int capability, const Place& p
   };
   const int64_t at_once = std::max(multiprocessors(place, what) / cluster, 1);
   layout.rows = rows_per_cluster(call.out_features, at_once);
+  layout.warps_k = MAX_ROWS / layout.rows;
   const int64_t clusters = ceil_div(call.out_features, layout.rows);
   launch(what, decode_linear_kernel<T, NB, VEC>,
          Grid{clusters * cluster, THREADS, bytes, cluster, ceil_div(call.tokens, 8 * NB)}, place,
@@ -431,8 +434,8 @@ void run(const DecodeLinear& call, const Place& place) {
                    eights(call.weight, call.out_features, call.weight_stride, 2) &&
                    eights(call.lora_a, call.rank, call.a_stride, factor_size);
   Layout layout = {};
-  layout.vec_b = call.rank % 4 == 0 && call.b_stride % 4 == 0 &&
-                 is_aligned(call.lora_b, 4 * factor_size);
+  layout.vec_b =
+      call.rank % 4 == 0 && call.b_stride % 4 == 0 && is_aligned(call.lora_b, 4 * factor_size);
   layout.vec_y = call.y_stride % 2 == 0 && is_aligned(call.y, 4);
   // As many tokens at once as there are, or as h leaves room for.
   bool runs = false;

@@ -1,13 +1,13 @@
-// decode_routed: y (+)= w s (x A^T) B^T for every pair of a token and an adapter, few of each adapter,
-// shrink and expand of all slices in one launch. What an adapter weighs is read once.
+// decode_routed: y (+)= w s (x A^T) B^T for every pair of a token and an adapter, few of each
+// adapter, shrink and expand of all slices in one launch. What an adapter weighs is read once.
 //
-// M tokens, P pairs, L slots, S slices, K in_features, N_s out_features of slice s, R_s an adapter's
-// rank there, R their sum, H the widest R of the bank. A cluster serves PAIRS pairs of one slot; what
-// the slot does not have costs an early exit.
+// M tokens, P pairs, L slots, S slices, K in_features, N_s out_features of slice s, R_s an
+// adapter's rank there, R their sum, H the widest R of the bank. A cluster serves PAIRS pairs of
+// one slot; what the slot does not have costs an early exit.
 //
-//   * shrink: a block takes a part of K (chunks of 32 columns). A warp takes 32 ranks, of A as rows,
-//     and a part of the block's chunks, of x as they lie in memory; sums over the warps are the
-//     block's part of h = x A^T.
+//   * shrink: a block takes a part of K (chunks of 32 columns). A warp takes 32 ranks (16 in fp32),
+//     of A as rows, and a part of the block's chunks, of x as they lie in memory; sums over the
+//     warps are the block's part of h = x A^T.
 //   * Meanwhile B comes into L2, and what a warp expands first, of B and of y, into registers.
 //   * Every block adds the parts of h that it expands, and rounds w s h.
 //   * expand: a block takes a part of the columns of all slices, a warp every eighth unit of 16.
@@ -21,7 +21,7 @@
 namespace lora::cuda {
 namespace {
 
-constexpr int PAIRS = 16, UNIT = 16, RANKS_OF_WARP = 32;
+constexpr int PAIRS = 16, UNIT = 16;
 constexpr int ITEMS = 4;   // that a warp holds of the expand: a unit's step of ranks each
 constexpr int LINE = 128;  // bytes
 
@@ -34,7 +34,7 @@ struct Slice {
 };
 
 // Sizes, and where things lie in shared memory (bytes). Sums lie as the lanes hold them: float4
-// [2 blocks of 16 ranks, 2 groups of 8 pairs, 32] for every 32 ranks. At 0 are those of the warps.
+// [2 groups of 8 pairs, 32] for every 16 ranks. At 0 are those of the warps.
 struct Layout {
   int slice_columns[MAX_SLICES + 1];
   int units;       // of all slices
@@ -46,7 +46,7 @@ struct Layout {
   int slices;      // Slice [S]
   bool vec_y;      // whether rows of y begin at multiples of four columns
 };
-constexpr int SUMS_OF_WARP = 2 * 2 * 32;  // float4
+constexpr int SUMS = 2 * 32;  // float4 for 16 ranks
 
 // A unit's step of ranks, one after the other.
 struct Walk {
@@ -75,7 +75,7 @@ struct Decode {
         first(first),
         pairs(pairs),
         rank(rank) {
-    const int each = (layout.units + int(cluster_size()) - 1) / int(cluster_size());
+    const int each = share_of(layout.units);
     units_first = min(int(cluster_rank()) * each, layout.units);
     units_end = min(units_first + each, layout.units);
 #pragma unroll
@@ -150,23 +150,24 @@ struct Decode {
   // This block's part of h. `meanwhile` is called while the first loads are under way.
   template <class Meanwhile>
   __device__ __forceinline__ void shrink(const Meanwhile& meanwhile) const {
-    constexpr int DEPTH = sizeof(F) == 4 ? 2 : 3;  // chunks that a warp holds
+    // What a warp holds: chunks, and blocks of ranks, as many as there are registers for.
+    constexpr int DEPTH = 3, MB = sizeof(F) == 4 ? 1 : 2;
     float4* const parts = reinterpret_cast<float4*>(shared);
     float4* const h = reinterpret_cast<float4*>(shared + layout.h);
     const Share share(int(call.in_features));
     const int column = share.first * CHUNK;
     const int columns = min(share.chunks * CHUNK, int(call.in_features) - column);
     const T* const x = static_cast<const T*>(call.x) + column + 8 * at.t;
-    const int sets = (rank + RANKS_OF_WARP - 1) / RANKS_OF_WARP;
+    const int sets = (rank + MB * BLOCK_R - 1) / (MB * BLOCK_R);
     for (int round = 0; round < sets; round += WARPS) {
       const int blocks = min(WARPS, sets - round);
       const Split split(blocks, at.warp);
       const int end = split.has_part() ? share.chunks : 0;
-      const int rank_first = (round + split.block) * RANKS_OF_WARP;
-      const int wide = rank - rank_first > BLOCK_R ? 2 : 1;  // blocks of ranks that there are
+      const int rank_first = (round + split.block) * (MB * BLOCK_R);
+      const int wide = rank - rank_first > BLOCK_R ? MB : 1;  // blocks of ranks that there are
       const int live = pairs > 8 ? 2 : 1;
-      Rows<T, F, VEC, 2, DEPTH> a(storage() + entry(0)[2], call.in_features, rank_first, rank, at,
-                                  column, columns);
+      Rows<T, F, VEC, MB, DEPTH> a(storage() + entry(0)[2], call.in_features, rank_first, rank, at,
+                                   column, columns);
       uint4 held[DEPTH][2];
       const auto load = [&](int slot, int chunk) {
         if (chunk >= end) return;
@@ -175,14 +176,14 @@ struct Decode {
         for (int n = 0; n < 2; ++n) {
           if (n >= live) continue;
           const int room = token[n] < call.tokens ? columns - 8 * at.t - chunk * CHUNK : 0;
-          held[slot][n] = words<T>(load_eight<VEC>(x + token[n] * call.x_stride + chunk * CHUNK,
-                                                   room));
+          held[slot][n] =
+              words<T>(load_eight<VEC>(x + token[n] * call.x_stride + chunk * CHUNK, room));
         }
       };
 #pragma unroll
       for (int slot = 0; slot < DEPTH; ++slot) load(slot, split.part + slot * split.parts);
       if (round == 0) meanwhile();
-      float sums[4][4];
+      float sums[2 * MB][4];
       clear(sums);
       for (int turn = split.part; turn < end; turn += DEPTH * split.parts) {
 #pragma unroll
@@ -190,7 +191,7 @@ struct Decode {
           const int chunk = turn + slot * split.parts;
           if (chunk < end) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
+            for (int i = 0; i < 2 * MB; ++i) {
               if (i / 2 < wide && i % 2 < live) {
                 a.multiply_with(sums[i], slot, i / 2, held[slot][i % 2]);
               }
@@ -200,15 +201,15 @@ struct Decode {
         }
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        parts[at.warp * SUMS_OF_WARP + 32 * i + at.lane] = as_float4(sums[i]);
+      for (int i = 0; i < 2 * MB; ++i) {
+        parts[at.warp * (MB * SUMS) + 32 * i + at.lane] = as_float4(sums[i]);
       }
       __syncthreads();
-      const int count = blocks * SUMS_OF_WARP;
+      const int count = blocks * (MB * SUMS);
       for (int i = int(threadIdx.x); i < count; i += THREADS) {
         float4 sum = parts[i];
         for (int part = 1; part < split.parts; ++part) sum = sum + parts[i + part * count];
-        h[round * SUMS_OF_WARP + i] = sum;
+        h[round * (MB * SUMS) + i] = sum;
       }
       __syncthreads();
     }
@@ -218,9 +219,7 @@ struct Decode {
 
   // The columns of h that this block writes, if it is asked for.
   __device__ __forceinline__ int h_first(int block) const {
-    const int width = int(call.width);
-    const int each = (width + int(cluster_size()) - 1) / int(cluster_size());
-    return min(block * each, width);
+    return min(block * share_of(int(call.width)), int(call.width));
   }
   __device__ __forceinline__ int slice_of(int r) const {
     int s = 0;
@@ -435,8 +434,7 @@ template <class T, class F, bool VEC>
 __global__ void __launch_bounds__(THREADS, VEC ? 2 : 1)
     decode_routed_kernel(const __grid_constant__ DecodeRouted call,
                          const __grid_constant__ Layout layout) {
-  const int cluster = int(blockIdx.x / cluster_size());
-  const int tile = cluster / layout.groups, group = cluster % layout.groups;
+  const int tile = cluster_index() / layout.groups, group = cluster_index() % layout.groups;
   const int slot = call.tiles[2 * tile], begin = call.tiles[2 * tile + 1];
   if (slot < 0) return;
   const int first = begin + group * PAIRS;
@@ -451,7 +449,7 @@ __global__ void __launch_bounds__(THREADS, VEC ? 2 : 1)
 
 // Bytes of shared memory.
 int64_t arrange(Layout& layout, const DecodeRouted& call) {
-  const int64_t sums = SUMS_OF_WARP * int64_t(sizeof(float4));
+  const int64_t sums = SUMS * int64_t(sizeof(float4));
   layout.units = 0;
   for (int64_t s = 0; s < call.slices; ++s) {
     layout.slice_columns[s] = int(call.slice_columns[s]);
@@ -459,9 +457,9 @@ int64_t arrange(Layout& layout, const DecodeRouted& call) {
     layout.units += int(ceil_div(call.slice_columns[s + 1] - call.slice_columns[s], UNIT));
   }
   layout.groups = int(ceil_div(call.block, PAIRS));
-  int64_t end = WARPS * sums;
+  int64_t end = WARPS * 2 * sums;
   layout.h = int(end);
-  end += ceil_div(call.width, RANKS_OF_WARP) * sums;
+  end += ceil_div(call.width, 2 * BLOCK_R) * 2 * sums;
   layout.tail = int(end);
   // Each slice begins at a multiple of a step.
   layout.tail_pitch = int(pitch_of_8(2 * (call.width + (STEP - 1) * call.slices)));
