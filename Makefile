@@ -26,16 +26,20 @@ test: $(VENV)/.dev
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels/interpreter \
 		tests/cuda/test_native_interpreted.py
 
-# The compiled kernels under the address and undefined-behaviour sanitizers, built beside the others.
+# The compiled kernels under the address and undefined-behaviour sanitizers, built beside the others;
+# then the CUDA kernels, which an emulator runs on the CPU: no access outside of a tensor.
 # Threads: a test of their own counts; what the interpreter never gives back is no leak of ours.
 SANITIZED := build/sanitize
+PRELOADED = LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) \
+	$$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 sanitize: $(VENV)/.dev
 	LORA_KERNELS_SANITIZE=1 LORA_KERNELS_CUDA=0 $(BIN)/python setup.py -q build_ext \
 		--build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
 	LORA_KERNELS_NATIVE="$$(ls $(CURDIR)/$(SANITIZED)/lora_kernels/_native*.so)" \
-	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(BIN)/python -m pytest -n 0 tests/native
+		$(PRELOADED) $(BIN)/python -m pytest -n 0 tests/native
+	LORA_KERNELS_SANITIZE=1 $(PRELOADED) $(BIN)/python -m pytest -n 0 \
+		tests/cuda/test_decode_linear.py tests/cuda/test_decode_routed.py tests/cuda/test_gemm_tail.py
 
 # The kernels' proof on the oldest supported Triton and on another (the newest is in `make test`).
 # Each environment borrows torch and the rest from the first one.

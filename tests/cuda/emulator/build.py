@@ -12,7 +12,9 @@ from filelock import FileLock
 
 EMULATOR = Path(__file__).parent
 ROOT = EMULATOR.parents[2]
-BUILT = ROOT / "build" / "emulated"
+# With the address sanitizer, which has to be preloaded (make sanitize).
+SANITIZES = os.environ.get("LORA_KERNELS_SANITIZE") == "1"
+BUILT = ROOT / "build" / ("emulated-sanitized" if SANITIZES else "emulated")
 PROBES = sorted(EMULATOR.glob("probe*.cpp"))
 RUNTIME = sorted({*EMULATOR.glob("*.cpp")} - {*PROBES})
 
@@ -27,6 +29,8 @@ CHECKS = [
     "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
     "-fno-sanitize-recover=all",
 ]
+# In kernels, and in the copies they ask for. Stacks are left out: threads are given up, not unwound.
+ADDRESS = ["-fsanitize=address", "--param=asan-stack=0", "--param=asan-globals=0"]
 
 
 def compiler() -> str | None:
@@ -48,7 +52,8 @@ def build(name: str, sources: list[Path], flags: list[str] = ()) -> Path:
             fresh = any(list(pool.map(_compile, commands)))
         library = BUILT / name
         objects = [command[-1] for command in commands]
-        link = [compiler(), "-shared", "-pthread", *objects, "-ldl", "-o", str(library)]
+        address = ADDRESS[:1] if SANITIZES else []
+        link = [compiler(), "-shared", *address, "-pthread", *objects, "-ldl", "-o", str(library)]
         if fresh or not library.exists() or _recorded(library) != link:
             # A new file: the old one may be loaded somewhere.
             library.unlink(missing_ok=True)
@@ -59,6 +64,8 @@ def build(name: str, sources: list[Path], flags: list[str] = ()) -> Path:
 
 def _command(source: Path, flags: list[str]) -> list[str]:
     checks = CHECKS if source.suffix == ".cu" or source in PROBES else []
+    if SANITIZES and (checks or source.name == "copies.cpp"):
+        checks = [*checks, *ADDRESS]
     # The kernels for processors are only along for the ride.
     mine = ["-O1"] if source.parent.name == "cpu" else []
     if source.name == "products.cpp":
