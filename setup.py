@@ -53,6 +53,8 @@ FLAGS = [
 SANITIZE = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc"]
 ARCHS = "8.0;9.0a;10.0"
+# Not in setuptools' temporary folder: a wheel, an editable install and the tests share them.
+CUDA_OBJECTS = Path("build/cuda")
 
 
 def jobs() -> int:
@@ -107,7 +109,14 @@ class Toolkit:
         return " ".join([f"cuda_{self.version}", *map("sm_{}".format, self.archs),
                          f"compute_{self.ptx}"])  # fmt: skip
 
-    def compile(self, source: str, folder: Path, threads: int) -> str:
+    def objects(self) -> list[str]:
+        """The compiled CUDA sources, in their order."""
+        CUDA_OBJECTS.mkdir(parents=True, exist_ok=True)
+        at_once = min(jobs(), len(CUDA_SOURCES))
+        with ThreadPoolExecutor(at_once) as pool:
+            return list(pool.map(lambda each: self._compile(each, jobs() // at_once), CUDA_SOURCES))
+
+    def _compile(self, source: str, threads: int) -> str:
         """The object of one source; not again where it was compiled from the same files before."""
         gencodes = []
         for arch in self.archs:
@@ -119,10 +128,11 @@ class Toolkit:
         digest = hashlib.sha256(" ".join([self.version, *command]).encode())
         for path in (source, *CUDA_HEADERS):
             digest.update(Path(path).read_bytes())
-        built = folder / f"{Path(source).stem}-{digest.hexdigest()[:16]}.o"
+        built = CUDA_OBJECTS / f"{Path(source).stem}-{digest.hexdigest()[:16]}.o"
         if not built.exists():
-            draft = built.with_suffix(".tmp.o")
-            run_nvcc([*command, f"--threads={threads}", "-c", source, "-o", str(draft)])
+            draft = built.with_name(f"{os.getpid()}-{built.name}")
+            said = run_nvcc([*command, f"--threads={threads}", "-c", source, "-o", str(draft)])
+            built.with_suffix(".txt").write_text(said)
             os.replace(draft, built)
         return str(built)
 
@@ -172,10 +182,11 @@ def known_archs(nvcc: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(known))
 
 
-def run_nvcc(command: list[str]) -> None:
+def run_nvcc(command: list[str]) -> str:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise NoCuda("nvcc failed:\n" + "\n".join(done.stdout.strip().splitlines()[-15:]))
+    return done.stdout
 
 
 # ---- the extension
@@ -225,7 +236,7 @@ class BuildOptionally(build_ext):
         link_args = list(ext.extra_link_args)
         if self.force and toolkit is not None:
             try:
-                add_cuda(ext, toolkit, Path(self.build_temp, "cuda"))
+                add_cuda(ext, toolkit)
             except NoCuda as error:
                 reason = str(error)
         if reason is not None:
@@ -247,15 +258,9 @@ class BuildOptionally(build_ext):
         return [path for path in super().get_outputs() if Path(path).exists()]
 
 
-def add_cuda(ext: Extension, toolkit: Toolkit, folder: Path) -> None:
+def add_cuda(ext: Extension, toolkit: Toolkit) -> None:
     """Compiles the CUDA sources, and has the extension take them in."""
-    folder.mkdir(parents=True, exist_ok=True)
-    at_once = min(jobs(), len(CUDA_SOURCES))
-    with ThreadPoolExecutor(at_once) as pool:
-        objects = list(
-            pool.map(lambda each: toolkit.compile(each, folder, jobs() // at_once), CUDA_SOURCES)
-        )
-    ext.extra_objects += objects
+    ext.extra_objects += toolkit.objects()
     ext.define_macros.append(("LORA_KERNELS_CUDA", f'"{toolkit.described}"'))
     # The runtime's names stay inside: torch brings a runtime of its own into the process.
     ext.extra_link_args += [
