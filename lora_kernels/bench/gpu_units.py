@@ -289,7 +289,7 @@ def routed_benchmark(case, names: list[str], reps: int) -> list[dict]:
     skipped = [
         f"{row['provider']}: {row['skipped']}"
         for row in rows
-        if row["skipped"] and row["provider"] in ("composed", "triton")
+        if row["skipped"] and row["provider"] in ("composed", "triton", "native")
     ]
     if skipped:
         raise Wrong("; ".join(skipped), rows)
