@@ -58,6 +58,10 @@ def unavailable(backend: str, device: torch.device, dtype: torch.dtype | None = 
     return _native_unavailable_on_cuda(device, dtype)
 
 
+# As in native.py: a compiled graph takes the answer for a constant, and asks no device.
+unavailable._dynamo_marked_constant = True
+
+
 @functools.cache
 def _triton_unavailable(device: torch.device, dtype: torch.dtype | None) -> str | None:
     if dtype == torch.float64:

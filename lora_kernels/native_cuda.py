@@ -96,10 +96,6 @@ def missing(device: torch.device) -> str | None:
     return unserved(built_for(), capability, driver() if driver else None)
 
 
-# As in native.py: a compiled graph takes the answer for a constant.
-missing._dynamo_marked_constant = True
-
-
 def unserved(targets: tuple[str, ...], capability: int, driver: int | None) -> str | None:
     """Why an extension of these targets does not run on a device; None when it does.
 

@@ -617,3 +617,14 @@ def test_named_native_runs_on_this_cpu():
     y = lora_linear(p.x, p.weight, p.lora_a, p.lora_b, 0.7, p.bias, backend="native")
     torch.testing.assert_close(y, lora_linear_reference(
         p.x, p.weight, p.lora_a, p.lora_b, p.scaling, p.bias))  # fmt: skip
+
+
+def test_a_graph_takes_the_choice_for_a_constant(built):
+    """Also where a device would have to be asked: routed_lora chooses while it is traced."""
+    built()
+
+    def choose(x):
+        return x + (dispatch.choose("native", CUDA, FP16).backend == "native")
+
+    x = torch.zeros(2)
+    assert torch.equal(torch.compile(choose, fullgraph=True, backend="eager")(x), x + 1)
