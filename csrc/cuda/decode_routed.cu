@@ -391,14 +391,15 @@ struct Decode {
 
   __device__ __forceinline__ void run() const {
     Item items[ITEMS];
-    prepare();
     if (rank > 0) {
       shrink([&] {
+        prepare();
         __syncthreads();
         prefetch();
       });
       cluster_arrive();  // our part of h is there
     } else {
+      prepare();
       __syncthreads();
     }
     Walk ahead = begin();
@@ -438,7 +439,7 @@ __global__ void __launch_bounds__(THREADS, VEC ? 2 : 1)
   const int slot = call.tiles[2 * tile], begin = call.tiles[2 * tile + 1];
   if (slot < 0) return;
   const int first = begin + group * PAIRS;
-  const int end = min(call.offsets[slot + 1], begin + int(call.block));
+  const int end = call.offsets[slot + 1];
   const int rank = int(min(call.table[slot * (1 + call.slices) * 3], call.width));
   // The same for all blocks of the cluster: nobody waits for one that is gone.
   if (first >= end || (rank == 0 && !call.overwrite && !call.h)) return;
@@ -456,7 +457,7 @@ int64_t arrange(Layout& layout, const DecodeRouted& call) {
     layout.slice_columns[s + 1] = int(call.slice_columns[s + 1]);
     layout.units += int(ceil_div(call.slice_columns[s + 1] - call.slice_columns[s], UNIT));
   }
-  layout.groups = int(ceil_div(call.block, PAIRS));
+  layout.groups = int(call.block / PAIRS);  // 16 or 64 pairs
   int64_t end = WARPS * 2 * sums;
   layout.h = int(end);
   end += ceil_div(call.width, 2 * BLOCK_R) * 2 * sums;

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from guarded import guarded, survives
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -100,10 +101,11 @@ def test_too_large_a_rank_is_an_error():
         run(problem)
 
 
+@pytest.mark.parametrize("rank", [12, 13])
 @pytest.mark.parametrize("multiple, offset", [(8, 0), (8, 8), (1, 3)])
-def test_strides_and_alignment(multiple, offset):
+def test_strides_and_alignment(multiple, offset, rank):
     """Rows that end, and ranks that end, in NaN; the same bits whichever way they are read."""
-    problem = LoRAProblem.random((9,), 200, 40, 12, dtype=torch.bfloat16)
+    problem = LoRAProblem.random((9,), 200, 40, rank, dtype=torch.bfloat16)
     matrices = ("x", "weight", "lora_a", "lora_b")
     views = {name: padded(getattr(problem, name), multiple, offset) for name in matrices}
     for ours, expected in zip(run(problem, **views), run(problem), strict=True):
@@ -152,6 +154,15 @@ def test_nan_stays_in_its_row_and_its_column():
     assert not poisoned[rows][:, 17].isfinite().any()
     columns = torch.arange(40) != 17
     assert torch.equal(poisoned[rows][:, columns], y[rows][:, columns])
+
+
+@pytest.mark.parametrize("m, k, n, r", [(1, 40, 24, 8), (9, 72, 20, 4), (3, 37, 27, 5)])
+@pytest.mark.parametrize("adapter_dtype", [None, torch.float32], ids=["same", "fp32_adapters"])
+def test_nothing_is_read_outside(m, k, n, r, adapter_dtype):
+    problem = LoRAProblem.random((m,), k, n, r, dtype=torch.bfloat16, adapter_dtype=adapter_dtype)
+    names = ("x", "weight", "lora_a", "lora_b", "bias")
+    tight = {name: guarded(getattr(problem, name)) for name in names}
+    assert survives(lambda: run(problem, **tight))
 
 
 def test_nothing_is_written_outside(monkeypatch):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from guarded import guarded, survives
 from torch import Tensor
 
 from lora_kernels import native_cuda
@@ -235,17 +236,41 @@ def test_scalings_and_weights_that_are_not_finite():
     assert torch.equal(bad[~theirs], y[~theirs]) and torch.equal(bad_h, h)
 
 
-def test_a_wider_adapter_after_h_was_made():
-    """h and its width are those of an earlier bank, as in a captured graph: the rest is left out."""
-    problem = problem_of([0, 0, 1], [8, 3], 40, 24)
+@pytest.mark.parametrize("rank, width", [(8, 3), (6, 4)])
+def test_a_wider_adapter_after_h_was_made(rank, width):
+    """h has the width of an earlier bank, as in a captured graph: the rest is left out."""
+    problem = problem_of([0, 0, 1], [rank, 3], 40, 24)
     bank = problem.bank()
-    tensors, routed = (
-        bank.tensors()._replace(width=3),
-        problem.routing(bank).tensors(with_plan=False),
-    )
-    h, y = torch.full((3, 3), torch.nan), problem.out.clone()
+    tensors = bank.tensors()._replace(width=width)
+    routed = problem.routing(bank).tensors(with_plan=False)
+    h, y = torch.full((3, width), torch.nan), problem.out.clone()
     native_cuda.decode_routed_(y, problem.x, tensors, routed, h)
     a, b = problem.adapters["a0"].pairs[0]
-    narrow = problem.with_adapter("a0", pairs=((a[:3], b[:, :3]),))
+    narrow = problem.with_adapter("a0", pairs=((a[:width], b[:, :width]),))
     assert_within_policy("y", y, routed_eager(narrow)["y"], routed_oracle(narrow)["y"])
-    assert torch.equal(h[:2], run(problem, bank=bank)[1][:2, :3])
+    assert torch.equal(h, run(problem, bank=bank)[1][:, :width])
+
+
+@pytest.mark.parametrize("in_features", [40, 37])
+@pytest.mark.parametrize("adapter_dtype", [None, torch.float32], ids=["same", "fp32_adapters"])
+def test_nothing_is_read_outside(in_features, adapter_dtype):
+    """x has fewer rows than the routing has room for; the last adapter ends the storage."""
+    problem = problem_of(
+        ids_of(11, 5), SLICED_RANKS, in_features, SLICES, adapter_dtype=adapter_dtype, weighted=True
+    )
+    bank = problem.bank()
+    tensors, routed = bank.tensors(), problem.routing(bank, 20).tensors(with_plan=False)
+    end = max(
+        offset + rank * (in_features if factor == 0 else SLICES[factor - 1])
+        for slot in tensors.table.tolist()
+        for factor, (rank, _, offset) in enumerate(slot)
+    )
+    tensors = tensors._replace(
+        storage=guarded(tensors.storage[:end]), table=guarded(tensors.table),
+        scaling=guarded(tensors.scaling),
+    )  # fmt: skip
+    names = ("tokens", "offsets", "tiles", "pair_weights")
+    routed = routed._replace(**{name: guarded(getattr(routed, name)) for name in names})
+    x, y = guarded(problem.x), guarded(problem.out)
+    h = guarded(torch.empty(20, tensors.width))
+    assert survives(lambda: native_cuda.decode_routed_(y, x, tensors, routed, h))
