@@ -95,6 +95,13 @@ def test_large_ranks(rank, m):
     check(LoRAProblem.random((m,), 64, 40, rank, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("m, k", [(9, 3200), (9, 1001)])
+def test_the_largest_rank_on_the_smallest_device(emulated_device, m, k):
+    """MAX_DECODE_RANK of csrc/cuda/kernels.h, with the 99 KB of compute capability 8.6."""
+    emulated_device(capability=86)
+    check(LoRAProblem.random((m,), k, 24, 512, dtype=torch.bfloat16))
+
+
 def test_too_large_a_rank_is_an_error():
     problem = LoRAProblem.random((1,), 8, 8, 20_000, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="rank 20000"):

@@ -170,6 +170,17 @@ def test_without_clusters(emulated_device, in_features):
     check(problem, overwrite=True)
 
 
+def test_the_largest_rank_on_the_smallest_device(emulated_device):
+    """MAX_DECODE_RANK of csrc/cuda/kernels.h, with the 99 KB of compute capability 8.6."""
+    emulated_device(capability=86)
+    check(problem_of([0, -1, 1], [(57, 61, 70, 67, 63, 65, 64, 65), (1,) * 8], 40, (9,) * 8))
+
+
+def test_too_large_a_rank_is_an_error():
+    with pytest.raises(RuntimeError, match="widest rank 20000"):
+        run(problem_of([0], [20_000], 8, 8))
+
+
 @pytest.mark.parametrize("multiple, offset", [(8, 0), (8, 8), (4, 4), (1, 3)])
 def test_strides_and_alignment(multiple, offset):
     """Rows of x and y amid NaN; the same bits whichever way they are read and written."""
