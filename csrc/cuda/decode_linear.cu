@@ -13,8 +13,8 @@
 //   * finish: tiles of 16 rows and 8 tokens, spread over the warps of the cluster, add the blocks'
 //     sums, then (s h) B^T in the same accumulators, then bias; y is rounded once.
 //
-// Every sum has an order that depends on K, N and R alone: a token's bits are the same in any
-// batch.
+// Every sum has an order that depends on K, N, R and the device alone: a token has the same bits in
+// any batch.
 #include "cuda/decode.cuh"
 
 namespace lora::cuda {
