@@ -202,6 +202,23 @@ def test_the_modules_that_serve(built):
     assert routed_autograd._module("native", on_cpu[0]) is routed_compiled
 
 
+def test_the_second_half_takes_what_the_first_returns(built, monkeypatch):
+    """h is fp32, which no CUDA kernel takes as x; what counts is the result's dtype."""
+    from lora_kernels.ops import routed_lora as module
+
+    built()
+    problem = RoutedProblem.random(some_ids(9, 2), (3, 16), 72, 40, dtype=BF16, with_weight=False)
+    bank = problem.bank().requires_grad_(False)
+    routing = problem.routing(bank)
+    monkeypatch.setattr(module, "check_h", lambda *_: None)  # the device: bank is on the CPU
+    monkeypatch.setattr(module._Call, "differentiable", lambda call, *_: call.backend)
+    for h_dtype in (FP32, BF16):
+        h = fake(9, 16, dtype=h_dtype)
+        assert module.routed_expand(h, bank, routing, backend="native") == "native"
+    with pytest.raises(ValueError, match="take bfloat16 and float16, not float32"):
+        module.routed_expand(fake(9, 16, dtype=FP32), bank, routing, dtype=FP32, backend="native")
+
+
 def test_routed_cuda_is_a_whole_backend():
     from lora_kernels.ops.routed_lora import cuda, launch
 

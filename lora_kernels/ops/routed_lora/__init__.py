@@ -203,7 +203,7 @@ def routed_expand(
         rows = out.shape[:-1].numel()
         check_out(out, (*out.shape[:-1], bank.out_features), dtype, h)
         check_rows("out", rows, routing)
-    call = _Call(bank, routing, backend, h)
+    call = _Call(bank, routing, backend, h, dtype)
     expected = (call.routing.tokens.shape[0], call.bank.width)
     if tuple(h.shape) != expected:
         raise ValueError(f"h: expected {list(expected)} (pairs, widest rank), got {list(h.shape)}")
@@ -248,8 +248,18 @@ def explain(x: Tensor, bank: AdapterBank, routing: Routing, *, backend: str = "a
 class _Call:
     """A bank and a routing as one call sees them."""
 
-    def __init__(self, bank: AdapterBank, routing: Routing, backend: str, like: Tensor) -> None:
-        self.backend = dispatch.choose(backend, like.device, like.dtype).backend
+    def __init__(
+        self,
+        bank: AdapterBank,
+        routing: Routing,
+        backend: str,
+        like: Tensor,
+        result: torch.dtype | None = None,  # None: like's
+    ) -> None:
+        dtype = like.dtype
+        if like.device.type == "cuda" and dtype == torch.float32 and result is not None:
+            dtype = result  # h is fp32 there, whatever x was: it says nothing about the call
+        self.backend = dispatch.choose(backend, like.device, dtype).backend
         self.module, self.bank = bank, bank.tensors()
         # On a GPU the groups' sizes would have to be waited for; the kernels there need no plan.
         with_plan = self.backend == "composed" or (
