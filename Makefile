@@ -60,13 +60,16 @@ GPU_REPORT := gpu-report
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --out $(GPU_REPORT) $(GPU_CHECK_ARGS)
 
+FORMATTED := $(wildcard csrc/*.h csrc/*.cpp csrc/*/* tests/cuda/emulator/*.h tests/cuda/emulator/*.cpp)
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(FORMATTED)
 
 # What the compiled extension is made of; it is built by the installation.
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)

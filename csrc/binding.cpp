@@ -41,7 +41,13 @@ void shrink(uintptr_t wide, int wide_dtype, int64_t wide_stride, int64_t rows, i
   lora::shrink({{at<char>(wide), dtype_of(wide_dtype), wide_stride, nullptr, 0},
                 {at<uint8_t>(mask), mask_stride},
                 {at<char>(factor), dtype_of(factor_dtype), rank_stride, column_stride},
-                {at<float>(out), out_stride}, float(scale), columns, 0, 0, 0, 0},
+                {at<float>(out), out_stride},
+                float(scale),
+                columns,
+                0,
+                0,
+                0,
+                0},
                rows, rank, threads);
 }
 
@@ -52,8 +58,16 @@ void expand(uintptr_t out, int out_dtype, int64_t out_stride, int64_t rows, int6
   lora::expand({{at<char>(out), dtype_of(out_dtype), out_stride, nullptr, 0},
                 {at<uint8_t>(mask), mask_stride},
                 {at<char>(factor), dtype_of(factor_dtype), rank_stride, column_stride},
-                {at<float>(narrow), narrow_stride}, nullptr, 1.0f, float(factor_scale), add, rank,
-                0, 0, 0, 0},
+                {at<float>(narrow), narrow_stride},
+                nullptr,
+                1.0f,
+                float(factor_scale),
+                add,
+                rank,
+                0,
+                0,
+                0,
+                0},
                rows, columns, threads);
 }
 
@@ -63,8 +77,17 @@ void rank_gradient(uintptr_t wide, int wide_dtype, int64_t wide_stride, int64_t 
                    int grad_dtype, int64_t rank_stride, int64_t column_stride, int threads) {
   lora::rank_gradient({{at<char>(wide), dtype_of(wide_dtype), wide_stride, nullptr, 0},
                        {at<uint8_t>(mask), mask_stride},
-                       {at<float>(narrow), narrow_stride}, nullptr, float(scale), at<char>(grad),
-                       dtype_of(grad_dtype), rank_stride, column_stride, rank, rows, 0, 0},
+                       {at<float>(narrow), narrow_stride},
+                       nullptr,
+                       float(scale),
+                       at<char>(grad),
+                       dtype_of(grad_dtype),
+                       rank_stride,
+                       column_stride,
+                       rank,
+                       rows,
+                       0,
+                       0},
                       columns, threads);
 }
 
@@ -77,11 +100,26 @@ void project(uintptr_t dy, int dtype, int64_t stride, int64_t rows, int64_t colu
   lora::project({wide,
                  {nullptr, 0},
                  {at<char>(b), dtype_of(b_dtype), rank_stride, column_stride},
-                 {at<float>(t), rank}, float(t_scale), columns, 0, 0, 0, 0},
+                 {at<float>(t), rank},
+                 float(t_scale),
+                 columns,
+                 0,
+                 0,
+                 0,
+                 0},
                 {wide,
                  {nullptr, 0},
-                 {at<float>(h), h_stride}, nullptr, float(scale), at<char>(grad),
-                 dtype_of(grad_dtype), grad_rank_stride, grad_column_stride, rank, rows, 0, 0},
+                 {at<float>(h), h_stride},
+                 nullptr,
+                 float(scale),
+                 at<char>(grad),
+                 dtype_of(grad_dtype),
+                 grad_rank_stride,
+                 grad_column_stride,
+                 rank,
+                 rows,
+                 0,
+                 0},
                 columns, threads);
 }
 
@@ -92,10 +130,10 @@ class Routed {
          const py::sequence& slice_columns, int64_t in_features, uintptr_t plan, int64_t groups,
          uintptr_t tokens, uintptr_t weights, int threads)
       : columns_(columns_of(slice_columns)),
-        routed_({at<char>(storage), dtype_of(dtype), at<int64_t>(table), at<double>(scaling),
-                 at<int32_t>(thresholds), int64_t(columns_.size()) - 1, columns_.data(),
-                 in_features},
-                {at<int64_t>(plan), groups, at<int32_t>(tokens), at<float>(weights)}, threads) {}
+        routed_(
+            {at<char>(storage), dtype_of(dtype), at<int64_t>(table), at<double>(scaling),
+             at<int32_t>(thresholds), int64_t(columns_.size()) - 1, columns_.data(), in_features},
+            {at<int64_t>(plan), groups, at<int32_t>(tokens), at<float>(weights)}, threads) {}
   Routed(const Routed&) = delete;
 
   void draw_mask(uintptr_t mask, int64_t stride, int64_t seed) const {
@@ -125,8 +163,8 @@ class Routed {
     routed_.gradient_a({at<char>(x), dtype_of(dtype), stride}, {at<uint8_t>(mask), mask_stride},
                        {at<float>(t), t_stride}, at<char>(grad), at<int64_t>(offsets));
   }
-  void shrink_backward(uintptr_t dx, int dtype, int64_t stride, uintptr_t mask,
-                       int64_t mask_stride, uintptr_t t, int64_t t_stride) const {
+  void shrink_backward(uintptr_t dx, int dtype, int64_t stride, uintptr_t mask, int64_t mask_stride,
+                       uintptr_t t, int64_t t_stride) const {
     routed_.shrink_backward({at<char>(dx), dtype_of(dtype), stride},
                             {at<uint8_t>(mask), mask_stride}, {at<float>(t), t_stride});
   }
@@ -148,17 +186,22 @@ class Routed {
 lora::cuda::Place place_of(int device, uintptr_t stream) { return {device, at<void>(stream)}; }
 
 void cuda_decode_linear(int device, uintptr_t stream, int dtype, int factor_dtype, uintptr_t x,
-                        int64_t x_stride, uintptr_t weight, int64_t weight_stride,
-                        uintptr_t lora_a, int64_t a_stride, uintptr_t lora_b, int64_t b_stride,
-                        uintptr_t bias, uintptr_t scaling_at, double scaling, uintptr_t y,
-                        int64_t y_stride, uintptr_t h, int64_t tokens, int64_t in_features,
-                        int64_t out_features, int64_t rank) {
-  lora::cuda::decode_linear(
-      {dtype_of(dtype), dtype_of(factor_dtype), at<void>(x), x_stride, at<void>(weight),
-       weight_stride, at<void>(lora_a), a_stride, at<void>(lora_b), b_stride, at<void>(bias),
-       at<float>(scaling_at), float(scaling), at<void>(y), y_stride, at<float>(h), tokens,
-       in_features, out_features, rank},
-      place_of(device, stream));
+                        int64_t x_stride, uintptr_t weight, int64_t weight_stride, uintptr_t lora_a,
+                        int64_t a_stride, uintptr_t lora_b, int64_t b_stride, uintptr_t bias,
+                        uintptr_t scaling_at, double scaling, uintptr_t y, int64_t y_stride,
+                        uintptr_t h, int64_t tokens, int64_t in_features, int64_t out_features,
+                        int64_t rank) {
+  lora::cuda::decode_linear({dtype_of(dtype),  dtype_of(factor_dtype),
+                             at<void>(x),      x_stride,
+                             at<void>(weight), weight_stride,
+                             at<void>(lora_a), a_stride,
+                             at<void>(lora_b), b_stride,
+                             at<void>(bias),   at<float>(scaling_at),
+                             float(scaling),   at<void>(y),
+                             y_stride,         at<float>(h),
+                             tokens,           in_features,
+                             out_features,     rank},
+                            place_of(device, stream));
 }
 
 void cuda_decode_routed(int device, uintptr_t stream, int dtype, int factor_dtype, uintptr_t x,
@@ -173,12 +216,29 @@ void cuda_decode_routed(int device, uintptr_t stream, int dtype, int factor_dtyp
     columns[s] = slice_columns[size_t(s)].cast<int64_t>();
   }
   py::gil_scoped_release released;
-  lora::cuda::decode_routed(
-      {dtype_of(dtype), dtype_of(factor_dtype), at<void>(x), x_stride, at<void>(y), y_stride,
-       overwrite, at<float>(h), at<void>(storage), at<int64_t>(table), at<double>(scaling),
-       at<int32_t>(tiles), at<int32_t>(offsets), at<int32_t>(pair_tokens),
-       at<float>(pair_weights), tokens, in_features, width, num_tiles, block, slices, columns},
-      place_of(device, stream));
+  lora::cuda::decode_routed({dtype_of(dtype),
+                             dtype_of(factor_dtype),
+                             at<void>(x),
+                             x_stride,
+                             at<void>(y),
+                             y_stride,
+                             overwrite,
+                             at<float>(h),
+                             at<void>(storage),
+                             at<int64_t>(table),
+                             at<double>(scaling),
+                             at<int32_t>(tiles),
+                             at<int32_t>(offsets),
+                             at<int32_t>(pair_tokens),
+                             at<float>(pair_weights),
+                             tokens,
+                             in_features,
+                             width,
+                             num_tiles,
+                             block,
+                             slices,
+                             columns},
+                            place_of(device, stream));
 }
 
 void cuda_gemm_tail(int device, uintptr_t stream, int dtype, uintptr_t left, int64_t left_stride,
@@ -187,12 +247,29 @@ void cuda_gemm_tail(int device, uintptr_t stream, int dtype, uintptr_t left, int
                     bool transposed, uintptr_t out, int64_t out_stride, uintptr_t bias,
                     uintptr_t output_scale, uintptr_t seed, uint32_t threshold, int64_t tokens,
                     int64_t depth, int64_t columns, int64_t rank, int tile_columns, int cluster) {
-  lora::cuda::gemm_tail(
-      {dtype_of(dtype), at<void>(left), left_stride, at<void>(right), right_stride,
-       at<void>(tail_left), tail_left_stride, at<void>(tail_right), tail_right_stride, transposed,
-       at<void>(out), out_stride, at<void>(bias), at<void>(output_scale), at<int64_t>(seed),
-       threshold, tokens, depth, columns, rank, tile_columns, cluster},
-      place_of(device, stream));
+  lora::cuda::gemm_tail({dtype_of(dtype),
+                         at<void>(left),
+                         left_stride,
+                         at<void>(right),
+                         right_stride,
+                         at<void>(tail_left),
+                         tail_left_stride,
+                         at<void>(tail_right),
+                         tail_right_stride,
+                         transposed,
+                         at<void>(out),
+                         out_stride,
+                         at<void>(bias),
+                         at<void>(output_scale),
+                         at<int64_t>(seed),
+                         threshold,
+                         tokens,
+                         depth,
+                         columns,
+                         rank,
+                         tile_columns,
+                         cluster},
+                        place_of(device, stream));
 }
 
 #endif  // LORA_KERNELS_CUDA

@@ -1,5 +1,5 @@
-// Compute types: what both micro-kernels take their packed operands in. fp32, or (AVX-512-BF16, where
-// the activation is bf16) pairs of bf16 that one instruction multiplies and adds in fp32.
+// Compute types: what both micro-kernels take their packed operands in. fp32, or (AVX-512-BF16,
+// where the activation is bf16) pairs of bf16 that one instruction multiplies and adds in fp32.
 // Included inside a level's namespace.
 
 static inline void fill_zero(void* to, int64_t bytes) {
@@ -116,9 +116,9 @@ struct Pairs {
   }
   static inline void pack_rows(uint32_t* to, DType dtype, const char* const* rows, int64_t n,
                                const uint8_t* const* masks, float scale) {
-    const __m512i first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9,
-                                           40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1,
-                                           32, 0);
+    const __m512i first =
+        _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                         37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
     int64_t d = 0;
     if (dtype == DType::bf16 && scale == 1 && rows[1])

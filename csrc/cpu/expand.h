@@ -2,8 +2,8 @@
 
 // acc[i][v] = sum over k of left[i * left_row + k * left_step] * panel[k * pitch + v * W]
 template <class C, int ROWS_>
-static inline __attribute__((always_inline)) void outer_tile(const uint32_t* left,
-                                                             int64_t left_row, int64_t left_step,
+static inline __attribute__((always_inline)) void outer_tile(const uint32_t* left, int64_t left_row,
+                                                             int64_t left_step,
                                                              const uint32_t* panel, int64_t pitch,
                                                              int64_t steps,
                                                              vf (&acc)[ROWS_][VECTORS]) {

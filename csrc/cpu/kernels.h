@@ -38,5 +38,5 @@ static void philox(const Philox& p) {
   }
 }
 
-static constexpr Kernels ALL = {shrink,        expand, rank_gradient, gradient_part,
-                                gradient_of_parts, philox};
+static constexpr Kernels ALL = {shrink, expand, rank_gradient, gradient_part, gradient_of_parts,
+                                philox};

@@ -109,8 +109,8 @@ void draw_mask(uint8_t* out, int64_t stride, int64_t first, int64_t rows, int64_
     const int64_t all = rows * groups, step = std::max<int64_t>(4096, pieces(all, 4 * threads));
     parallel_for(threads, pieces(all, step), [&](int64_t i) {
       const uint64_t start = uint64_t(first) * uint64_t(groups) + uint64_t(i * step);
-      kernels().philox({out + i * step, start, std::min(step, all - i * step), seed, stream,
-                        threshold});
+      kernels().philox(
+          {out + i * step, start, std::min(step, all - i * step), seed, stream, threshold});
     });
     return;
   }

@@ -125,11 +125,8 @@ void Routed::expand_by(const Rows& out, Mask mask, Narrow narrow, int64_t index,
       int64_t rank, column;
       const Factor f = factor(one, index, rank, column);
       if (rank == 0) continue;
-      const float* weights =
-          forward && routing_.weights ? routing_.weights + one.begin : nullptr;
-      const float scale =
-          forward ? float(bank_.scaling[one.slot])
-                  : keep_scale(one);
+      const float* weights = forward && routing_.weights ? routing_.weights + one.begin : nullptr;
+      const float scale = forward ? float(bank_.scaling[one.slot]) : keep_scale(one);
       kernels().expand({rows_of(one, out, from), mask_of(one, mask), f,
                         narrow_of(one, narrow, index ? column : 0), weights, scale, 1.0f, true,
                         rank, 0, one.count(), begin, end});
@@ -148,8 +145,7 @@ void Routed::gradient_by(const Rows& wide, Mask mask, Narrow narrow, int64_t ind
     int64_t rank, column;
     factor(one, index, rank, column);
     if (rank == 0 || offsets[one.slot * (1 + bank_.slices) + index] < 0) continue;
-    for (int64_t d = 0; d < columns; d += 256)
-      tasks.push_back({g, d, std::min(columns, d + 256)});
+    for (int64_t d = 0; d < columns; d += 256) tasks.push_back({g, d, std::min(columns, d + 256)});
   }
   parallel_for(threads_for(work(columns), threads_), int64_t(tasks.size()), [&](int64_t i) {
     const Group one = group(tasks[i].group);

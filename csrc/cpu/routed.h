@@ -9,10 +9,10 @@ namespace lora {
 struct Bank {
   const char* storage;
   DType dtype;
-  const int64_t* table;  // [L + 1, 1 + S, 3]: rank, first column in h, offset in storage
-  const double* scaling;       // [L + 1]
-  const int32_t* thresholds;   // [L + 1], or nullptr: none drops
-  int64_t slices;              // S
+  const int64_t* table;          // [L + 1, 1 + S, 3]: rank, first column in h, offset in storage
+  const double* scaling;         // [L + 1]
+  const int32_t* thresholds;     // [L + 1], or nullptr: none drops
+  int64_t slices;                // S
   const int64_t* slice_columns;  // [S + 1]
   int64_t in_features;
 };

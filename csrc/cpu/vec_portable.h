@@ -1,9 +1,9 @@
 // Vectors of the baseline level: four floats. Included inside its namespace.
 
-constexpr int W = 4;            // lanes
-constexpr int ROWS = 2;         // of a tile
-constexpr int RANKS = 2;        // of a shrink tile
-constexpr int VECTORS = 2;      // of an outer tile
+constexpr int W = 4;        // lanes
+constexpr int ROWS = 2;     // of a tile
+constexpr int RANKS = 2;    // of a shrink tile
+constexpr int VECTORS = 2;  // of an outer tile
 typedef float vf __attribute__((vector_size(16)));
 
 static inline vf zero() { return vf{0, 0, 0, 0}; }
@@ -41,8 +41,7 @@ static inline void sum4(const vf* v, float* out) {
 static inline void transpose_block(uint32_t* to, int64_t to_pitch, const uint32_t* from,
                                    int64_t from_pitch) {
   for (int i = 0; i < 8; i++)
-    for (int j = 0; j < 8; j++)
-      std::memcpy(to + j * to_pitch + i, from + i * from_pitch + j, 4);
+    for (int j = 0; j < 8; j++) std::memcpy(to + j * to_pitch + i, from + i * from_pitch + j, 4);
 }
 constexpr int GROUPS = 1;
 static inline void philox_groups(uint8_t* out, uint64_t group, const Philox& p) {

@@ -102,20 +102,22 @@ __device__ __forceinline__ V shuffle(V value, int lane) {
 // 2t, 2t + 1, 2t, 2t + 1.
 template <class T>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
-#define LORA_MMA(T, name)                                                                      \
-  template <>                                                                                  \
-  __device__ __forceinline__ void mma<T>(float (&d)[4], const uint32_t (&a)[4],                \
-                                         const uint32_t (&b)[2]) {                             \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name ".f32 {%0, %1, %2, %3}, "       \
-        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                        \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                       \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                   \
+#define LORA_MMA(T, name)                                                     \
+  template <>                                                                 \
+  __device__ __forceinline__ void mma<T>(float(&d)[4], const uint32_t(&a)[4], \
+                                         const uint32_t(&b)[2]) {             \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                \
+        ".f32 {%0, %1, %2, %3}, "                                             \
+        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                       \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                      \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));  \
   }
 LORA_MMA(bf16, "bf16")
 LORA_MMA(fp16, "f16")
 #undef LORA_MMA
 
-// --- clusters (compute capability 9.0; before it a block is a cluster of its own) -----------------
+// --- clusters (compute capability 9.0; before it a block is a cluster of its own)
+// -----------------
 
 __device__ __forceinline__ uint32_t cluster_size() {
 #if __CUDA_ARCH__ >= 900
@@ -183,18 +185,18 @@ __device__ __forceinline__ void barrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 __device__ __forceinline__ void barrier_expect(Barrier* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
-// Arrive at the barrier of a block of the cluster. What came before is not published to other blocks:
-// a wider release waits for all of the warp's memory operations, in every step of a pipeline.
+// Arrive at the barrier of a block of the cluster. What came before is not published to other
+// blocks: a wider release waits for all of the warp's memory operations, in every step of a
+// pipeline.
 __device__ __forceinline__ void barrier_arrive(Barrier* barrier, uint32_t block) {
   asm volatile(
       "{\n .reg .b32 remote;\n mapa.shared::cluster.u32 remote, %0, %1;\n"
-      " mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(
-          shared_address(barrier)),
+      " mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(barrier)),
       "r"(block)
       : "memory");
 }
@@ -228,10 +230,10 @@ __device__ __forceinline__ void tma_load_multicast(void* shared, const TensorMap
 }
 __device__ __forceinline__ void tma_store(const TensorMap* map, const void* shared, int column,
                                           int row) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(
-                   map),
-               "r"(shared_address(shared)), "r"(column), "r"(row)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+      "r"(shared_address(shared)), "r"(column), "r"(row)
+      : "memory");
 }
 __device__ __forceinline__ void tma_store_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
@@ -267,10 +269,10 @@ __device__ __forceinline__ void registers_more() {
 // columns 2t, 2t + 1 of row g of each block.
 __device__ __forceinline__ void store_blocks(void* row, uint32_t a, uint32_t b, uint32_t c,
                                              uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-                   shared_address(row)),
-               "r"(a), "r"(b), "r"(c), "r"(d)
-               : "memory");
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+      "r"(a), "r"(b), "r"(c), "r"(d)
+      : "memory");
 }
 
 __device__ __forceinline__ void wgmma_fence() {
@@ -284,18 +286,20 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-#define LORA_8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), \
-                     "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define LORA_8(d, i)                                                                          \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
 #define LORA_32(d, i) LORA_8(d, i), LORA_8(d, i + 8), LORA_8(d, i + 16), LORA_8(d, i + 24)
-#define LORA_D64                                                                                \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "  \
-  "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "  \
-  "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "  \
+#define LORA_D64                                                                               \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
+  "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, " \
+  "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, " \
   "%56, %57, %58, %59, %60, %61, %62, %63"
-#define LORA_D128                                                                               \
-  LORA_D64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, "  \
-  "%98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, "    \
+#define LORA_D128                                                                              \
+  LORA_D64                                                                                     \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "         \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, " \
+  "%98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, "   \
   "%113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 // d[64, N] = accumulate * d + a[64, 16] b[16, N] by a warpgroup, operands in shared memory as their
@@ -306,9 +310,9 @@ template <class T, bool TRANSPOSED, int NUM>
 __device__ __forceinline__ void wgmma(float (&d)[NUM], uint64_t a, uint64_t b, int accumulate) {
   static_assert(NUM == 64 || NUM == 128, "128 or 256 columns");
   constexpr int transposed = TRANSPOSED;
-#define LORA_WGMMA(columns, type, registers, a, b, p, t)                             \
-  "{\n .reg .pred p;\n setp.ne.b32 p, " p ", 0;\n wgmma.mma_async.sync.aligned.m64n" \
-  columns "k16.f32." type "." type " {" registers "}, " a ", " b ", p, 1, 1, 0, " t ";\n}"
+#define LORA_WGMMA(columns, type, registers, a, b, p, t)                                     \
+  "{\n .reg .pred p;\n setp.ne.b32 p, " p ", 0;\n wgmma.mma_async.sync.aligned.m64n" columns \
+  "k16.f32." type "." type " {" registers "}, " a ", " b ", p, 1, 1, 0, " t ";\n}"
 #define LORA_OPERANDS "l"(a), "l"(b), "r"(accumulate), "n"(transposed)
   if constexpr (NUM == 128 && std::is_same_v<T, bf16>) {
     asm volatile(LORA_WGMMA("256", "bf16", LORA_D128, "%128", "%129", "%130", "%131")

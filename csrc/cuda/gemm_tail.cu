@@ -1,12 +1,13 @@
-// The GEMM with a tail for sm_90a: out = output_scale * (left right + keep * (tail_left tail_right))
-// + bias. The reduction over D simply continues into the rank on the same accumulators; with
-// dropout the tail comes first, is masked in registers, and the main reduction goes on from there.
+// The GEMM with a tail for sm_90a:
+//   out = output_scale * (left right + keep * (tail_left tail_right)) + bias
+// The reduction over D simply continues into the rank on the same accumulators; with dropout the
+// tail comes first, is masked in registers, and the main reduction goes on from there.
 //
-// M tokens, C columns, D depth, R rank. A block computes tiles of BLOCK_M x BLOCK_C one after another
-// (persistent). Its first warpgroup only copies: one thread asks the copy engine for steps of 64
-// of the depth, into a ring of STAGES. The other two multiply 64 rows each, straight from the ring;
-// while they write a tile, the copies of the next one are under way. A cluster of two blocks works on
-// neighbouring rows and shares the tiles of `right`: each copies half of them for both.
+// M tokens, C columns, D depth, R rank. A block computes tiles of BLOCK_M x BLOCK_C one after
+// another (persistent). Its first warpgroup only copies: one thread asks the copy engine for steps
+// of 64 of the depth, into a ring of STAGES. The other two multiply 64 rows each, straight from the
+// ring; while they write a tile, the copies of the next one are under way. A cluster of two blocks
+// works on neighbouring rows and shares the tiles of `right`: each copies half of them for both.
 #include "cuda/philox.cuh"
 #include "cuda/tensor_map.cuh"
 
@@ -14,15 +15,15 @@ namespace lora::cuda {
 namespace {
 
 constexpr int BLOCK_M = 128, BLOCK_D = 64, THREADS = 384;
-constexpr int ROW = 2 * BLOCK_D;      // bytes of a row of any tile in shared memory
-constexpr int SLAB = 64 * ROW;        // 64 rows: a warpgroup's part of left, a box of right [D, C]
+constexpr int ROW = 2 * BLOCK_D;  // bytes of a row of any tile in shared memory
+constexpr int SLAB = 64 * ROW;    // 64 rows: a warpgroup's part of left, a box of right [D, C]
 constexpr int CONSUMERS = 2;
 
 template <int BLOCK_C>
 struct Ring {
   static constexpr int LEFT = BLOCK_M * ROW, RIGHT = BLOCK_C * ROW, STAGE = LEFT + RIGHT;
   static constexpr int STAGES = BLOCK_C == 256 ? 4 : 6;
-  static constexpr int RESULTS = STAGES * STAGE;            // per consumer two boxes of the result
+  static constexpr int RESULTS = STAGES * STAGE;  // per consumer two boxes of the result
   static constexpr int BARRIERS = RESULTS + 2 * CONSUMERS * SLAB;
   static constexpr int BYTES = BARRIERS + 2 * STAGES * 8;
 };
@@ -113,8 +114,8 @@ __device__ __forceinline__ void release(Barrier* empty) {
   if (lane < cluster_size()) barrier_arrive(empty, lane);
 }
 
-// acc += the next steps of the ring, `depth` deep. All but the last product stay under way while the
-// next step is waited for; at the end none is.
+// acc += the next steps of the ring, `depth` deep. All but the last product stay under way while
+// the next step is waited for; at the end none is.
 template <class T, int BLOCK_C, bool TRANSPOSED>
 __device__ __forceinline__ void multiply(float (&acc)[BLOCK_C / 2], int depth, int consumer,
                                          char* shared, Barrier* full, Barrier* empty,
@@ -347,25 +348,25 @@ void run(const GemmTail& call, const Place& place) {
     return matrix_map(name, data, call.dtype, call.tokens, depth, stride, BLOCK_M, what);
   };
   const auto map_of_right = [&](const char* name, const void* data, int64_t depth, int64_t stride) {
-    return TRANSPOSED ? matrix_map(name, data, call.dtype, call.columns, depth, stride,
-                                   BLOCK_C / cluster, what)
-                      : matrix_map(name, data, call.dtype, depth, call.columns, stride, BLOCK_D,
-                                   what);
+    return TRANSPOSED
+               ? matrix_map(name, data, call.dtype, call.columns, depth, stride, BLOCK_C / cluster,
+                            what)
+               : matrix_map(name, data, call.dtype, depth, call.columns, stride, BLOCK_D, what);
   };
-  const Sizes sizes{int(call.tokens),  int(call.columns), int(call.depth),     int(call.rank),
-                    int(row_tiles),    int(column_tiles), call.bias,           call.output_scale,
-                    call.seed,         call.threshold};
+  const Sizes sizes{int(call.tokens), int(call.columns), int(call.depth), int(call.rank),
+                    int(row_tiles),   int(column_tiles), call.bias,       call.output_scale,
+                    call.seed,        call.threshold};
   const int64_t clusters = std::min<int64_t>(row_tiles * column_tiles,
                                              std::max(multiprocessors(place, what) / cluster, 1));
-  launch(what, gemm_tail_kernel<T, BLOCK_C, TRANSPOSED, DROPOUT>,
-         Grid{clusters * cluster, THREADS, Ring<BLOCK_C>::BYTES, cluster}, place,
-         map_of_left("left", call.left, call.depth, call.left_stride),
-         map_of_right("right", call.right, call.depth, call.right_stride),
-         map_of_left("tail_left", call.tail_left, call.rank, call.tail_left_stride),
-         map_of_right("tail_right", call.tail_right, call.rank, call.tail_right_stride),
-         matrix_map("out", call.out, call.dtype, call.tokens, call.columns, call.out_stride, 64,
-                    what),
-         sizes);
+  launch(
+      what, gemm_tail_kernel<T, BLOCK_C, TRANSPOSED, DROPOUT>,
+      Grid{clusters * cluster, THREADS, Ring<BLOCK_C>::BYTES, cluster}, place,
+      map_of_left("left", call.left, call.depth, call.left_stride),
+      map_of_right("right", call.right, call.depth, call.right_stride),
+      map_of_left("tail_left", call.tail_left, call.rank, call.tail_left_stride),
+      map_of_right("tail_right", call.tail_right, call.rank, call.tail_right_stride),
+      matrix_map("out", call.out, call.dtype, call.tokens, call.columns, call.out_stride, 64, what),
+      sizes);
 }
 
 template <class T, int BLOCK_C>

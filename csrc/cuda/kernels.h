@@ -2,7 +2,8 @@
 // strides in elements; every matrix has unit stride in its last dimension. Everything was checked
 // before; what a launch reports is thrown as a std::runtime_error that names the sizes.
 //
-// Dimensions: M tokens, K in_features, N out_features, R rank, P pairs, H the widest rank of a bank.
+// Dimensions: M tokens, K in_features, N out_features, R rank, P pairs, H the widest rank of a
+// bank.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +18,8 @@ struct Place {
   void* stream;
 };
 
-// The rank (of a bank: H) for which h of the decode kernels fits into shared memory on every device.
+// The rank (of a bank: H) for which h of the decode kernels fits into shared memory on every
+// device.
 constexpr int64_t MAX_DECODE_RANK = 512;
 
 // y = x W^T + bias + s (x A^T) B^T for few tokens, reading W once and A once per cluster.
@@ -32,8 +34,8 @@ struct DecodeLinear {
   int64_t a_stride;
   const void* lora_b;  // [N, R]
   int64_t b_stride;
-  const void* bias;          // [N], or null
-  const float* scaling_at;   // s, or null: then it is `scaling`
+  const void* bias;         // [N], or null
+  const float* scaling_at;  // s, or null: then it is `scaling`
   float scaling;
   void* y;  // [M, N]
   int64_t y_stride;
@@ -55,12 +57,12 @@ struct DecodeRouted {
   bool overwrite;  // write y, zeros where there is no adapter; otherwise add
   float* h;        // [P, H] = x A^T, zero beyond the adapter's rank; or null
   const void* storage;
-  const int64_t* table;        // [L + 1, 1 + slices, 3]
-  const double* scaling;       // [L + 1]
-  const int32_t* tiles;        // [num_tiles, 2]
-  const int32_t* offsets;      // [L + 2]
-  const int32_t* pair_tokens;  // [P]
-  const float* pair_weights;   // [P], or null
+  const int64_t* table;                                  // [L + 1, 1 + slices, 3]
+  const double* scaling;                                 // [L + 1]
+  const int32_t* tiles;                                  // [num_tiles, 2]
+  const int32_t* offsets;                                // [L + 2]
+  const int32_t* pair_tokens;                            // [P]
+  const float* pair_weights;                             // [P], or null
   int64_t tokens, in_features, width, num_tiles, block;  // block: pairs of a tile, at most
   int64_t slices;
   const int64_t* slice_columns;  // [slices + 1], on the host
@@ -87,7 +89,8 @@ struct GemmTail {
   const int64_t* seed;       // of the keep-mask [M, C] of the tail; null: nothing is dropped
   uint32_t threshold;
   int64_t tokens, depth, columns, rank;
-  // Tile variants, for measurements: 128 or 256 columns; 1 or 2 blocks that share their right tiles.
+  // Tile variants, for measurements: 128 or 256 columns; 1 or 2 blocks that share their right
+  // tiles.
   int tile_columns, cluster;
 };
 void gemm_tail(const GemmTail& call, Place place);

@@ -15,7 +15,7 @@ struct Grid {
   int64_t blocks;  // a multiple of cluster
   int threads;
   int64_t shared_bytes;
-  int cluster = 1;  // blocks that run together; 1 before compute capability 9.0
+  int cluster = 1;   // blocks that run together; 1 before compute capability 9.0
   int64_t rows = 1;  // blocks in y
 };
 

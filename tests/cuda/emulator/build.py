@@ -29,7 +29,7 @@ CHECKS = [
     "-fsanitize=alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
     "-fno-sanitize-recover=all",
 ]
-# In kernels, and in the copies they ask for. Stacks are left out: threads are given up, not unwound.
+# In kernels and in the copies they ask for. Not on stacks: threads are given up, not unwound.
 ADDRESS = ["-fsanitize=address", "--param=asan-stack=0", "--param=asan-globals=0"]
 
 
