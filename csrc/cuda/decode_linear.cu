@@ -9,9 +9,9 @@
 //     block's part of h = x A^T.
 //   * stream: a warp takes 32 rows of W and its share of the chunks, with DEPTH chunks in registers
 //     or on their way. Half-way the blocks add their parts of h, each an eighth of it, and round
-//     s h: nobody has to wait for it then.
+//     h: nobody has to wait for it then.
 //   * finish: tiles of 16 rows and 8 tokens, spread over the warps of the cluster, add the blocks'
-//     sums, then (s h) B^T in the same accumulators, then bias; y is rounded once.
+//     sums, s (h B^T) and bias; y is rounded once. s h itself could lie outside of fp16's range.
 //
 // Every sum has an order that depends on K, N, R and the device alone: a token has the same bits in
 // any batch.
@@ -33,10 +33,10 @@ struct Layout {
   int warps_k;        // parts of the depth: MAX_ROWS / rows
   int pass;           // chunks of x that shared memory holds
   int pitch;          // of a token in x
-  int tail_pitch;     // of a token in the rounded s h
+  int tail_pitch;     // of a token in the rounded h
   int shrunk;         // the warps' sums of 16 ranks each
-  int h;              // this block's part of h; then T [tokens, R], all of s h
-  int mine;           // uint2: this block's share of s h
+  int h;              // this block's part of h; then T [tokens, R], all of h
+  int mine;           // uint2: this block's share of h
   bool vec_b, vec_y;  // whether four ranks of B, two columns of y may be read or written at once
 };
 
@@ -201,9 +201,8 @@ struct Decode {
     }
   }
 
-  // This block's eighth of h over all of K: saved, scaled, rounded.
+  // This block's eighth of h over all of K: saved, rounded.
   __device__ __forceinline__ void exchange() {
-    const float scaling = call.scaling_at ? *call.scaling_at : call.scaling;
     const float4* const h = reinterpret_cast<const float4*>(shared + layout.h);
     uint2* const mine = reinterpret_cast<uint2*>(shared + layout.mine);
     const int each = share_of(rank_blocks * live * 32);
@@ -228,12 +227,11 @@ struct Decode {
           if (odd) to[1] = v[1][j];
         }
       }
-      mine[i] = {pack<T>(even ? scaling * v[0][0] : 0.0f, odd ? scaling * v[1][0] : 0.0f),
-                 pack<T>(even ? scaling * v[0][1] : 0.0f, odd ? scaling * v[1][1] : 0.0f)};
+      mine[i] = {pack<T>(v[0][0], v[1][0]), pack<T>(v[0][1], v[1][1])};
     }
   }
 
-  // All of s h, as [token, rank].
+  // All of h, as [token, rank].
   __device__ __forceinline__ void gather() const {
     const uint2* const mine = reinterpret_cast<const uint2*>(shared + layout.mine);
     char* const tail = shared + layout.h;
@@ -301,7 +299,8 @@ struct Decode {
     const int blocks = int(cluster_size()), tiles = layout.rows / 16 * live;
     const int first = at.warp * blocks + int(cluster_rank());  // over the blocks first
     Pair b = of_b(row + first / live * 16 + 2 * at.g, 0);
-    __syncthreads();  // s h is there
+    const float scaling = call.scaling_at ? *call.scaling_at : call.scaling;
+    __syncthreads();  // h is there
     cluster_wait();   // and so are all sums
     for (int tile = first; tile < tiles; tile += WARPS * blocks) {
       const int n = row + tile / live * 16 + 2 * at.g, m = tile % live * 8;
@@ -309,7 +308,7 @@ struct Decode {
       const float bias_even = bias && even ? to_float(bias[n]) : 0.0f;
       const float bias_odd = bias && odd ? to_float(bias[n + 1]) : 0.0f;
       const float4 total = sum_over_blocks(parts + tile * 32 + at.lane);
-      float sum[4] = {total.x, total.y, total.z, total.w};
+      float sum[4] = {};
       const char* const tail = shared + layout.h + (m + at.g) * layout.tail_pitch + 8 * at.t;
       for (int step = 0; step < rank_blocks * BLOCK_R; step += STEP) {
         const Pair here = b;
@@ -318,8 +317,10 @@ struct Decode {
                  last ? 0 : step + STEP);
         multiply<T>(sum, here.even, here.odd, *reinterpret_cast<const uint2*>(tail + 2 * step));
       }
-      write(n, token + m + 2 * at.t, sum[0] + bias_even, sum[2] + bias_odd);
-      write(n, token + m + 2 * at.t + 1, sum[1] + bias_even, sum[3] + bias_odd);
+      write(n, token + m + 2 * at.t, total.x + scaling * sum[0] + bias_even,
+            total.z + scaling * sum[2] + bias_odd);
+      write(n, token + m + 2 * at.t + 1, total.y + scaling * sum[1] + bias_even,
+            total.w + scaling * sum[3] + bias_odd);
     }
   }
 
@@ -345,7 +346,7 @@ struct Decode {
       if (q == turns / 2) {
         cluster_wait();
         exchange();
-        cluster_arrive();  // our eighth of s h is there, and h has been read
+        cluster_arrive();  // our eighth of all of h is there, and the parts have been read
       }
       if (q == turns) break;
       stage<4>(q * DEPTH * step);

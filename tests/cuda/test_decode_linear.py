@@ -131,6 +131,14 @@ def test_bias_and_scaling(adapter_dtype):
     check(problem.with_(scaling=torch.tensor(-1.3)))
 
 
+def test_scaled_h_may_be_too_large_for_fp16():
+    """h and y are not: h is 2560, of which 32 are infinite."""
+    problem = LoRAProblem.random((3,), 64, 24, 4, dtype=torch.float16, with_bias=False)
+    p = problem.with_(x=torch.ones_like(problem.x), weight=torch.zeros_like(problem.weight))
+    a, b = torch.full_like(p.lora_a, 40.0), torch.full_like(p.lora_b, 1e-3)
+    check(p.with_(lora_a=a, lora_b=b, scaling=torch.tensor(32.0)))
+
+
 def test_h_need_not_be_saved():
     p = LoRAProblem.random((5,), 72, 40, 8, dtype=torch.bfloat16)
     y, h = native_cuda.decode_linear(p.x, p.weight, p.lora_a, p.lora_b, p.scaling, p.bias)
