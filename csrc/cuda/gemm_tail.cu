@@ -298,6 +298,12 @@ __global__ void __launch_bounds__(THREADS, 1)
                                     at);
         }
       }
+      // What the other block has read is told by messages that the cluster's barrier does not wait
+      // for: none may come when this block has ended.
+      for (int stage = 0; stage < R::STAGES; ++stage) {
+        barrier_wait(empty + at.stage, at.parity ^ 1);
+        at.advance();
+      }
     }
     sync_warp();
   } else {
@@ -326,7 +332,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     if (threadIdx.x % 128 == 0) tma_store_wait_read<0>();
     sync_warp();
   }
-  // The other block may still copy into this one's ring, or tell it what was read.
+  // The other block may still copy into this one's ring.
   cluster_arrive();
   cluster_wait();
 #else

@@ -84,6 +84,14 @@ def test_variants(emulated, transposed, p, tile_columns, cluster):
     check(300, 472, 392, 20, torch.bfloat16, transposed=transposed, p=p, **options)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_no_block_ends_while_another_tells_it_something(emulated, monkeypatch, seed):
+    """Whatever the order of the threads, and however late the messages."""
+    monkeypatch.setenv("LORA_EMULATOR_SEED", str(seed))
+    for depth in (64, 200, 500):
+        check(200, depth, 24, 8, torch.bfloat16, transposed=True, tile_columns=128, cluster=2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m, c, p", [(70, 100, 0.5), (9, 257, 0.05), (130, 24, 0.9)])
 def test_the_tail_is_masked(emulated, m, c, p, dtype):

@@ -164,7 +164,15 @@ void barrier_expect(const void* barrier, uint32_t bytes) {
 
 void barrier_arrive(const void* barrier, uint32_t rank) {
   const int64_t offset = place(barrier, "barrier_arrive");
-  arrive(find(block_of_cluster(rank), offset, "barrier_arrive"), "barrier_arrive");
+  Block& block = block_of_cluster(rank);
+  const auto work = [=, &block] {
+    arrive(find(block, offset, "barrier_arrive"), "barrier_arrive");
+  };
+  if (&block == &this_block()) {
+    work();
+  } else {  // on its way: no barrier of the cluster waits for it
+    state.tasks.push_back({&block, nullptr, 0, "an arrival from another block", work});
+  }
   maybe_yield();
 }
 
