@@ -4,12 +4,12 @@
 // Modelled. Every CUDA thread is a fiber; warps take turns in a random order (the environment's
 // LORA_EMULATOR_SEED chooses another), so a missing barrier shows. The blocks of a cluster run
 // together, clusters one after another. Calls of a whole warp wait for all 32 lanes and fail where
-// they differ. Barriers in memory count arrivals and bytes by phase. Bulk copies, warpgroup products
-// and arrivals at another block's barrier are done late: up to the moment when nothing else can go
-// on; accumulators hold NaN until wgmma_wait. So do shared memory at first, and that of a block that
-// has ended. A launch in which no thread can go on fails, with what each of them waits for.
-// Misaligned accesses, and indices outside of arrays, fail too (the build asks the compiler for
-// those checks).
+// they differ. Barriers in memory count arrivals and bytes by phase. Bulk copies, warpgroup
+// products and arrivals at another block's barrier are done late: up to the moment when nothing
+// else can go on; accumulators hold NaN until wgmma_wait. So do shared memory at first, and that of
+// a block that has ended. A launch in which no thread can go on fails, with what each of them waits
+// for. Misaligned accesses, and indices outside of arrays, fail too (the build asks the compiler
+// for those checks).
 //
 // Not modelled. Ordinary reads and writes are plain ones: their races show only where the order of
 // threads makes a difference, and memory is sequentially consistent: fence_async_shared,
