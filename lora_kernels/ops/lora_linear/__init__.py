@@ -1,5 +1,6 @@
 """``lora_linear``: a frozen linear layer and its low-rank adapter in one operation."""
 
+import functools
 from numbers import Real
 
 import torch
@@ -9,7 +10,8 @@ from torch.autograd import forward_ad
 from lora_kernels import dispatch
 from lora_kernels.dropout import draw_seed, drop_threshold
 from lora_kernels.dtypes import FLOATING, cast_for_autocast
-from lora_kernels.ops.lora_linear import autograd, measured  # noqa: F401  (registers the ops)
+from lora_kernels.ops.eager import runs_at_once
+from lora_kernels.ops.lora_linear import autograd, measured
 from lora_kernels.ops.lora_linear.reference import lora_linear_reference
 
 __all__ = ["explain", "lora_linear"]
@@ -76,10 +78,7 @@ def lora_linear(
             "for backend='reference' only"
         )
     if not isinstance(scaling, Tensor):
-        # A product, because torch.compile keeps a number that enters one symbolic: no recompilation
-        # for a new scaling.
-        number = scaling if isinstance(scaling, (int, float, torch.SymFloat)) else float(scaling)
-        scaling = torch.ones((), dtype=torch.float64, device="cpu") * number
+        scaling = _as_tensor(scaling, x)
     if drop_threshold(dropout_p) == 0:
         seed = None
     elif seed is None:
@@ -88,9 +87,26 @@ def lora_linear(
         return lora_linear_reference(
             x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed
         )
-    return torch.ops.lora_kernels.lora_linear(
+    return autograd.call(
         x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed, backend
     )
+
+
+def _as_tensor(scaling: float, x: Tensor) -> Tensor:
+    """The number as a 0-d fp64 tensor on the CPU."""
+    if runs_at_once(x):
+        return _constant(float(scaling))
+    # A product, because torch.compile keeps a number that enters one symbolic: no recompilation
+    # for a new scaling.
+    number = scaling if isinstance(scaling, (int, float, torch.SymFloat)) else float(scaling)
+    return torch.ones((), dtype=torch.float64, device="cpu") * number
+
+
+@functools.lru_cache(maxsize=256)
+def _constant(number: float) -> Tensor:
+    # Autograd saves no tensors that were made in inference mode.
+    with torch.inference_mode(False):
+        return torch.tensor(number, dtype=torch.float64, device="cpu")
 
 
 def explain(

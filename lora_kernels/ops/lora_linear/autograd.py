@@ -220,6 +220,18 @@ def _autograd(*args):
         return inference(*args)
 
 
+def call(*args) -> Tensor:
+    """The op, or its Autograd kernel straight where nothing else has to see the call."""
+    if (
+        runs_at_once(args[0])
+        and not torch._C._are_functorch_transforms_active()
+        # DTensor and its like: the dispatcher knows, or says that nobody does.
+        and all(arg is None or type(arg) in (Tensor, torch.nn.Parameter) for arg in args[1:7])
+    ):
+        return _autograd(*args)
+    return _OP(*args)
+
+
 def _refuse_gradients(op, name: str):
     def kernel(*args):
         if requires_grad(args):
