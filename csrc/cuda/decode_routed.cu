@@ -9,7 +9,7 @@
 //     of A as rows, and a part of the block's chunks, of x as they lie in memory; sums over the
 //     warps are the block's part of h = x A^T.
 //   * Meanwhile B comes into L2, and what a warp expands first, of B and of y, into registers.
-//   * Every block adds the parts of h that it expands, and rounds w s h.
+//   * Every block adds the parts of h that it expands, and rounds them.
 //   * expand: a block takes a part of the columns of all slices, a warp every eighth unit of 16.
 //     Here the pairs are the rows of mma's `a`, rows of B its columns, and a lane holds four
 //     neighbouring columns of y.
@@ -40,7 +40,7 @@ struct Layout {
   int units;       // of all slices
   int groups;      // clusters per tile
   int h;           // this block's part of h
-  int tail;        // T [PAIRS, ...]: w s h, the ranks of each slice from a multiple of 16 on
+  int tail;        // T [PAIRS, ...]: h, the ranks of each slice from a multiple of 16 on
   int tail_pitch;  // of a pair there
   int scale;       // float [PAIRS]: w s
   int slices;      // Slice [S]
@@ -227,11 +227,10 @@ struct Decode {
     return s;
   }
 
-  // Adds up h over all of K: writes this block's columns of it and, of the slices that this block
-  // expands, the rounded w s h.
+  // Adds up h over all of K: writes this block's columns of it and rounds what this block expands.
+  // w s comes after the product: w s h need not fit fp16.
   __device__ __forceinline__ void gather() const {
     const float4* const h = reinterpret_cast<const float4*>(shared + layout.h);
-    const float* const scale = reinterpret_cast<const float*>(shared + layout.scale);
     char* const tail = shared + layout.tail;
     const int own_first = h_first(int(cluster_rank())), own_end = h_first(int(cluster_rank()) + 1);
     int from = rank, to = 0;  // ranks
@@ -266,7 +265,7 @@ struct Decode {
           if (p + k >= pairs) continue;
           if (expands) {
             T* const row = reinterpret_cast<T*>(tail + (p + k) * layout.tail_pitch);
-            row[place] = from_float<T>(scale[p + k] * v[j][k]);
+            row[place] = from_float<T>(v[j][k]);
           }
           if (call.h && r + j >= own_first && r + j < own_end) {
             call.h[(first + p + k) * call.width + r + j] = v[j][k];
@@ -354,6 +353,11 @@ struct Decode {
     for (int n = 0; n < 2; ++n) {
       if (token[n] >= call.tokens || room <= 0) continue;
       float v[4] = {sums[0][2 * n], sums[0][2 * n + 1], sums[1][2 * n], sums[1][2 * n + 1]};
+      if (slice.rank > 0) {  // or it would be 0 times a scaling that may be infinite
+        const float scale = reinterpret_cast<const float*>(shared + layout.scale)[at.g + 8 * n];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v[i] *= scale;
+      }
       if (!call.overwrite) {
         T before[4];
         memcpy(before, &item.y[n], sizeof(before));

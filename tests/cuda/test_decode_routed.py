@@ -285,3 +285,16 @@ def test_nothing_is_read_outside(in_features, adapter_dtype):
     x, y = guarded(problem.x), guarded(problem.out)
     h = guarded(torch.empty(20, tensors.width))
     assert survives(lambda: native_cuda.decode_routed_(y, x, tensors, routed, h))
+
+
+def test_scaled_h_may_be_too_large_for_fp16():
+    """h and y are not: h is 2560, of which 32 are infinite."""
+    bank = AdapterBank(64, 24, dtype=torch.float16)
+    lora_b = torch.full((24, 4), 1e-3, dtype=torch.float16)
+    bank.add("one", torch.full((4, 64), 40.0, dtype=torch.float16), lora_b, 32.0)
+    routing = Routing.from_tokens(torch.tensor([0, -1, 0]), bank)
+    y = torch.zeros(3, 24, dtype=torch.float16)
+    x = torch.ones(3, 64, dtype=torch.float16)
+    native_cuda.decode_routed_(y, x, bank.tensors(), routing.tensors(with_plan=False))
+    exact = torch.full((24,), 4 * 2560 * 32 * lora_b[0, 0].item()).half()
+    assert torch.equal(y[0], exact) and torch.equal(y[2], exact) and (y[1] == 0).all()
