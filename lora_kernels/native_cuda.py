@@ -104,15 +104,18 @@ def unserved(targets: tuple[str, ...], capability: int, driver: int | None) -> s
         driver: the newest CUDA it knows, 13000 for 13.0; None where that is not known.
     """
     version, *targets = targets
-    major = int(version.removeprefix("cuda_").split(".")[0])
-    if driver is not None and driver // 1000 < major:
-        return (
-            f"the CUDA kernels were built with CUDA {version.removeprefix('cuda_')}, which the "
-            f"driver of this machine (CUDA {driver // 1000}.{driver % 1000 // 10}) is too old for"
-        )
-    if not any(_runs(target, capability) for target in targets):
+    serving = [target for target in targets if _runs(target, capability)]
+    if not serving:
         return (
             f"the CUDA kernels were built for {', '.join(targets)}, this device is sm_{capability}"
+        )
+    # Machine code runs on any driver of its CUDA's major version; PTX needs the minor version too.
+    major, minor = map(int, version.removeprefix("cuda_").split("."))
+    exact = any(target.startswith("sm_") for target in serving)
+    if driver is not None and driver < 1000 * major + (0 if exact else 10 * minor):
+        return (
+            f"the CUDA kernels were built with CUDA {major}.{minor}, which the driver of this "
+            f"machine (CUDA {driver // 1000}.{driver % 1000 // 10}) is too old for"
         )
     return None
 

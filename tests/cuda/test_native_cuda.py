@@ -72,6 +72,8 @@ def built(monkeypatch):
         (BUILT, 103, 13000, None),
         (BUILT, 120, 13000, None),  # from PTX
         (BUILT, 90, 12080, "built with CUDA 13.0, which the driver of this machine (CUDA 12.8)"),
+        ("cuda_12.8 sm_90a compute_90", 90, 12040, None),
+        ("cuda_12.8 sm_90a compute_90", 100, 12040, "CUDA 12.8, which the driver of this machine"),
         ("cuda_12.8 sm_90a compute_90", 80, 12080, "built for sm_90a, compute_90"),
         ("cuda_12.8 sm_90a compute_90", 100, 12080, None),
         ("cuda_12.8 sm_86 compute_86", 80, 12080, "this device is sm_80"),
