@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from lora_kernels import dispatch, lora_linear, native_cuda
-from lora_kernels.bench import machine, measure
+from lora_kernels.bench import machine
 from lora_kernels.bench.memory import SavedStorage
 from lora_kernels.bench.providers import Unavailable, forced_strategy
+from lora_kernels.bench.replay import Replayed
 from lora_kernels.bench.step import DTYPES
 from lora_kernels.dropout import drop_threshold, keep_mask
 from lora_kernels.ops.lora_linear import tiles
@@ -178,7 +179,7 @@ def providers(case: KernelCase) -> dict[str, Callable[[KernelInputs, KernelCase]
 # ---- running them
 
 
-class Kernel:
+class Kernel(Replayed):
     """One provider's calls on all sets of inputs."""
 
     first_loss = None
@@ -189,26 +190,8 @@ class Kernel:
         call: Callable[[KernelInputs, KernelCase], Tensor],
         sets: list[KernelInputs],
     ) -> None:
-        self.device = torch.device(case.device)
+        super().__init__(torch.device(case.device), self._call_all, len(sets), "forward")
         self._case, self._call, self._sets = case, call, sets
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self.timing = "events" if self.device.type == "cuda" else "wall clock"
-
-    def warm_up(self) -> None:
-        self._call_all()
-        if self.device.type == "cuda":
-            self._capture()
-
-    def run(self) -> measure.Laps:
-        """Seconds per call, over all sets."""
-        clock = measure.Clock(self.device)
-        clock.start()
-        if self._graph:
-            self._graph.replay()
-        else:
-            self._call_all()
-        clock.lap("forward")
-        return {name: took / len(self._sets) for name, took in clock.seconds().items()}
 
     def saved(self) -> list[SavedStorage]:
         return []
@@ -217,23 +200,6 @@ class Kernel:
     def _call_all(self) -> None:
         for inputs in self._sets:
             self._call(inputs, self._case)
-
-    def _capture(self) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._call_all()
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                self._call_all()
-        except RuntimeError:  # a provider that synchronises: events then, and the row says so
-            torch.cuda.synchronize()
-            return
-        self._graph = graph
-        self.timing = "cuda graph"
 
 
 def formula(case: KernelCase, inputs: KernelInputs, dtype: torch.dtype) -> Tensor:

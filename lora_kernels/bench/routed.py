@@ -17,6 +17,7 @@ from torch import Tensor
 from lora_kernels.bench import machine, measure
 from lora_kernels.bench.memory import PeakMemory, SavedStorage, peak_of, saved_for_backward
 from lora_kernels.bench.providers import MissingExtra
+from lora_kernels.bench.replay import Replayed
 from lora_kernels.bench.step import DTYPES
 from lora_kernels.testing import error_bound
 
@@ -132,63 +133,29 @@ def how_many_sets(case: RoutedCase) -> int:
     return min(MAX_SETS, max(2, math.ceil(3 * cache / (elements * case.torch_dtype.itemsize))))
 
 
-class Routed:
+class Routed(Replayed):
     """One provider's calls on all sets of inputs."""
 
     def __init__(self, case: RoutedCase, calls: list[RoutedCall], sets: list[RoutedInputs]) -> None:
-        self.device = torch.device(case.device)
-        self._case, self._calls, self._sets = case, calls, sets
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self.timing = "events" if self.device.type == "cuda" else "wall clock"
+        super().__init__(torch.device(case.device), self._call_all, len(calls), "layer")
+        self._case, self._contestants, self._sets = case, calls, sets
         self.first_loss = None
-
-    def warm_up(self) -> None:
-        self._call_all()
-        if self.device.type == "cuda":
-            self._capture()
-
-    def run(self) -> measure.Laps:
-        """Seconds per call, over all sets."""
-        clock = measure.Clock(self.device)
-        clock.start()
-        if self._graph:
-            self._graph.replay()
-        else:
-            self._call_all()
-        clock.lap("layer")
-        return {name: took / len(self._calls) for name, took in clock.seconds().items()}
 
     def saved(self) -> list[SavedStorage]:
         if not self._case.train:
             return []
-        call, inputs = self._calls[0], self._sets[0]
+        call, inputs = self._contestants[0], self._sets[0]
         own = [inputs.weight, *(leaf for leaf in call.leaves if leaf is not inputs.x)]
         return saved_for_backward(call.forward, own)
 
     def peak(self) -> PeakMemory:
-        return peak_of(lambda: run_once(self._case, self._calls[0], self._sets[0]), self.device)
+        return peak_of(
+            lambda: run_once(self._case, self._contestants[0], self._sets[0]), self.device
+        )
 
     def _call_all(self) -> None:
-        for call, inputs in zip(self._calls, self._sets, strict=True):
+        for call, inputs in zip(self._contestants, self._sets, strict=True):
             run_once(self._case, call, inputs)
-
-    def _capture(self) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self._call_all()
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                self._call_all()
-        except RuntimeError:  # a provider that synchronises: events then, and the row says so
-            torch.cuda.synchronize()
-            return
-        self._graph = graph
-        self.timing = "cuda graph"
 
 
 def run_once(case: RoutedCase, call: RoutedCall, inputs: RoutedInputs) -> None:

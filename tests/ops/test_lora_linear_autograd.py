@@ -224,6 +224,18 @@ def test_double_backward_is_refused():
         )  # fmt: skip
 
 
+def test_a_scaling_first_seen_in_inference_mode_can_be_trained_with():
+    """A number becomes a tensor once; autograd saves none that inference mode made."""
+    problem = LoRAProblem.random((8,), 16, 12, 3)
+    operands = (problem.weight, problem.lora_a, problem.lora_b, 0.7310585)
+    with torch.inference_mode():
+        expected = lora_linear(problem.x, *operands)
+    x = problem.x.clone().requires_grad_()
+    y = lora_linear(x, *operands)
+    y.sum().backward()
+    assert torch.equal(y, expected) and x.grad is not None
+
+
 def test_backward_runs_in_autograds_threads_and_twice():
     problem = LoRAProblem.random((8,), 16, 12, 3, dropout_p=0.3)
     named = list(leaves(problem).values())
