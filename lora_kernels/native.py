@@ -206,7 +206,8 @@ def project(
 ) -> tuple[Tensor, Tensor]:
     """``t = t_scale * dy @ B`` ``[M, R]`` in fp32 and ``grad_b = scale * dy^T @ h``.
 
-    One read of dy. ``grad_b`` has the shape and dtype of ``lora_b``.
+    dy is read once where a block of its rows stays in the cache. ``grad_b`` has the shape and dtype
+    of ``lora_b``.
     """
     rows, columns = dy.shape
     factor, (address, dtype, rank_stride, column_stride, rank) = _factor(lora_b, True)
