@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/adapter.h"
 #include "cpu/linear.h"
 #include "cpu/routed.h"
 #include "cpu/tasks.h"
@@ -34,93 +35,103 @@ void draw_mask(uintptr_t out, int64_t stride, int64_t first, int64_t rows, int64
                   threads);
 }
 
-void shrink(uintptr_t wide, int wide_dtype, int64_t wide_stride, int64_t rows, int64_t columns,
-            uintptr_t mask, int64_t mask_stride, uintptr_t factor, int factor_dtype,
-            int64_t rank_stride, int64_t column_stride, int64_t rank, uintptr_t out,
-            int64_t out_stride, double scale, int threads) {
-  lora::shrink({{at<char>(wide), dtype_of(wide_dtype), wide_stride, nullptr, 0},
-                {at<uint8_t>(mask), mask_stride},
-                {at<char>(factor), dtype_of(factor_dtype), rank_stride, column_stride},
-                {at<float>(out), out_stride},
-                float(scale),
-                columns,
-                0,
-                0,
-                0,
-                0},
-               rows, rank, threads);
+// Draws the mask if there is one; h [M, R], and y += s h B^T (or y = ...).
+void adapter_forward(int dtype, int64_t rows, uintptr_t x, int64_t x_stride, int64_t in_columns,
+                     uintptr_t y, int64_t y_stride, int64_t out_columns, bool add, int64_t rank,
+                     uintptr_t a, int a_dtype, int64_t a_rank_stride, int64_t a_column_stride,
+                     uintptr_t b, int b_dtype, int64_t b_rank_stride, int64_t b_column_stride,
+                     uintptr_t h, double h_scale, double scaling, uintptr_t mask, int64_t seed,
+                     uint32_t threshold, int threads) {
+  const int64_t mask_stride = (in_columns + 7) / 8;
+  lora::adapter_forward({at<uint8_t>(mask), mask_stride, uint64_t(seed), threshold},
+                        {{at<char>(x), dtype_of(dtype), x_stride, nullptr, 0},
+                         {at<uint8_t>(mask), mask_stride},
+                         {at<char>(a), dtype_of(a_dtype), a_rank_stride, a_column_stride},
+                         {at<float>(h), rank},
+                         float(h_scale),
+                         in_columns,
+                         0,
+                         0,
+                         0,
+                         0},
+                        {{at<char>(y), dtype_of(dtype), y_stride, nullptr, 0},
+                         {nullptr, 0},
+                         {at<char>(b), dtype_of(b_dtype), b_rank_stride, b_column_stride},
+                         {at<float>(h), rank},
+                         nullptr,
+                         1.0f,
+                         float(scaling),
+                         add,
+                         rank,
+                         0,
+                         0,
+                         0,
+                         0},
+                        rows, in_columns, out_columns, threads);
 }
 
-void expand(uintptr_t out, int out_dtype, int64_t out_stride, int64_t rows, int64_t columns,
-            bool add, uintptr_t mask, int64_t mask_stride, uintptr_t factor, int factor_dtype,
-            int64_t rank_stride, int64_t column_stride, double factor_scale, int64_t rank,
-            uintptr_t narrow, int64_t narrow_stride, int threads) {
-  lora::expand({{at<char>(out), dtype_of(out_dtype), out_stride, nullptr, 0},
-                {at<uint8_t>(mask), mask_stride},
-                {at<char>(factor), dtype_of(factor_dtype), rank_stride, column_stride},
-                {at<float>(narrow), narrow_stride},
-                nullptr,
-                1.0f,
-                float(factor_scale),
-                add,
-                rank,
-                0,
-                0,
-                0,
-                0},
-               rows, columns, threads);
-}
-
-void rank_gradient(uintptr_t wide, int wide_dtype, int64_t wide_stride, int64_t rows,
-                   int64_t columns, uintptr_t mask, int64_t mask_stride, uintptr_t narrow,
-                   int64_t narrow_stride, int64_t rank, double scale, uintptr_t grad,
-                   int grad_dtype, int64_t rank_stride, int64_t column_stride, int threads) {
-  lora::rank_gradient({{at<char>(wide), dtype_of(wide_dtype), wide_stride, nullptr, 0},
-                       {at<uint8_t>(mask), mask_stride},
-                       {at<float>(narrow), narrow_stride},
-                       nullptr,
-                       float(scale),
-                       at<char>(grad),
-                       dtype_of(grad_dtype),
-                       rank_stride,
-                       column_stride,
-                       rank,
-                       rows,
-                       0,
-                       0},
-                      columns, threads);
-}
-
-// t [M, R] as shrink makes it of dy and B, and the gradient of B [D, R].
-void project(uintptr_t dy, int dtype, int64_t stride, int64_t rows, int64_t columns, uintptr_t b,
-             int b_dtype, int64_t rank_stride, int64_t column_stride, int64_t rank, uintptr_t t,
-             double t_scale, uintptr_t h, int64_t h_stride, double scale, uintptr_t grad,
-             int grad_dtype, int64_t grad_rank_stride, int64_t grad_column_stride, int threads) {
-  const lora::Wide wide{at<char>(dy), dtype_of(dtype), stride, nullptr, 0};
-  lora::project({wide,
-                 {nullptr, 0},
-                 {at<char>(b), dtype_of(b_dtype), rank_stride, column_stride},
-                 {at<float>(t), rank},
-                 float(t_scale),
-                 columns,
-                 0,
-                 0,
-                 0,
-                 0},
-                {wide,
-                 {nullptr, 0},
-                 {at<float>(h), h_stride},
-                 nullptr,
-                 float(scale),
-                 at<char>(grad),
-                 dtype_of(grad_dtype),
-                 grad_rank_stride,
-                 grad_column_stride,
-                 rank,
-                 rows,
-                 0,
-                 0},
-                columns, threads);
+// The gradients lie in memory as A and B do, with strides of their own.
+void adapter_backward(int dtype, int64_t rows, uintptr_t dy, int64_t dy_stride, int64_t out_columns,
+                      uintptr_t x, int64_t x_stride, int64_t in_columns, uintptr_t dx,
+                      int64_t dx_stride, bool add, uintptr_t mask, int64_t rank, uintptr_t a,
+                      int a_dtype, int64_t a_rank_stride, int64_t a_column_stride, uintptr_t b,
+                      int b_dtype, int64_t b_rank_stride, int64_t b_column_stride, uintptr_t h,
+                      int64_t h_stride, double t_scale, double scaling, uintptr_t grad_a,
+                      int grad_a_dtype, int64_t grad_a_rank_stride, int64_t grad_a_column_stride,
+                      uintptr_t grad_b, int grad_b_dtype, int64_t grad_b_rank_stride,
+                      int64_t grad_b_column_stride, int threads) {
+  const lora::Wide wide_dy{at<char>(dy), dtype_of(dtype), dy_stride, nullptr, 0};
+  const lora::Mask kept{at<uint8_t>(mask), (in_columns + 7) / 8};
+  lora::adapter_backward({{wide_dy,
+                           {nullptr, 0},
+                           {at<char>(b), dtype_of(b_dtype), b_rank_stride, b_column_stride},
+                           {nullptr, 0},
+                           float(t_scale),
+                           out_columns,
+                           0,
+                           0,
+                           0,
+                           0},
+                          {wide_dy,
+                           {nullptr, 0},
+                           {at<float>(h), h_stride},
+                           nullptr,
+                           float(scaling),
+                           at<char>(grad_b),
+                           dtype_of(grad_b_dtype),
+                           grad_b_rank_stride,
+                           grad_b_column_stride,
+                           rank,
+                           rows,
+                           0,
+                           0},
+                          {{at<char>(x), dtype_of(dtype), x_stride, nullptr, 0},
+                           kept,
+                           {nullptr, 0},
+                           nullptr,
+                           1.0f,
+                           at<char>(grad_a),
+                           dtype_of(grad_a_dtype),
+                           grad_a_rank_stride,
+                           grad_a_column_stride,
+                           rank,
+                           rows,
+                           0,
+                           0},
+                          {{at<char>(dx), dtype_of(dtype), dx_stride, nullptr, 0},
+                           kept,
+                           {at<char>(a), dtype_of(a_dtype), a_rank_stride, a_column_stride},
+                           {nullptr, 0},
+                           nullptr,
+                           1.0f,
+                           1.0f,
+                           add,
+                           rank,
+                           0,
+                           0,
+                           0,
+                           0}},
+                         rows, in_columns, out_columns, threads);
 }
 
 // A bank and a routing, as long as their tensors live.
@@ -284,10 +295,8 @@ PYBIND11_MODULE(_native, m) {
 
   typedef py::call_guard<py::gil_scoped_release> Released;
   m.def("draw_mask", &draw_mask, Released());
-  m.def("shrink", &shrink, Released());
-  m.def("expand", &expand, Released());
-  m.def("rank_gradient", &rank_gradient, Released());
-  m.def("project", &project, Released());
+  m.def("adapter_forward", &adapter_forward, Released());
+  m.def("adapter_backward", &adapter_backward, Released());
   // Local, so that a second build of this module may live in the process: tests have one.
   py::class_<Routed>(m, "Routed", py::module_local())
       .def(py::init<uintptr_t, int, uintptr_t, uintptr_t, uintptr_t, const py::sequence&, int64_t,

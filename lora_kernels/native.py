@@ -24,7 +24,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lora_kernels.dropout import GROUP, drop_threshold
+from lora_kernels.dropout import GROUP, drop_threshold, keep_scale
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEVELS = ("portable", "AVX2", "AVX-512", "AVX-512 with BF16")
@@ -101,23 +101,41 @@ def _packed(mask: Tensor | None) -> tuple[int, int]:
     return (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
 
 
-def _factor(factor: Tensor, transposed: bool) -> tuple[Tensor, tuple[int, int, int, int, int]]:
-    """A ``[R, D]``, or B ``[D, R]`` if ``transposed``: what must live on, and the kernels' view.
+def _pitch(rows: Tensor) -> int:
+    """From a row to the next: any contiguous tensor, or ``[M, D]`` with unit stride in D."""
+    return rows.shape[-1] if rows.is_contiguous() else rows.stride(0)
 
-    Factors in fp64, or strided in both directions, are copied first.
-    """
+
+def _factor(factor: Tensor) -> Tensor:
+    """A or B as the kernels read it: of a dtype of theirs, with unit stride in one dimension."""
     if factor.dtype not in _NUMBER:
         factor = factor.float()
-    if factor.stride(1) != 1 and factor.stride(0) != 1:
-        factor = factor.contiguous()
-    rank_stride, column_stride = factor.stride()
-    rank = factor.shape[0]
-    if transposed:
-        rank_stride, column_stride, rank = column_stride, rank_stride, factor.shape[1]
-    return factor, (factor.data_ptr(), _NUMBER[factor.dtype], rank_stride, column_stride, rank)
+    if factor.is_contiguous() or 1 in factor.stride():
+        return factor
+    return factor.contiguous()
+
+
+def _view_of_a(a: Tensor) -> tuple[int, int, int, int]:
+    """Address, dtype, and the strides of rank and column."""
+    return a.data_ptr(), _NUMBER[a.dtype], *a.stride()
+
+
+def _view_of_b(b: Tensor) -> tuple[int, int, int, int]:
+    column_stride, rank_stride = b.stride()
+    return b.data_ptr(), _NUMBER[b.dtype], rank_stride, column_stride
+
+
+def _gradient_of(factor: Tensor) -> Tensor:
+    """Memory for the gradient, to be cast to the factor's dtype in the end."""
+    if factor.dtype in _NUMBER and factor.is_contiguous():
+        return torch.empty_like(factor)
+    dtype = factor.dtype if factor.dtype in _NUMBER else torch.float32
+    return torch.empty(factor.shape, dtype=dtype)
 
 
 # --- one adapter -----------------------------------------------------------------------------
+
+_ABSENT = (0, 0, 0, 0)
 
 
 def packed_keep_mask(seed: Tensor, p: float, rows: int, columns: int, stream: int = 0) -> Tensor:
@@ -131,94 +149,73 @@ def packed_keep_mask(seed: Tensor, p: float, rows: int, columns: int, stream: in
     return out
 
 
-def shrink(
-    wide: Tensor,  # [M, D], unit stride in D
-    factor: Tensor,  # [R, D], or [D, R] if transposed
-    scale: float,
-    mask: Tensor | None = None,  # [M, ceil(D/8)]
-    *,
-    transposed: bool = False,
-) -> Tensor:
-    """``scale * (keep * wide) @ factor^T``: ``[M, R]`` in fp32."""
-    rows, columns = wide.shape
-    factor, (address, dtype, rank_stride, column_stride, rank) = _factor(factor, transposed)
-    out = torch.empty((rows, rank), dtype=torch.float32)
-    extension().shrink(
-        *_wide(wide), rows, columns, *_packed(mask), address, dtype, rank_stride, column_stride,
-        rank, out.data_ptr(), rank, scale, torch.get_num_threads(),
-    )  # fmt: skip
-    return out
-
-
-def expand_(
-    out: Tensor,  # [M, D], unit stride in D; written or added to
-    narrow: Tensor,  # [M, R] fp32
-    factor: Tensor,  # [R, D], or [D, R] if transposed
-    scale: float = 1.0,
-    mask: Tensor | None = None,  # [M, ceil(D/8)]
-    *,
-    transposed: bool = False,
-    add: bool = True,
-) -> None:
-    """``out (+)= keep * (narrow @ (scale * factor))``, rounded once to out's dtype.
-
-    For bf16 on a processor that multiplies pairs of bf16, narrow and the scaled factor are rounded
-    to bf16 first, as for any GEMM in bf16.
-    """
-    rows, columns = out.shape
-    factor, (address, dtype, rank_stride, column_stride, rank) = _factor(factor, transposed)
-    extension().expand(
-        *_wide(out), rows, columns, add, *_packed(mask), address, dtype, rank_stride,
-        column_stride, scale, rank, narrow.data_ptr(), narrow.stride(0), torch.get_num_threads(),
-    )  # fmt: skip
-
-
-def rank_gradient(
-    wide: Tensor,  # [M, D], unit stride in D
-    narrow: Tensor,  # [M, R] fp32
-    like: Tensor,  # the factor: [R, D], or [D, R] if transposed
-    scale: float = 1.0,
-    mask: Tensor | None = None,  # [M, ceil(D/8)]
-    *,
-    transposed: bool = False,
-) -> Tensor:
-    """``scale * narrow^T @ (keep * wide)`` in the shape and dtype of ``like``."""
-    rows, columns = wide.shape
-    dtype = like.dtype if like.dtype in _NUMBER else torch.float32
-    grad = torch.empty(like.shape, dtype=dtype)
-    rank_stride, column_stride = grad.stride()
-    if transposed:
-        rank_stride, column_stride = column_stride, rank_stride
-    extension().rank_gradient(
-        *_wide(wide), rows, columns, *_packed(mask), narrow.data_ptr(), narrow.stride(0),
-        narrow.shape[1], scale, grad.data_ptr(), _NUMBER[dtype], rank_stride, column_stride,
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return grad if dtype == like.dtype else grad.to(like.dtype)
-
-
-def project(
-    dy: Tensor,  # [M, N], unit stride in N
+def adapter_forward(
+    x: Tensor,  # [..., K] contiguous, or [M, K] with unit stride in K
+    y: Tensor,  # [..., N] likewise, in x's dtype; written or added to
+    lora_a: Tensor,  # [R, K]
     lora_b: Tensor,  # [N, R]
-    t_scale: float,
-    h: Tensor,  # [M, R] fp32
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """``t = t_scale * dy @ B`` ``[M, R]`` in fp32 and ``grad_b = scale * dy^T @ h``.
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,  # [], where something is dropped
+    *,
+    add: bool,
+) -> tuple[Tensor, Tensor | None]:  # [M, R] fp32; [M, ceil(K/8)] uint8
+    """``y (+)= s h B^T`` with ``h = D(x) A^T``; returns h and the packed keep-mask.
 
-    dy is read once where a block of its rows stays in the cache. ``grad_b`` has the shape and dtype
-    of ``lora_b``.
+    For bf16 on a processor that multiplies pairs of bf16, h and s B are rounded to bf16 for their
+    product, as for any GEMM in bf16.
     """
-    rows, columns = dy.shape
-    factor, (address, dtype, rank_stride, column_stride, rank) = _factor(lora_b, True)
-    t = torch.empty((rows, rank), dtype=torch.float32)
-    grad = torch.empty(lora_b.shape, dtype=factor.dtype)
-    extension().project(
-        *_wide(dy), rows, columns, address, dtype, rank_stride, column_stride, rank,
-        t.data_ptr(), t_scale, h.data_ptr(), h.stride(0), scale, grad.data_ptr(),
-        _NUMBER[grad.dtype], grad.stride(1), grad.stride(0), torch.get_num_threads(),
+    columns, rank = x.shape[-1], lora_a.shape[0]
+    rows = x.numel() // columns
+    h = torch.empty((rows, rank), dtype=torch.float32)
+    mask, mask_address, h_scale, key = None, 0, 1.0, 0
+    threshold = drop_threshold(dropout_p)
+    if threshold > 0:
+        mask = torch.empty((rows, -(-columns // GROUP)), dtype=torch.uint8)
+        mask_address, h_scale, key = mask.data_ptr(), keep_scale(dropout_p), seed.item()
+    a, b = _factor(lora_a), _factor(lora_b)
+    extension().adapter_forward(
+        _NUMBER[x.dtype], rows, x.data_ptr(), _pitch(x), columns, y.data_ptr(), _pitch(y),
+        b.shape[0], add, rank, *_view_of_a(a), *_view_of_b(b), h.data_ptr(), h_scale, scaling,
+        mask_address, key, threshold, torch.get_num_threads(),
     )  # fmt: skip
-    return t, grad if grad.dtype == lora_b.dtype else grad.to(lora_b.dtype)
+    return h, mask
+
+
+def adapter_backward(
+    dy: Tensor,  # [..., N] contiguous, or [M, N] with unit stride in N
+    x: Tensor | None,  # [..., K] likewise, for the gradient of A
+    dx: Tensor | None,  # [..., K] likewise; written or added to
+    lora_a: Tensor,  # [R, K]
+    lora_b: Tensor,  # [N, R]
+    h: Tensor | None,  # [M, R] fp32, for the gradient of B
+    mask: Tensor | None,  # [M, ceil(K/8)], contiguous
+    scaling: float,
+    dropout_p: float,
+    *,
+    add: bool,
+) -> tuple[Tensor | None, Tensor | None]:  # [R, K], [N, R] in the dtypes of A and B
+    """``dx (+)= keep * (t A)`` with ``t = s / (1 - p) dy B``; returns ``t^T (keep * x)`` and
+    ``s dy^T h``. What has no operand is not computed."""
+    (rank, columns), out_columns = lora_a.shape, lora_b.shape[0]
+    a, b = _factor(lora_a), _factor(lora_b)
+    grad_a = None if x is None else _gradient_of(lora_a)
+    grad_b = None if h is None else _gradient_of(lora_b)
+    extension().adapter_backward(
+        _NUMBER[dy.dtype], dy.numel() // out_columns, dy.data_ptr(), _pitch(dy), out_columns,
+        *((0, 0) if x is None else (x.data_ptr(), _pitch(x))), columns,
+        *((0, 0) if dx is None else (dx.data_ptr(), _pitch(dx))), add,
+        0 if mask is None else mask.data_ptr(), rank, *_view_of_a(a), *_view_of_b(b),
+        *((0, 0) if h is None else (h.data_ptr(), h.stride(0))),
+        scaling * keep_scale(dropout_p), scaling,
+        *(_ABSENT if grad_a is None else _view_of_a(grad_a)),
+        *(_ABSENT if grad_b is None else _view_of_b(grad_b)), torch.get_num_threads(),
+    )  # fmt: skip
+    if grad_a is not None and grad_a.dtype != lora_a.dtype:
+        grad_a = grad_a.to(lora_a.dtype)
+    if grad_b is not None and grad_b.dtype != lora_b.dtype:
+        grad_b = grad_b.to(lora_b.dtype)
+    return grad_a, grad_b
 
 
 # --- many adapters ---------------------------------------------------------------------------

@@ -1,16 +1,12 @@
 // y += h B^T: outer products over the rank. Included inside a level's namespace.
 
-// acc[i][v] = sum over k of left[i * left_row + k * left_step] * panel[k * pitch + v * W]
+// acc[i][v] += sum over k of left[i * left_row + k * left_step] * panel[k * pitch + v * W]
 template <class C, int ROWS_>
 static inline __attribute__((always_inline)) void outer_tile(const uint32_t* left, int64_t left_row,
                                                              int64_t left_step,
                                                              const uint32_t* panel, int64_t pitch,
                                                              int64_t steps,
                                                              vf (&acc)[ROWS_][VECTORS]) {
-#pragma GCC unroll 4
-  for (int i = 0; i < ROWS_; i++)
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; v++) acc[i][v] = zero();
   for (int64_t k = 0; k < steps; k++) {
     vf p[VECTORS];
 #pragma GCC unroll 4
@@ -23,14 +19,11 @@ static inline __attribute__((always_inline)) void outer_tile(const uint32_t* lef
   }
 }
 
-constexpr int64_t SPAN = VECTORS * W;  // columns of an outer tile
-
 // Columns [begin, begin + n) of a factor as words of DEPTH neighbouring ranks: [R / DEPTH, pitch].
 template <class C>
-static uint32_t* pack_columns(const Factor& f, int64_t rank, int64_t begin, int64_t n,
-                              int64_t pitch, float scale) {
+static void pack_columns(uint32_t* panel, const Factor& f, int64_t rank, int64_t begin, int64_t n,
+                         int64_t pitch, float scale) {
   const int64_t steps = (rank + C::DEPTH - 1) / C::DEPTH;
-  uint32_t* panel = scratch<uint32_t>(Scratch::panel, steps * pitch);
   if (f.column_stride == 1) {
     for (int64_t k = 0; k < steps; k++) {
       const char* rows[2];
@@ -57,56 +50,61 @@ static uint32_t* pack_columns(const Factor& f, int64_t rank, int64_t begin, int6
     }
   }
   for (int64_t k = 0; k < steps; k++) fill_zero(panel + k * pitch + n, (pitch - n) * 4);
-  return panel;
+  C::order_columns(panel, steps * pitch);
 }
 
-// Adds (or writes) a row of a tile; FULL: all SPAN columns exist.
-template <DType T, bool FULL>
-static inline __attribute__((always_inline)) void finish_row(const vf* sums, char* out, int64_t n,
-                                                             const uint8_t* mask, bool add_to) {
-  uint64_t bits = ~uint64_t(0);
-  if (mask) {
-    if constexpr (FULL) {
-      std::memcpy(&bits, mask, SPAN / 8);
-    } else {
-      bits = 0;
-      std::memcpy(&bits, mask, size_t((n + 7) / 8));
-    }
-  }
+// A piece of the task's columns whose packed factor stays in the first-level cache.
+struct Piece {
+  int64_t begin, end;
+  const uint32_t* panel;
+  int64_t pitch;
+};
+
+template <class C, DType T, int ROWS_, bool FULL>
+static inline __attribute__((always_inline)) void expand_tile(
+    const Expand& t, char* const* out, const char* const* next, const uint8_t* const* mask,
+    int64_t n, const uint32_t* left, const uint32_t* panel, int64_t pitch, int64_t steps) {
+  vf acc[ROWS_][VECTORS];
 #pragma GCC unroll 4
-  for (int v = 0; v < VECTORS; v++) {
-    const int64_t some = FULL ? W : n - v * W;
-    if (!FULL && some <= 0) break;
-    char* to = out + v * W * size_of(T);
-    vf value = sums[v];
-    if (mask) value = keep(value, uint32_t(bits >> (v * W)));
-    if (add_to) value = add(value, load_any(T, to, some));
-    store_any(T, to, value, some);
-  }
+  for (int i = 0; i < ROWS_; i++) C::template start<T, FULL>(acc[i], out[i], n, t.add);
+  if (next)
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS_; i++)
+      for (int64_t at = 0; at < SPAN * size_of(T); at += 64) __builtin_prefetch(next[i] + at, 1);
+  outer_tile<C, ROWS_>(left, steps, 1, panel, pitch, steps, acc);
+#pragma GCC unroll 4
+  for (int i = 0; i < ROWS_; i++)
+    C::template finish<T, FULL>(acc[i], out[i], n, mask ? mask[i] : nullptr, t.add);
 }
 
+// ROWS_ rows of a piece, from row m on.
 template <class C, DType T, int ROWS_>
-static void expand_tile(const Expand& t, int64_t m, const uint32_t* left, int64_t left_row,
-                        const uint32_t* panel, int64_t pitch, int64_t steps) {
-  const int64_t n = t.column_end - t.column_begin;
+static void expand_rows(const Expand& t, int64_t m, const Piece& piece, const uint32_t* left,
+                        int64_t steps) {
   char* out[ROWS_];
+  const char* next[ROWS_];
   const uint8_t* mask[ROWS_];
+  const bool more = t.add && m + 2 * ROWS_ <= t.row_end;
   for (int i = 0; i < ROWS_; i++) {
-    out[i] = t.out.row(m + i) + t.column_begin * size_of(T);
-    mask[i] = t.mask.bits ? t.mask.row(m + i) + t.column_begin / 8 : nullptr;
+    out[i] = t.out.row(m + i) + piece.begin * size_of(T);
+    next[i] = more ? t.out.row(m + i + ROWS_) + piece.begin * size_of(T) : nullptr;
+    mask[i] = t.mask.bits ? t.mask.row(m + i) + piece.begin / 8 : nullptr;
   }
-  for (int64_t d = 0; d < n; d += SPAN) {
-    vf acc[ROWS_][VECTORS];
-    outer_tile<C, ROWS_>(left, left_row, 1, panel + d, pitch, steps, acc);
-#pragma GCC unroll 4
+  const uint32_t* panel = piece.panel;
+  for (int64_t left_over = piece.end - piece.begin; left_over > 0; left_over -= SPAN) {
+    const char* const* ahead = more ? next : nullptr;
+    const uint8_t* const* kept = t.mask.bits ? mask : nullptr;
+    if (left_over >= SPAN) {
+      expand_tile<C, T, ROWS_, true>(t, out, ahead, kept, SPAN, left, panel, piece.pitch, steps);
+    } else {
+      expand_tile<C, T, ROWS_, false>(t, out, ahead, kept, left_over, left, panel, piece.pitch,
+                                      steps);
+    }
+    panel += SPAN;
     for (int i = 0; i < ROWS_; i++) {
-      char* to = out[i] + d * size_of(T);
-      const uint8_t* kept = t.mask.bits ? mask[i] + d / 8 : nullptr;
-      if (n - d >= SPAN) {
-        finish_row<T, true>(acc[i], to, SPAN, kept, t.add);
-      } else {
-        finish_row<T, false>(acc[i], to, n - d, kept, t.add);
-      }
+      out[i] += SPAN * size_of(T);
+      if (more) next[i] += SPAN * size_of(T);
+      if (kept) mask[i] += SPAN / 8;
     }
   }
 }
@@ -114,24 +112,42 @@ static void expand_tile(const Expand& t, int64_t m, const uint32_t* left, int64_
 template <class C, DType T>
 static void expand_as(const Expand& t) {
   typedef typename C::Element E;
-  const int64_t n = t.column_end - t.column_begin, pitch = round_up(n, SPAN);
+  constexpr int64_t WIDTH = 512, CHUNK = 128;
+  const int64_t columns = t.column_end - t.column_begin;
   const int64_t steps = (t.rank + C::DEPTH - 1) / C::DEPTH;
-  const uint32_t* panel =
-      pack_columns<C>(t.factor, t.rank, t.column_begin, n, pitch, t.factor_scale);
-  uint32_t* left = scratch<uint32_t>(Scratch::left, ROWS * steps);
-  for (int64_t m = t.row_begin; m < t.row_end; m += ROWS) {
-    const int rows = int(t.row_end - m < ROWS ? t.row_end - m : ROWS);
-    for (int i = 0; i < rows; i++) {
-      const float scale = t.weights ? t.left_scale * t.weights[m + i] : t.left_scale;
-      left[i * steps + steps - 1] = 0;
-      C::pack((E*)(left + i * steps), DType::f32, (const char*)t.narrow.row(m + i), t.rank, nullptr,
-              scale);
+  uint32_t* panels = scratch<uint32_t>(Scratch::columns, steps * round_up(columns, SPAN));
+  const auto piece_at = [&](int64_t done) {
+    const int64_t n = columns - done < WIDTH ? columns - done : WIDTH;
+    const int64_t begin = t.column_begin + done;
+    return Piece{begin, begin + n, panels + done * steps, round_up(n, SPAN)};
+  };
+  if (!packed_for(Scratch::columns, t.call))
+    for (int64_t done = 0; done < columns; done += WIDTH) {
+      const Piece p = piece_at(done);
+      pack_columns<C>(panels + done * steps, t.factor, t.rank, p.begin, p.end - p.begin, p.pitch,
+                      t.factor_scale);
     }
-    if (rows == 1) expand_tile<C, T, 1>(t, m, left, steps, panel, pitch, steps);
-    if (rows == 2) expand_tile<C, T, 2>(t, m, left, steps, panel, pitch, steps);
-    if constexpr (ROWS > 2) {
-      if (rows == 3) expand_tile<C, T, 3>(t, m, left, steps, panel, pitch, steps);
-      if (rows == 4) expand_tile<C, T, 4>(t, m, left, steps, panel, pitch, steps);
+  uint32_t* left = scratch<uint32_t>(Scratch::left, CHUNK * steps);
+  for (int64_t first = t.row_begin; first < t.row_end; first += CHUNK) {
+    const int64_t last = t.row_end - first < CHUNK ? t.row_end : first + CHUNK;
+    for (int64_t m = first; m < last; m++) {
+      uint32_t* to = left + (m - first) * steps;
+      to[steps - 1] = 0;  // half of it may belong to no rank
+      C::pack((E*)to, DType::f32, (const char*)t.narrow.row(m), t.rank, nullptr,
+              t.weights ? t.left_scale * t.weights[m] : t.left_scale);
+    }
+    for (int64_t done = 0; done < columns; done += WIDTH) {
+      const Piece piece = piece_at(done);
+      for (int64_t m = first; m < last; m += ROWS) {
+        const uint32_t* from = left + (m - first) * steps;
+        const int64_t rows = last - m;
+        if (rows == 1) expand_rows<C, T, 1>(t, m, piece, from, steps);
+        if (rows == 2 || (ROWS == 2 && rows > 2)) expand_rows<C, T, 2>(t, m, piece, from, steps);
+        if constexpr (ROWS > 2) {
+          if (rows == 3) expand_rows<C, T, 3>(t, m, piece, from, steps);
+          if (rows >= 4) expand_rows<C, T, 4>(t, m, piece, from, steps);
+        }
+      }
     }
   }
 }

@@ -8,6 +8,10 @@ template <class C, int ROWS_>
 static void gradient_tile(const uint32_t* left, int64_t left_step, const uint32_t* panel,
                           int64_t steps, float* sums, int64_t pitch, bool first) {
   vf acc[ROWS_][VECTORS];
+#pragma GCC unroll 4
+  for (int i = 0; i < ROWS_; i++)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) acc[i][v] = zero();
   outer_tile<C, ROWS_>(left, 1, left_step, panel, SPAN, steps, acc);
 #pragma GCC unroll 4
   for (int i = 0; i < ROWS_; i++)
@@ -40,18 +44,40 @@ static void store_gradient(const RankGradient& t, float* sums, int64_t pitch) {
   }
 }
 
-// sums [R, pitch] = what the rows first .. last - 1 add to the gradient, unscaled.
+// Two rows (or one, of a compute type of single values) of the task's columns, in spans.
 template <class C>
-static void sum_rows(const RankGradient& t, int64_t first, int64_t last, float* sums,
-                     int64_t pitch) {
-  const int64_t n = t.column_end - t.column_begin;
+static inline void pack_wide(uint32_t* to, int64_t span_step, const RankGradient& t,
+                             const char** rows, const uint8_t** masks, int64_t n) {
+  const uint8_t* const* kept = t.mask.bits ? masks : nullptr;
+  int64_t d = C::pack_spans(to, span_step, t.wide.dtype, rows, n, kept);
+  if (d == n) return;
+  const int64_t element = size_of(t.wide.dtype);
+  for (int64_t j = 0; j < C::DEPTH; j++) {
+    if (rows[j]) rows[j] += d * element;
+    if (masks[j]) masks[j] += d / 8;
+  }
+  for (to += d / SPAN * span_step; d < n; d += SPAN, to += span_step) {
+    const int64_t width = n - d < SPAN ? n - d : SPAN;
+    C::pack_rows(to, t.wide.dtype, rows, width, kept, 1);
+    fill_zero(to + width, (SPAN - width) * 4);
+    for (int64_t j = 0; j < C::DEPTH; j++) {
+      if (rows[j]) rows[j] += SPAN * element;
+      if (masks[j]) masks[j] += SPAN / 8;
+    }
+  }
+}
+
+template <class C>
+static void sum_rows(const GradientPart& part) {
+  const RankGradient& t = part.whole;
+  const int64_t n = t.column_end - t.column_begin, pitch = part.pitch;
   const int64_t element = size_of(t.wide.dtype), ranks = t.rank;
   uint32_t* left = scratch<uint32_t>(Scratch::left, ROW_BLOCK / C::DEPTH * ranks);
-  uint32_t* panel = scratch<uint32_t>(Scratch::panel, ROW_BLOCK / C::DEPTH * pitch);
+  uint32_t* panel = scratch<uint32_t>(Scratch::panel, ROW_BLOCK / C::DEPTH * round_up(n, SPAN));
   float* scaled = scratch<float>(Scratch::rows, 2 * ranks);
-  if (first == last) fill_zero(sums, ranks * pitch * 4);
-  for (int64_t begin = first; begin < last; begin += ROW_BLOCK) {
-    const int64_t count = last - begin < ROW_BLOCK ? last - begin : ROW_BLOCK;
+  if (part.row_begin == part.row_end && !part.add) fill_zero(part.sums, ranks * pitch * 4);
+  for (int64_t begin = part.row_begin; begin < part.row_end; begin += ROW_BLOCK) {
+    const int64_t count = part.row_end - begin < ROW_BLOCK ? part.row_end - begin : ROW_BLOCK;
     const int64_t steps = (count + C::DEPTH - 1) / C::DEPTH;
     for (int64_t k = 0; k < steps; k++) {
       const char* rows[2];
@@ -79,22 +105,13 @@ static void sum_rows(const RankGradient& t, int64_t first, int64_t last, float* 
           for (int64_t at = 0; at < n * element; at += 64) __builtin_prefetch(ahead + at);
         }
       }
-      for (int64_t d = 0; d < n; d += SPAN) {
-        const int64_t width = n - d < SPAN ? n - d : SPAN;
-        uint32_t* to = panel + (d * steps + k * SPAN);
-        C::pack_rows(to, t.wide.dtype, rows, width, t.mask.bits ? masks : nullptr, 1);
-        fill_zero(to + width, (SPAN - width) * 4);
-        for (int64_t j = 0; j < C::DEPTH; j++) {
-          if (rows[j]) rows[j] += SPAN * element;
-          if (masks[j]) masks[j] += SPAN / 8;
-        }
-      }
+      pack_wide<C>(panel + k * SPAN, steps * SPAN, t, rows, masks, n);
     }
-    const bool start = begin == first;
+    const bool start = begin == part.row_begin && !part.add;
     for (int64_t d = 0; d < n; d += SPAN) {
       const uint32_t* block = panel + d * steps;
       for (int64_t r = 0; r < ranks; r += ROWS) {
-        float* to = sums + r * pitch + d;
+        float* to = part.sums + r * pitch + d;
         const int64_t some = ranks - r;
         if (some == 1) gradient_tile<C, 1>(left + r, ranks, block, steps, to, pitch, start);
         if (some == 2 || (ROWS == 2 && some > 2))
@@ -112,13 +129,13 @@ template <class C>
 static void rank_gradient_in(const RankGradient& t) {
   const int64_t pitch = round_up(t.column_end - t.column_begin, SPAN);
   float* sums = scratch<float>(Scratch::sums, t.rank * pitch);
-  sum_rows<C>(t, 0, t.rows, sums, pitch);
+  sum_rows<C>({t, 0, t.rows, sums, pitch, false});
   store_gradient(t, sums, pitch);
 }
 
 template <class C>
 static void gradient_part_in(const GradientPart& part) {
-  sum_rows<C>(part.whole, part.row_begin, part.row_end, part.sums, part.pitch);
+  sum_rows<C>(part);
 }
 
 // Adds the parts in their order.

@@ -49,14 +49,25 @@ namespace {
 struct Buffers {
   void* data[int(Scratch::count)] = {};
   int64_t size[int(Scratch::count)] = {};
+  int64_t call[int(Scratch::count)] = {};
   ~Buffers() {
     for (void* p : data) std::free(p);
   }
 };
+thread_local Buffers buffers;
+std::atomic<int64_t> calls{0};
 }  // namespace
 
+int64_t new_call() { return 1 + calls.fetch_add(1, std::memory_order_relaxed); }
+
+bool packed_for(Scratch which, int64_t call) {
+  int64_t& last = buffers.call[int(which)];
+  const bool is = call != 0 && last == call;
+  last = call;
+  return is;
+}
+
 void* scratch_bytes(Scratch which, int64_t bytes) {
-  thread_local Buffers buffers;
   const int i = int(which);
   if (buffers.size[i] < bytes || !buffers.data[i]) {
     std::free(buffers.data[i]);

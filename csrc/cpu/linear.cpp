@@ -61,44 +61,6 @@ void rank_gradient(const RankGradient& whole, int64_t columns, int threads) {
   });
 }
 
-void project(const Shrink& whole_t, const RankGradient& whole_b, int64_t columns, int threads) {
-  constexpr int64_t ROWS = 128, MOST_PARTS = 16, CACHE = 1 << 19;
-  const int64_t rows = whole_b.rows, rank = whole_b.rank;
-  // Too few rows to share, or too wide to stay in the cache between the passes. Whatever the
-  // threads: the bits do not depend on them.
-  if (rows < 2 * ROWS || ROWS * columns * size_of(whole_b.wide.dtype) > CACHE) {
-    shrink(whole_t, rows, rank, threads);
-    rank_gradient(whole_b, columns, threads);
-    return;
-  }
-  threads = threads_for(2 * rows * rank * columns, threads);
-  const int64_t step = pieces(pieces(rows, ROWS), MOST_PARTS) * ROWS, count = pieces(rows, step);
-  const int64_t pitch = round_up(columns, 64), part = rank * pitch;
-  float* parts = scratch<float>(Scratch::parts, count * part);
-  parallel_for(threads, count, [&](int64_t i) {
-    const int64_t last = std::min(rows, (i + 1) * step);
-    GradientPart sums{whole_b, 0, 0, parts + i * part, pitch};
-    sums.whole.column_begin = 0;
-    sums.whole.column_end = columns;
-    sums.row_begin = i * step;
-    sums.row_end = last;
-    Shrink t = whole_t;
-    t.rank_begin = 0;
-    t.rank_end = rank;
-    t.row_begin = i * step;
-    t.row_end = last;
-    kernels().shrink(t);
-    kernels().gradient_part(sums);
-  });
-  const int64_t width = std::min<int64_t>(512, round_up(pieces(columns, 2 * threads), 64));
-  parallel_for(threads, pieces(columns, width), [&](int64_t i) {
-    RankGradient t = whole_b;
-    t.column_begin = i * width;
-    t.column_end = std::min(columns, t.column_begin + width);
-    kernels().gradient_of_parts(t, parts, count, pitch);
-  });
-}
-
 void draw_mask(uint8_t* out, int64_t stride, int64_t first, int64_t rows, int64_t columns,
                uint64_t seed, uint32_t stream, uint32_t threshold, int threads) {
   const int64_t groups = pieces(columns, 8);

@@ -1,4 +1,4 @@
-// One adapter over all rows: whole problems cut into tasks.
+// One kernel over all rows: whole problems cut into tasks.
 #pragma once
 
 #include "tasks.h"
@@ -9,10 +9,6 @@ namespace lora {
 void shrink(const Shrink& whole, int64_t rows, int64_t rank, int threads);
 void expand(const Expand& whole, int64_t rows, int64_t columns, int threads);
 void rank_gradient(const RankGradient& whole, int64_t columns, int threads);
-
-// The two passes over dy in one: t as `shrink` makes it and the gradient of B as `rank_gradient`
-// does, a block of rows after another while it is in the cache.
-void project(const Shrink& whole_t, const RankGradient& whole_b, int64_t columns, int threads);
 
 // Rows first .. first + rows - 1 of the keep-mask of [., columns].
 void draw_mask(uint8_t* out, int64_t stride, int64_t first, int64_t rows, int64_t columns,

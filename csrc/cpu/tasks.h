@@ -59,6 +59,7 @@ struct Shrink {
   float scale;
   int64_t columns;
   int64_t row_begin, row_end, rank_begin, rank_end;
+  int64_t call = 0;  // of several tasks with the same factor and ranks: a thread packs it once
 };
 
 // out[m, d] (+)= keep[m, d] * sum_r (left_scale * weights[m] * narrow[m, r])
@@ -74,6 +75,7 @@ struct Expand {
   bool add;
   int64_t rank;
   int64_t row_begin, row_end, column_begin, column_end;
+  int64_t call = 0;  // as above, for the same columns
 };
 
 // grad[r, d] = scale * sum_m weights[m] * narrow[m, r] * keep[m, d] * wide[m, d]
@@ -91,12 +93,13 @@ struct RankGradient {
   int64_t column_begin, column_end;
 };
 
-// The share of some rows in a gradient over all columns of `whole`: sums [R, pitch], unscaled.
+// What some rows of `whole` add to its columns: sums [R, pitch], unscaled.
 struct GradientPart {
   RankGradient whole;
   int64_t row_begin, row_end;
-  float* sums;
+  float* sums;  // of column_begin and on
   int64_t pitch;
+  bool add;  // to what is there
 };
 
 // The generator's groups first .. first + count - 1 (lora_kernels/dropout.py), one byte each.
@@ -131,8 +134,13 @@ void set_level(int level);  // at most best_level()
 const Kernels& kernels();
 
 // Memory of the calling thread, kept from call to call; aligned to a cache line.
-enum class Scratch { panel, left, rows, sums, temporary, parts, count };
+enum class Scratch { ranks, columns, panel, left, rows, sums, temporary, narrow, parts, count };
 void* scratch_bytes(Scratch which, int64_t bytes);
+
+// Whether the calling thread's memory holds already what it packed there for this call. If not, it
+// is about to. Call 0 never does.
+bool packed_for(Scratch which, int64_t call);
+int64_t new_call();
 
 template <class T>
 T* scratch(Scratch which, int64_t count) {

@@ -52,7 +52,7 @@ def assert_close(ours, exact, magnitude, terms: int) -> None:
 def each_operand(function):
     for mark in (
         pytest.mark.parametrize("dropped", [False, True], ids=["", "dropout"]),
-        pytest.mark.parametrize("transposed", [False, True], ids=["A", "B"]),
+        pytest.mark.parametrize("turned", [False, True], ids=["", "turned"]),
         pytest.mark.parametrize("adapter_dtype", DTYPES, ids=str),
         pytest.mark.parametrize("dtype", DTYPES, ids=str),
     ):
@@ -60,64 +60,118 @@ def each_operand(function):
     return function
 
 
-@each_operand
-def test_shrink(level, dtype, adapter_dtype, transposed, dropped, poisoned_memory):
-    for (rows, columns), rank in zip(SIZES, RANKS, strict=True):
-        x, factor = wide(rows, columns, dtype), draw(rank, columns, dtype=adapter_dtype)
-        packed, keep = masks(rows, columns, dropped)
-        given = factor.t().contiguous() if transposed else factor
-        ours = native.shrink(x, given, -0.7, packed, transposed=transposed)
-        right = operand(factor, x, level).double().t()
-        exact, size = (-0.7 * (keep * x.double()) @ right), (keep * x.double()).abs() @ right.abs()
-        assert_close(ours, exact, size, columns)
+def as_given(factor: torch.Tensor, turned: bool) -> torch.Tensor:
+    """The factor, or one of the same values that lies transposed in memory."""
+    return factor.t().contiguous().t() if turned else factor
+
+
+def shrink(x, factor, p: float = 0.0):
+    """``D(x) A^T`` and the mask."""
+    rows, rank = x.numel() // x.shape[-1], factor.shape[0]
+    y, ones = torch.zeros((rows, 1), dtype=x.dtype), torch.ones(1, rank)
+    return native.adapter_forward(x, y, factor, ones, 1.0, p, SEED, add=True)
+
+
+def from_t(x, out, t, factor, packed=None, *, add=True):
+    """What follows from t, which B = 1 makes of dy = t: the gradient of A, and ``out (+)= t A``."""
+    ones = torch.eye(t.shape[1])
+    return native.adapter_backward(
+        t, x, out, factor, ones, None, packed, 1.0, 0.0, add=add
+    )[0]  # fmt: skip
 
 
 @each_operand
 @pytest.mark.parametrize("add", [False, True], ids=["write", "add"])
-def test_expand(level, dtype, adapter_dtype, transposed, dropped, add, poisoned_memory):
-    for (rows, columns), rank in zip(SIZES, RANKS, strict=True):
-        narrow, factor = draw(rows, rank), draw(rank, columns, dtype=adapter_dtype)
-        packed, keep = masks(rows, columns, dropped)
-        given = factor.t().contiguous() if transposed else factor
-        ours = wide(rows, columns, dtype)
-        around, before = ours._base.clone(), ours.double() if add else torch.zeros_like(keep)
-        native.expand_(ours, narrow, given, 1.3, packed, transposed=transposed, add=add)
-        left = operand(narrow, ours, level).double()
-        right = operand(factor.float() * 1.3, ours, level).double()
-        exact, size = before + keep * (left @ right), before.abs() + left.abs() @ right.abs()
-        assert_close(ours, exact, size, rank)
-        ours.fill_(0)  # nothing beside the rows was written
-        around[:, 3 : 3 + columns] = 0
-        assert torch.equal(ours._base.isnan(), around.isnan())
+def test_forward(level, dtype, adapter_dtype, turned, dropped, add, poisoned_memory):
+    for (rows, columns), rank, (_, out_columns) in zip(SIZES, RANKS, SIZES[::-1], strict=True):
+        x, y = wide(rows, columns, dtype), wide(rows, out_columns, dtype)
+        a = draw(rank, columns, dtype=adapter_dtype)
+        b = draw(out_columns, rank, dtype=adapter_dtype)
+        around, before = y._base.clone(), y.double() if add else torch.zeros_like(y).double()
+        p = 0.3 if dropped else 0.0
+        h, packed = native.adapter_forward(
+            x, y, as_given(a, turned), as_given(b, turned), -0.7, p, SEED, add=add
+        )
+        expected, keep = masks(rows, columns, dropped)
+        assert packed is None if not dropped else torch.equal(packed, expected)
+        kept = dropout.keep_scale(p) * keep * x.double()
+        right = operand(a, x, level).double().t()
+        assert_close(h, kept @ right, kept.abs() @ right.abs(), columns)
+        left = operand(h, y, level).double()
+        right = operand(b.float() * -0.7, y, level).double().t()
+        size = before.abs() + left.abs() @ right.abs()
+        assert_close(y, before + left @ right, size, rank)
+        y.fill_(0)  # nothing beside the rows was written
+        around[:, 3 : 3 + out_columns] = 0
+        assert torch.equal(y._base.isnan(), around.isnan())
 
 
 @each_operand
-def test_rank_gradient(level, dtype, adapter_dtype, transposed, dropped, poisoned_memory):
+@pytest.mark.parametrize("add", [False, True], ids=["write", "add"])
+def test_what_follows_from_t(level, dtype, adapter_dtype, turned, dropped, add, poisoned_memory):
     for (rows, columns), rank in zip(SIZES, RANKS, strict=True):
-        x, narrow = wide(rows, columns, dtype), draw(rows, rank)
-        like = torch.empty((columns, rank) if transposed else (rank, columns), dtype=adapter_dtype)
+        x, dx, t = wide(rows, columns, dtype), wide(rows, columns, dtype), wide(rows, rank, dtype)
+        a = draw(rank, columns, dtype=adapter_dtype)
         packed, keep = masks(rows, columns, dropped)
-        ours = native.rank_gradient(x, narrow, like, 0.9, packed, transposed=transposed)
-        left, right = operand(narrow, x, level).double().t(), keep * x.double()
-        exact, size = 0.9 * left @ right, left.abs() @ right.abs()
-        assert ours.shape == like.shape and ours.dtype == adapter_dtype
-        if transposed:
-            exact, size = exact.t(), size.t()
-        assert_close(ours, exact, size, rows)
+        around, before = dx._base.clone(), dx.double() if add else torch.zeros_like(keep)
+        grad = from_t(x, dx, t, as_given(a, turned), packed, add=add)
+        left, right = t.double(), operand(a, dx, level).double()
+        size = before.abs() + left.abs() @ right.abs()
+        assert_close(dx, before + keep * (left @ right), size, rank)
+        kept = keep * x.double()
+        assert grad.shape == a.shape and grad.dtype == adapter_dtype
+        assert_close(grad, left.t() @ kept, left.abs().t() @ kept.abs(), rows)
+        dx.fill_(0)
+        around[:, 3 : 3 + columns] = 0
+        assert torch.equal(dx._base.isnan(), around.isnan())
 
 
+@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
 @pytest.mark.parametrize("adapter_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows, columns, rank", [(255, 33, 3), (256, 70, 16), (2177, 130, 24)])
-def test_both_passes_over_dy(level, rows, columns, rank, dtype, adapter_dtype, poisoned_memory):
-    """t has the bits of shrink; the gradient may be summed in parts."""
-    dy, h = wide(rows, columns, dtype), draw(rows, rank + 1)[:, :rank]
-    factor = draw(columns, rank, dtype=adapter_dtype)
-    t, grad = native.project(dy, factor, 1.3, h, 0.9)
-    assert torch.equal(t, native.shrink(dy, factor, 1.3, transposed=True))
-    left, right = operand(h, dy, level).double().t(), dy.double()
-    assert grad.dtype == adapter_dtype
-    assert_close(grad.t(), 0.9 * left @ right, left.abs() @ right.abs(), rows)
+def test_gradient_of_b(level, dtype, adapter_dtype, turned, poisoned_memory):
+    for (rows, columns), rank in zip(SIZES, RANKS, strict=True):
+        dy, h = wide(rows, columns, dtype), draw(rows, rank + 1)[:, :rank]
+        a, b = draw(rank, 4, dtype=adapter_dtype), draw(columns, rank, dtype=adapter_dtype)
+        _, grad = native.adapter_backward(
+            dy, None, None, a, as_given(b, turned), h, None, 0.9, 0.3, add=True
+        )
+        left, right = dy.double().t(), operand(h, dy, level).double()
+        assert grad.shape == b.shape and grad.dtype == adapter_dtype
+        assert_close(grad, 0.9 * left @ right, left.abs() @ right.abs(), rows)
+
+
+@pytest.mark.parametrize("needs", ["x a b", "x a", "x b", "a b", "x", "a", "b"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "rows, columns, out_columns, rank",
+    [(255, 33, 50, 3), (256, 70, 64, 16), (2177, 130, 77, 24), (4200, 40, 30, 5),
+     (260, 2100, 65, 4), (300, 65, 1030, 7)],
+)  # fmt: skip
+def test_backward_of_whole_numbers(level, rows, columns, out_columns, rank, dtype, needs):
+    """Every product and sum is exact, so are the results, in whatever order they were summed."""
+
+    def small(*shape):
+        return torch.randint(-1, 2, shape, dtype=dtype)
+
+    x, dy, dx, h = small(rows, columns), small(rows, out_columns), small(rows, columns), None
+    a, b = small(rank, columns).float(), small(out_columns, rank).float()
+    b[torch.rand(b.shape) < 1 - 60 / out_columns] = 0  # t stays below 256: exact in bf16
+    h = small(rows, rank).float()
+    packed = native.packed_keep_mask(SEED, 0.5, rows, columns)
+    keep = dropout.keep_mask(SEED, 0.5, rows, columns).double()
+    t = 2 * 0.5 * dy.double() @ b.double()
+    expected_dx = (dx.double() + keep * (t @ a.double())).to(dtype)
+    ours = dx.clone() if "x" in needs else None
+    grad_a, grad_b = native.adapter_backward(
+        dy, x if "a" in needs else None, ours, a, b, h if "b" in needs else None, packed, 0.5, 0.5,
+        add=True,
+    )  # fmt: skip
+    assert t.abs().max() < 256
+    assert ours is None or torch.equal(ours, expected_dx)
+    assert ("a" in needs) == (grad_a is not None) and ("b" in needs) == (grad_b is not None)
+    assert grad_a is None or torch.equal(grad_a.double(), t.t() @ (keep * x.double()))
+    assert grad_b is None or torch.equal(grad_b.double(), 0.5 * dy.double().t() @ h.double())
 
 
 @pytest.mark.parametrize("p", [1e-5, 0.05, 0.5, 0.9999])
@@ -141,20 +195,21 @@ def test_masks_of_rows_past_two_to_the_32(level, first):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_rows_bits_do_not_depend_on_the_others(level, dtype):
-    rows, columns, rank = 37, 331, 21
-    x, factor, narrow = draw(rows, columns, dtype=dtype), draw(rank, columns), draw(rows, rank)
+    rows, columns, rank = 300, 331, 21
+    x, t = draw(rows, columns, dtype=dtype), draw(rows, rank, dtype=dtype)
+    factor = draw(rank, columns)
     packed, _ = masks(rows, columns, True)
-    h = native.shrink(x, factor, 1.0, packed)
+    h, _ = shrink(x, factor)
     y = x.clone()
-    native.expand_(y, narrow, factor, 1.0, packed)
-    for start, stop in [(0, 1), (3, 5), (4, 7), (30, 37), (1, 36)]:
+    from_t(None, y, t, factor, packed)
+    for start, stop in [(0, 1), (3, 5), (4, 7), (30, 37), (1, 270), (1, 36)]:
         some = slice(start, stop)
-        assert torch.equal(native.shrink(x[some], factor, 1.0, packed[some]), h[some])
+        assert torch.equal(shrink(x[some], factor)[0], h[some])
         part = x[some].clone()
-        native.expand_(part, narrow[some], factor, 1.0, packed[some])
+        from_t(None, part, t[some], factor, packed[some].contiguous())
         assert torch.equal(part, y[some])
     for begin, end in [(0, 1), (1, 4), (5, 21), (2, 19)]:
-        assert torch.equal(native.shrink(x, factor[begin:end], 1.0, packed), h[:, begin:end])
+        assert torch.equal(shrink(x, factor[begin:end])[0], h[:, begin:end])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -166,35 +221,62 @@ def test_every_number_is_rounded_as_torch_rounds_it(level, dtype):
     ])  # fmt: skip
     if level == 3 and dtype == BF16:
         values = values[values.abs() > 1e-37]  # the instructions take smaller numbers as zero
-    narrow = torch.ones(1, 1)
     out = torch.empty(1, len(values), dtype=dtype)
-    native.expand_(out, narrow, values.view(1, -1), add=False)
+    from_t(None, out, torch.ones(1, 1, dtype=dtype), values.view(1, -1), add=False)
     assert torch.equal(out[0], values.to(dtype))
     x = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(F16)
     x = x[torch.isfinite(x)].to(dtype if dtype != F32 else F16)
     x = x[torch.isfinite(x)]
-    back = native.shrink(x.view(-1, 1), torch.ones(1, 1), 1.0)
+    back, _ = shrink(x.view(-1, 1), torch.ones(1, 1))
     assert torch.equal(back[:, 0], x.float())
 
 
 def test_nan_and_infinity_stay_where_they_are(level):
     x, factor = draw(9, 50, dtype=BF16), draw(5, 50, dtype=BF16)
     x[2, 7], x[5, 49] = torch.nan, torch.inf
-    h = native.shrink(x, factor, 1.0)
+    h, _ = shrink(x, factor)
     assert h[2].isnan().all() and not h[5].isfinite().any()
     assert h[[0, 1, 3, 4, 6, 7, 8]].isfinite().all()
     keep = torch.full((9, 7), 255, dtype=torch.uint8)
     keep[2, 0], keep[5, 6] = 0x7F, 0xFD
-    assert native.shrink(x, factor, 1.0, keep).isfinite().all(), "what is dropped is not read"
+    t = draw(9, 5, dtype=BF16)
+    assert from_t(x, None, t, factor, keep).isfinite().all(), "what is dropped is not read"
+    t[4] = torch.nan
+    dx = x.clone()
+    from_t(None, dx, t, factor, keep)
+    assert dx[4].isnan().all() and dx[2, 7].isnan(), "what is dropped is not changed"
+    assert dx[[0, 1, 3, 6, 7, 8]].isfinite().all()
+
+
+@pytest.mark.parametrize("p", [0.05, 0.9])
+def test_what_is_dropped_is_not_read(level, p):
+    x, factor = draw(300, 50, dtype=BF16), draw(5, 50, dtype=BF16)
+    clean, _ = shrink(x, factor, p)
+    x[~dropout.keep_mask(SEED, p, 300, 50)] = torch.nan
+    assert torch.equal(shrink(x, factor, p)[0], clean)
 
 
 def test_factors_behind_any_strides(level):
     x, factor = draw(6, 40), draw(10, 80)[::2, ::2]
-    assert torch.equal(native.shrink(x, factor, 1.0), native.shrink(x, factor.contiguous(), 1.0))
-    double = factor.double()
-    assert torch.equal(native.shrink(x, double, 1.0), native.shrink(x, factor.contiguous(), 1.0))
+    expected, _ = shrink(x, factor.contiguous())
+    assert torch.equal(shrink(x, factor)[0], expected)
+    assert torch.equal(shrink(x, factor.double())[0], expected)
     odd = torch.randn(1 + 40 * 6).to(BF16)[1:].view(40, 6)  # pairs off a word's boundary
     y, ours = torch.zeros(6, 40, dtype=BF16), torch.zeros(6, 40, dtype=BF16)
-    native.expand_(ours, x[:, :6].contiguous(), odd, transposed=True)
-    native.expand_(y, x[:, :6].contiguous(), odd.t().contiguous())
+    t = x[:, :6].to(BF16)
+    from_t(None, ours, t, odd.t())
+    from_t(None, y, t, odd.t().contiguous())
     assert torch.equal(ours, y)
+
+
+def test_activations_behind_any_strides(level):
+    """Three dimensions, one of them of size 1 with a stride that means nothing."""
+    a, b = draw(5, 40), draw(30, 5)
+    flat = draw(7, 40)
+    expected = torch.zeros(7, 30)
+    h, _ = native.adapter_forward(flat, expected, a, b, 1.0, 0.0, None, add=True)
+    shaped = torch.as_strided(flat, (7, 1, 40), (40, 3, 1))
+    y = torch.as_strided(torch.zeros(7, 30), (7, 1, 30), (30, 11, 1))
+    assert shaped.is_contiguous() and y.is_contiguous()
+    again, _ = native.adapter_forward(shaped, y, a, b, 1.0, 0.0, None, add=True)
+    assert torch.equal(again, h) and torch.equal(y[:, 0], expected)

@@ -2,17 +2,17 @@
 
 Dimensions: M tokens, K in_features, N out_features, R rank.
 
-The base GEMM stays with the vendor's library, exactly as the frozen layer's. The adapter is passes
-over x, y, dy and dx in our kernels: dropout, casts and the addition into the base's result happen
-in registers. h and t are fp32. The base comes first and the tail is added to it, so that the GEMM
-is the one the frozen layer runs.
+The base GEMM stays with the vendor's library, exactly as the frozen layer's. The adapter is one
+walk of ours over the rows of x and y, and one over those of dy, x and dx: dropout, casts and the
+addition into the base's result happen in registers. h and t are fp32. The base comes first and the
+tail is added to it, so that the GEMM is the one the frozen layer runs.
 """
 
 import torch
 from torch import Tensor
 
 from lora_kernels import native
-from lora_kernels.dropout import drop_threshold, keep_scale
+from lora_kernels.dropout import drop_threshold
 from lora_kernels.ops.eager import like_rows_of
 from lora_kernels.ops.lora_linear.composed import _column_dot, _scale_columns
 
@@ -30,26 +30,24 @@ def forward(
     save_unscaled: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """``(y, h, mask, unscaled)`` as :func:`composed.forward`, h in fp32."""
-    rows = native.rows_of(x)  # [M, K]
-    mask, scale = None, 1.0
-    if drop_threshold(dropout_p) > 0:
-        mask = native.packed_keep_mask(seed, dropout_p, *rows.shape)
-        scale = keep_scale(dropout_p)
-    h = native.shrink(rows, lora_a, scale, mask)
+    rows = x if x.is_contiguous() else native.rows_of(x)  # [..., K] or [M, K]
     inner_bias = bias if output_scale is None else None
     if weight is not None:
         y = torch.nn.functional.linear(rows, weight, inner_bias)
     else:
-        y = rows.new_empty((rows.shape[0], lora_b.shape[0]))
+        y = rows.new_empty((*rows.shape[:-1], lora_b.shape[0]))
         if inner_bias is not None:
             y.copy_(inner_bias)
     add = weight is not None or inner_bias is not None
-    native.expand_(y, h, lora_b, scaling.item(), transposed=True, add=add)
+    h, mask = native.adapter_forward(
+        rows, y, lora_a, lora_b, scaling.item(), dropout_p, seed, add=add
+    )
     unscaled = None
     if output_scale is not None:
+        y = y.view(-1, y.shape[-1])
         unscaled = y if save_unscaled else None
         y = _scale_columns(y, output_scale, bias)
-    if x.ndim != 2:
+    if y.ndim != x.ndim:
         y = like_rows_of(x, y)
     return y, h, mask, unscaled
 
@@ -71,38 +69,44 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, lora_a, lora_b, bias and output_scale; None where not needed."""
     needs_x, needs_a, needs_b, needs_bias, needs_output_scale = needs
-    rows_dy = native.rows_of(dy)  # [M, N]
-    columns, scale = lora_a.shape[1], scaling.item()
+    rows_dy = dy if dy.is_contiguous() else native.rows_of(dy)  # [..., N] or [M, N]
     dx = grad_a = grad_b = grad_bias = grad_output_scale = None
+    if needs_bias or output_scale is not None:
+        rows_dy = rows_dy.view(-1, rows_dy.shape[-1])
     if needs_bias:
         grad_bias = rows_dy.sum(0)
     if needs_output_scale:
         grad_output_scale = _column_dot(rows_dy, unscaled).to(output_scale.dtype)
-    if output_scale is not None and (needs_x or needs_a or needs_b):
-        rows_dy = _scale_columns(rows_dy, output_scale, None)
-    # The dropout scale rides on t, to both of its products.
-    t_scale = scale * keep_scale(dropout_p)
-    if needs_b and (needs_x or needs_a):
-        t, grad_b = native.project(rows_dy, lora_b, t_scale, h.float(), scale)
-    elif needs_b:
-        grad_b = native.rank_gradient(rows_dy, h.float(), lora_b, scale, transposed=True)
-    elif needs_x or needs_a:
-        t = native.shrink(rows_dy, lora_b, t_scale, transposed=True)  # [M, R]
-    if not (needs_x or needs_a):
+    if not (needs_x or needs_a or needs_b):
         return dx, grad_a, grad_b, grad_bias, grad_output_scale
 
+    if output_scale is not None:
+        rows_dy = _scale_columns(rows_dy, output_scale, None)
+    columns = lora_a.shape[1]
     if drop_threshold(dropout_p) == 0:
         mask = None
-    elif mask is None:
-        mask = native.packed_keep_mask(seed, dropout_p, rows_dy.shape[0], columns)
-    if needs_a:
-        grad_a = native.rank_gradient(native.rows_of(x), t, lora_a, 1.0, mask)  # [R, K]
+    elif mask is None and (needs_x or needs_a):
+        mask = native.packed_keep_mask(seed, dropout_p, dy.numel() // dy.shape[-1], columns)
     if needs_x:
         if weight is not None:
-            dx = rows_dy @ weight
+            dx = torch.matmul(rows_dy, weight)
         else:
-            dx = rows_dy.new_empty((rows_dy.shape[0], columns))
-        native.expand_(dx, t, lora_a, 1.0, mask, add=weight is not None)
-        if dy.ndim != 2:
-            dx = dx.view(*dy.shape[:-1], columns)
+            dx = rows_dy.new_empty((*rows_dy.shape[:-1], columns))
+    rows = None
+    if needs_a:
+        rows = x if x.is_contiguous() else native.rows_of(x)
+    grad_a, grad_b = native.adapter_backward(
+        rows_dy,
+        rows,
+        dx,
+        lora_a,
+        lora_b,
+        h.float() if needs_b else None,
+        mask,
+        scaling.item(),
+        dropout_p,
+        add=weight is not None,
+    )
+    if needs_x and dx.ndim != dy.ndim:
+        dx = dx.view(*dy.shape[:-1], columns)
     return dx, grad_a, grad_b, grad_bias, grad_output_scale
