@@ -37,11 +37,11 @@ void draw_mask(uintptr_t out, int64_t stride, int64_t first, int64_t rows, int64
 
 // Draws the mask if there is one; h [M, R], and y += s h B^T (or y = ...).
 void adapter_forward(int dtype, int64_t rows, uintptr_t x, int64_t x_stride, int64_t in_columns,
-                     uintptr_t y, int64_t y_stride, int64_t out_columns, bool add, int64_t rank,
-                     uintptr_t a, int a_dtype, int64_t a_rank_stride, int64_t a_column_stride,
-                     uintptr_t b, int b_dtype, int64_t b_rank_stride, int64_t b_column_stride,
-                     uintptr_t h, double h_scale, double scaling, uintptr_t mask, int64_t seed,
-                     uint32_t threshold, int threads) {
+                     int64_t out_columns, int64_t rank, uintptr_t a, int a_dtype,
+                     int64_t a_rank_stride, int64_t a_column_stride, uintptr_t b, int b_dtype,
+                     int64_t b_rank_stride, int64_t b_column_stride, uintptr_t h, double h_scale,
+                     double scaling, uintptr_t mask, int64_t seed, uint32_t threshold, int threads,
+                     uintptr_t y, int64_t y_stride, bool add) {
   const int64_t mask_stride = (in_columns + 7) / 8;
   lora::adapter_forward({at<uint8_t>(mask), mask_stride, uint64_t(seed), threshold},
                         {{at<char>(x), dtype_of(dtype), x_stride, nullptr, 0},
@@ -72,14 +72,14 @@ void adapter_forward(int dtype, int64_t rows, uintptr_t x, int64_t x_stride, int
 
 // The gradients lie in memory as A and B do, with strides of their own.
 void adapter_backward(int dtype, int64_t rows, uintptr_t dy, int64_t dy_stride, int64_t out_columns,
-                      uintptr_t x, int64_t x_stride, int64_t in_columns, uintptr_t dx,
-                      int64_t dx_stride, bool add, uintptr_t mask, int64_t rank, uintptr_t a,
-                      int a_dtype, int64_t a_rank_stride, int64_t a_column_stride, uintptr_t b,
-                      int b_dtype, int64_t b_rank_stride, int64_t b_column_stride, uintptr_t h,
-                      int64_t h_stride, double t_scale, double scaling, uintptr_t grad_a,
-                      int grad_a_dtype, int64_t grad_a_rank_stride, int64_t grad_a_column_stride,
-                      uintptr_t grad_b, int grad_b_dtype, int64_t grad_b_rank_stride,
-                      int64_t grad_b_column_stride, int threads) {
+                      uintptr_t x, int64_t x_stride, int64_t in_columns, uintptr_t mask,
+                      int64_t rank, uintptr_t a, int a_dtype, int64_t a_rank_stride,
+                      int64_t a_column_stride, uintptr_t b, int b_dtype, int64_t b_rank_stride,
+                      int64_t b_column_stride, uintptr_t h, int64_t h_stride, double t_scale,
+                      double scaling, uintptr_t grad_a, int grad_a_dtype,
+                      int64_t grad_a_rank_stride, int64_t grad_a_column_stride, uintptr_t grad_b,
+                      int grad_b_dtype, int64_t grad_b_rank_stride, int64_t grad_b_column_stride,
+                      int threads, uintptr_t dx, int64_t dx_stride, bool add) {
   const lora::Wide wide_dy{at<char>(dy), dtype_of(dtype), dy_stride, nullptr, 0};
   const lora::Mask kept{at<uint8_t>(mask), (in_columns + 7) / 8};
   lora::adapter_backward({{wide_dy,

@@ -15,7 +15,7 @@ gradients of A and B sum over rows, in blocks of a fixed size.)
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -126,7 +126,7 @@ def _view_of_b(b: Tensor) -> tuple[int, int, int, int]:
 
 
 def _gradient_of(factor: Tensor) -> Tensor:
-    """Memory for the gradient, to be cast to the factor's dtype in the end."""
+    """Memory for the gradient: of a dtype the kernels write."""
     if factor.dtype in _NUMBER and factor.is_contiguous():
         return torch.empty_like(factor)
     dtype = factor.dtype if factor.dtype in _NUMBER else torch.float32
@@ -134,8 +134,6 @@ def _gradient_of(factor: Tensor) -> Tensor:
 
 
 # --- one adapter -----------------------------------------------------------------------------
-
-_ABSENT = (0, 0, 0, 0)
 
 
 def packed_keep_mask(seed: Tensor, p: float, rows: int, columns: int, stream: int = 0) -> Tensor:
@@ -149,21 +147,38 @@ def packed_keep_mask(seed: Tensor, p: float, rows: int, columns: int, stream: in
     return out
 
 
+class Walk:
+    """A kernel's call that lacks only its output, which a product of the base has to write first.
+
+    Everything else is read before the product: after it Python's code has left the caches, and
+    each line costs ten times as much. Holds the operands, as their addresses alone keep nothing.
+    """
+
+    __slots__ = ("_arguments", "_kernel", "_operands")
+
+    def __init__(self, kernel: Callable, operands: tuple, *arguments) -> None:
+        self._kernel, self._operands, self._arguments = kernel, operands, arguments
+
+    def into(self, out: Tensor, *, add: bool) -> None:
+        """``out`` ``[..., D]``, contiguous, or ``[M, D]`` with unit stride in D."""
+        self._kernel(*self._arguments, out.data_ptr(), _pitch(out), add)
+
+    def without_output(self) -> None:
+        self._kernel(*self._arguments, 0, 0, False)
+
+
 def adapter_forward(
     x: Tensor,  # [..., K] contiguous, or [M, K] with unit stride in K
-    y: Tensor,  # [..., N] likewise, in x's dtype; written or added to
     lora_a: Tensor,  # [R, K]
     lora_b: Tensor,  # [N, R]
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,  # [], where something is dropped
-    *,
-    add: bool,
-) -> tuple[Tensor, Tensor | None]:  # [M, R] fp32; [M, ceil(K/8)] uint8
-    """``y (+)= s h B^T`` with ``h = D(x) A^T``; returns h and the packed keep-mask.
+) -> tuple[Walk, Tensor, Tensor | None]:  # h [M, R] fp32; mask [M, ceil(K/8)] uint8
+    """The walk for ``y (+)= s h B^T`` with ``h = D(x) A^T``, h and the packed keep-mask.
 
-    For bf16 on a processor that multiplies pairs of bf16, h and s B are rounded to bf16 for their
-    product, as for any GEMM in bf16.
+    h and the mask are written by the walk into y. For bf16 on a processor that multiplies pairs of
+    bf16, h and s B are rounded to bf16 for their product, as for any GEMM in bf16.
     """
     columns, rank = x.shape[-1], lora_a.shape[0]
     rows = x.numel() // columns
@@ -174,48 +189,49 @@ def adapter_forward(
         mask = torch.empty((rows, -(-columns // GROUP)), dtype=torch.uint8)
         mask_address, h_scale, key = mask.data_ptr(), keep_scale(dropout_p), seed.item()
     a, b = _factor(lora_a), _factor(lora_b)
-    extension().adapter_forward(
-        _NUMBER[x.dtype], rows, x.data_ptr(), _pitch(x), columns, y.data_ptr(), _pitch(y),
-        b.shape[0], add, rank, *_view_of_a(a), *_view_of_b(b), h.data_ptr(), h_scale, scaling,
-        mask_address, key, threshold, torch.get_num_threads(),
+    walk = Walk(
+        extension().adapter_forward, (x, a, b, h, mask),
+        _NUMBER[x.dtype], rows, x.data_ptr(), _pitch(x), columns, b.shape[0], rank,
+        *_view_of_a(a), *_view_of_b(b), h.data_ptr(), h_scale, scaling, mask_address, key,
+        threshold, torch.get_num_threads(),
     )  # fmt: skip
-    return h, mask
+    return walk, h, mask
 
 
 def adapter_backward(
     dy: Tensor,  # [..., N] contiguous, or [M, N] with unit stride in N
     x: Tensor | None,  # [..., K] likewise, for the gradient of A
-    dx: Tensor | None,  # [..., K] likewise; written or added to
     lora_a: Tensor,  # [R, K]
     lora_b: Tensor,  # [N, R]
     h: Tensor | None,  # [M, R] fp32, for the gradient of B
     mask: Tensor | None,  # [M, ceil(K/8)], contiguous
     scaling: float,
     dropout_p: float,
-    *,
-    add: bool,
-) -> tuple[Tensor | None, Tensor | None]:  # [R, K], [N, R] in the dtypes of A and B
-    """``dx (+)= keep * (t A)`` with ``t = s / (1 - p) dy B``; returns ``t^T (keep * x)`` and
-    ``s dy^T h``. What has no operand is not computed."""
-    (rank, columns), out_columns = lora_a.shape, lora_b.shape[0]
+) -> tuple[Walk, Tensor | None, Tensor | None]:  # [R, K], [N, R]
+    """The walk for ``dx (+)= keep * (t A)`` with ``t = s / (1 - p) dy B``, and the gradients of A
+    and B, which it writes: ``t^T (keep * x)`` and ``s dy^T h``, None without x or h.
+
+    They are in the dtypes of A and B, in fp32 where those are fp64.
+    """
+    columns, out_columns = lora_a.shape[1], lora_b.shape[0]
     a, b = _factor(lora_a), _factor(lora_b)
-    grad_a = None if x is None else _gradient_of(lora_a)
-    grad_b = None if h is None else _gradient_of(lora_b)
-    extension().adapter_backward(
+    x_view = h_view = (0, 0)
+    view_of_grad_a = view_of_grad_b = (0, 0, 0, 0)
+    grad_a = grad_b = None
+    if x is not None:
+        grad_a = _gradient_of(lora_a)
+        x_view, view_of_grad_a = (x.data_ptr(), _pitch(x)), _view_of_a(grad_a)
+    if h is not None:
+        grad_b = _gradient_of(lora_b)
+        h_view, view_of_grad_b = (h.data_ptr(), h.stride(0)), _view_of_b(grad_b)
+    walk = Walk(
+        extension().adapter_backward, (dy, x, a, b, h, mask, grad_a, grad_b),
         _NUMBER[dy.dtype], dy.numel() // out_columns, dy.data_ptr(), _pitch(dy), out_columns,
-        *((0, 0) if x is None else (x.data_ptr(), _pitch(x))), columns,
-        *((0, 0) if dx is None else (dx.data_ptr(), _pitch(dx))), add,
-        0 if mask is None else mask.data_ptr(), rank, *_view_of_a(a), *_view_of_b(b),
-        *((0, 0) if h is None else (h.data_ptr(), h.stride(0))),
-        scaling * keep_scale(dropout_p), scaling,
-        *(_ABSENT if grad_a is None else _view_of_a(grad_a)),
-        *(_ABSENT if grad_b is None else _view_of_b(grad_b)), torch.get_num_threads(),
+        *x_view, columns, 0 if mask is None else mask.data_ptr(), a.shape[0],
+        *_view_of_a(a), *_view_of_b(b), *h_view, scaling * keep_scale(dropout_p), scaling,
+        *view_of_grad_a, *view_of_grad_b, torch.get_num_threads(),
     )  # fmt: skip
-    if grad_a is not None and grad_a.dtype != lora_a.dtype:
-        grad_a = grad_a.to(lora_a.dtype)
-    if grad_b is not None and grad_b.dtype != lora_b.dtype:
-        grad_b = grad_b.to(lora_b.dtype)
-    return grad_a, grad_b
+    return walk, grad_a, grad_b
 
 
 # --- many adapters ---------------------------------------------------------------------------

@@ -68,16 +68,20 @@ def as_given(factor: torch.Tensor, turned: bool) -> torch.Tensor:
 def shrink(x, factor, p: float = 0.0):
     """``D(x) A^T`` and the mask."""
     rows, rank = x.numel() // x.shape[-1], factor.shape[0]
-    y, ones = torch.zeros((rows, 1), dtype=x.dtype), torch.ones(1, rank)
-    return native.adapter_forward(x, y, factor, ones, 1.0, p, SEED, add=True)
+    walk, h, mask = native.adapter_forward(x, factor, torch.ones(1, rank), 1.0, p, SEED)
+    walk.into(torch.zeros((rows, 1), dtype=x.dtype), add=True)
+    return h, mask
 
 
 def from_t(x, out, t, factor, packed=None, *, add=True):
     """What follows from t, which B = 1 makes of dy = t: the gradient of A, and ``out (+)= t A``."""
     ones = torch.eye(t.shape[1])
-    return native.adapter_backward(
-        t, x, out, factor, ones, None, packed, 1.0, 0.0, add=add
-    )[0]  # fmt: skip
+    walk, grad, _ = native.adapter_backward(t, x, factor, ones, None, packed, 1.0, 0.0)
+    if out is None:
+        walk.without_output()
+    else:
+        walk.into(out, add=add)
+    return grad
 
 
 @each_operand
@@ -89,9 +93,10 @@ def test_forward(level, dtype, adapter_dtype, turned, dropped, add, poisoned_mem
         b = draw(out_columns, rank, dtype=adapter_dtype)
         around, before = y._base.clone(), y.double() if add else torch.zeros_like(y).double()
         p = 0.3 if dropped else 0.0
-        h, packed = native.adapter_forward(
-            x, y, as_given(a, turned), as_given(b, turned), -0.7, p, SEED, add=add
+        walk, h, packed = native.adapter_forward(
+            x, as_given(a, turned), as_given(b, turned), -0.7, p, SEED
         )
+        walk.into(y, add=add)
         expected, keep = masks(rows, columns, dropped)
         assert packed is None if not dropped else torch.equal(packed, expected)
         kept = dropout.keep_scale(p) * keep * x.double()
@@ -133,9 +138,8 @@ def test_gradient_of_b(level, dtype, adapter_dtype, turned, poisoned_memory):
     for (rows, columns), rank in zip(SIZES, RANKS, strict=True):
         dy, h = wide(rows, columns, dtype), draw(rows, rank + 1)[:, :rank]
         a, b = draw(rank, 4, dtype=adapter_dtype), draw(columns, rank, dtype=adapter_dtype)
-        _, grad = native.adapter_backward(
-            dy, None, None, a, as_given(b, turned), h, None, 0.9, 0.3, add=True
-        )
+        walk, _, grad = native.adapter_backward(dy, None, a, as_given(b, turned), h, None, 0.9, 0.3)
+        walk.without_output()
         left, right = dy.double().t(), operand(h, dy, level).double()
         assert grad.shape == b.shape and grad.dtype == adapter_dtype
         assert_close(grad, 0.9 * left @ right, left.abs() @ right.abs(), rows)
@@ -163,10 +167,13 @@ def test_backward_of_whole_numbers(level, rows, columns, out_columns, rank, dtyp
     t = 2 * 0.5 * dy.double() @ b.double()
     expected_dx = (dx.double() + keep * (t @ a.double())).to(dtype)
     ours = dx.clone() if "x" in needs else None
-    grad_a, grad_b = native.adapter_backward(
-        dy, x if "a" in needs else None, ours, a, b, h if "b" in needs else None, packed, 0.5, 0.5,
-        add=True,
-    )  # fmt: skip
+    walk, grad_a, grad_b = native.adapter_backward(
+        dy, x if "a" in needs else None, a, b, h if "b" in needs else None, packed, 0.5, 0.5
+    )
+    if ours is None:
+        walk.without_output()
+    else:
+        walk.into(ours, add=True)
     assert t.abs().max() < 256
     assert ours is None or torch.equal(ours, expected_dx)
     assert ("a" in needs) == (grad_a is not None) and ("b" in needs) == (grad_b is not None)
@@ -274,9 +281,11 @@ def test_activations_behind_any_strides(level):
     a, b = draw(5, 40), draw(30, 5)
     flat = draw(7, 40)
     expected = torch.zeros(7, 30)
-    h, _ = native.adapter_forward(flat, expected, a, b, 1.0, 0.0, None, add=True)
+    walk, h, _ = native.adapter_forward(flat, a, b, 1.0, 0.0, None)
+    walk.into(expected, add=True)
     shaped = torch.as_strided(flat, (7, 1, 40), (40, 3, 1))
     y = torch.as_strided(torch.zeros(7, 30), (7, 1, 30), (30, 11, 1))
     assert shaped.is_contiguous() and y.is_contiguous()
-    again, _ = native.adapter_forward(shaped, y, a, b, 1.0, 0.0, None, add=True)
+    walk, again, _ = native.adapter_forward(shaped, a, b, 1.0, 0.0, None)
+    walk.into(y, add=True)
     assert torch.equal(again, h) and torch.equal(y[:, 0], expected)

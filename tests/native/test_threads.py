@@ -27,9 +27,11 @@ def kernels(dtype: torch.dtype) -> list[torch.Tensor]:
             draw(rows, n, dtype=dtype) for n in (columns, out_columns, out_columns, columns)
         )
         a, b = draw(rank, columns), draw(out_columns, rank)
-        h, mask = native.adapter_forward(x, y, a, b, 0.5, 0.2, torch.tensor(7), add=True)
-        results += [y, h, mask, dx]
-        results += native.adapter_backward(dy, x, dx, a, b, h, mask, 0.5, 0.2, add=True)
+        walk, h, mask = native.adapter_forward(x, a, b, 0.5, 0.2, torch.tensor(7))
+        walk.into(y, add=True)
+        walk, *grads = native.adapter_backward(dy, x, a, b, h, mask, 0.5, 0.2)
+        walk.into(dx, add=True)
+        results += [y, h, mask, dx, *grads]
     return results
 
 

@@ -31,6 +31,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """``(y, h, mask, unscaled)`` as :func:`composed.forward`, h in fp32."""
     rows = x if x.is_contiguous() else native.rows_of(x)  # [..., K] or [M, K]
+    walk, h, mask = native.adapter_forward(rows, lora_a, lora_b, scaling.item(), dropout_p, seed)
     inner_bias = bias if output_scale is None else None
     if weight is not None:
         y = torch.nn.functional.linear(rows, weight, inner_bias)
@@ -38,10 +39,7 @@ def forward(
         y = rows.new_empty((*rows.shape[:-1], lora_b.shape[0]))
         if inner_bias is not None:
             y.copy_(inner_bias)
-    add = weight is not None or inner_bias is not None
-    h, mask = native.adapter_forward(
-        rows, y, lora_a, lora_b, scaling.item(), dropout_p, seed, add=add
-    )
+    walk.into(y, add=weight is not None or inner_bias is not None)
     unscaled = None
     if output_scale is not None:
         y = y.view(-1, y.shape[-1])
@@ -87,26 +85,31 @@ def backward(
         mask = None
     elif mask is None and (needs_x or needs_a):
         mask = native.packed_keep_mask(seed, dropout_p, dy.numel() // dy.shape[-1], columns)
-    if needs_x:
-        if weight is not None:
-            dx = torch.matmul(rows_dy, weight)
-        else:
-            dx = rows_dy.new_empty((*rows_dy.shape[:-1], columns))
     rows = None
     if needs_a:
         rows = x if x.is_contiguous() else native.rows_of(x)
-    grad_a, grad_b = native.adapter_backward(
+    walk, grad_a, grad_b = native.adapter_backward(
         rows_dy,
         rows,
-        dx,
         lora_a,
         lora_b,
         h.float() if needs_b else None,
         mask,
         scaling.item(),
         dropout_p,
-        add=weight is not None,
     )
+    if not needs_x:
+        walk.without_output()
+    elif weight is not None:
+        dx = torch.matmul(rows_dy, weight)
+        walk.into(dx, add=True)
+    else:
+        dx = rows_dy.new_empty((*rows_dy.shape[:-1], columns))
+        walk.into(dx, add=False)
     if needs_x and dx.ndim != dy.ndim:
         dx = dx.view(*dy.shape[:-1], columns)
+    if needs_a and grad_a.dtype != lora_a.dtype:
+        grad_a = grad_a.to(lora_a.dtype)
+    if needs_b and grad_b.dtype != lora_b.dtype:
+        grad_b = grad_b.to(lora_b.dtype)
     return dx, grad_a, grad_b, grad_bias, grad_output_scale
