@@ -15,6 +15,8 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 def cast_for_autocast(x: Tensor, *others: Tensor | None) -> tuple:
     """The tensors as ``torch.nn.functional.linear`` would see them under autocast."""
     tensors = (x, *others)
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     if not isinstance(x, Tensor) or x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return tensors
     if not x.is_floating_point() or x.dtype == torch.float64:

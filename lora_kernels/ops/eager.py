@@ -3,6 +3,11 @@
 import torch
 from torch import Tensor
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
+# What has no dispatch of its own; DTensor and its like are subclasses.
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
 
 def runs_at_once(x: Tensor) -> bool:
     """Whether nothing records or replaces operations, so that a kernel can be called straight.
@@ -13,19 +18,21 @@ def runs_at_once(x: Tensor) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and x.device.type in ("cpu", "cuda")
+        and type(x) in PLAIN
+        and (x.is_cpu or x.is_cuda)
         and torch._C._len_torch_dispatch_stack() == 0
         and not (x.is_neg() or x._is_zerotensor())
     )
 
 
 def requires_grad(arguments) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(argument, Tensor) and argument.requires_grad for argument in arguments
-    )
+    if torch.is_grad_enabled():
+        for argument in arguments:
+            if isinstance(argument, Tensor) and argument.requires_grad:
+                return True
+    return False
 
 
 def like_rows_of(x: Tensor, y: Tensor) -> Tensor:
     """``[M, D]`` as ``[..., D]``. Not a view to autograd: the caller may change it in place."""
-    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
+    return _unsafe_view(y, (*x.shape[:-1], y.shape[1]))

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from lora_kernels import dispatch
 from lora_kernels.dropout import draw_seed, drop_threshold
 from lora_kernels.dtypes import FLOATING, cast_for_autocast
-from lora_kernels.ops.eager import runs_at_once
+from lora_kernels.ops.eager import PLAIN
 from lora_kernels.ops.lora_linear import autograd, measured
 from lora_kernels.ops.lora_linear.reference import lora_linear_reference
 
@@ -70,15 +70,43 @@ def lora_linear(
         NotImplementedError: forward-mode differentiation is active.
     """
     x, weight, bias = cast_for_autocast(x, weight, bias)
-    _check(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed)
+    if not fits(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed):
+        _check(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed)
     backend = dispatch.requested(backend)
     if forward_ad._current_level >= 0 and backend != "reference":
         raise NotImplementedError(
             "lora_linear: forward-mode differentiation (torch.func.jvp, dual tensors) is defined "
             "for backend='reference' only"
         )
+    at_once = autograd.all_run_at_once(x, weight, lora_a, lora_b, scaling, bias, output_scale)
+    return _call(
+        at_once, x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed, backend
+    )
+
+
+def lora_linear_unchecked(
+    x: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+) -> Tensor:
+    """:func:`lora_linear` of arguments that :func:`fits` accepts and that all run at once, outside
+    forward-mode differentiation."""
+    x, weight, bias = cast_for_autocast(x, weight, bias)
+    return _call(
+        True, x, weight, lora_a, lora_b, scaling, bias, None, dropout_p, None,
+        dispatch.requested("auto"),
+    )  # fmt: skip
+
+
+def _call(
+    at_once, x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed, backend
+) -> Tensor:
     if not isinstance(scaling, Tensor):
-        scaling = _as_tensor(scaling, x)
+        scaling = _constant(scaling) if at_once else _traced(scaling)
     if drop_threshold(dropout_p) == 0:
         seed = None
     elif seed is None:
@@ -88,25 +116,23 @@ def lora_linear(
             x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed
         )
     return autograd.call(
-        x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed, backend
+        at_once, x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed, backend
     )
 
 
-def _as_tensor(scaling: float, x: Tensor) -> Tensor:
-    """The number as a 0-d fp64 tensor on the CPU."""
-    if runs_at_once(x):
-        return _constant(float(scaling))
-    # A product, because torch.compile keeps a number that enters one symbolic: no recompilation
-    # for a new scaling.
-    number = scaling if isinstance(scaling, (int, float, torch.SymFloat)) else float(scaling)
-    return torch.ones((), dtype=torch.float64, device="cpu") * number
-
-
 @functools.lru_cache(maxsize=256)
-def _constant(number: float) -> Tensor:
+def _constant(scaling: float) -> Tensor:
+    """The number as a 0-d fp64 tensor on the CPU."""
     # Autograd saves no tensors that were made in inference mode.
     with torch.inference_mode(False):
-        return torch.tensor(number, dtype=torch.float64, device="cpu")
+        return torch.tensor(float(scaling), dtype=torch.float64, device="cpu")
+
+
+def _traced(scaling: float) -> Tensor:
+    """:func:`_constant` as a product, because torch.compile keeps a number that enters one
+    symbolic: no recompilation for a new scaling."""
+    number = scaling if isinstance(scaling, (int, float, torch.SymFloat)) else float(scaling)
+    return torch.ones((), dtype=torch.float64, device="cpu") * number
 
 
 def explain(
@@ -133,6 +159,53 @@ def explain(
     x, weight, bias = cast_for_autocast(x, weight, bias)
     _check(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed)
     return measured.explain(backend, x, weight, lora_a, lora_b, dropout_p, output_scale)
+
+
+def fits(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed) -> bool:
+    """Whether this is the ordinary call, which :func:`_check` accepts, at half its cost.
+
+    False says nothing: the full check decides.
+    """
+    if type(scaling) not in _NUMBERS or type(dropout_p) not in _NUMBERS or not 0 <= dropout_p < 1:
+        return False
+    if seed is not None or output_scale is not None:
+        return False
+    if not (_is_dense(x) and _is_dense(lora_a) and _is_dense(lora_b)):
+        return False
+    dtype, device, sizes = x.dtype, x.device, x.shape
+    if lora_a.device != device or lora_b.device != device:
+        return False
+    if lora_a.ndim != 2 or lora_b.ndim != 2 or not sizes:
+        return False
+    (rank, in_features), (out_features, rank_of_b) = lora_a.shape, lora_b.shape
+    if rank != rank_of_b or sizes[-1] != in_features or not (rank and in_features and out_features):
+        return False
+    if weight is not None and not (
+        _is_dense(weight)
+        and weight.shape == (out_features, in_features)
+        and weight.dtype is dtype
+        and weight.device == device
+        and not weight.requires_grad
+    ):
+        return False
+    return bias is None or (
+        _is_dense(bias)
+        and bias.shape == (out_features,)
+        and bias.dtype is dtype
+        and bias.device == device
+    )
+
+
+_NUMBERS = frozenset((int, float))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in PLAIN
+        and tensor.dtype in FLOATING
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+    )
 
 
 def _check(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed) -> None:

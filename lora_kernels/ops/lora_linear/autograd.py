@@ -5,7 +5,8 @@ kernel runs ``lora_linear_forward``, which also returns what the backward needs,
 ``lora_linear_backward``. The registration by ``define`` and ``impl`` with the Function as the
 Autograd kernel costs a fraction of ``torch.library.custom_op`` per call.
 
-Optional results are empty tensors of shape ``[0]`` where they do not exist.
+Optional results of the ops are empty tensors of shape ``[0]`` where they do not exist. A call that
+nothing else has to see goes past the ops to the same kernels, with None in their place.
 """
 
 import math
@@ -16,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_kernels import dispatch
 from lora_kernels.dropout import GROUP, drop_threshold
-from lora_kernels.ops.eager import requires_grad, runs_at_once
+from lora_kernels.ops.eager import PLAIN, requires_grad, runs_at_once
 from lora_kernels.ops.lora_linear import compiled, composed, measured
 from lora_kernels.products import product_dtype
 
@@ -41,6 +42,8 @@ _library.define(
 _OP = torch.ops.lora_kernels.lora_linear.default
 _FORWARD = torch.ops.lora_kernels.lora_linear_forward.default
 _BACKWARD = torch.ops.lora_kernels.lora_linear_backward.default
+
+_is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def stores_mask(device: torch.device, dropout_p: float, backend: str) -> bool:
@@ -69,7 +72,7 @@ def _implementation(backend: str, direction: str, *call):
     chosen = measured.choose(backend, direction, *call).backend
     if chosen not in ("triton", "native"):
         return composed
-    if chosen == "native" and call[0].device.type == "cpu":
+    if chosen == "native" and call[0].is_cpu:
         return compiled
     # Not at the top: importing the package does not import Triton.
     from lora_kernels.ops.lora_linear import cuda, launch
@@ -83,49 +86,66 @@ def _implementation(backend: str, direction: str, *call):
 def _without_autocast(function):
     """The ops do their own casts; autocast must not add any below them."""
 
-    def kernel(first: Tensor, *args):
-        kind = first.device.type
-        if not torch.is_autocast_enabled(kind):
-            return function(first, *args)
-        with torch.autocast(kind, enabled=False):
-            return function(first, *args)
+    def kernel(*args):
+        if not torch._C._is_any_autocast_enabled():
+            return function(*args)
+        with torch.autocast(args[0].device.type, enabled=False):
+            return function(*args)
 
     return kernel
 
 
 @_without_autocast
 def _forward(x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, save_unscaled, backend):
+    """``(y, h, mask or None, unscaled or None)``."""
     implementation = _implementation(backend, "forward", x, weight, a, b, dropout_p)
     y, h, mask, unscaled = implementation.forward(
         x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, save_unscaled
     )
-    if mask is None or not stores_mask(x.device, dropout_p, backend):
-        mask = x.new_empty(0, dtype=torch.uint8)
-    return y, h, mask, x.new_empty(0) if unscaled is None else unscaled
-
-
-def _inference(x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, backend):
-    return _forward(x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, False, backend)[
-        0
-    ]
+    if mask is not None and not stores_mask(x.device, dropout_p, backend):
+        mask = None
+    return y, h, mask, unscaled
 
 
 @_without_autocast
 def _backward(
     dy, x, weight, a, b, scaling, h, output_scale, unscaled, mask, dropout_p, seed, needs, backend
 ):
+    """The five gradients, None where not needed; a mask that is None or empty was not stored."""
     implementation = _implementation(backend, "backward", dy, weight, a, b, dropout_p)
-    grads = implementation.backward(
-        dy, x, weight, a, b, scaling, h, output_scale, unscaled,
-        mask if mask.numel() else None, dropout_p, seed, tuple(needs),
-    )  # fmt: skip
+    if mask is not None and mask.numel() == 0:
+        mask = None
+    return implementation.backward(
+        dy, x, weight, a, b, scaling, h, output_scale, unscaled, mask, dropout_p, seed, needs
+    )
+
+
+def _inference_kernel(x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, backend):
+    return _forward(x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, False, backend)[
+        0
+    ]
+
+
+def _forward_kernel(x, *args):
+    y, h, mask, unscaled = _forward(x, *args)
+    return (
+        y,
+        h,
+        x.new_empty(0, dtype=torch.uint8) if mask is None else mask,
+        x.new_empty(0) if unscaled is None else unscaled,
+    )
+
+
+def _backward_kernel(dy, *args):
+    *operands, needs, backend = args
+    grads = _backward(dy, *operands, tuple(needs), backend)
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
 
 for _key in ("CPU", "CUDA"):
-    _library.impl("lora_linear", _inference, _key)
-    _library.impl("lora_linear_forward", _forward, _key)
-    _library.impl("lora_linear_backward", _backward, _key)
+    _library.impl("lora_linear", _inference_kernel, _key)
+    _library.impl("lora_linear_forward", _forward_kernel, _key)
+    _library.impl("lora_linear_backward", _backward_kernel, _key)
 
 
 # --- shapes ----------------------------------------------------------------------------------
@@ -171,9 +191,11 @@ class LoRALinearFunction(torch.autograd.Function):
     """Saves the caller's x and h, each only if the gradient that reads it is needed."""
 
     @staticmethod
-    def forward(ctx, x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, backend):
+    def forward(
+        ctx, x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, backend, at_once
+    ):
         _, _, needs_a, needs_b, _, _, needs_output_scale = ctx.needs_input_grad[:7]
-        forward = _forward if runs_at_once(x) else _FORWARD
+        forward = _forward if at_once else _FORWARD
         with torch._C._AutoDispatchBelowAutograd():
             y, h, mask, unscaled = forward(
                 x, weight, a, b, scaling, bias, output_scale, dropout_p, seed,
@@ -195,41 +217,81 @@ class LoRALinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        x, weight, a, b, scaling, h, output_scale, unscaled, mask, seed = ctx.saved_tensors
-        needs_x, _, needs_a, needs_b, _, needs_bias, needs_output_scale = ctx.needs_input_grad[:7]
-        needs = [needs_x, needs_a, needs_b, needs_bias, needs_output_scale]
-        backward = _backward if runs_at_once(dy) else _BACKWARD
-        with torch._C._AutoDispatchBelowAutograd():
-            grads = backward(
+        return (_refusing_a_second if torch.is_grad_enabled() else _gradients)(ctx, dy)
+
+
+def _gradients(ctx, dy):
+    x, weight, a, b, scaling, h, output_scale, unscaled, mask, seed = ctx.saved_tensors
+    needs_x, _, needs_a, needs_b, _, needs_bias, needs_output_scale = ctx.needs_input_grad[:7]
+    needs = needs_x, needs_a, needs_b, needs_bias, needs_output_scale
+    with torch._C._AutoDispatchBelowAutograd():
+        if runs_at_once(dy):
+            grads = _backward(
                 dy, x, weight, a, b, scaling, h, output_scale, unscaled, mask,
                 ctx.dropout_p, seed, needs, ctx.backend,
             )  # fmt: skip
-        dx, grad_a, grad_b, grad_bias, grad_output_scale = (
-            grad if needed else None for grad, needed in zip(grads, needs, strict=True)
-        )
-        return dx, None, grad_a, grad_b, None, grad_bias, grad_output_scale, None, None, None
+        else:
+            grads = _BACKWARD(
+                dy, x, weight, a, b, scaling, h, output_scale, unscaled,
+                dy.new_empty(0, dtype=torch.uint8) if mask is None else mask,
+                ctx.dropout_p, seed, needs, ctx.backend,
+            )  # fmt: skip
+            grads = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+    dx, grad_a, grad_b, grad_bias, grad_output_scale = grads
+    return dx, None, grad_a, grad_b, None, grad_bias, grad_output_scale, None, None, None, None
+
+
+# For create_graph=True alone: otherwise gradients are off already, and no_grad takes time.
+_refusing_a_second = once_differentiable(_gradients)
+
+# LoRALinearFunction.apply without what it does for torch.func, which takes half of its time.
+_apply_at_once = super(torch.autograd.Function, LoRALinearFunction).apply
 
 
 def _autograd(*args):
     if requires_grad(args):
-        return LoRALinearFunction.apply(*args)
-    inference = _inference if runs_at_once(args[0]) else _OP
+        return LoRALinearFunction.apply(*args, False)
     with torch._C._AutoDispatchBelowAutograd():
-        return inference(*args)
+        return _OP(*args)
 
 
-def call(*args) -> Tensor:
-    """The op, or its Autograd kernel straight where nothing else has to see the call."""
-    if (
-        runs_at_once(args[0])
+def all_run_at_once(x, weight, a, b, scaling, bias, output_scale) -> bool:
+    """Whether nothing else has to see a call with these arguments."""
+    return (
+        runs_at_once(x)
         and not torch._C._are_functorch_transforms_active()
         # DTensor and its like: the dispatcher knows, or says that nobody does.
-        and all(arg is None or type(arg) in (Tensor, torch.nn.Parameter) for arg in args[1:7])
-    ):
-        return _autograd(*args)
-    return _OP(*args)
+        and type(weight) in _PLAIN
+        and type(a) in _PLAIN
+        and type(b) in _PLAIN
+        and type(scaling) in _PLAIN
+        and type(bias) in _PLAIN
+        and type(output_scale) in _PLAIN
+    )
+
+
+_PLAIN = PLAIN | {type(None), int, float}
+
+
+def call(at_once: bool, *args) -> Tensor:
+    """The op, or past it what its kernels do, where :func:`all_run_at_once`."""
+    if not at_once:
+        return _OP(*args)
+    if not requires_grad(args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return _inference_kernel(*args)
+    if _outlived_a_transform(args):
+        return LoRALinearFunction.apply(*args, True)
+    return _apply_at_once(*args, True)
+
+
+def _outlived_a_transform(args) -> bool:
+    """Whether a tensor is still wrapped for a torch.func transform that has returned."""
+    for arg in args:  # noqa: SIM110, a generator would take twice as long
+        if type(arg) is Tensor and _is_functorch_wrapped(arg):
+            return True
+    return False
 
 
 def _refuse_gradients(op, name: str):

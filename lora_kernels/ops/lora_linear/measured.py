@@ -35,9 +35,8 @@ def choose(
     dropout_p: float,
 ) -> Choice:
     """The backend of one direction of one call, and why; a named one that cannot serve raises."""
-    device, dtype = activation.device, activation.dtype
-    if dispatch.requested(backend) != "auto" or device.type != "cuda":
-        return dispatch.choose(backend, device, dtype)
+    if not activation.is_cuda or dispatch.requested(backend) != "auto":
+        return dispatch.choose(backend, activation.device, activation.dtype)
     if weight is None:
         return Choice("composed", "only calls with a base weight have been measured")
     if not activation.is_contiguous():
