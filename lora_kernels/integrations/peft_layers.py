@@ -25,8 +25,9 @@ from lora_kernels.integrations.peft_state import (
     MixedState,
     read_call,
     read_layer,
+    read_ordinary,
 )
-from lora_kernels.ops.lora_linear import lora_linear
+from lora_kernels.ops.lora_linear import lora_linear, lora_linear_unchecked
 from lora_kernels.ops.lora_weight_norm import lora_weight_norm
 from lora_kernels.ops.routed_lora.loose import LooseAdapter, routed_linear_loose
 
@@ -54,6 +55,10 @@ class Linear(PeftLinear):
     `routed_lora_linear` where a batch names an adapter per sequence (`adapter_names`)."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not args and not kwargs:
+            operands = read_ordinary(self, x)
+            if operands is not None:
+                return lora_linear_unchecked(x, *operands)
         state = read_call(self, x, args, kwargs)
         if isinstance(state, str):
             if not torch.compiler.is_compiling():

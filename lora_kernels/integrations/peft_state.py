@@ -3,7 +3,8 @@
 Everything here looks at live objects and keeps nothing, because all of it can change between two
 calls: adapters, scalings, dropout, hooks, dtypes, where the weights are. A layer is read once per
 forward, so attributes come from the modules' own dictionaries: `nn.Module.__getattr__` would cost
-ten times as much.
+ten times as much. :func:`read_ordinary` looks no further than an ordinary layer makes it; what it
+leaves, :func:`read_call` reads, and has a reason for each refusal.
 
 Dimensions: K in_features, N out_features, R rank.
 """
@@ -22,6 +23,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
+
+from lora_kernels.ops.eager import runs_at_once
+from lora_kernels.ops.lora_linear import fits
 
 _COMPUTED = object()
 _OWN_FORWARD = "a forward or a hook of its own (accelerate's offload or device map)"
@@ -59,6 +63,55 @@ class MixedState(NamedTuple):
 
 
 _BASE_ALONE = LayerState(None, None, [])
+
+
+def read_ordinary(layer: LoraLayer, x: Any) -> tuple | None:
+    """The operands of `lora_linear` after x, if nothing about the call is special; or None.
+
+    They are ``(weight, lora_a, lora_b, scaling, bias, dropout_p)`` of one active adapter. What is
+    accepted here, :func:`read_call` and the checks of `lora_linear` accept too, at twice the cost.
+    """
+    if not runs_at_once(x) or _unsupported_context() or _global_hooks():
+        return None
+    name = layer.active_adapter
+    if type(name) is list and len(name) == 1:
+        name = name[0]
+    if type(name) is not str or layer._disable_adapters or layer.merged_adapters:
+        return None
+    own, children = layer.__dict__, layer._modules
+    if "forward" in own or "_hf_hook" in own or layer.fan_in_fan_out or name in layer.lora_variant:
+        return None
+
+    base, lora_a = children["base_layer"], children["lora_A"]._modules.get(name)
+    if type(base) is not nn.Linear or type(lora_a) is not nn.Linear:
+        return None
+    lora_b, dropout = children["lora_B"]._modules[name], children["lora_dropout"]._modules[name]
+    if type(lora_b) is not nn.Linear:
+        return None
+    if _bypassed(base) or _bypassed(lora_a) or _bypassed(lora_b) or _bypassed(dropout):
+        return None
+    dropout_p = 0.0
+    if type(dropout) is nn.Dropout:
+        if dropout.inplace:
+            return None
+        if dropout.training:
+            dropout_p = dropout.p
+    elif type(dropout) is not nn.Identity:
+        return None
+
+    of_base, of_a, of_b = base._parameters, lora_a._parameters, lora_b._parameters
+    weight, bias = of_base.get("weight"), of_base.get("bias", _COMPUTED)
+    a, b, scaling = of_a.get("weight"), of_b.get("weight"), layer.scaling[name]
+    if of_a.get("bias", _COMPUTED) is not None or of_b.get("bias", _COMPUTED) is not None:
+        return None
+    if weight is None or not fits(x, weight, a, b, scaling, bias, None, dropout_p, None):
+        return None
+    if weight.shape != (layer.out_features, layer.in_features) or hasattr(weight, "ds_id"):
+        return None
+    dtypes = weight.dtype, a.dtype, b.dtype
+    if torch.float64 in dtypes or not (layer.cast_input_dtype_enabled or len(set(dtypes)) == 1):
+        return None
+    return weight, a, b, scaling, bias, dropout_p
 
 
 def read_call(layer: LoraLayer, x: Any, args: tuple, kwargs: dict) -> LayerState | MixedState | str:
@@ -150,12 +203,7 @@ def _unsupported_layer(layer: LoraLayer) -> str | None:
     own = layer.__dict__
     if "forward" in own or "_hf_hook" in own:
         return f"the layer has {_OWN_FORWARD}"
-    if (
-        nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    ):
+    if _global_hooks():
         return "global module hooks are registered"
     base = layer._modules["base_layer"]
     forward = type(base).forward
@@ -191,6 +239,15 @@ def _unsupported_adapter(layer: LoraLayer, name: str) -> str | None:
         return f"lora_dropout of {name!r} is {type(dropout).__name__}, not nn.Dropout"
     bypassed = _bypassed(dropout)
     return f"lora_dropout of {name!r} has {bypassed}" if bypassed else None
+
+
+def _global_hooks() -> bool:
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
 
 
 def _bypassed(module: nn.Module) -> str | None:

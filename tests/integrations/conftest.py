@@ -1,7 +1,31 @@
-"""PEFT's files of the adapters in routed_models.py, written once per module of tests."""
+"""PEFT's files of the adapters in routed_models.py, written once per module of tests; and every
+accelerated layer's glance at itself is held against the full reading."""
 
 import pytest
 from routed_models import CONFIGS, llama, peft_alone
+
+from lora_kernels.dtypes import cast_for_autocast
+from lora_kernels.integrations import peft_layers
+from lora_kernels.integrations.peft_state import ActiveAdapter, LayerState, read_call, read_ordinary
+from lora_kernels.ops.lora_linear import _check
+
+
+@pytest.fixture(autouse=True)
+def what_is_ordinary_the_full_reading_accepts(monkeypatch):
+    def read_twice(layer, x):
+        operands = read_ordinary(layer, x)
+        if operands is not None:
+            weight, lora_a, lora_b, scaling, bias, dropout_p = operands
+            state = read_call(layer, x, (), {})
+            assert type(state) is LayerState, state
+            assert state.weight is weight and state.bias is bias
+            adapter = ActiveAdapter(lora_a, lora_b, None, scaling, dropout_p, None, False)
+            assert all(a is b or a == b for a, b in zip(*state.adapters, adapter, strict=True))
+            x, weight, bias = cast_for_autocast(x, weight, bias)
+            _check(x, weight, lora_a, lora_b, scaling, bias, None, dropout_p, None)
+        return operands
+
+    monkeypatch.setattr(peft_layers, "read_ordinary", read_twice)
 
 
 @pytest.fixture(scope="module")
