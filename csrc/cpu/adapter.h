@@ -22,7 +22,7 @@ void adapter_forward(const Draw& draw, const Shrink& down, const Expand& up, int
 // t = s dy B; the gradients of B (from dy and h) and A (from x and t); dx (+)= keep (t A).
 // A gradient without an address is not computed, nor dx, nor t if nobody needs it.
 struct AdapterBackward {
-  Shrink t;  // its out is this call's own
+  Shrink t;  // where t lies is this call's own business
   RankGradient grad_b, grad_a;
   Expand dx;
 };
