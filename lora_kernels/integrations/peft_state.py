@@ -71,7 +71,9 @@ def read_ordinary(layer: LoraLayer, x: Any) -> tuple | None:
     They are ``(weight, lora_a, lora_b, scaling, bias, dropout_p)`` of one active adapter. What is
     accepted here, :func:`read_call` and the checks of `lora_linear` accept too, at twice the cost.
     """
-    if not runs_at_once(x) or _unsupported_context() or _global_hooks():
+    if not runs_at_once(x) or torch._C._are_functorch_transforms_active():
+        return None
+    if forward_ad._current_level >= 0 or _global_hooks():
         return None
     name = layer.active_adapter
     if type(name) is list and len(name) == 1:

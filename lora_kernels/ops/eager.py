@@ -18,6 +18,7 @@ def runs_at_once(x: Tensor) -> bool:
     """
     return (
         not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
         and type(x) in PLAIN
         and (x.is_cpu or x.is_cuda)
         and torch._C._len_torch_dispatch_stack() == 0

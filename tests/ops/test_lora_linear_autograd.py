@@ -302,6 +302,14 @@ def test_the_ops_and_the_calls_past_them_go_together(seen, dropout_p):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_jit_tracing_records_the_whole_call():
+    problem = LoRAProblem.random((9,), 21, 13, 3)
+    traced = torch.jit.trace(lambda x: call(problem, x=x), problem.x)
+    x = torch.randn(9, 21)
+    assert torch.equal(traced(x), call(problem, x=x))
+
+
 @pytest.mark.parametrize("backend", ["auto", "composed"])
 @pytest.mark.parametrize("operand", ["x", "lora_a", "lora_b", "bias"])
 def test_tensors_that_outlived_a_transform(operand, backend):

@@ -95,7 +95,8 @@ def lora_linear_unchecked(
 ) -> Tensor:
     """:func:`lora_linear` of arguments that :func:`fits` accepts and that all run at once, outside
     forward-mode differentiation."""
-    x, weight, bias = cast_for_autocast(x, weight, bias)
+    if torch._C._is_any_autocast_enabled():
+        x, weight, bias = cast_for_autocast(x, weight, bias)
     return _call(
         True, x, weight, lora_a, lora_b, scaling, bias, None, dropout_p, None,
         dispatch.requested("auto"),

@@ -10,6 +10,7 @@ nothing else has to see goes past the ops to the same kernels, with None in thei
 """
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def _dtype_of_h(x: Tensor, backend: str) -> torch.dtype:
     return torch.float32 if native or backend == "triton" else product_dtype(x)
 
 
-def _implementation(backend: str, direction: str, *call):
+def _implementation(backend: str, direction: str, *call) -> ModuleType:
     """The module that serves one direction of the call; raises if a named backend cannot.
 
     Chosen when the op runs, not when a graph is traced, so that it adds no guards.
@@ -95,16 +96,23 @@ def _without_autocast(function):
     return kernel
 
 
+# Gradients are off here, or nobody needs them: this only saves every operation the time to see so.
+# The few operations of the compiled kernels do not repay it.
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
 @_without_autocast
 def _forward(x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, save_unscaled, backend):
     """``(y, h, mask or None, unscaled or None)``."""
     implementation = _implementation(backend, "forward", x, weight, a, b, dropout_p)
-    y, h, mask, unscaled = implementation.forward(
-        x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, save_unscaled
-    )
-    if mask is not None and not stores_mask(x.device, dropout_p, backend):
-        mask = None
-    return y, h, mask, unscaled
+    call = x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, save_unscaled
+    if implementation is compiled:
+        y, h, mask, unscaled = compiled.forward(*call)
+    else:
+        with _below_autograd():
+            y, h, mask, unscaled = implementation.forward(*call)
+    # What is left of stores_mask where there is a mask.
+    return y, h, mask if x.is_cpu else None, unscaled
 
 
 @_without_autocast
@@ -115,15 +123,18 @@ def _backward(
     implementation = _implementation(backend, "backward", dy, weight, a, b, dropout_p)
     if mask is not None and mask.numel() == 0:
         mask = None
-    return implementation.backward(
-        dy, x, weight, a, b, scaling, h, output_scale, unscaled, mask, dropout_p, seed, needs
-    )
+    call = dy, x, weight, a, b, scaling, h, output_scale, unscaled, mask, dropout_p, seed, needs
+    if implementation is compiled:
+        return compiled.backward(*call)
+    with _below_autograd():
+        return implementation.backward(*call)
 
 
 def _inference_kernel(x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, backend):
-    return _forward(x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, False, backend)[
-        0
-    ]
+    y, _, _, _ = _forward(
+        x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, False, backend
+    )
+    return y
 
 
 def _forward_kernel(x, *args):
@@ -196,11 +207,10 @@ class LoRALinearFunction(torch.autograd.Function):
     ):
         _, _, needs_a, needs_b, _, _, needs_output_scale = ctx.needs_input_grad[:7]
         forward = _forward if at_once else _FORWARD
-        with torch._C._AutoDispatchBelowAutograd():
-            y, h, mask, unscaled = forward(
-                x, weight, a, b, scaling, bias, output_scale, dropout_p, seed,
-                needs_output_scale, backend,
-            )  # fmt: skip
+        y, h, mask, unscaled = forward(
+            x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, needs_output_scale,
+            backend,
+        )  # fmt: skip
         ctx.save_for_backward(
             x if needs_a else None,
             weight,
@@ -225,19 +235,18 @@ def _gradients(ctx, dy):
     x, weight, a, b, scaling, h, output_scale, unscaled, mask, seed = ctx.saved_tensors
     needs_x, _, needs_a, needs_b, _, needs_bias, needs_output_scale = ctx.needs_input_grad[:7]
     needs = needs_x, needs_a, needs_b, needs_bias, needs_output_scale
-    with torch._C._AutoDispatchBelowAutograd():
-        if runs_at_once(dy):
-            grads = _backward(
-                dy, x, weight, a, b, scaling, h, output_scale, unscaled, mask,
-                ctx.dropout_p, seed, needs, ctx.backend,
-            )  # fmt: skip
-        else:
-            grads = _BACKWARD(
-                dy, x, weight, a, b, scaling, h, output_scale, unscaled,
-                dy.new_empty(0, dtype=torch.uint8) if mask is None else mask,
-                ctx.dropout_p, seed, needs, ctx.backend,
-            )  # fmt: skip
-            grads = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+    if runs_at_once(dy):
+        grads = _backward(
+            dy, x, weight, a, b, scaling, h, output_scale, unscaled, mask, ctx.dropout_p, seed,
+            needs, ctx.backend,
+        )  # fmt: skip
+    else:
+        grads = _BACKWARD(
+            dy, x, weight, a, b, scaling, h, output_scale, unscaled,
+            dy.new_empty(0, dtype=torch.uint8) if mask is None else mask, ctx.dropout_p, seed,
+            needs, ctx.backend,
+        )  # fmt: skip
+        grads = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
     dx, grad_a, grad_b, grad_bias, grad_output_scale = grads
     return dx, None, grad_a, grad_b, None, grad_bias, grad_output_scale, None, None, None, None
 
@@ -279,8 +288,7 @@ def call(at_once: bool, *args) -> Tensor:
     if not at_once:
         return _OP(*args)
     if not requires_grad(args):
-        with torch._C._AutoDispatchBelowAutograd():
-            return _inference_kernel(*args)
+        return _inference_kernel(*args)
     if _outlived_a_transform(args):
         return LoRALinearFunction.apply(*args, True)
     return _apply_at_once(*args, True)
