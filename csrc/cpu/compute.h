@@ -83,7 +83,7 @@ struct Single {
   }
   template <DType T, bool FULL>
   static inline __attribute__((always_inline)) void finish(const vf* sums, char* out, int64_t n,
-                                                           const uint8_t* mask, bool add_to) {
+                                                           const uint8_t* mask, bool add_to, bool) {
     uint64_t bits = ~uint64_t(0);
     if (mask) {
       if constexpr (!FULL) bits = 0;
@@ -203,6 +203,7 @@ struct Pairs {
 
   // Of 32 columns of a row of an expand tile one vector has the even ones, the next the odd ones:
   // the halves of the words in memory. The sums start from them, and what is dropped is not stored.
+  // Gathered rows may be the same row twice: to those the sums are added one after another.
   static void order_columns(uint32_t* panel, int64_t words) {
     const __m512i even =
         _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
@@ -213,23 +214,26 @@ struct Pairs {
       _mm512_storeu_si512(panel + d + 16, _mm512_permutex2var_epi32(a, odd, b));
     }
   }
+  template <bool FULL>
+  static inline void load_columns(vf* to, const char* from, int64_t n) {
+    const __m512i words = FULL ? _mm512_loadu_si512(from) : some((const Element*)from, n);
+    to[0] = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+    to[1] = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(0xffff0000u))));
+  }
   template <DType T, bool FULL>
   static inline __attribute__((always_inline)) void start(vf* sums, const char* from, int64_t n,
                                                           bool add_to) {
     static_assert(T == DType::bf16);
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; v += 2) {
-      __m512i words = _mm512_setzero_si512();
-      if (add_to && FULL) words = _mm512_loadu_si512(from + v * 2 * W);
-      if (add_to && !FULL && n > v * W) words = some((const Element*)from + v * W, n - v * W);
-      sums[v] = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-      sums[v + 1] =
-          _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(0xffff0000u))));
+      sums[v] = sums[v + 1] = zero();
+      if (add_to && (FULL || n > v * W)) load_columns<FULL>(sums + v, from + v * 2 * W, n - v * W);
     }
   }
   template <DType T, bool FULL>
   static inline __attribute__((always_inline)) void finish(const vf* sums, char* out, int64_t n,
-                                                           const uint8_t* mask, bool add_to) {
+                                                           const uint8_t* mask, bool add_to,
+                                                           bool gathered) {
     const __m512i in_turn =
         _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                          21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -243,10 +247,15 @@ struct Pairs {
       if (!FULL && n <= v * W) break;
       const __mmask32 exist = FULL ? ~__mmask32(0) : lanes(n - v * W);
       const __mmask32 kept = __mmask32(bits >> (v * W));
-      const __m512i halves =
-          _mm512_maskz_permutexvar_epi16(add_to ? ~__mmask32(0) : kept, in_turn,
-                                         (__m512i)_mm512_cvtne2ps_pbh(sums[v + 1], sums[v]));
       char* to = out + v * 2 * W;
+      vf even = sums[v], odd = sums[v + 1];
+      if (add_to && gathered) {
+        vf there[2];
+        load_columns<FULL>(there, to, n - v * W);
+        even = add(even, there[0]), odd = add(odd, there[1]);
+      }
+      const __m512i halves = _mm512_maskz_permutexvar_epi16(
+          add_to ? ~__mmask32(0) : kept, in_turn, (__m512i)_mm512_cvtne2ps_pbh(odd, even));
       if (FULL && !mask) {
         _mm512_storeu_si512(to, halves);
       } else {

@@ -66,7 +66,8 @@ static inline __attribute__((always_inline)) void expand_tile(
     int64_t n, const uint32_t* left, const uint32_t* panel, int64_t pitch, int64_t steps) {
   vf acc[ROWS_][VECTORS];
 #pragma GCC unroll 4
-  for (int i = 0; i < ROWS_; i++) C::template start<T, FULL>(acc[i], out[i], n, t.add);
+  for (int i = 0; i < ROWS_; i++)
+    C::template start<T, FULL>(acc[i], out[i], n, t.add && !t.out.index);
   if (next)
 #pragma GCC unroll 4
     for (int i = 0; i < ROWS_; i++)
@@ -74,7 +75,7 @@ static inline __attribute__((always_inline)) void expand_tile(
   outer_tile<C, ROWS_>(left, steps, 1, panel, pitch, steps, acc);
 #pragma GCC unroll 4
   for (int i = 0; i < ROWS_; i++)
-    C::template finish<T, FULL>(acc[i], out[i], n, mask ? mask[i] : nullptr, t.add);
+    C::template finish<T, FULL>(acc[i], out[i], n, mask ? mask[i] : nullptr, t.add, t.out.index);
 }
 
 // ROWS_ rows of a piece, from row m on.

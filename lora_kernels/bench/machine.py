@@ -94,6 +94,8 @@ def meta(device: torch.device, command: str) -> dict:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": load(),
+        # It decides how many page faults a step has, whoever's the layers are.
+        "malloc": {name: os.environ[name] for name in sorted(os.environ) if "MALLOC_" in name},
     }
     if device.type == "cuda":
         found["cuda"] = torch.version.cuda or torch.version.hip

@@ -183,6 +183,7 @@ def footnotes(rows: list[dict]) -> list[str]:
     reps = max(row["reps"] for row in rows)
     timing = sorted({row["timing"] for row in rows if row["timing"]})
     where = f"{meta['device']}, {meta['threads']} threads, torch {meta['versions']['torch']}"
+    where += "".join(f", {name}={value}" for name, value in meta.get("malloc", {}).items())
     notes = [
         f"{where}, {meta['time']}. Medians of {reps} interleaved repetitions ({', '.join(timing)});"
         f" ratios of {_compared(kind)}, taken within a repetition, with quartiles."

@@ -36,4 +36,4 @@ def requires_grad(arguments) -> bool:
 
 def like_rows_of(x: Tensor, y: Tensor) -> Tensor:
     """``[M, D]`` as ``[..., D]``. Not a view to autograd: the caller may change it in place."""
-    return _unsafe_view(y, (*x.shape[:-1], y.shape[1]))
+    return _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))

@@ -45,7 +45,7 @@ def forward(
         y = y.view(-1, y.shape[-1])
         unscaled = y if save_unscaled else None
         y = _scale_columns(y, output_scale, bias)
-    if y.ndim != x.ndim:
+    if y.ndim != x.ndim or y._is_view():
         y = like_rows_of(x, y)
     return y, h, mask, unscaled
 
