@@ -308,9 +308,10 @@ def test_a_half_layers_output_scale_is_not_rounded():
     assert error < 0.5 * (rounded / c - 1).abs().max()
 
 
-@pytest.mark.parametrize("leading", [(6,), (2, 3)], ids=str)
-def test_the_result_can_be_changed_in_place(leading):
-    problem = LoRAProblem.random(leading, 16, 12, 3, with_output_scale=True)
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "output_scale"])
+@pytest.mark.parametrize("leading", [(6,), (2, 3), ()], ids=str)
+def test_the_result_can_be_changed_in_place(leading, scaled):
+    problem = LoRAProblem.random(leading, 16, 12, 3, with_output_scale=scaled)
 
     def then_in_place(**inputs):
         return ours(**inputs).mul_(2)
