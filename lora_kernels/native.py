@@ -130,7 +130,7 @@ def _gradient_of(factor: Tensor) -> Tensor:
     if factor.dtype in _NUMBER and factor.is_contiguous():
         return torch.empty_like(factor)
     dtype = factor.dtype if factor.dtype in _NUMBER else torch.float32
-    return torch.empty(factor.shape, dtype=dtype)
+    return torch.empty(factor.shape, dtype=dtype, device="cpu")
 
 
 # --- one adapter -----------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def _gradient_of(factor: Tensor) -> Tensor:
 def packed_keep_mask(seed: Tensor, p: float, rows: int, columns: int, stream: int = 0) -> Tensor:
     """:func:`lora_kernels.dropout.packed_keep_mask`, the same bits."""
     groups = -(-columns // GROUP)
-    out = torch.empty((rows, groups), dtype=torch.uint8)
+    out = torch.empty((rows, groups), dtype=torch.uint8, device="cpu")
     extension().draw_mask(
         out.data_ptr(), groups, 0, rows, columns, seed.item(), stream, drop_threshold(p),
         torch.get_num_threads(),
@@ -182,11 +182,11 @@ def adapter_forward(
     """
     columns, rank = x.shape[-1], lora_a.shape[0]
     rows = x.numel() // columns
-    h = torch.empty((rows, rank), dtype=torch.float32)
+    h = torch.empty((rows, rank), dtype=torch.float32, device="cpu")
     mask, mask_address, h_scale, key = None, 0, 1.0, 0
     threshold = drop_threshold(dropout_p)
     if threshold > 0:
-        mask = torch.empty((rows, -(-columns // GROUP)), dtype=torch.uint8)
+        mask = torch.empty((rows, -(-columns // GROUP)), dtype=torch.uint8, device="cpu")
         mask_address, h_scale, key = mask.data_ptr(), keep_scale(dropout_p), seed.item()
     a, b = _factor(lora_a), _factor(lora_b)
     walk = Walk(
@@ -257,7 +257,7 @@ class RoutedCall:
             by_slot = [0] * bank.scaling.shape[0]
             for slot, threshold in zip(bank.slots, bank.thresholds, strict=True):
                 by_slot[slot] = threshold
-            thresholds = torch.tensor(by_slot, dtype=torch.int32)
+            thresholds = torch.tensor(by_slot, dtype=torch.int32, device="cpu")
         self._alive = storage, weights, thresholds
         groups = routing.plan.shape[0]
         if groups and routing.plan[-1, 0] < 0:  # filled up, as graphs have it
@@ -280,7 +280,7 @@ class RoutedCall:
     def draw_mask(self) -> Tensor:
         """``[P, ceil(K/8)]``: the packed keep-masks of the pairs whose adapter drops."""
         shape = self.routing.tokens.shape[0], -(-self.in_features // GROUP)
-        mask = torch.empty(shape, dtype=torch.uint8)
+        mask = torch.empty(shape, dtype=torch.uint8, device="cpu")
         self._groups.draw_mask(*_packed(mask), self.seed.item())
         return mask
 
@@ -303,7 +303,7 @@ class RoutedCall:
         t, grad = self._narrow(zeros), None
         h = None if h is None else _single(h)
         if needs_weights:
-            grad = torch.zeros(self.routing.tokens.shape[0], dtype=torch.float32)
+            grad = torch.zeros(self.routing.tokens.shape[0], dtype=torch.float32, device="cpu")
         self._groups.expand_backward(
             *_wide(dy), *_packed(t), *_packed(h), 0 if grad is None else grad.data_ptr()
         )
@@ -332,7 +332,7 @@ class RoutedCall:
 
     def _narrow(self, zeros: bool) -> Tensor:
         shape = self.routing.tokens.shape[0], self.bank.width
-        return (torch.zeros if zeros else torch.empty)(shape, dtype=torch.float32)
+        return (torch.zeros if zeros else torch.empty)(shape, dtype=torch.float32, device="cpu")
 
 
 def _single(narrow: Tensor) -> Tensor:

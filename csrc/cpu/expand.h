@@ -31,7 +31,8 @@ static void pack_columns(uint32_t* panel, const Factor& f, int64_t rank, int64_t
         rows[j] = k * C::DEPTH + j < rank ? f.at(k * C::DEPTH + j, begin) : nullptr;
       C::pack_rows(panel + k * pitch, f.dtype, rows, n, nullptr, scale);
     }
-  } else if (C::is_packed(f.dtype) && scale == 1 && rank % C::DEPTH == 0) {
+  } else if (C::is_packed(f.dtype) && scale == 1 && rank % C::DEPTH == 0 &&
+             f.column_stride % C::DEPTH == 0) {
     // Neighbouring ranks lie side by side already.
     transpose(panel, pitch, (const uint32_t*)f.at(0, begin), f.column_stride / C::DEPTH, n, steps);
   } else {

@@ -289,3 +289,26 @@ def test_activations_behind_any_strides(level):
     walk, again, _ = native.adapter_forward(shaped, a, b, 1.0, 0.0, None)
     walk.into(y, add=True)
     assert torch.equal(again, h) and torch.equal(y[:, 0], expected)
+
+
+def test_a_factor_with_an_odd_pitch(level):
+    """Pairs of bf16 that lie off a word's boundary in every other row."""
+    a, turned = draw(4, 40, dtype=BF16), draw(40, 5, dtype=BF16)[:, :4].t()
+    t, out = draw(5, 4, dtype=BF16), torch.zeros(2, 5, 40, dtype=BF16)
+    from_t(None, out[0], t, turned)
+    from_t(None, out[1], t, turned.contiguous())
+    assert torch.equal(out[0], out[1])
+    b = draw(24, 5, dtype=BF16)[:, :4]
+    y = torch.zeros(2, 5, 24, dtype=BF16)
+    for into, given in zip(y, (b, b.contiguous()), strict=True):
+        walk, *_ = native.adapter_forward(out[0], a, given, 1.0, 0.0, None)
+        walk.into(into, add=True)
+    assert torch.equal(y[0], y[1]) and y.any()
+
+
+def test_a_default_device_is_not_where_the_results_lie(level):
+    x, dy, a, b = draw(3, 16), draw(3, 8), draw(2, 16), draw(8, 2).double()
+    with torch.device("meta"):
+        _, h, mask = native.adapter_forward(x, a, b, 1.0, 0.5, SEED)
+        _, _, grad_b = native.adapter_backward(dy, x, a, b, h, mask, 1.0, 0.5)
+    assert {h.device.type, mask.device.type, grad_b.device.type} == {"cpu"}

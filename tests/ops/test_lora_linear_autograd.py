@@ -395,3 +395,17 @@ def test_the_backward_is_asked_for_what_is_needed_alone(needed, monkeypatch):
     named[needed].requires_grad_()
     call(problem, backend="composed").backward(problem.dy)
     assert asked == [tuple(name == needed for name in named)]
+
+
+def test_checkpointing_under_a_mode_and_recomputing_outside_of_it():
+    """The two ways through the package save as many tensors."""
+    from torch.utils.checkpoint import checkpoint
+    from torch.utils.flop_counter import FlopCounterMode
+
+    problem = LoRAProblem.random((4,), 40, 24, 4)
+    x = problem.x.requires_grad_()
+    with FlopCounterMode(display=False):
+        y = checkpoint(lambda x: call(problem, x=x), x, use_reentrant=False)
+    (expected,) = torch.autograd.grad(call(problem, x=x).sum(), x)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(grad, expected)

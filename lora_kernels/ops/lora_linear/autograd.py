@@ -220,7 +220,8 @@ class LoRALinearFunction(torch.autograd.Function):
             h if needs_b else None,
             output_scale,
             unscaled if needs_output_scale else None,
-            mask,
+            # As many tensors whichever way the call took: checkpointing counts them.
+            mask if mask is not None and mask.numel() else None,
             seed,
         )
         ctx.dropout_p, ctx.backend = dropout_p, backend
@@ -235,7 +236,7 @@ def _gradients(ctx, dy):
     x, weight, a, b, scaling, h, output_scale, unscaled, mask, seed = ctx.saved_tensors
     needs_x, _, needs_a, needs_b, _, needs_bias, needs_output_scale = ctx.needs_input_grad[:7]
     needs = needs_x, needs_a, needs_b, needs_bias, needs_output_scale
-    if runs_at_once(dy):
+    if runs_at_once(dy) and not _is_functorch_wrapped(dy):  # is_grads_batched
         grads = _backward(
             dy, x, weight, a, b, scaling, h, output_scale, unscaled, mask, ctx.dropout_p, seed,
             needs, ctx.backend,
