@@ -12,6 +12,7 @@ import torch._dynamo.testing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels import explain, lora_linear
 from lora_kernels.testing import LoRAProblem, assert_within_policy
@@ -399,9 +400,6 @@ def test_the_backward_is_asked_for_what_is_needed_alone(needed, monkeypatch):
 
 def test_checkpointing_under_a_mode_and_recomputing_outside_of_it():
     """The two ways through the package save as many tensors."""
-    from torch.utils.checkpoint import checkpoint
-    from torch.utils.flop_counter import FlopCounterMode
-
     problem = LoRAProblem.random((4,), 40, 24, 4)
     x = problem.x.requires_grad_()
     with FlopCounterMode(display=False):
@@ -409,3 +407,17 @@ def test_checkpointing_under_a_mode_and_recomputing_outside_of_it():
     (expected,) = torch.autograd.grad(call(problem, x=x).sum(), x)
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(grad, expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("backend", ["auto", "composed"])
+def test_batched_gradients_are_those_one_by_one(backend):
+    """vmap's tensors have no memory: the op sees them, and takes one after another."""
+    problem = LoRAProblem.random((9,), 21, 13, 3)
+    named = list(leaves(problem).values())
+    y = call(problem, backend=backend)
+    dys = torch.randn(3, *y.shape)
+    batched = torch.autograd.grad(y, named, dys, is_grads_batched=True, retain_graph=True)
+    for i, dy in enumerate(dys):
+        one = torch.autograd.grad(y, named, dy, retain_graph=True)
+        assert all(torch.equal(many[i], grad) for many, grad in zip(batched, one, strict=True))

@@ -45,6 +45,7 @@ _FORWARD = torch.ops.lora_kernels.lora_linear_forward.default
 _BACKWARD = torch.ops.lora_kernels.lora_linear_backward.default
 
 _is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def stores_mask(device: torch.device, dropout_p: float, backend: str) -> bool:
@@ -236,7 +237,7 @@ def _gradients(ctx, dy):
     x, weight, a, b, scaling, h, output_scale, unscaled, mask, seed = ctx.saved_tensors
     needs_x, _, needs_a, needs_b, _, needs_bias, needs_output_scale = ctx.needs_input_grad[:7]
     needs = needs_x, needs_a, needs_b, needs_bias, needs_output_scale
-    if runs_at_once(dy) and not _is_functorch_wrapped(dy):  # is_grads_batched
+    if runs_at_once(dy) and not _is_legacy_batched(dy):  # is_grads_batched
         grads = _backward(
             dy, x, weight, a, b, scaling, h, output_scale, unscaled, mask, ctx.dropout_p, seed,
             needs, ctx.backend,
