@@ -36,7 +36,7 @@ from setuptools.errors import CompileError
 from setuptools.modified import newer_group
 
 ERROR_FILE, CUDA_ERROR_FILE = "_native_error.txt", "_native_cuda_error.txt"
-SOURCES = ["csrc/binding.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
+SOURCES = sorted(map(str, [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")]))
 CUDA_SOURCES = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
 HEADERS = sorted(map(str, [*Path("csrc").glob("*.h"), *Path("csrc/cpu").glob("*.h")]))
 CUDA_HEADERS = sorted(map(str, [*Path("csrc").glob("*.h"), *Path("csrc/cuda").glob("*.*h")]))

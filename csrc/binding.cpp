@@ -1,7 +1,7 @@
-// The only file that knows Python. Tensors come as addresses, sizes and strides in elements, dtypes
-// as the numbers of lora::DType; lora_kernels/native.py and native_cuda.py turn tensors into them.
-// Absent tensors are address 0. Everything has been checked before; the lock is released while a
-// kernel runs.
+// What Python calls. The operation that a training step repeats most takes tensors (tensors.h), and
+// reads and checks them itself. The others take addresses, sizes and strides in elements and dtypes
+// as the numbers of lora::DType, into which lora_kernels/native.py and native_cuda.py turn tensors
+// they have checked; absent tensors are address 0. The lock is released while a kernel runs.
 //
 // LORA_KERNELS_CUDA: with the CUDA kernels; its text says what for.
 #include <pybind11/pybind11.h>
@@ -16,9 +16,11 @@
 #ifdef LORA_KERNELS_CUDA
 #include "cuda/kernels.h"
 #endif
+#include "tensors.h"
 
 namespace py = pybind11;
 using lora::DType;
+using lora::Tensor;
 
 namespace {
 
@@ -35,103 +37,137 @@ void draw_mask(uintptr_t out, int64_t stride, int64_t first, int64_t rows, int64
                   threads);
 }
 
-// Draws the mask if there is one; h [M, R], and y += s h B^T (or y = ...).
-void adapter_forward(int dtype, int64_t rows, uintptr_t x, int64_t x_stride, int64_t in_columns,
-                     int64_t out_columns, int64_t rank, uintptr_t a, int a_dtype,
-                     int64_t a_rank_stride, int64_t a_column_stride, uintptr_t b, int b_dtype,
-                     int64_t b_rank_stride, int64_t b_column_stride, uintptr_t h, double h_scale,
-                     double scaling, uintptr_t mask, int64_t seed, uint32_t threshold, int threads,
-                     uintptr_t y, int64_t y_stride, bool add) {
-  const int64_t mask_stride = (in_columns + 7) / 8;
-  lora::adapter_forward({at<uint8_t>(mask), mask_stride, uint64_t(seed), threshold},
-                        {{at<char>(x), dtype_of(dtype), x_stride, nullptr, 0},
-                         {at<uint8_t>(mask), mask_stride},
-                         {at<char>(a), dtype_of(a_dtype), a_rank_stride, a_column_stride},
-                         {at<float>(h), rank},
-                         float(h_scale),
-                         in_columns,
-                         0,
-                         0,
-                         0,
-                         0},
-                        {{at<char>(y), dtype_of(dtype), y_stride, nullptr, 0},
-                         {nullptr, 0},
-                         {at<char>(b), dtype_of(b_dtype), b_rank_stride, b_column_stride},
-                         {at<float>(h), rank},
-                         nullptr,
-                         1.0f,
-                         float(scaling),
-                         add,
-                         rank,
-                         0,
-                         0,
-                         0,
-                         0},
-                        rows, in_columns, out_columns, threads);
+// Whether `lora_linear` can hand these to the kernels as they are: x [..., K] and the base's weight
+// [N, K] and bias [N] of one dtype, A [R, K], B [N, R]; the last two of the base may be None.
+bool fits(py::handle x, py::handle weight, py::handle a, py::handle b, py::handle bias) {
+  Tensor in, base, down, up, shift;
+  for (const py::handle tensor : {x, weight, a, b, bias})
+    if (!tensor.is_none() && !lora::is_plain(tensor)) return false;
+  if (!in.read(x) || !down.read(a) || !up.read(b)) return false;
+  if (in.ndim == 0 || down.ndim != 2 || up.ndim != 2 || !down.numel || !up.numel) return false;
+  const int64_t rank = down.size(0), in_columns = down.size(1), out_columns = up.size(0);
+  if (up.size(1) != rank || in.columns() != in_columns) return false;
+  if (!weight.is_none() &&
+      !(base.read(weight) && base.dtype() == in.dtype() && base.is_shape(out_columns, in_columns)))
+    return false;
+  return bias.is_none() || (shift.read(bias) && shift.dtype() == in.dtype() && shift.ndim == 1 &&
+                            shift.size(0) == out_columns);
 }
 
-// The gradients lie in memory as A and B do, with strides of their own.
-void adapter_backward(int dtype, int64_t rows, uintptr_t dy, int64_t dy_stride, int64_t out_columns,
-                      uintptr_t x, int64_t x_stride, int64_t in_columns, uintptr_t mask,
-                      int64_t rank, uintptr_t a, int a_dtype, int64_t a_rank_stride,
-                      int64_t a_column_stride, uintptr_t b, int b_dtype, int64_t b_rank_stride,
-                      int64_t b_column_stride, uintptr_t h, int64_t h_stride, double t_scale,
-                      double scaling, uintptr_t grad_a, int grad_a_dtype,
-                      int64_t grad_a_rank_stride, int64_t grad_a_column_stride, uintptr_t grad_b,
-                      int grad_b_dtype, int64_t grad_b_rank_stride, int64_t grad_b_column_stride,
-                      int threads, uintptr_t dx, int64_t dx_stride, bool add) {
-  const lora::Wide wide_dy{at<char>(dy), dtype_of(dtype), dy_stride, nullptr, 0};
-  const lora::Mask kept{at<uint8_t>(mask), (in_columns + 7) / 8};
-  lora::adapter_backward({{wide_dy,
-                           {nullptr, 0},
-                           {at<char>(b), dtype_of(b_dtype), b_rank_stride, b_column_stride},
-                           {nullptr, 0},
-                           float(t_scale),
-                           out_columns,
-                           0,
-                           0,
-                           0,
-                           0},
-                          {wide_dy,
-                           {nullptr, 0},
-                           {at<float>(h), h_stride},
-                           nullptr,
-                           float(scaling),
-                           at<char>(grad_b),
-                           dtype_of(grad_b_dtype),
-                           grad_b_rank_stride,
-                           grad_b_column_stride,
-                           rank,
-                           rows,
-                           0,
-                           0},
-                          {{at<char>(x), dtype_of(dtype), x_stride, nullptr, 0},
-                           kept,
-                           {nullptr, 0},
-                           nullptr,
-                           1.0f,
-                           at<char>(grad_a),
-                           dtype_of(grad_a_dtype),
-                           grad_a_rank_stride,
-                           grad_a_column_stride,
-                           rank,
-                           rows,
-                           0,
-                           0},
-                          {{at<char>(dx), dtype_of(dtype), dx_stride, nullptr, 0},
-                           kept,
-                           {at<char>(a), dtype_of(a_dtype), a_rank_stride, a_column_stride},
-                           {nullptr, 0},
-                           nullptr,
-                           1.0f,
-                           1.0f,
-                           add,
-                           rank,
-                           0,
-                           0,
-                           0,
-                           0}},
-                         rows, in_columns, out_columns, threads);
+// Of what was not read, nothing.
+lora::Wide wide_of(const Tensor& t) {
+  return {t.data, t.dtype(), t.data ? t.pitch() : 0, nullptr, 0};
+}
+lora::Narrow narrow_of(const Tensor& t) {
+  return {at<float>(uintptr_t(t.data)), t.data ? t.pitch() : 0};
+}
+// A [R, K] and B [N, R], or what has their shapes.
+lora::Factor down_of(const Tensor& t) {
+  return {t.data, t.dtype(), t.data ? t.stride(0) : 0, t.data ? t.stride(1) : 0};
+}
+lora::Factor up_of(const Tensor& t) {
+  const lora::Factor turned = down_of(t);
+  return {turned.data, turned.dtype, turned.column_stride, turned.rank_stride};
+}
+
+bool read_matrix(Tensor& t, py::handle object) { return t.read(object) && t.is_matrix(); }
+
+bool read_rows(Tensor& t, py::handle object, DType dtype, int64_t rows, int64_t columns) {
+  return t.read(object) && t.has_rows() && t.dtype() == dtype && t.columns() == columns &&
+         t.rows() == rows;
+}
+
+// None keeps everything.
+bool read_mask(lora::Mask& mask, py::handle object, int64_t rows, int64_t columns) {
+  mask = {nullptr, (columns + 7) / 8};
+  Tensor t;
+  if (object.is_none()) return true;
+  if (!t.read_bytes(object) || !t.contiguous() || !t.is_shape(rows, mask.stride)) return false;
+  mask.bits = at<uint8_t>(uintptr_t(t.data));
+  return true;
+}
+
+// y [..., N] += s h B^T (or y = ...) with h [M, R] and the mask, which are written first. False,
+// and nothing is written, where a tensor is not as the kernels take it.
+bool adapter_forward(py::handle y, py::handle x, py::handle a, py::handle b, py::handle h,
+                     py::handle mask, double h_scale, double scaling, int64_t seed,
+                     uint32_t threshold, bool add, int threads) {
+  Tensor in, out, down, up, narrow;
+  lora::Mask kept;
+  if (!read_matrix(down, a) || !read_matrix(up, b) || !in.read(x)) return false;
+  const int64_t rank = down.size(0), in_columns = down.size(1), out_columns = up.size(0);
+  const int64_t rows = in.numel / in_columns;
+  if (up.size(1) != rank || !read_rows(in, x, in.dtype(), rows, in_columns) ||
+      !read_rows(out, y, in.dtype(), rows, out_columns) ||
+      !read_rows(narrow, h, DType::f32, rows, rank) || !read_mask(kept, mask, rows, in_columns))
+    return false;
+
+  py::gil_scoped_release released;
+  lora::adapter_forward(
+      {const_cast<uint8_t*>(kept.bits), kept.stride, uint64_t(seed), threshold},
+      {wide_of(in), kept, down_of(down), narrow_of(narrow), float(h_scale), in_columns, 0, 0, 0, 0},
+      {wide_of(out),
+       {nullptr, 0},
+       up_of(up),
+       narrow_of(narrow),
+       nullptr,
+       1.0f,
+       float(scaling),
+       add,
+       rank,
+       0,
+       0,
+       0,
+       0},
+      rows, in_columns, out_columns, threads);
+  return true;
+}
+
+// dx [..., K] += keep * (t A) (or dx = ...), grad_a = t^T (keep * x), grad_b = s dy^T h, where
+// t = t_scale dy B; without what is None. False as above.
+bool adapter_backward(py::handle dx, py::handle grad_a, py::handle grad_b, py::handle dy,
+                      py::handle x, py::handle a, py::handle b, py::handle h, py::handle mask,
+                      double t_scale, double scaling, bool add, int threads) {
+  Tensor wide_dx, wide_dy, wide_x, into_a, into_b, down, up, narrow;
+  lora::Mask kept;
+  if (!read_matrix(down, a) || !read_matrix(up, b) || !wide_dy.read(dy)) return false;
+  const int64_t rank = down.size(0), in_columns = down.size(1), out_columns = up.size(0);
+  const int64_t rows = wide_dy.numel / out_columns;
+  const DType dtype = wide_dy.dtype();
+  if (up.size(1) != rank || !read_rows(wide_dy, dy, dtype, rows, out_columns) ||
+      !read_mask(kept, mask, rows, in_columns))
+    return false;
+  if (!dx.is_none() && !read_rows(wide_dx, dx, dtype, rows, in_columns)) return false;
+  if (!grad_a.is_none() && !(read_rows(wide_x, x, dtype, rows, in_columns) &&
+                             read_matrix(into_a, grad_a) && into_a.is_shape(rank, in_columns)))
+    return false;
+  if (!grad_b.is_none() && !(read_rows(narrow, h, DType::f32, rows, rank) &&
+                             read_matrix(into_b, grad_b) && into_b.is_shape(out_columns, rank)))
+    return false;
+
+  const lora::Factor at_b = up_of(into_b), at_a = down_of(into_a);
+  const lora::Narrow none{nullptr, 0};
+  py::gil_scoped_release released;
+  lora::adapter_backward(
+      {{wide_of(wide_dy), {nullptr, 0}, up_of(up), none, float(t_scale), out_columns, 0, 0, 0, 0},
+       {wide_of(wide_dy),
+        {nullptr, 0},
+        narrow_of(narrow),
+        nullptr,
+        float(scaling),
+        into_b.data,
+        at_b.dtype,
+        at_b.rank_stride,
+        at_b.column_stride,
+        rank,
+        rows,
+        0,
+        0},
+       {wide_of(wide_x), kept, none, nullptr, 1.0f, into_a.data, at_a.dtype, at_a.rank_stride,
+        at_a.column_stride, rank, rows, 0, 0},
+       {wide_of(wide_dx), kept, down_of(down), none, nullptr, 1.0f, 1.0f, add, rank, 0, 0, 0, 0}},
+      rows, in_columns, out_columns, threads);
+  return true;
 }
 
 // A bank and a routing, as long as their tensors live.
@@ -295,8 +331,10 @@ PYBIND11_MODULE(_native, m) {
 
   typedef py::call_guard<py::gil_scoped_release> Released;
   m.def("draw_mask", &draw_mask, Released());
-  m.def("adapter_forward", &adapter_forward, Released());
-  m.def("adapter_backward", &adapter_backward, Released());
+  m.def("ignore_table", &lora::ignore_table);
+  m.def("fits", &fits);
+  m.def("adapter_forward", &adapter_forward);
+  m.def("adapter_backward", &adapter_backward);
   // Local, so that a second build of this module may live in the process: tests have one.
   py::class_<Routed>(m, "Routed", py::module_local())
       .def(py::init<uintptr_t, int, uintptr_t, uintptr_t, uintptr_t, const py::sequence&, int64_t,

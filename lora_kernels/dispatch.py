@@ -137,14 +137,23 @@ def _triton_missing() -> str | None:
 def choose(backend: str, device: torch.device, dtype: torch.dtype | None = None) -> Choice:
     """Resolve ``backend`` for a call on ``device``; a named backend that cannot serve raises."""
     backend = requested(backend)
+    if device == _CPU or device.type == "cpu":
+        return choose_on_cpu(backend, dtype)
     if backend == "auto":
-        if device == _CPU or device.type == "cpu":
-            return _on_a_cpu(dtype)
         return Choice(
             "composed",
             f"no kernel has a recorded measurement on {device.type!r} devices that beats the "
             "vendor's GEMMs",
         )
+    return _named(backend, device, dtype)
+
+
+def choose_on_cpu(backend: str, dtype: torch.dtype | None) -> Choice:
+    """:func:`choose` on a CPU, for a backend that :func:`requested` returned."""
+    return _on_a_cpu(dtype) if backend == "auto" else _named(backend, _CPU, dtype)
+
+
+def _named(backend: str, device: torch.device, dtype: torch.dtype | None) -> Choice:
     reason = unavailable(backend, device, dtype)
     if reason is not None:
         raise ValueError(f"backend={backend!r} cannot serve this call: {reason}")

@@ -15,7 +15,7 @@ gradients of A and B sum over rows, in blocks of a fixed size.)
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -31,6 +31,7 @@ LEVELS = ("portable", "AVX2", "AVX-512", "AVX-512 with BF16")
 AVX2, AVX512_BF16 = 1, 3  # indices of LEVELS
 
 _NUMBER = {dtype: number for number, dtype in enumerate(DTYPES)}
+_CPU = torch.device("cpu")  # whatever the default device
 _ERROR_FILE = Path(__file__).with_name("_native_error.txt")
 
 
@@ -101,36 +102,12 @@ def _packed(mask: Tensor | None) -> tuple[int, int]:
     return (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0))
 
 
-def _pitch(rows: Tensor) -> int:
-    """From a row to the next: any contiguous tensor, or ``[M, D]`` with unit stride in D."""
-    return rows.shape[-1] if rows.is_contiguous() else rows.stride(0)
-
-
-def _factor(factor: Tensor) -> Tensor:
-    """A or B as the kernels read it: of a dtype of theirs, with unit stride in one dimension."""
-    if factor.dtype not in _NUMBER:
-        factor = factor.float()
-    if factor.is_contiguous() or 1 in factor.stride():
-        return factor
-    return factor.contiguous()
-
-
-def _view_of_a(a: Tensor) -> tuple[int, int, int, int]:
-    """Address, dtype, and the strides of rank and column."""
-    return a.data_ptr(), _NUMBER[a.dtype], *a.stride()
-
-
-def _view_of_b(b: Tensor) -> tuple[int, int, int, int]:
-    column_stride, rank_stride = b.stride()
-    return b.data_ptr(), _NUMBER[b.dtype], rank_stride, column_stride
-
-
-def _gradient_of(factor: Tensor) -> Tensor:
-    """Memory for the gradient: of a dtype the kernels write."""
-    if factor.dtype in _NUMBER and factor.is_contiguous():
-        return torch.empty_like(factor)
-    dtype = factor.dtype if factor.dtype in _NUMBER else torch.float32
-    return torch.empty(factor.shape, dtype=dtype, device="cpu")
+def _as_read(tensor: Tensor | None) -> Tensor | None:
+    """A factor or h as the kernels take it: of a dtype of theirs, unit stride in one dimension."""
+    if tensor is None:
+        return None
+    tensor = tensor if tensor.dtype in _NUMBER else tensor.float()
+    return tensor if 1 in tensor.stride() else tensor.contiguous()
 
 
 # --- one adapter -----------------------------------------------------------------------------
@@ -147,91 +124,91 @@ def packed_keep_mask(seed: Tensor, p: float, rows: int, columns: int, stream: in
     return out
 
 
-class Walk:
-    """A kernel's call that lacks only its output, which a product of the base has to write first.
-
-    Everything else is read before the product: after it Python's code has left the caches, and
-    each line costs ten times as much. Holds the operands, as their addresses alone keep nothing.
-    """
-
-    __slots__ = ("_arguments", "_kernel", "_operands")
-
-    def __init__(self, kernel: Callable, operands: tuple, *arguments) -> None:
-        self._kernel, self._operands, self._arguments = kernel, operands, arguments
-
-    def into(self, out: Tensor, *, add: bool) -> None:
-        """``out`` ``[..., D]``, contiguous, or ``[M, D]`` with unit stride in D."""
-        self._kernel(*self._arguments, out.data_ptr(), _pitch(out), add)
-
-    def without_output(self) -> None:
-        self._kernel(*self._arguments, 0, 0, False)
+def kept_by_forward(
+    x: Tensor,  # [..., K]
+    rank: int,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor | None]:  # [M, R] fp32; [M, ceil(K/8)] uint8
+    """Memory for h and, where something is dropped, for the packed keep-mask."""
+    columns = x.shape[-1]
+    rows = x.numel() // columns
+    h = torch.empty((rows, rank), dtype=torch.float32, device=_CPU)
+    if drop_threshold(dropout_p) == 0:
+        return h, None
+    return h, torch.empty((rows, -(-columns // GROUP)), dtype=torch.uint8, device=_CPU)
 
 
 def adapter_forward(
-    x: Tensor,  # [..., K] contiguous, or [M, K] with unit stride in K
+    y: Tensor,  # [..., N], contiguous
+    x: Tensor,  # [..., K]
     lora_a: Tensor,  # [R, K]
     lora_b: Tensor,  # [N, R]
+    h: Tensor,  # [M, R] fp32
+    mask: Tensor | None,  # [M, ceil(K/8)] uint8
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,  # [], where something is dropped
-) -> tuple[Walk, Tensor, Tensor | None]:  # h [M, R] fp32; mask [M, ceil(K/8)] uint8
-    """The walk for ``y (+)= s h B^T`` with ``h = D(x) A^T``, h and the packed keep-mask.
+    *,
+    add: bool,
+) -> None:
+    """``y += s h B^T``, or ``y = ...``, with ``h = D(x) A^T``; writes h and the mask too.
 
-    h and the mask are written by the walk into y. For bf16 on a processor that multiplies pairs of
-    bf16, h and s B are rounded to bf16 for their product, as for any GEMM in bf16.
+    For bf16 on a processor that multiplies pairs of bf16, h and s B are rounded to bf16 for their
+    product, as for any GEMM in bf16.
     """
-    columns, rank = x.shape[-1], lora_a.shape[0]
-    rows = x.numel() // columns
-    h = torch.empty((rows, rank), dtype=torch.float32, device="cpu")
-    mask, mask_address, h_scale, key = None, 0, 1.0, 0
-    threshold = drop_threshold(dropout_p)
-    if threshold > 0:
-        mask = torch.empty((rows, -(-columns // GROUP)), dtype=torch.uint8, device="cpu")
-        mask_address, h_scale, key = mask.data_ptr(), keep_scale(dropout_p), seed.item()
-    a, b = _factor(lora_a), _factor(lora_b)
-    walk = Walk(
-        extension().adapter_forward, (x, a, b, h, mask),
-        _NUMBER[x.dtype], rows, x.data_ptr(), _pitch(x), columns, b.shape[0], rank,
-        *_view_of_a(a), *_view_of_b(b), h.data_ptr(), h_scale, scaling, mask_address, key,
-        threshold, torch.get_num_threads(),
-    )  # fmt: skip
-    return walk, h, mask
+    h_scale, key, threshold = 1.0, 0, 0
+    if mask is not None:
+        h_scale, key = keep_scale(dropout_p), seed.item()
+        threshold = drop_threshold(dropout_p)
+    how = h_scale, scaling, key, threshold, add, torch.get_num_threads()
+    kernel = extension().adapter_forward
+    # It looks at its operands itself: the ordinary ones need nothing here.
+    if kernel(y, x, lora_a, lora_b, h, mask, *how):
+        return
+    a, b = _as_read(lora_a), _as_read(lora_b)
+    if not kernel(y, rows_of(x), a, b, h, mask, *how):
+        raise _unread(y=y, x=x, lora_a=a, lora_b=b, h=h, mask=mask)
 
 
 def adapter_backward(
-    dy: Tensor,  # [..., N] contiguous, or [M, N] with unit stride in N
-    x: Tensor | None,  # [..., K] likewise, for the gradient of A
+    dx: Tensor | None,  # [..., K], contiguous
+    grad_a: Tensor | None,  # [R, K]
+    grad_b: Tensor | None,  # [N, R]
+    dy: Tensor,  # [..., N]
+    x: Tensor | None,  # [..., K], for grad_a
     lora_a: Tensor,  # [R, K]
     lora_b: Tensor,  # [N, R]
-    h: Tensor | None,  # [M, R] fp32, for the gradient of B
-    mask: Tensor | None,  # [M, ceil(K/8)], contiguous
+    h: Tensor | None,  # [M, R], for grad_b
+    mask: Tensor | None,  # [M, ceil(K/8)] uint8
     scaling: float,
     dropout_p: float,
-) -> tuple[Walk, Tensor | None, Tensor | None]:  # [R, K], [N, R]
-    """The walk for ``dx (+)= keep * (t A)`` with ``t = s / (1 - p) dy B``, and the gradients of A
-    and B, which it writes: ``t^T (keep * x)`` and ``s dy^T h``, None without x or h.
+    *,
+    add: bool,
+) -> None:
+    """``dx += keep * (t A)``, or ``dx = ...``, with ``t = s / (1 - p) dy B``; and the gradients
+    ``grad_a = t^T (keep * x)`` and ``grad_b = s dy^T h``. None where not needed."""
+    t_scale = scaling if mask is None else scaling * keep_scale(dropout_p)
+    how = t_scale, scaling, add, torch.get_num_threads()
+    kernel = extension().adapter_backward
+    if kernel(dx, grad_a, grad_b, dy, x, lora_a, lora_b, h, mask, *how):
+        return
+    a, b, into_a, into_b = map(_as_read, (lora_a, lora_b, grad_a, grad_b))
+    rows = None if x is None else rows_of(x)
+    h = None if h is None else _single(h)
+    if not kernel(dx, into_a, into_b, rows_of(dy), rows, a, b, h, mask, *how):
+        raise _unread(dx=dx, grad_a=into_a, grad_b=into_b, dy=dy, x=x, lora_a=a, lora_b=b, h=h)
+    for grad, into in ((grad_a, into_a), (grad_b, into_b)):
+        if into is not grad:
+            grad.copy_(into)
 
-    They are in the dtypes of A and B, in fp32 where those are fp64.
-    """
-    columns, out_columns = lora_a.shape[1], lora_b.shape[0]
-    a, b = _factor(lora_a), _factor(lora_b)
-    x_view = h_view = (0, 0)
-    view_of_grad_a = view_of_grad_b = (0, 0, 0, 0)
-    grad_a = grad_b = None
-    if x is not None:
-        grad_a = _gradient_of(lora_a)
-        x_view, view_of_grad_a = (x.data_ptr(), _pitch(x)), _view_of_a(grad_a)
-    if h is not None:
-        grad_b = _gradient_of(lora_b)
-        h_view, view_of_grad_b = (h.data_ptr(), h.stride(0)), _view_of_b(grad_b)
-    walk = Walk(
-        extension().adapter_backward, (dy, x, a, b, h, mask, grad_a, grad_b),
-        _NUMBER[dy.dtype], dy.numel() // out_columns, dy.data_ptr(), _pitch(dy), out_columns,
-        *x_view, columns, 0 if mask is None else mask.data_ptr(), a.shape[0],
-        *_view_of_a(a), *_view_of_b(b), *h_view, scaling * keep_scale(dropout_p), scaling,
-        *view_of_grad_a, *view_of_grad_b, torch.get_num_threads(),
-    )  # fmt: skip
-    return walk, grad_a, grad_b
+
+def _unread(**tensors: Tensor | None) -> RuntimeError:
+    came = ", ".join(
+        f"{name} {t.dtype} {list(t.shape)} of strides {t.stride()}"
+        for name, t in tensors.items()
+        if t is not None
+    )
+    return RuntimeError(f"lora_kernels._native cannot read these tensors: {came}")
 
 
 # --- many adapters ---------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels.ops.eager import runs_at_once
-from lora_kernels.ops.lora_linear import fits
+from lora_kernels.ops.lora_linear import fits_at_once
 
 _COMPUTED = object()
 _OWN_FORWARD = "a forward or a hook of its own (accelerate's offload or device map)"
@@ -106,7 +106,7 @@ def read_ordinary(layer: LoraLayer, x: Any) -> tuple | None:
     a, b, scaling = of_a.get("weight"), of_b.get("weight"), layer.scaling[name]
     if of_a.get("bias", _COMPUTED) is not None or of_b.get("bias", _COMPUTED) is not None:
         return None
-    if weight is None or not fits(x, weight, a, b, scaling, bias, None, dropout_p, None):
+    if weight is None or not fits_at_once(x, weight, a, b, scaling, bias, None, dropout_p, None):
         return None
     if weight.shape != (layer.out_features, layer.in_features) or hasattr(weight, "ds_id"):
         return None

@@ -2,7 +2,11 @@
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+# By their own names: a look-up through torch's modules costs as much as the call.
+_is_tracing = torch._C._is_tracing
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
 # What has no dispatch of its own; DTensor and its like are subclasses.
@@ -17,11 +21,11 @@ def runs_at_once(x: Tensor) -> bool:
     lazily negated or zero tensors the dispatcher, which turns them into values.
     """
     return (
-        not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()
+        not is_compiling()
+        and not _is_tracing()
         and type(x) in PLAIN
         and (x.is_cpu or x.is_cuda)
-        and torch._C._len_torch_dispatch_stack() == 0
+        and _dispatch_modes() == 0
         and not (x.is_neg() or x._is_zerotensor())
     )
 

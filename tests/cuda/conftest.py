@@ -18,7 +18,7 @@ def emulated_library():
     pybind11 = pytest.importorskip("pybind11")
     csrc = ROOT / "csrc"
     sources = [
-        csrc / "binding.cpp",
+        *sorted(csrc.glob("*.cpp")),
         *sorted((csrc / "cpu").glob("*.cpp")),
         *sorted((csrc / "cuda").glob("*.cu")),
     ]

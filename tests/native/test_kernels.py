@@ -65,23 +65,31 @@ def as_given(factor: torch.Tensor, turned: bool) -> torch.Tensor:
     return factor.t().contiguous().t() if turned else factor
 
 
+def forward(y, x, a, b, scaling: float = 1.0, p: float = 0.0, *, add: bool = True):
+    """``y (+)= s h B^T``; h and the packed mask."""
+    h, packed = native.kept_by_forward(x, a.shape[0], p)
+    native.adapter_forward(y, x, a, b, h, packed, scaling, p, SEED, add=add)
+    return h, packed
+
+
+def backward(dx, dy, x, a, b, h, packed, scaling: float = 1.0, p: float = 0.0, *, add: bool = True):
+    """``dx (+)= keep * (t A)``; the gradients of A and B where there is an x and an h."""
+    grad_a = None if x is None else torch.empty_like(a)
+    grad_b = None if h is None else torch.empty_like(b)
+    native.adapter_backward(dx, grad_a, grad_b, dy, x, a, b, h, packed, scaling, p, add=add)
+    return grad_a, grad_b
+
+
 def shrink(x, factor, p: float = 0.0):
     """``D(x) A^T`` and the mask."""
     rows, rank = x.numel() // x.shape[-1], factor.shape[0]
-    walk, h, mask = native.adapter_forward(x, factor, torch.ones(1, rank), 1.0, p, SEED)
-    walk.into(torch.zeros((rows, 1), dtype=x.dtype), add=True)
-    return h, mask
+    return forward(torch.zeros((rows, 1), dtype=x.dtype), x, factor, torch.ones(1, rank), p=p)
 
 
 def from_t(x, out, t, factor, packed=None, *, add=True):
     """What follows from t, which B = 1 makes of dy = t: the gradient of A, and ``out (+)= t A``."""
     ones = torch.eye(t.shape[1])
-    walk, grad, _ = native.adapter_backward(t, x, factor, ones, None, packed, 1.0, 0.0)
-    if out is None:
-        walk.without_output()
-    else:
-        walk.into(out, add=add)
-    return grad
+    return backward(out, t, x, factor, ones, None, packed, add=add)[0]
 
 
 @each_operand
@@ -93,10 +101,7 @@ def test_forward(level, dtype, adapter_dtype, turned, dropped, add, poisoned_mem
         b = draw(out_columns, rank, dtype=adapter_dtype)
         around, before = y._base.clone(), y.double() if add else torch.zeros_like(y).double()
         p = 0.3 if dropped else 0.0
-        walk, h, packed = native.adapter_forward(
-            x, as_given(a, turned), as_given(b, turned), -0.7, p, SEED
-        )
-        walk.into(y, add=add)
+        h, packed = forward(y, x, as_given(a, turned), as_given(b, turned), -0.7, p, add=add)
         expected, keep = masks(rows, columns, dropped)
         assert packed is None if not dropped else torch.equal(packed, expected)
         kept = dropout.keep_scale(p) * keep * x.double()
@@ -138,8 +143,7 @@ def test_gradient_of_b(level, dtype, adapter_dtype, turned, poisoned_memory):
     for (rows, columns), rank in zip(SIZES, RANKS, strict=True):
         dy, h = wide(rows, columns, dtype), draw(rows, rank + 1)[:, :rank]
         a, b = draw(rank, 4, dtype=adapter_dtype), draw(columns, rank, dtype=adapter_dtype)
-        walk, _, grad = native.adapter_backward(dy, None, a, as_given(b, turned), h, None, 0.9, 0.3)
-        walk.without_output()
+        _, grad = backward(None, dy, None, a, as_given(b, turned), h, None, 0.9, 0.3)
         left, right = dy.double().t(), operand(h, dy, level).double()
         assert grad.shape == b.shape and grad.dtype == adapter_dtype
         assert_close(grad, 0.9 * left @ right, left.abs() @ right.abs(), rows)
@@ -167,13 +171,9 @@ def test_backward_of_whole_numbers(level, rows, columns, out_columns, rank, dtyp
     t = 2 * 0.5 * dy.double() @ b.double()
     expected_dx = (dx.double() + keep * (t @ a.double())).to(dtype)
     ours = dx.clone() if "x" in needs else None
-    walk, grad_a, grad_b = native.adapter_backward(
-        dy, x if "a" in needs else None, a, b, h if "b" in needs else None, packed, 0.5, 0.5
+    grad_a, grad_b = backward(
+        ours, dy, x if "a" in needs else None, a, b, h if "b" in needs else None, packed, 0.5, 0.5
     )
-    if ours is None:
-        walk.without_output()
-    else:
-        walk.into(ours, add=True)
     assert t.abs().max() < 256
     assert ours is None or torch.equal(ours, expected_dx)
     assert ("a" in needs) == (grad_a is not None) and ("b" in needs) == (grad_b is not None)
@@ -281,13 +281,11 @@ def test_activations_behind_any_strides(level):
     a, b = draw(5, 40), draw(30, 5)
     flat = draw(7, 40)
     expected = torch.zeros(7, 30)
-    walk, h, _ = native.adapter_forward(flat, a, b, 1.0, 0.0, None)
-    walk.into(expected, add=True)
+    h, _ = forward(expected, flat, a, b)
     shaped = torch.as_strided(flat, (7, 1, 40), (40, 3, 1))
     y = torch.as_strided(torch.zeros(7, 30), (7, 1, 30), (30, 11, 1))
     assert shaped.is_contiguous() and y.is_contiguous()
-    walk, again, _ = native.adapter_forward(shaped, a, b, 1.0, 0.0, None)
-    walk.into(y, add=True)
+    again, _ = forward(y, shaped, a, b)
     assert torch.equal(again, h) and torch.equal(y[:, 0], expected)
 
 
@@ -301,14 +299,15 @@ def test_a_factor_with_an_odd_pitch(level):
     b = draw(24, 5, dtype=BF16)[:, :4]
     y = torch.zeros(2, 5, 24, dtype=BF16)
     for into, given in zip(y, (b, b.contiguous()), strict=True):
-        walk, *_ = native.adapter_forward(out[0], a, given, 1.0, 0.0, None)
-        walk.into(into, add=True)
+        forward(into, out[0], a, given)
     assert torch.equal(y[0], y[1]) and y.any()
 
 
 def test_a_default_device_is_not_where_the_results_lie(level):
     x, dy, a, b = draw(3, 16), draw(3, 8), draw(2, 16), draw(8, 2).double()
+    y = torch.zeros(3, 8)
     with torch.device("meta"):
-        _, h, mask = native.adapter_forward(x, a, b, 1.0, 0.5, SEED)
-        _, _, grad_b = native.adapter_backward(dy, x, a, b, h, mask, 1.0, 0.5)
-    assert {h.device.type, mask.device.type, grad_b.device.type} == {"cpu"}
+        h, mask = forward(y, x, a, b, p=0.5)
+        grad_a, grad_b = backward(None, dy, x, a, b, h, mask, p=0.5)
+    assert {each.device.type for each in (h, mask, grad_a, grad_b)} == {"cpu"}
+    assert y.any() and grad_a.any() and grad_b.any()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lora_kernels import dispatch
+from lora_kernels import dispatch, native
 from lora_kernels.dropout import draw_seed, drop_threshold
 from lora_kernels.dtypes import FLOATING, cast_for_autocast
 from lora_kernels.ops.eager import PLAIN
@@ -15,6 +15,8 @@ from lora_kernels.ops.lora_linear import autograd, measured
 from lora_kernels.ops.lora_linear.reference import lora_linear_reference
 
 __all__ = ["explain", "lora_linear"]
+
+_autocasts = torch._C._is_any_autocast_enabled
 
 
 def lora_linear(
@@ -70,7 +72,10 @@ def lora_linear(
         NotImplementedError: forward-mode differentiation is active.
     """
     x, weight, bias = cast_for_autocast(x, weight, bias)
-    if not fits(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed):
+    at_once = autograd.all_run_at_once(x, weight, lora_a, lora_b, scaling, bias, output_scale)
+    fitting = fits_at_once if at_once else fits
+    ordinary = fitting(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed)
+    if not ordinary:
         _check(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed)
     backend = dispatch.requested(backend)
     if forward_ad._current_level >= 0 and backend != "reference":
@@ -78,7 +83,10 @@ def lora_linear(
             "lora_linear: forward-mode differentiation (torch.func.jvp, dual tensors) is defined "
             "for backend='reference' only"
         )
-    at_once = autograd.all_run_at_once(x, weight, lora_a, lora_b, scaling, bias, output_scale)
+    if ordinary and at_once:
+        return lora_linear_unchecked(
+            x, weight, lora_a, lora_b, scaling, bias, dropout_p, backend=backend
+        )
     return _call(
         at_once, x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed, backend
     )
@@ -92,15 +100,20 @@ def lora_linear_unchecked(
     scaling: float,
     bias: Tensor | None,
     dropout_p: float,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
-    """:func:`lora_linear` of arguments that :func:`fits` accepts and that all run at once, outside
-    forward-mode differentiation."""
-    if torch._C._is_any_autocast_enabled():
+    """:func:`lora_linear` of arguments that :func:`fits_at_once` accepts and that all run at once,
+    outside forward-mode differentiation."""
+    backend = dispatch.requested(backend)
+    if _autocasts():
         x, weight, bias = cast_for_autocast(x, weight, bias)
-    return _call(
-        True, x, weight, lora_a, lora_b, scaling, bias, None, dropout_p, None,
-        dispatch.requested("auto"),
-    )  # fmt: skip
+    elif x.is_cpu and dispatch.choose_on_cpu(backend, x.dtype).backend == "native":
+        seed = draw_seed(x.device) if drop_threshold(dropout_p) > 0 else None
+        return autograd.call_compiled(
+            x, weight, lora_a, lora_b, _constant(scaling), bias, None, dropout_p, seed, backend
+        )
+    return _call(True, x, weight, lora_a, lora_b, scaling, bias, None, dropout_p, None, backend)
 
 
 def _call(
@@ -162,6 +175,22 @@ def explain(
     return measured.explain(backend, x, weight, lora_a, lora_b, dropout_p, output_scale)
 
 
+def fits_at_once(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed) -> bool:
+    """:func:`fits` for a call that nothing else has to see."""
+    extension = native.extension()
+    if extension is None or not x.is_cpu:
+        return fits(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed)
+    return (
+        type(scaling) in _NUMBERS
+        and type(dropout_p) in _NUMBERS
+        and 0 <= dropout_p < 1
+        and seed is None
+        and output_scale is None
+        and extension.fits(x, weight, lora_a, lora_b, bias)
+        and not (weight is not None and weight.requires_grad)
+    )
+
+
 def fits(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed) -> bool:
     """Whether this is the ordinary call, which :func:`_check` accepts, at half its cost.
 
@@ -169,7 +198,11 @@ def fits(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed
     """
     if type(scaling) not in _NUMBERS or type(dropout_p) not in _NUMBERS or not 0 <= dropout_p < 1:
         return False
-    if seed is not None or output_scale is not None:
+    if (
+        seed is not None
+        or output_scale is not None
+        or (weight is not None and weight.requires_grad)
+    ):
         return False
     if not (_is_dense(x) and _is_dense(lora_a) and _is_dense(lora_b)):
         return False
@@ -186,7 +219,6 @@ def fits(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed
         and weight.shape == (out_features, in_features)
         and weight.dtype is dtype
         and weight.device == device
-        and not weight.requires_grad
     ):
         return False
     return bias is None or (

@@ -44,6 +44,7 @@ _OP = torch.ops.lora_kernels.lora_linear.default
 _FORWARD = torch.ops.lora_kernels.lora_linear_forward.default
 _BACKWARD = torch.ops.lora_kernels.lora_linear_backward.default
 
+_autocasts = torch._C._is_any_autocast_enabled
 _is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
@@ -89,7 +90,7 @@ def _without_autocast(function):
     """The ops do their own casts; autocast must not add any below them."""
 
     def kernel(*args):
-        if not torch._C._is_any_autocast_enabled():
+        if not _autocasts():
             return function(*args)
         with torch.autocast(args[0].device.type, enabled=False):
             return function(*args)
@@ -256,8 +257,45 @@ def _gradients(ctx, dy):
 # For create_graph=True alone: otherwise gradients are off already, and no_grad takes time.
 _refusing_a_second = once_differentiable(_gradients)
 
+
+class _CompiledFunction(LoRALinearFunction):
+    """The same for a call on a CPU without output_scale that the compiled kernels serve, outside
+    autocast: nothing is left to choose. Saves the same tensors: checkpointing counts them."""
+
+    @staticmethod
+    def forward(ctx, x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, backend):
+        y, h, mask, _ = compiled.forward(
+            x, weight, a, b, scaling, bias, None, dropout_p, seed, False
+        )
+        needs = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if needs[2] else None, weight, a, b, scaling, h if needs[3] else None, None, None,
+            mask, seed,
+        )  # fmt: skip
+        ctx.dropout_p, ctx.backend = dropout_p, backend
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        if (
+            torch.is_grad_enabled()
+            or _autocasts()
+            or not runs_at_once(dy)
+            or _is_legacy_batched(dy)
+        ):
+            return LoRALinearFunction.backward(ctx, dy)[:-1]
+        x, weight, a, b, scaling, h, _, _, mask, _ = ctx.saved_tensors
+        needs_x, _, needs_a, needs_b, _, needs_bias, *_ = ctx.needs_input_grad
+        dx, grad_a, grad_b, grad_bias, _ = compiled.backward(
+            dy, x, weight, a, b, scaling, h, None, None, mask, ctx.dropout_p, None,
+            (needs_x, needs_a, needs_b, needs_bias, False),
+        )  # fmt: skip
+        return dx, None, grad_a, grad_b, None, grad_bias, None, None, None, None
+
+
 # LoRALinearFunction.apply without what it does for torch.func, which takes half of its time.
 _apply_at_once = super(torch.autograd.Function, LoRALinearFunction).apply
+_apply_compiled = super(torch.autograd.Function, _CompiledFunction).apply
 
 
 def _autograd(*args):
@@ -294,6 +332,20 @@ def call(at_once: bool, *args) -> Tensor:
     if _outlived_a_transform(args):
         return LoRALinearFunction.apply(*args, True)
     return _apply_at_once(*args, True)
+
+
+def call_compiled(x, weight, a, b, scaling, bias, *others) -> Tensor:
+    """:func:`call` where nothing else has to see it and the compiled kernels serve it on a CPU,
+    without output_scale and outside autocast."""
+    if torch.is_grad_enabled() and (
+        a.requires_grad
+        or b.requires_grad
+        or x.requires_grad
+        or (bias is not None and bias.requires_grad)
+    ):
+        return _apply_compiled(x, weight, a, b, scaling, bias, *others)
+    _, dropout_p, seed, _ = others
+    return compiled.forward(x, weight, a, b, scaling, bias, None, dropout_p, seed, False)[0]
 
 
 def _outlived_a_transform(args) -> bool:

@@ -31,7 +31,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """``(y, h, mask, unscaled)`` as :func:`composed.forward`, h in fp32."""
     rows = x if x.is_contiguous() else native.rows_of(x)  # [..., K] or [M, K]
-    walk, h, mask = native.adapter_forward(rows, lora_a, lora_b, scaling.item(), dropout_p, seed)
+    # Before the product, which leaves little of Python's code in the caches.
+    h, mask = native.kept_by_forward(rows, lora_a.shape[0], dropout_p)
     inner_bias = bias if output_scale is None else None
     if weight is not None:
         y = torch.nn.functional.linear(rows, weight, inner_bias)
@@ -39,7 +40,10 @@ def forward(
         y = rows.new_empty((*rows.shape[:-1], lora_b.shape[0]))
         if inner_bias is not None:
             y.copy_(inner_bias)
-    walk.into(y, add=weight is not None or inner_bias is not None)
+    native.adapter_forward(
+        y, rows, lora_a, lora_b, h, mask, scaling.item(), dropout_p, seed,
+        add=weight is not None or inner_bias is not None,
+    )  # fmt: skip
     unscaled = None
     if output_scale is not None:
         y = y.view(-1, y.shape[-1])
@@ -85,31 +89,16 @@ def backward(
         mask = None
     elif mask is None and (needs_x or needs_a):
         mask = native.packed_keep_mask(seed, dropout_p, dy.numel() // dy.shape[-1], columns)
-    rows = None
-    if needs_a:
-        rows = x if x.is_contiguous() else native.rows_of(x)
-    walk, grad_a, grad_b = native.adapter_backward(
-        rows_dy,
-        rows,
-        lora_a,
-        lora_b,
-        h.float() if needs_b else None,
-        mask,
-        scaling.item(),
-        dropout_p,
-    )
-    if not needs_x:
-        walk.without_output()
-    elif weight is not None:
+    grad_a = torch.empty_like(lora_a) if needs_a else None
+    grad_b = torch.empty_like(lora_b) if needs_b else None
+    if needs_x and weight is not None:
         dx = torch.matmul(rows_dy, weight)
-        walk.into(dx, add=True)
-    else:
+    elif needs_x:
         dx = rows_dy.new_empty((*rows_dy.shape[:-1], columns))
-        walk.into(dx, add=False)
+    native.adapter_backward(
+        dx, grad_a, grad_b, rows_dy, x if needs_a else None, lora_a, lora_b, h if needs_b else None,
+        mask, scaling.item(), dropout_p, add=weight is not None,
+    )  # fmt: skip
     if needs_x and dx.ndim != dy.ndim:
         dx = dx.view(*dy.shape[:-1], columns)
-    if needs_a and grad_a.dtype != lora_a.dtype:
-        grad_a = grad_a.to(lora_a.dtype)
-    if needs_b and grad_b.dtype != lora_b.dtype:
-        grad_b = grad_b.to(lora_b.dtype)
     return dx, grad_a, grad_b, grad_bias, grad_output_scale
