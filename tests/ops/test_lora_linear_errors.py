@@ -9,7 +9,7 @@ import torch
 from torch.autograd import forward_ad
 
 from lora_kernels import explain, lora_linear
-from lora_kernels.ops.lora_linear import _check, fits
+from lora_kernels.ops.lora_linear import _check, fits, fits_at_once
 
 
 def arguments():
@@ -242,7 +242,8 @@ def candidates():
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_what_fits_at_a_glance_passes_the_full_check():
+@pytest.mark.parametrize("at_once", [False, True])
+def test_what_fits_at_a_glance_passes_the_full_check(at_once):
     pool, random = candidates(), Random(5)
     ordinary = {"x": 4, "weight": 3, "lora_a": 2, "lora_b": 2, "scaling": 2, "bias": 3}
     ordinary |= {"output_scale": 2, "dropout_p": 4, "seed": 2}
@@ -252,15 +253,21 @@ def test_what_fits_at_a_glance_passes_the_full_check():
             name: random.choice(all_kinds[: ordinary[name]] if random.random() < 0.8 else all_kinds)
             for name, all_kinds in pool.items()
         }
-        if fits(**chosen):
+        if at_once and not isinstance(chosen["x"], torch.Tensor):
+            continue
+        fitting = (fits_at_once if at_once else fits)(**chosen)
+        if fitting:
             _check(**chosen)
-        accepted[fits(**chosen)] += 1
+        accepted[fitting] += 1
     assert min(accepted.values()) > 500
     # The ordinary ones are not left to the full check.
     for name, all_kinds in pool.items():
         first = {name: kinds[0] for name, kinds in pool.items()}
         for value in all_kinds[: ordinary[name]]:
-            assert fits(**{**first, name: value}), name
+            given = first | {name: value}
+            # The extension's own look leaves fp64 to the other.
+            doubles = any(getattr(each, "dtype", None) is torch.float64 for each in given.values())
+            assert fits(**given) and (doubles or fits_at_once(**given)), name
 
 
 def test_trainable_weight_is_accepted_without_gradients():

@@ -219,6 +219,7 @@ def fits(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed
         and weight.shape == (out_features, in_features)
         and weight.dtype is dtype
         and weight.device == device
+        and not weight.requires_grad
     ):
         return False
     return bias is None or (
