@@ -198,11 +198,7 @@ def fits(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed
     """
     if type(scaling) not in _NUMBERS or type(dropout_p) not in _NUMBERS or not 0 <= dropout_p < 1:
         return False
-    if (
-        seed is not None
-        or output_scale is not None
-        or (weight is not None and weight.requires_grad)
-    ):
+    if seed is not None or output_scale is not None:
         return False
     if not (_is_dense(x) and _is_dense(lora_a) and _is_dense(lora_b)):
         return False
