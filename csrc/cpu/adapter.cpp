@@ -34,6 +34,11 @@ Mask from_row(Mask mask, int64_t first) {
 
 Narrow from_row(Narrow narrow, int64_t first) { return {narrow.row(first), narrow.stride}; }
 
+Ahead ahead(const Wide& wide, int64_t first, int64_t rows, int64_t columns) {
+  const int64_t element = size_of(wide.dtype);
+  return {wide.row(first), rows, columns * element, wide.stride * element};
+}
+
 // The tasks of `count` rows, out of one over everything.
 Shrink of_rows(Shrink t, int64_t first, int64_t count, Narrow out, int64_t rank, int64_t call) {
   t.wide = from_row(t.wide, first);
@@ -69,7 +74,8 @@ struct Parts {
   int64_t pitch() const { return pieces(columns, 64) * 64; }
   int64_t size() const { return whole.grad ? whole.rank * pitch() : 0; }
 
-  void add_rows(int64_t index, int64_t first, int64_t rows, Narrow narrow, bool add) const {
+  void add_rows(int64_t index, int64_t first, int64_t rows, Narrow narrow, bool add,
+                Ahead next) const {
     constexpr int64_t WIDTH = 768;
     RankGradient t = whole;
     t.wide = from_row(t.wide, first);
@@ -78,7 +84,15 @@ struct Parts {
     for (int64_t d = 0; d < columns; d += WIDTH) {
       t.column_begin = d;
       t.column_end = std::min(columns, d + WIDTH);
-      kernels().gradient_part({t, 0, rows, sums + index * size() + d, pitch(), add});
+      const int64_t some = next.rows * t.column_end / columns - next.rows * d / columns;
+      kernels().gradient_part({t,
+                               0,
+                               rows,
+                               sums + index * size() + d,
+                               pitch(),
+                               add,
+                               {next.row, some, next.bytes, next.stride}});
+      next.row += some * next.stride;
     }
   }
 
@@ -157,8 +171,10 @@ void adapter_backward(const AdapterBackward& whole, int64_t rows, int64_t in_col
       const int64_t count = std::min(end - first, BLOCK);
       const bool add = first > begin;
       if (needs_t) kernels().shrink(of_rows(whole.t, first, count, t, rank, call));
-      if (needs_b) b.add_rows(i, first, count, from_row(whole.grad_b.narrow, first), add);
-      if (needs_a) a.add_rows(i, first, count, t, add);
+      // dy's rows are in the cache by now. x has lain in memory since the forward.
+      const Ahead x = needs_a ? ahead(whole.grad_a.wide, first, count, in_columns) : Ahead{};
+      if (needs_b) b.add_rows(i, first, count, from_row(whole.grad_b.narrow, first), add, x);
+      if (needs_a) a.add_rows(i, first, count, t, add, {});
       if (needs_x) kernels().expand(of_rows(whole.dx, first, count, t, in_columns, call));
     }
     if (last_finishes && open.fetch_sub(1) == 1)

@@ -67,6 +67,22 @@ static inline void pack_wide(uint32_t* to, int64_t span_step, const RankGradient
   }
 }
 
+// The next lines of what is fetched ahead.
+struct Fetch {
+  Ahead left;
+  int64_t at = 0;
+
+  static constexpr int64_t LINE = 64;
+
+  int64_t lines() const { return left.rows * ((left.bytes + LINE - 1) / LINE); }
+  void some(int64_t count) {
+    for (; count > 0 && left.rows > 0; count--) {
+      __builtin_prefetch(left.row + at, 0, 2);
+      if ((at += LINE) >= left.bytes) at = 0, left.row += left.stride, left.rows--;
+    }
+  }
+};
+
 template <class C>
 static void sum_rows(const GradientPart& part) {
   const RankGradient& t = part.whole;
@@ -108,9 +124,13 @@ static void sum_rows(const GradientPart& part) {
       pack_wide<C>(panel + k * SPAN, steps * SPAN, t, rows, masks, n);
     }
     const bool start = begin == part.row_begin && !part.add;
+    Fetch fetch{part.ahead};
+    const int64_t tiles = (n + SPAN - 1) / SPAN * ((ranks + ROWS - 1) / ROWS);
+    const int64_t lines = (fetch.lines() + tiles - 1) / tiles;
     for (int64_t d = 0; d < n; d += SPAN) {
       const uint32_t* block = panel + d * steps;
       for (int64_t r = 0; r < ranks; r += ROWS) {
+        fetch.some(lines);
         float* to = part.sums + r * pitch + d;
         const int64_t some = ranks - r;
         if (some == 1) gradient_tile<C, 1>(left + r, ranks, block, steps, to, pitch, start);

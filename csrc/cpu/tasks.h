@@ -93,6 +93,12 @@ struct RankGradient {
   int64_t column_begin, column_end;
 };
 
+// Rows of memory that are needed next, and are fetched meanwhile.
+struct Ahead {
+  const char* row = nullptr;
+  int64_t rows = 0, bytes = 0, stride = 0;  // bytes of a row, and from one to the next
+};
+
 // What some rows of `whole` add to its columns: sums [R, pitch], unscaled.
 struct GradientPart {
   RankGradient whole;
@@ -100,6 +106,7 @@ struct GradientPart {
   float* sums;  // of column_begin and on
   int64_t pitch;
   bool add;  // to what is there
+  Ahead ahead = {};
 };
 
 // The generator's groups first .. first + count - 1 (lora_kernels/dropout.py), one byte each.
