@@ -325,12 +325,10 @@ _PLAIN = PLAIN | {type(None), int, float}
 
 def call(at_once: bool, *args) -> Tensor:
     """The op, or past it what its kernels do, where :func:`all_run_at_once`."""
-    if not at_once:
+    if not at_once or _outlived_a_transform(args):
         return _OP(*args)
     if not requires_grad(args):
         return _inference_kernel(*args)
-    if _outlived_a_transform(args):
-        return LoRALinearFunction.apply(*args, True)
     return _apply_at_once(*args, True)
 
 
