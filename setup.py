@@ -13,9 +13,9 @@ written beside the package's modules (``_native_error.txt``, ``_native_cuda_erro
     LORA_KERNELS_SANITIZE=1    with the address and undefined-behaviour sanitizers
     MAX_JOBS                   compilers at once, one per core if not set
 
-Neither torch's headers nor its libraries are used: the extension takes addresses, the CUDA runtime
-is linked statically. All compilers run in threads of this process; for a dozen files ninja gains
-nothing.
+Neither torch's headers nor its libraries are used: the extension takes addresses, or tensors that
+it reads through DLPack's C functions; the CUDA runtime is linked statically. All compilers run in
+threads of this process; for a dozen files ninja gains nothing.
 """
 
 import hashlib
