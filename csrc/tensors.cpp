@@ -81,7 +81,8 @@ bool is_plain(py::handle object) {
 
 bool Tensor::read_any(py::handle object) {
   const bool by_table = torch().table && !table_is_ignored;
-  if (!is_plain(object) && !py::isinstance(object, torch().tensor)) return false;
+  if (!PyObject_TypeCheck(object.ptr(), reinterpret_cast<PyTypeObject*>(torch().tensor.ptr())))
+    return false;
   if (!(by_table ? read_table(object) : read_properties(object))) return false;
   numel = 1;
   for (int64_t i = 0; i < ndim; i++) numel *= sizes_[i];
@@ -124,11 +125,13 @@ bool Tensor::read_properties(py::handle object) try {
 bool Tensor::contiguous() const {
   if (numel == 0) return true;
   int64_t expected = 1;
+  bool unit = false;
   for (int64_t i = ndim - 1; i >= 0; i--) {
     if (sizes_[i] != 1 && strides_[i] != expected) return false;
     expected *= sizes_[i];
+    unit |= strides_[i] == 1;
   }
-  return true;
+  return unit;
 }
 
 }  // namespace lora

@@ -20,8 +20,8 @@ bool is_plain(pybind11::handle object);
 // A dense tensor in the CPU's memory. Nothing here keeps it alive.
 class Tensor {
  public:
-  // False for anything but a torch.Tensor with memory of its own (a transform's wrapper and a lazy
-  // zero have none) and of a dtype of ours; never raises.
+  // False for anything but a dense torch.Tensor that is no wrapper (a transform's, a lazy zero) and
+  // of a dtype of ours; never raises.
   bool read(pybind11::handle object) { return read_any(object) && number_ < BYTES; }
   bool read_bytes(pybind11::handle object) { return read_any(object) && number_ == BYTES; }
 
@@ -31,13 +31,14 @@ class Tensor {
   DType dtype() const { return static_cast<DType>(number_); }
 
   int64_t size(int64_t i) const { return sizes_[i]; }
-  // Of a dimension of one element any stride is as good.
-  int64_t stride(int64_t i) const { return sizes_[i] == 1 ? 1 : strides_[i]; }
-  bool contiguous() const;
+  int64_t stride(int64_t i) const { return strides_[i]; }
 
+  // Below, some stride has to be 1 even where it means nothing: torch's lazily negated tensors are
+  // every other number of complex ones, and nothing else tells them apart here.
+  bool contiguous() const;
   // [..., D] as [M, D], unit stride in D and `pitch` from row to row, if it lies like that.
   bool has_rows() const {
-    return ndim > 0 && columns() > 0 && (contiguous() || (ndim == 2 && stride(1) == 1));
+    return ndim > 0 && columns() > 0 && (contiguous() || (ndim == 2 && strides_[1] == 1));
   }
   int64_t columns() const { return sizes_[ndim - 1]; }
   int64_t rows() const { return numel / columns(); }
@@ -47,7 +48,9 @@ class Tensor {
     return ndim == 2 && sizes_[0] == m && sizes_[1] == d;
   }
   // [., .] with unit stride in one dimension.
-  bool is_matrix() const { return ndim == 2 && numel > 0 && (stride(0) == 1 || stride(1) == 1); }
+  bool is_matrix() const {
+    return ndim == 2 && numel > 0 && (strides_[0] == 1 || strides_[1] == 1);
+  }
 
  private:
   static constexpr int64_t MOST = 8;  // dimensions that are read without torch's table

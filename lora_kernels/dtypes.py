@@ -22,4 +22,4 @@ def cast_for_autocast(x: Tensor, *others: Tensor | None) -> tuple:
     if not x.is_floating_point() or x.dtype == torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(tensor if tensor is None else tensor.to(dtype) for tensor in tensors)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) else t for t in tensors)

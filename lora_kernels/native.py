@@ -103,11 +103,21 @@ def _packed(mask: Tensor | None) -> tuple[int, int]:
 
 
 def _as_read(tensor: Tensor | None) -> Tensor | None:
-    """A factor or h as the kernels take it: of a dtype of theirs, unit stride in one dimension."""
+    """A factor as the kernels take it: of a dtype of theirs, unit stride in one dimension."""
     if tensor is None:
         return None
     tensor = tensor if tensor.dtype in _NUMBER else tensor.float()
-    return tensor if 1 in tensor.stride() else tensor.contiguous()
+    if 1 in tensor.stride() and not tensor.is_neg():
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _rows_as_read(x: Tensor) -> Tensor:
+    """``[..., D]`` as ``[M, D]`` with unit stride in D."""
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.stride(1) == 1 and not rows.is_neg():
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
 
 
 # --- one adapter -----------------------------------------------------------------------------
@@ -166,7 +176,7 @@ def adapter_forward(
     if kernel(y, x, lora_a, lora_b, h, mask, *how):
         return
     a, b = _as_read(lora_a), _as_read(lora_b)
-    if not kernel(y, rows_of(x), a, b, h, mask, *how):
+    if not kernel(y, _rows_as_read(x), a, b, h, mask, *how):
         raise _unread(y=y, x=x, lora_a=a, lora_b=b, h=h, mask=mask)
 
 
@@ -193,10 +203,13 @@ def adapter_backward(
     if kernel(dx, grad_a, grad_b, dy, x, lora_a, lora_b, h, mask, *how):
         return
     a, b, into_a, into_b = map(_as_read, (lora_a, lora_b, grad_a, grad_b))
-    rows = None if x is None else rows_of(x)
+    rows = None if x is None else _rows_as_read(x)
     h = None if h is None else _single(h)
-    if not kernel(dx, into_a, into_b, rows_of(dy), rows, a, b, h, mask, *how):
-        raise _unread(dx=dx, grad_a=into_a, grad_b=into_b, dy=dy, x=x, lora_a=a, lora_b=b, h=h)
+    mask = None if mask is None else mask.contiguous()
+    if not kernel(dx, into_a, into_b, _rows_as_read(dy), rows, a, b, h, mask, *how):
+        raise _unread(
+            dx=dx, grad_a=into_a, grad_b=into_b, dy=dy, x=x, lora_a=a, lora_b=b, h=h, mask=mask
+        )
     for grad, into in ((grad_a, into_a), (grad_b, into_b)):
         if into is not grad:
             grad.copy_(into)
@@ -208,7 +221,10 @@ def _unread(**tensors: Tensor | None) -> RuntimeError:
         for name, t in tensors.items()
         if t is not None
     )
-    return RuntimeError(f"lora_kernels._native cannot read these tensors: {came}")
+    return RuntimeError(
+        "lora_kernels._native cannot read these tensors: their shapes do not fit, or one has no "
+        f"memory of its own (a transform's or a mode's wrapper): {came}"
+    )
 
 
 # --- many adapters ---------------------------------------------------------------------------

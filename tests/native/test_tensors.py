@@ -1,11 +1,13 @@
 """What the extension makes of torch's tensors: read through torch's table and without it alike."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_kernels import native
+from lora_kernels import lora_linear, native
 from lora_kernels.ops.lora_linear import fits
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -217,6 +219,61 @@ def test_what_cannot_be_read_is_refused_and_left_alone(extension, name):
             assert unchanged or (ran[0] and key in ("y", "h")) or (ran[1] and key[:2] in "dxgr")
         for key, value in ordinary.items():
             value.copy_(before[key])
+
+
+def test_what_only_claims_to_be_a_tensor(extension):
+    claims = mock.Mock(spec=torch.Tensor)
+    assert not extension.fits(*(call() | {"x": claims}).values())
+    assert run(extension, **(operands() | {"a": claims})) == [False, False]
+
+
+def negated(*shape: int) -> torch.Tensor:
+    """A tensor whose minus torch has not computed yet."""
+    tensor = torch.randn(shape, dtype=torch.complex64).conj().imag
+    assert tensor.is_neg()
+    return tensor
+
+
+@pytest.mark.parametrize(
+    "rows, columns, out_columns, rank", [(5, 8, 6, 1), (5, 1, 6, 2), (1, 1, 1, 1), (4, 9, 1, 3)]
+)
+@pytest.mark.parametrize("name", ["x", "weight", "lora_a", "lora_b", "bias"])
+def test_lazily_negated_operands(name, rows, columns, out_columns, rank):
+    """Their strides are all even; of dimensions of one element that says nothing about the layout,
+    so that they could be taken for dense ones."""
+    shapes = {
+        "x": (rows, columns), "weight": (out_columns, columns), "lora_a": (rank, columns),
+        "lora_b": (out_columns, rank), "bias": (out_columns,),
+    }  # fmt: skip
+    given_ = {key: torch.randn(shape) for key, shape in shapes.items()}
+    given_[name] = negated(*shapes[name])
+    results = []
+    for resolve in (False, True):
+        leaves = {key: t.resolve_neg() if resolve else t.detach() for key, t in given_.items()}
+        for key in ("x", "lora_a", "lora_b", "bias"):
+            leaves[key].requires_grad_()
+        y = lora_linear(**leaves, scaling=0.5)
+        wanted = [t for t in leaves.values() if t.requires_grad]
+        results.append([y, *torch.autograd.grad(y, wanted, torch.ones_like(y))])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_a_mask_that_a_hook_has_copied_with_gaps():
+    def gapped(tensor):
+        if tensor.dtype != torch.uint8:
+            return tensor
+        return torch.zeros(2 * tensor.shape[0], 2 * tensor.shape[1], dtype=torch.uint8)[
+            ::2, ::2
+        ].copy_(tensor)
+
+    x, a, b = torch.randn(9, K), torch.randn(R, K, requires_grad=True), torch.randn(N, R)
+    grads = []
+    for unpack in (lambda tensor: tensor, gapped):
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
+            y = lora_linear(x, None, a, b, 0.5, dropout_p=0.4, seed=torch.tensor(3))
+        grads.append(torch.autograd.grad(y.sum(), a)[0])
+    assert torch.equal(*grads)
 
 
 def test_a_class_derived_from_tensor(extension):

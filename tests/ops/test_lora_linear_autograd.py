@@ -287,11 +287,12 @@ class Passing(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("scaled", [True, False], ids=["output_scale", ""])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("seen", ["forward", "backward", "neither"])
-def test_the_ops_and_the_calls_past_them_go_together(seen, dropout_p):
+def test_the_ops_and_the_calls_past_them_go_together(seen, dropout_p, scaled):
     """What one saves the other reads, and all of it is the same."""
-    problem = LoRAProblem.random((9,), 21, 13, 3, with_output_scale=True, dropout_p=dropout_p)
+    problem = LoRAProblem.random((9,), 21, 13, 3, with_output_scale=scaled, dropout_p=dropout_p)
     named = list(leaves(problem).values())
     seed = torch.tensor(3)
     results = []
@@ -301,6 +302,23 @@ def test_the_ops_and_the_calls_past_them_go_together(seen, dropout_p):
         with Passing() if "backward" in modes else nullcontext():
             results.append([y, *torch.autograd.grad(y, named, problem.dy)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("compiled_as", ["backward", "grad"])
+def test_a_compiled_function_calls_the_backward_of_an_eager_forward(compiled_as):
+    problem = LoRAProblem.random((9,), 21, 13, 3)
+    named = leaves(problem)
+    expected = torch.autograd.grad(call(problem), list(named.values()), problem.dy)
+
+    @torch.compile(backend="eager")
+    def gradients(y):
+        if compiled_as == "grad":
+            return torch.autograd.grad(y, list(named.values()), problem.dy)
+        y.backward(problem.dy)
+        return tuple(tensor.grad for tensor in named.values())
+
+    for ours, theirs in zip(gradients(call(problem)), expected, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
@@ -377,8 +395,9 @@ def test_unknown_backend_of_the_process():
     assert "LORA_KERNELS_BACKEND: expected auto or one of" in run.stderr and "'fast'" in run.stderr
 
 
-def test_autocast_around_the_backward_changes_nothing():
-    problem = LoRAProblem.random((9,), 21, 13, 3, with_output_scale=True, dropout_p=0.3)
+@pytest.mark.parametrize("scaled", [True, False], ids=["output_scale", ""])
+def test_autocast_around_the_backward_changes_nothing(scaled):
+    problem = LoRAProblem.random((9,), 21, 13, 3, with_output_scale=scaled, dropout_p=0.3)
     named = list(leaves(problem).values())
     y = call(problem)
     plain = torch.autograd.grad(y, named, problem.dy, retain_graph=True)
@@ -401,13 +420,16 @@ def test_the_backward_is_asked_for_what_is_needed_alone(needed, monkeypatch):
     assert asked == [tuple(name == needed for name in named)]
 
 
-def test_checkpointing_under_a_mode_and_recomputing_outside_of_it():
+@pytest.mark.parametrize("rows", [9, 0])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("scaled", [True, False], ids=["output_scale", ""])
+def test_checkpointing_under_a_mode_and_recomputing_outside_of_it(scaled, dropout_p, rows):
     """The two ways through the package save as many tensors."""
-    problem = LoRAProblem.random((4,), 40, 24, 4)
-    x = problem.x.requires_grad_()
+    problem = LoRAProblem.random((rows,), 40, 24, 4, with_output_scale=scaled, dropout_p=dropout_p)
+    x, seed = problem.x.requires_grad_(), torch.tensor(3)
     with FlopCounterMode(display=False):
-        y = checkpoint(lambda x: call(problem, x=x), x, use_reentrant=False)
-    (expected,) = torch.autograd.grad(call(problem, x=x).sum(), x)
+        y = checkpoint(lambda x: call(problem, x=x, seed=seed), x, use_reentrant=False)
+    (expected,) = torch.autograd.grad(call(problem, x=x, seed=seed).sum(), x)
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(grad, expected)
 

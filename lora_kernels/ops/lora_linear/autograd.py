@@ -270,7 +270,7 @@ class _CompiledFunction(LoRALinearFunction):
         needs = ctx.needs_input_grad
         ctx.save_for_backward(
             x if needs[2] else None, weight, a, b, scaling, h if needs[3] else None, None, None,
-            mask, seed,
+            mask if mask is not None and mask.numel() else None, seed,
         )  # fmt: skip
         ctx.dropout_p, ctx.backend = dropout_p, backend
         return y
@@ -283,7 +283,8 @@ class _CompiledFunction(LoRALinearFunction):
             or not runs_at_once(dy)
             or _is_legacy_batched(dy)
         ):
-            return LoRALinearFunction.backward(ctx, dy)[:-1]
+            # Not the other's backward: torch.compile would take a call of that for one of its own.
+            return (_refusing_a_second if torch.is_grad_enabled() else _gradients)(ctx, dy)[:-1]
         x, weight, a, b, scaling, h, _, _, mask, _ = ctx.saved_tensors
         needs_x, _, needs_a, needs_b, _, needs_bias, *_ = ctx.needs_input_grad
         dx, grad_a, grad_b, grad_bias, _ = compiled.backward(
