@@ -1,6 +1,6 @@
 // Torch's tensors as the kernels take them, without torch's headers: through the table of C
-// functions that torch publishes for DLPack (torch 2.10 and later), which reads a tensor in less
-// time than Python takes for one of its properties; otherwise through those properties.
+// functions that newer versions publish for DLPack, which reads a tensor in less time than Python
+// takes for one of its properties; without it, through those properties.
 #pragma once
 
 #include <pybind11/pybind11.h>
