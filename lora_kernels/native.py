@@ -89,9 +89,12 @@ missing._dynamo_marked_constant = level._dynamo_marked_constant = True
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """``[..., D]`` as ``[M, D]`` with unit stride in D; copied only if it must be."""
+    """``[..., D]`` as ``[M, D]`` with unit stride in D, its numbers in memory as they are; copied
+    only if it must be."""
     rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+    if rows.stride(1) == 1 and not rows.is_neg():
+        return rows
+    return rows.clone(memory_format=torch.contiguous_format)
 
 
 def _wide(rows: Tensor) -> tuple[int, int, int]:
@@ -110,14 +113,6 @@ def _as_read(tensor: Tensor | None) -> Tensor | None:
     if 1 in tensor.stride() and not tensor.is_neg():
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _rows_as_read(x: Tensor) -> Tensor:
-    """``[..., D]`` as ``[M, D]`` with unit stride in D."""
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.stride(1) == 1 and not rows.is_neg():
-        return rows
-    return rows.clone(memory_format=torch.contiguous_format)
 
 
 # --- one adapter -----------------------------------------------------------------------------
@@ -176,7 +171,7 @@ def adapter_forward(
     if kernel(y, x, lora_a, lora_b, h, mask, *how):
         return
     a, b = _as_read(lora_a), _as_read(lora_b)
-    if not kernel(y, _rows_as_read(x), a, b, h, mask, *how):
+    if not kernel(y, rows_of(x), a, b, h, mask, *how):
         raise _unread(y=y, x=x, lora_a=a, lora_b=b, h=h, mask=mask)
 
 
@@ -203,10 +198,10 @@ def adapter_backward(
     if kernel(dx, grad_a, grad_b, dy, x, lora_a, lora_b, h, mask, *how):
         return
     a, b, into_a, into_b = map(_as_read, (lora_a, lora_b, grad_a, grad_b))
-    rows = None if x is None else _rows_as_read(x)
+    rows = None if x is None else rows_of(x)
     h = None if h is None else _single(h)
     mask = None if mask is None else mask.contiguous()
-    if not kernel(dx, into_a, into_b, _rows_as_read(dy), rows, a, b, h, mask, *how):
+    if not kernel(dx, into_a, into_b, rows_of(dy), rows, a, b, h, mask, *how):
         raise _unread(
             dx=dx, grad_a=into_a, grad_b=into_b, dy=dy, x=x, lora_a=a, lora_b=b, h=h, mask=mask
         )

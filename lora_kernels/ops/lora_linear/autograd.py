@@ -200,6 +200,27 @@ def _(
 # --- autograd --------------------------------------------------------------------------------
 
 
+def _keep(
+    ctx, x, weight, a, b, scaling, h, output_scale, unscaled, mask, dropout_p, seed, backend
+) -> None:
+    """What :func:`_gradients` reads, x and h each only if the gradient that reads it is needed."""
+    needs = ctx.needs_input_grad
+    ctx.save_for_backward(
+        x if needs[2] else None,
+        weight,
+        a,
+        b,
+        scaling,
+        h if needs[3] else None,
+        output_scale,
+        unscaled,
+        # As many tensors whichever way the call took: checkpointing counts them.
+        mask if mask is not None and mask.numel() else None,
+        seed,
+    )
+    ctx.dropout_p, ctx.backend = dropout_p, backend
+
+
 class LoRALinearFunction(torch.autograd.Function):
     """Saves the caller's x and h, each only if the gradient that reads it is needed."""
 
@@ -207,26 +228,16 @@ class LoRALinearFunction(torch.autograd.Function):
     def forward(
         ctx, x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, backend, at_once
     ):
-        _, _, needs_a, needs_b, _, _, needs_output_scale = ctx.needs_input_grad[:7]
+        needs_output_scale = ctx.needs_input_grad[6]
         forward = _forward if at_once else _FORWARD
         y, h, mask, unscaled = forward(
             x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, needs_output_scale,
             backend,
         )  # fmt: skip
-        ctx.save_for_backward(
-            x if needs_a else None,
-            weight,
-            a,
-            b,
-            scaling,
-            h if needs_b else None,
-            output_scale,
-            unscaled if needs_output_scale else None,
-            # As many tensors whichever way the call took: checkpointing counts them.
-            mask if mask is not None and mask.numel() else None,
-            seed,
+        unscaled = unscaled if needs_output_scale else None
+        _keep(
+            ctx, x, weight, a, b, scaling, h, output_scale, unscaled, mask, dropout_p, seed, backend
         )
-        ctx.dropout_p, ctx.backend = dropout_p, backend
         return y
 
     @staticmethod
@@ -260,19 +271,14 @@ _refusing_a_second = once_differentiable(_gradients)
 
 class _CompiledFunction(LoRALinearFunction):
     """The same for a call on a CPU without output_scale that the compiled kernels serve, outside
-    autocast: nothing is left to choose. Saves the same tensors: checkpointing counts them."""
+    autocast: nothing is left to choose."""
 
     @staticmethod
     def forward(ctx, x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, backend):
         y, h, mask, _ = compiled.forward(
             x, weight, a, b, scaling, bias, None, dropout_p, seed, False
         )
-        needs = ctx.needs_input_grad
-        ctx.save_for_backward(
-            x if needs[2] else None, weight, a, b, scaling, h if needs[3] else None, None, None,
-            mask if mask is not None and mask.numel() else None, seed,
-        )  # fmt: skip
-        ctx.dropout_p, ctx.backend = dropout_p, backend
+        _keep(ctx, x, weight, a, b, scaling, h, None, None, mask, dropout_p, seed, backend)
         return y
 
     @staticmethod
@@ -285,10 +291,10 @@ class _CompiledFunction(LoRALinearFunction):
         ):
             # Not the other's backward: torch.compile would take a call of that for one of its own.
             return (_refusing_a_second if torch.is_grad_enabled() else _gradients)(ctx, dy)[:-1]
-        x, weight, a, b, scaling, h, _, _, mask, _ = ctx.saved_tensors
+        x, weight, a, b, scaling, h, _, _, mask, seed = ctx.saved_tensors
         needs_x, _, needs_a, needs_b, _, needs_bias, *_ = ctx.needs_input_grad
         dx, grad_a, grad_b, grad_bias, _ = compiled.backward(
-            dy, x, weight, a, b, scaling, h, None, None, mask, ctx.dropout_p, None,
+            dy, x, weight, a, b, scaling, h, None, None, mask, ctx.dropout_p, seed,
             (needs_x, needs_a, needs_b, needs_bias, False),
         )  # fmt: skip
         return dx, None, grad_a, grad_b, None, grad_bias, None, None, None, None
