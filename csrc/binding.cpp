@@ -173,14 +173,16 @@ bool adapter_backward(py::handle dx, py::handle grad_a, py::handle grad_b, py::h
 // A bank and a routing, as long as their tensors live.
 class Routed {
  public:
-  Routed(uintptr_t storage, int dtype, uintptr_t table, uintptr_t scaling, uintptr_t thresholds,
-         const py::sequence& slice_columns, int64_t in_features, uintptr_t plan, int64_t groups,
-         uintptr_t tokens, uintptr_t weights, int threads)
+  Routed(uintptr_t storage, int64_t numel, int dtype, uintptr_t table, int64_t slots, int64_t width,
+         uintptr_t scaling, uintptr_t thresholds, const py::sequence& slice_columns,
+         int64_t in_features, uintptr_t plan, int64_t groups, uintptr_t tokens, int64_t pairs,
+         uintptr_t weights, int threads)
       : columns_(columns_of(slice_columns)),
-        routed_(
-            {at<char>(storage), dtype_of(dtype), at<int64_t>(table), at<double>(scaling),
-             at<int32_t>(thresholds), int64_t(columns_.size()) - 1, columns_.data(), in_features},
-            {at<int64_t>(plan), groups, at<int32_t>(tokens), at<float>(weights)}, threads) {}
+        routed_({at<char>(storage), numel, dtype_of(dtype), at<int64_t>(table), slots, width,
+                 at<double>(scaling), at<int32_t>(thresholds), int64_t(columns_.size()) - 1,
+                 columns_.data(), in_features},
+                {at<int64_t>(plan), groups, at<int32_t>(tokens), pairs, at<float>(weights)},
+                threads) {}
   Routed(const Routed&) = delete;
 
   void draw_mask(uintptr_t mask, int64_t stride, int64_t seed) const {
@@ -201,14 +203,15 @@ class Routed {
                             h ? &saved : nullptr, at<float>(grad_weights));
   }
   void gradient_b(uintptr_t dy, int dtype, int64_t stride, uintptr_t h, int64_t h_stride,
-                  uintptr_t grad, uintptr_t offsets) const {
+                  uintptr_t grad, int64_t numel, uintptr_t offsets) const {
     routed_.gradient_b({at<char>(dy), dtype_of(dtype), stride}, {at<float>(h), h_stride},
-                       at<char>(grad), at<int64_t>(offsets));
+                       {at<char>(grad), numel, at<int64_t>(offsets)});
   }
   void gradient_a(uintptr_t x, int dtype, int64_t stride, uintptr_t mask, int64_t mask_stride,
-                  uintptr_t t, int64_t t_stride, uintptr_t grad, uintptr_t offsets) const {
+                  uintptr_t t, int64_t t_stride, uintptr_t grad, int64_t numel,
+                  uintptr_t offsets) const {
     routed_.gradient_a({at<char>(x), dtype_of(dtype), stride}, {at<uint8_t>(mask), mask_stride},
-                       {at<float>(t), t_stride}, at<char>(grad), at<int64_t>(offsets));
+                       {at<float>(t), t_stride}, {at<char>(grad), numel, at<int64_t>(offsets)});
   }
   void shrink_backward(uintptr_t dx, int dtype, int64_t stride, uintptr_t mask, int64_t mask_stride,
                        uintptr_t t, int64_t t_stride) const {
@@ -337,8 +340,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("adapter_backward", &adapter_backward);
   // Local, so that a second build of this module may live in the process: tests have one.
   py::class_<Routed>(m, "Routed", py::module_local())
-      .def(py::init<uintptr_t, int, uintptr_t, uintptr_t, uintptr_t, const py::sequence&, int64_t,
-                    uintptr_t, int64_t, uintptr_t, uintptr_t, int>())
+      .def(py::init<uintptr_t, int64_t, int, uintptr_t, int64_t, int64_t, uintptr_t, uintptr_t,
+                    const py::sequence&, int64_t, uintptr_t, int64_t, uintptr_t, int64_t, uintptr_t,
+                    int>())
       .def("draw_mask", &Routed::draw_mask, Released())
       .def("shrink", &Routed::shrink, Released())
       .def("expand", &Routed::expand, Released())

@@ -250,10 +250,15 @@ class RoutedCall:
         groups = routing.plan.shape[0]
         if groups and routing.plan[-1, 0] < 0:  # filled up, as graphs have it
             groups = int((routing.plan[:, 0] >= 0).sum())
+        # Adapters that lie anywhere (loose.py) are offset from one of them, which is a matrix.
+        reach = storage.numel() if storage.ndim == 1 else 1 << 62
         self._groups = extension().Routed(
             storage.data_ptr(),
+            reach,
             _NUMBER[storage.dtype],
             bank.table.data_ptr(),
+            bank.table.shape[0],
+            bank.width,
             bank.scaling.data_ptr(),
             0 if thresholds is None else thresholds.data_ptr(),
             bank.slice_columns,
@@ -261,6 +266,7 @@ class RoutedCall:
             routing.plan.data_ptr(),
             groups,
             routing.tokens.data_ptr(),
+            routing.tokens.shape[0],
             0 if weights is None else weights.data_ptr(),
             torch.get_num_threads(),
         )
@@ -304,13 +310,14 @@ class RoutedCall:
         if dy is not None:
             h = _single(h)
             self._groups.gradient_b(
-                *_wide(dy), *_packed(h), grad.data_ptr(), layout.table.data_ptr()
+                *_wide(dy), *_packed(h), grad.data_ptr(), grad.numel(), layout.table.data_ptr()
             )
         if x is not None:
             rows, t = rows_of(x), _single(t)
             self._groups.gradient_a(
-                *_wide(rows), *_packed(mask), *_packed(t), grad.data_ptr(), layout.table.data_ptr()
-            )
+                *_wide(rows), *_packed(mask), *_packed(t), grad.data_ptr(), grad.numel(),
+                layout.table.data_ptr(),
+            )  # fmt: skip
         return grad.to(self.bank.storage.dtype)
 
     def shrink_backward_(self, dx: Tensor, t: Tensor, mask: Tensor | None) -> None:

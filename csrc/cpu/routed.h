@@ -2,14 +2,19 @@
 // table holds).
 #pragma once
 
+#include <vector>
+
 #include "tasks.h"
 
 namespace lora {
 
 struct Bank {
   const char* storage;
+  int64_t numel;  // of storage
   DType dtype;
   const int64_t* table;          // [L + 1, 1 + S, 3]: rank, first column in h, offset in storage
+  int64_t slots;                 // L + 1
+  int64_t width;                 // H: no rank is above it
   const double* scaling;         // [L + 1]
   const int32_t* thresholds;     // [L + 1], or nullptr: none drops
   int64_t slices;                // S
@@ -21,6 +26,7 @@ struct Routing {
   const int64_t* plan;  // [G, 4]: slot, first pair, end, first token or -1
   int64_t groups;
   const int32_t* tokens;  // [P]
+  int64_t pairs;          // P
   const float* weights;   // [P] or nullptr
 };
 
@@ -31,10 +37,18 @@ struct Rows {
   int64_t stride;
 };
 
+// The gradients of the factors in the bank's dtype, -1 where none is needed.
+struct Gradient {
+  char* data;
+  int64_t numel;
+  const int64_t* offsets;  // [L + 1, 1 + S]
+};
+
 class Routed {
  public:
-  Routed(const Bank& bank, const Routing& routing, int threads)
-      : bank_(bank), routing_(routing), threads_(threads) {}
+  // Copies what the tables say of the routing's slots: they may change beside the call. Throws
+  // std::runtime_error where that does not fit the storage, the width or the pairs.
+  Routed(const Bank& bank, const Routing& routing, int threads);
 
   // The rows of pairs whose adapter drops, [P, stride].
   void draw_mask(uint8_t* mask, int64_t stride, uint64_t seed) const;
@@ -45,23 +59,26 @@ class Routed {
   // t = w s dy B; and grad_weights = s (dy B) . h, unless it is nullptr
   void expand_backward(const Rows& dy, Narrow t, const Narrow* h, float* grad_weights) const;
   // The gradients of B, at offsets[slot, 1 + s] of grad
-  void gradient_b(const Rows& dy, Narrow h, char* grad, const int64_t* offsets) const;
+  void gradient_b(const Rows& dy, Narrow h, const Gradient& grad) const;
   // The gradients of A, at offsets[slot, 0] of grad
-  void gradient_a(const Rows& x, Mask mask, Narrow t, char* grad, const int64_t* offsets) const;
+  void gradient_a(const Rows& x, Mask mask, Narrow t, const Gradient& grad) const;
   // dx += keep (t A)
   void shrink_backward(const Rows& dx, Mask mask, Narrow t) const;
 
  private:
   struct Group {
     int64_t slot, begin, end, first, rank;
+    const int64_t* entries;  // [1 + S, 3], as in the bank's table
+    float scaling;
+    int32_t threshold;
     int64_t count() const { return end - begin; }
   };
-  Group group(int64_t index) const;
+  Group read(const int64_t* plan, int64_t* entries) const;
+  int64_t columns_of(int64_t index) const;
   Factor factor(const Group& group, int64_t index, int64_t& rank, int64_t& column) const;
   Wide rows_of(const Group& group, const Rows& rows, int64_t column) const;
   Mask mask_of(const Group& group, Mask mask) const;
   Narrow narrow_of(const Group& group, Narrow narrow, int64_t column) const;
-  int32_t threshold(const Group& group) const;
   float keep_scale(const Group& group) const;
   int64_t work(int64_t columns) const;
 
@@ -70,11 +87,13 @@ class Routed {
   void expand_by(const Rows& out, Mask mask, Narrow narrow, int64_t index, int64_t from,
                  int64_t columns, bool forward) const;
   void gradient_by(const Rows& wide, Mask mask, Narrow narrow, int64_t index, int64_t from,
-                   int64_t columns, char* grad, const int64_t* offsets) const;
+                   int64_t columns, const Gradient& grad) const;
 
   Bank bank_;
   Routing routing_;
   int threads_;
+  std::vector<int64_t> entries_;
+  std::vector<Group> groups_;
 };
 
 }  // namespace lora
