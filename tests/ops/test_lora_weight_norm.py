@@ -2,6 +2,7 @@
 
 import re
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -169,6 +170,30 @@ def test_opcheck_and_compile_with_many_scalings():
             assert torch.equal(compiled(weight, lora_a, lora_b, scaling), expected)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_number_for_the_scaling_compiles_once_more_and_never_again(backend):
+    """The second value makes it symbolic; a graph for each would end at the recompile limit."""
+    weight, lora_a, lora_b = draw(33, 21, 5)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda s: lora_weight_norm(weight, lora_a, lora_b, s), backend=backend)
+    for step in range(12):
+        scaling = 0.5 + step
+        with torch.compiler.set_stance("default" if step < 2 else "fail_on_recompile"):
+            norm = compiled(scaling)
+        assert_within_policy(
+            "norm",
+            norm,
+            lora_weight_norm_reference(weight, lora_a, lora_b, scaling),
+            oracle(weight, lora_a, lora_b, scaling),
+        )
+
+
+def test_numbers_of_numpy_are_numbers():
+    arguments = draw(33, 21, 5)
+    expected = lora_weight_norm(*arguments, 0.75)
+    assert torch.equal(lora_weight_norm(*arguments, numpy.float32(0.75)), expected)
+
+
 def test_autocast_changes_nothing():
     arguments = (*draw(33, 21, 5), 0.7)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -193,6 +218,16 @@ BAD = {
         {"weight": torch.ones(8)},
         ValueError,
         "weight: expected [out_features, in_features], got [8]",
+    ),
+    "weight_sparse": (
+        {"weight": torch.ones(6, 8).to_sparse()},
+        TypeError,
+        "weight: expected a dense tensor, got a sparse or nested one",
+    ),
+    "scaling_complex": (
+        {"scaling": torch.ones((), dtype=torch.complex64)},
+        TypeError,
+        "scaling: expected a real number, got dtype torch.complex64",
     ),
     "a_columns": (
         {"lora_a": torch.ones(2, 6)},

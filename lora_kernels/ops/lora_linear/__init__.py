@@ -1,8 +1,5 @@
 """``lora_linear``: a frozen linear layer and its low-rank adapter in one operation."""
 
-import functools
-from numbers import Real
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -13,6 +10,7 @@ from lora_kernels.dtypes import FLOATING, cast_for_autocast
 from lora_kernels.ops.eager import PLAIN
 from lora_kernels.ops.lora_linear import autograd, measured
 from lora_kernels.ops.lora_linear.reference import lora_linear_reference
+from lora_kernels.ops.scaling import check_scaling, constant, traced
 
 __all__ = ["explain", "lora_linear"]
 
@@ -111,7 +109,7 @@ def lora_linear_unchecked(
     elif x.is_cpu and dispatch.choose_on_cpu(backend, x.dtype).backend == "native":
         seed = draw_seed(x.device) if drop_threshold(dropout_p) > 0 else None
         return autograd.call_compiled(
-            x, weight, lora_a, lora_b, _constant(scaling), bias, None, dropout_p, seed, backend
+            x, weight, lora_a, lora_b, constant(scaling), bias, None, dropout_p, seed, backend
         )
     return _call(True, x, weight, lora_a, lora_b, scaling, bias, None, dropout_p, None, backend)
 
@@ -120,7 +118,7 @@ def _call(
     at_once, x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed, backend
 ) -> Tensor:
     if not isinstance(scaling, Tensor):
-        scaling = _constant(scaling) if at_once else _traced(scaling)
+        scaling = constant(scaling) if at_once else traced(scaling)
     if drop_threshold(dropout_p) == 0:
         seed = None
     elif seed is None:
@@ -132,21 +130,6 @@ def _call(
     return autograd.call(
         at_once, x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed, backend
     )
-
-
-@functools.lru_cache(maxsize=256)
-def _constant(scaling: float) -> Tensor:
-    """The number as a 0-d fp64 tensor on the CPU."""
-    # Autograd saves no tensors that were made in inference mode.
-    with torch.inference_mode(False):
-        return torch.tensor(float(scaling), dtype=torch.float64, device="cpu")
-
-
-def _traced(scaling: float) -> Tensor:
-    """:func:`_constant` as a product, because torch.compile keeps a number that enters one
-    symbolic: no recompilation for a new scaling."""
-    number = scaling if isinstance(scaling, (int, float, torch.SymFloat)) else float(scaling)
-    return torch.ones((), dtype=torch.float64, device="cpu") * number
 
 
 def explain(
@@ -279,7 +262,9 @@ def _check(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, se
     ):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
-    _check_scaling(scaling, x)
+    check_scaling(scaling, "x", x)
+    if isinstance(scaling, Tensor) and scaling.requires_grad:
+        raise ValueError("scaling: expected a tensor without gradient, got one that requires grad")
     _check_dropout(dropout_p, seed, x)
 
 
@@ -310,23 +295,6 @@ def _check_weight(weight: Tensor, x: Tensor, out_features: int, in_features: int
         raise ValueError(
             "weight: expected a frozen tensor (requires_grad=False), got one that requires grad; "
             "lora_linear computes no gradient for the base weight"
-        )
-
-
-def _check_scaling(scaling: float | Tensor, x: Tensor) -> None:
-    if not isinstance(scaling, Tensor):
-        if isinstance(scaling, (int, float, torch.SymFloat, Real)):
-            return
-        raise TypeError(f"scaling: expected a number or a 0-d tensor, got {type(scaling).__name__}")
-    if scaling.ndim != 0:
-        raise ValueError(f"scaling: expected a 0-d tensor, got shape {list(scaling.shape)}")
-    if scaling.is_complex():
-        raise TypeError(f"scaling: expected a real number, got dtype {scaling.dtype}")
-    if scaling.requires_grad:
-        raise ValueError("scaling: expected a tensor without gradient, got one that requires grad")
-    if scaling.device.type != "cpu" and scaling.device != x.device:
-        raise ValueError(
-            f"scaling: expected the CPU or x's device {x.device}, got {scaling.device}"
         )
 
 

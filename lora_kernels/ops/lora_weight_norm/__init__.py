@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lora_kernels.dtypes import FLOATING
 from lora_kernels.ops.lora_weight_norm import composed  # noqa: F401  (registers the op)
+from lora_kernels.ops.scaling import check_scaling, traced
 
 __all__ = ["lora_weight_norm"]
 
@@ -42,7 +43,7 @@ def lora_weight_norm(
     """
     _check(weight, lora_a, lora_b, scaling)
     if not isinstance(scaling, Tensor):
-        scaling = torch.tensor(scaling, dtype=torch.float64, device="cpu")
+        scaling = traced(scaling)
     with torch.no_grad():
         return torch.ops.lora_kernels.lora_weight_norm(
             weight.detach(), lora_a.detach(), lora_b.detach(), scaling.detach()
@@ -57,6 +58,8 @@ def _check(weight, lora_a, lora_b, scaling) -> None:
             raise TypeError(
                 f"{name}: expected dtype bfloat16, float16, float32 or float64, got {tensor.dtype}"
             )
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            raise TypeError(f"{name}: expected a dense tensor, got a sparse or nested one")
     if weight.ndim != 2:
         raise ValueError(f"weight: expected [out_features, in_features], got {list(weight.shape)}")
     out_features, in_features = weight.shape
@@ -76,13 +79,4 @@ def _check(weight, lora_a, lora_b, scaling) -> None:
             raise ValueError(
                 f"{name}: expected weight's device {weight.device}, got {tensor.device}"
             )
-    if not isinstance(scaling, Tensor):
-        if isinstance(scaling, (int, float, torch.SymFloat)):
-            return
-        raise TypeError(f"scaling: expected a number or a 0-d tensor, got {type(scaling).__name__}")
-    if scaling.ndim != 0:
-        raise ValueError(f"scaling: expected a 0-d tensor, got shape {list(scaling.shape)}")
-    if scaling.device.type != "cpu" and scaling.device != weight.device:
-        raise ValueError(
-            f"scaling: expected the CPU or weight's device {weight.device}, got {scaling.device}"
-        )
+    check_scaling(scaling, "weight", weight)
