@@ -281,7 +281,7 @@ class RoutedCall:
     def shrink(self, x: Tensor, mask: Tensor | None, *, zeros: bool) -> Tensor:
         """h ``[P, H]`` in fp32; what is not written is zero where ``zeros`` asks for it."""
         h = self._narrow(zeros)
-        rows = rows_of(x)  # maybe a copy, which has to outlive the call
+        rows, mask = rows_of(x), _bytes(mask)  # maybe copies, which have to outlive the call
         self._groups.shrink(*_wide(rows), *_packed(mask), *_packed(h))
         return h
 
@@ -313,7 +313,7 @@ class RoutedCall:
                 *_wide(dy), *_packed(h), grad.data_ptr(), grad.numel(), layout.table.data_ptr()
             )
         if x is not None:
-            rows, t = rows_of(x), _single(t)
+            rows, t, mask = rows_of(x), _single(t), _bytes(mask)
             self._groups.gradient_a(
                 *_wide(rows), *_packed(mask), *_packed(t), grad.data_ptr(), grad.numel(),
                 layout.table.data_ptr(),
@@ -322,7 +322,7 @@ class RoutedCall:
 
     def shrink_backward_(self, dx: Tensor, t: Tensor, mask: Tensor | None) -> None:
         """``dx += keep * (t A)``; dx ``[M, K]`` with unit stride in K."""
-        t = _single(t)
+        t, mask = _single(t), _bytes(mask)
         self._groups.shrink_backward(*_wide(dx), *_packed(mask), *_packed(t))
 
     def _narrow(self, zeros: bool) -> Tensor:
@@ -334,6 +334,13 @@ def _single(narrow: Tensor) -> Tensor:
     """h or t as the kernels read it: fp32, unit stride in the rank."""
     narrow = narrow.to(torch.float32)
     return narrow if narrow.stride(1) == 1 else narrow.contiguous()
+
+
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    """A packed mask as the kernels read it: unit stride in its bytes."""
+    if mask is None or mask.stride(1) == 1 or mask.shape[1] == 1:
+        return mask
+    return mask.contiguous()
 
 
 @contextmanager
