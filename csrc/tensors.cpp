@@ -86,7 +86,14 @@ bool Tensor::read_any(py::handle object) {
   if (!(by_table ? read_table(object) : read_properties(object))) return false;
   numel = 1;
   for (int64_t i = 0; i < ndim; i++) numel *= sizes_[i];
-  return data || numel == 0;
+  return numel == 0 || has_memory(object);
+}
+
+// The storage may have been freed; what is left is then its offset.
+bool Tensor::has_memory(py::handle object) const {
+  constexpr uintptr_t lowest = uintptr_t(1) << 40;  // where allocations begin, nearly everywhere
+  if (reinterpret_cast<uintptr_t>(data) >= lowest) return true;
+  return data && object.attr("untyped_storage")().attr("nbytes")().cast<int64_t>() > 0;
 }
 
 bool Tensor::read_table(py::handle object) {

@@ -57,6 +57,7 @@ class Tensor {
   static constexpr int BYTES = 3;     // after the numbers of DType
 
   bool read_any(pybind11::handle object);
+  bool has_memory(pybind11::handle object) const;
   bool read_table(pybind11::handle object);
   bool read_properties(pybind11::handle object);
 

@@ -11,6 +11,7 @@ from lora_kernels.ops.eager import PLAIN
 from lora_kernels.ops.lora_linear import autograd, measured
 from lora_kernels.ops.lora_linear.reference import lora_linear_reference
 from lora_kernels.ops.scaling import check_scaling, constant, traced
+from lora_kernels.ops.tensor_state import check_has_values, has_memory
 
 __all__ = ["explain", "lora_linear"]
 
@@ -162,7 +163,12 @@ def fits_at_once(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout
     """:func:`fits` for a call that nothing else has to see."""
     extension = native.extension()
     if extension is None or not x.is_cpu:
-        return fits(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed)
+        return (
+            fits(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed)
+            and has_memory(lora_a)
+            and has_memory(lora_b)
+            and has_memory(x)
+        )
     return (
         type(scaling) in _NUMBERS
         and type(dropout_p) in _NUMBERS
@@ -262,6 +268,18 @@ def _check(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, se
     ):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
+    # Others ask the dispatcher, or have no memory of their own.
+    if autograd.all_run_at_once(x, weight, lora_a, lora_b, scaling, bias, output_scale):
+        for name, tensor in (
+            ("x", x),
+            ("weight", weight),
+            ("lora_a", lora_a),
+            ("lora_b", lora_b),
+            ("bias", bias),
+            ("output_scale", output_scale),
+        ):
+            if tensor is not None:
+                check_has_values(name, tensor)
     check_scaling(scaling, "x", x)
     if isinstance(scaling, Tensor) and scaling.requires_grad:
         raise ValueError("scaling: expected a tensor without gradient, got one that requires grad")

@@ -20,6 +20,7 @@ from lora_kernels import dispatch
 from lora_kernels.dropout import GROUP, drop_threshold
 from lora_kernels.ops.eager import PLAIN, requires_grad, runs_at_once
 from lora_kernels.ops.lora_linear import compiled, composed, measured
+from lora_kernels.ops.tensor_state import check_has_values, name_unsaved
 from lora_kernels.products import product_dtype
 
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
@@ -128,6 +129,8 @@ def _backward(
     call = dy, x, weight, a, b, scaling, h, output_scale, unscaled, mask, dropout_p, seed, needs
     if implementation is compiled:
         return compiled.backward(*call)
+    for name, factor in (("lora_a", a), ("lora_b", b)):
+        check_has_values(name, factor)  # it may have been freed since the forward
     with _below_autograd():
         return implementation.backward(*call)
 
@@ -336,7 +339,11 @@ def call(at_once: bool, *args) -> Tensor:
         return _OP(*args)
     if not requires_grad(args):
         return _inference_kernel(*args)
-    return _apply_at_once(*args, True)
+    try:
+        return _apply_at_once(*args, True)
+    except RuntimeError as error:
+        _name_unsaved(error, *args)
+        raise
 
 
 def call_compiled(x, weight, a, b, scaling, bias, *others) -> Tensor:
@@ -348,9 +355,19 @@ def call_compiled(x, weight, a, b, scaling, bias, *others) -> Tensor:
         or x.requires_grad
         or (bias is not None and bias.requires_grad)
     ):
-        return _apply_compiled(x, weight, a, b, scaling, bias, *others)
+        try:
+            return _apply_compiled(x, weight, a, b, scaling, bias, *others)
+        except RuntimeError as error:
+            _name_unsaved(error, x, weight, a, b, scaling, bias, *others)
+            raise
     _, dropout_p, seed, _ = others
     return compiled.forward(x, weight, a, b, scaling, bias, None, dropout_p, seed, False)[0]
+
+
+def _name_unsaved(error, x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, backend):
+    name_unsaved(
+        error, x=x, weight=weight, lora_a=a, lora_b=b, output_scale=output_scale, seed=seed
+    )
 
 
 def _outlived_a_transform(args) -> bool:

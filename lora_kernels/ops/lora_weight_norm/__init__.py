@@ -2,10 +2,12 @@
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from lora_kernels.dtypes import FLOATING
 from lora_kernels.ops.lora_weight_norm import composed  # noqa: F401  (registers the op)
 from lora_kernels.ops.scaling import check_scaling, traced
+from lora_kernels.ops.tensor_state import check_has_values
 
 __all__ = ["lora_weight_norm"]
 
@@ -79,4 +81,7 @@ def _check(weight, lora_a, lora_b, scaling) -> None:
             raise ValueError(
                 f"{name}: expected weight's device {weight.device}, got {tensor.device}"
             )
+    if not is_compiling():
+        for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
+            check_has_values(name, tensor)
     check_scaling(scaling, "weight", weight)
