@@ -268,18 +268,14 @@ def _check(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, se
     ):
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
-    # Others ask the dispatcher, or have no memory of their own.
-    if autograd.all_run_at_once(x, weight, lora_a, lora_b, scaling, bias, output_scale):
-        for name, tensor in (
-            ("x", x),
-            ("weight", weight),
-            ("lora_a", lora_a),
-            ("lora_b", lora_b),
-            ("bias", bias),
-            ("output_scale", output_scale),
-        ):
-            if tensor is not None:
-                check_has_values(name, tensor)
+    if not torch.compiler.is_compiling():
+        check_has_values("lora_a", lora_a)
+        check_has_values("lora_b", lora_b)
+        check_has_values("x", x)
+        if output_scale is not None:
+            check_has_values("output_scale", output_scale)
+            if bias is not None:
+                check_has_values("bias", bias)
     check_scaling(scaling, "x", x)
     if isinstance(scaling, Tensor) and scaling.requires_grad:
         raise ValueError("scaling: expected a tensor without gradient, got one that requires grad")
