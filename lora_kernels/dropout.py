@@ -22,6 +22,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from lora_kernels.dtypes import computes_in_64_bits
+
 ROUNDS = 7
 GROUP = 8  # columns served by one Philox call
 
@@ -51,8 +53,12 @@ def draw_seed(device: torch.device) -> Tensor:
     """A fresh seed: a 0-d int64 tensor on ``device`` from torch's default generator there.
 
     ``torch.manual_seed`` reproduces it, ``torch.utils.checkpoint`` replays it and a CUDA graph
-    captures the draw, so that every replay has a new mask.
+    captures the draw, so that every replay has a new mask. On devices other than a CPU or a CUDA
+    one it is put together from two numbers of 31 bits.
     """
+    if not computes_in_64_bits(device):
+        low, high = torch.randint(0, 2**31 - 1, (2,), dtype=torch.int64, device=device)
+        return torch.add(low, high, alpha=1 << 32)
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
@@ -103,10 +109,12 @@ def _key_and_chunk(seed: Tensor) -> tuple[tuple, int]:
     """The two words of the key, and how many groups to draw at once.
 
     On a CPU the key is read once; on a device it stays a tensor, which needs no synchronisation.
+    Except on MPS, whose bitwise operations on 0-d tensors wait for the device each.
     """
-    on_cpu = seed.device.type == "cpu"
-    value = seed.item() if on_cpu else seed
-    return (value & _LOW_32, (value >> 32) & _LOW_32), _CPU_CHUNK if on_cpu else _DEVICE_CHUNK
+    kind = seed.device.type
+    value = seed.item() if kind in ("cpu", "mps") else seed
+    chunk = _CPU_CHUNK if kind == "cpu" else _DEVICE_CHUNK
+    return (value & _LOW_32, (value >> 32) & _LOW_32), chunk
 
 
 def keep_mask(seed: Tensor, p: float, rows: int, columns: int, stream: int = 0) -> Tensor:

@@ -12,10 +12,19 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def computes_in_64_bits(device: torch.device) -> bool:
+    """Whether torch's 64-bit numbers can be relied on: on a CPU and on CUDA devices.
+
+    MPS has no fp64, nor have some XPUs, and it draws and divides int64 in 32 bits.
+    """
+    return device.type in ("cpu", "cuda", "meta")
+
+
 def cast_for_autocast(x: Tensor, *others: Tensor | None) -> tuple:
     """The tensors as ``torch.nn.functional.linear`` would see them under autocast."""
     tensors = (x, *others)
-    if not torch._C._is_any_autocast_enabled():
+    # torch's question about all devices leaves MPS out.
+    if not torch._C._is_any_autocast_enabled() and not getattr(x, "is_mps", False):
         return tensors
     if not isinstance(x, Tensor) or x.is_meta or not torch.is_autocast_enabled(x.device.type):
         return tensors

@@ -16,10 +16,10 @@ _CHUNK_ELEMENTS, _DEVICE_CHUNK_ELEMENTS = 1 << 20, 1 << 23
 def narrow_product(wide: Tensor, narrow: Tensor, scaling: Tensor | float | None = None) -> Tensor:
     """``wide @ (scaling * narrow)``: ``[M, D] x [D, R] -> [M, R]`` in :func:`product_dtype`.
 
-    fp16 never rounds the result to fp16: h and t may lie below its smallest number. On a CPU it is
-    widened a row chunk at a time.
+    fp16 never rounds the result to fp16: h and t may lie below its smallest number. Where torch has
+    no product with a wider result, a row chunk at a time is widened before it.
     """
-    if wide.dtype == torch.float16 and wide.device.type == "cpu":
+    if _widens_first(wide.dtype, wide.device):
         factor = narrow.float() if scaling is None else narrow.float() * scaling
         out = wide.new_empty((wide.shape[0], narrow.shape[1]), dtype=torch.float32)
         for chunk in row_chunks(*wide.shape, wide.device):
@@ -44,7 +44,7 @@ def transposed_product(left: Tensor, right: Tensor) -> Tensor:
     """
     wide = left if right.dtype == torch.float32 else right
     dtype = wide.dtype
-    if dtype == torch.float16 and wide.device.type == "cpu":
+    if _widens_first(dtype, wide.device):
         out = left.new_zeros((left.shape[1], right.shape[1]), dtype=torch.float32)
         for chunk in row_chunks(*wide.shape, wide.device):
             out.addmm_(left[chunk].float().t(), right[chunk].float())
@@ -67,6 +67,17 @@ def scaled(factor: Tensor, scaling: Tensor | float, dtype: torch.dtype) -> Tenso
         return (factor * scaling).to(dtype)
     wide = torch.promote_types(accumulator_dtype(factor.dtype), accumulator_dtype(dtype))
     return (factor.to(wide) * scaling).to(dtype)
+
+
+def _widens_first(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a half-precision operand is to become fp32 for a product in :func:`product_dtype`.
+
+    MPS has neither ``torch.mm(out_dtype=)`` nor the ``frexp`` of :func:`_to_half_range`; XPU has
+    both in newer versions of torch only.
+    """
+    if device.type == "cuda":
+        return False
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and device.type != "cpu")
 
 
 def _to_half_range(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -251,6 +251,8 @@ def test_to_dtype(sliced, dtype):
         assert torch.equal(parameter, expected[name].to(dtype))
     assert [bank[name].scaling.item() for name in bank] == [0.5, 1.5, 2.5]
     assert bank["a"].scaling.dtype == torch.float64, "a scaling is not rounded by a cast"
+    bank["a"].scaling = 1 / 3
+    assert bank["a"].scaling.item() == 1 / 3, "nor where it is set"
     assert_sound(bank)
 
 

@@ -3,8 +3,9 @@
 import math
 from numbers import Real
 
-import torch
 from torch import Tensor, nn
+
+from lora_kernels.ops.routed_lora.tables import enter_scaling
 
 
 class Adapter(nn.Module):
@@ -54,8 +55,7 @@ class Adapter(nn.Module):
     @scaling.setter
     def scaling(self, value: float | Tensor) -> None:
         check_scaling(value)
-        with torch.no_grad():
-            self.scaling_entry.copy_(torch.as_tensor(value))
+        enter_scaling(self.scaling_entry, value)
 
     def factors(self) -> list[tuple[nn.Parameter, nn.Parameter] | None]:
         """``(A, B)`` of each slice; None where the rank is 0."""

@@ -21,6 +21,7 @@ from lora_kernels.ops.routed_lora.operands import BankTensors, GradientLayout
 from lora_kernels.ops.routed_lora.routing import Routing
 from lora_kernels.ops.routed_lora.slots import BASE, AdapterSlots
 from lora_kernels.ops.routed_lora.storage import ALIGNMENT
+from lora_kernels.ops.routed_lora.tables import scaling_dtype
 
 
 class LooseAdapter(NamedTuple):
@@ -153,7 +154,7 @@ def _table(rows: tuple, capacity: int, device: torch.device) -> Tensor:
 def _scalings(
     present: list[tuple[int, LooseAdapter]], capacity: int, device: torch.device
 ) -> Tensor:
-    """``[L + 1]`` fp64. Scalings that are on the device are not read back."""
+    """``[L + 1]`` in :func:`scaling_dtype`. Scalings that are on the device are not read back."""
     values = [0.0] * (capacity + 1)
     on_device = {}
     for slot, adapter in present:
@@ -173,7 +174,7 @@ def _scalings(
 @functools.lru_cache(maxsize=_TABLES)
 def _numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.float64, device=device)
+        return torch.tensor(values, dtype=scaling_dtype(device), device=device)
 
 
 @functools.lru_cache(maxsize=_ROUTINGS)

@@ -26,7 +26,7 @@ class BankTensors(NamedTuple):
     width: int  # H
     storage: Tensor  # the factors of all adapters, flat
     table: Tensor  # [L + 1, 1 + S, 3] int64: rank, first column of it in h, offset in storage
-    scaling: Tensor  # [L + 1] fp64
+    scaling: Tensor  # [L + 1] fp64 (fp32 where composed alone runs)
     threshold_table: Tensor  # [L + 1] int32
 
     @property

@@ -7,6 +7,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
+from lora_kernels.dtypes import computes_in_64_bits
 from lora_kernels.ops.routed_lora.operands import RoutingTensors
 from lora_kernels.ops.routed_lora.slots import AdapterSlots
 
@@ -25,6 +26,7 @@ class Routing:
     autograd of its own but lets gradients through to weights that require them. It is built on the
     device by operations of fixed shapes, without a synchronisation, in buffers that can be filled
     again in place: a CUDA graph captured with a routing replays with whatever it holds by then.
+    For a device other than a CPU or a CUDA one it is built on the CPU, and its buffers are copied.
 
     Make one with :meth:`from_tokens`, :meth:`from_sequences`, :meth:`from_segments` or
     :meth:`from_weighted`, or :meth:`empty` and the methods that end in ``_``.
@@ -49,6 +51,10 @@ class Routing:
         self.max_tokens, self.pairs_per_token = max_tokens, pairs_per_token
         self.slots = slots
         self.device = torch.device(device)
+        # Where int64 is not to be relied on the host makes the groups: composed, which alone runs
+        # there, reads them on the host in any case.
+        on_device = computes_in_64_bits(self.device)
+        self._built_on = self.device if on_device else torch.device("cpu")
         self.num_tokens = 0
         self.version = slots.version
         self._capacity = slots.capacity
@@ -66,7 +72,7 @@ class Routing:
         self._weights: Tensor | None = None  # the buffer, or [M, k] as given if it requires grad
         self._plan: Tensor | None = None
         self._padded_plan: Tensor | None = None
-        self._fill(torch.full((0,), -1, dtype=torch.int64, device=self.device), 0)
+        self._fill(torch.full((0,), -1, dtype=torch.int64, device=self._built_on), 0)
 
     # --- constructors -------------------------------------------------------------------------
 
@@ -225,10 +231,10 @@ class Routing:
                     f"offsets: expected ascending numbers from 0 to at most {self.max_tokens}, "
                     f"got {steps}"
                 )
-        ids, offsets = ids.to(self.device, torch.int64), offsets.to(self.device)
+        ids, offsets = ids.to(self._built_on, torch.int64), offsets.to(self._built_on)
         # A segment -1 before the first and after the last.
         padded = torch.nn.functional.pad(ids, (1, 1), value=-1)
-        token = torch.arange(self.max_tokens, device=self.device)
+        token = torch.arange(self.max_tokens, device=self._built_on)
         segment = torch.searchsorted(offsets.contiguous(), token, right=True)
         return self.set_tokens_(padded.gather(0, segment))
 
@@ -291,27 +297,29 @@ class Routing:
     @torch.no_grad()
     def _fill(self, ids: Tensor, num_tokens: int) -> None:
         """Group the pairs: fixed shapes, no reading back. ids ``[n]`` in the order of the pairs."""
-        pairs, none = self._tokens.shape[0], self._capacity
+        pairs, none, device = self._tokens.shape[0], self._capacity, self._built_on
         self.num_tokens, self.version = num_tokens, self.slots.version
         self._plan = self._padded_plan = None
-        ids = ids.to(self.device, torch.int64)
+        ids = ids.to(device, torch.int64)
         ids = torch.nn.functional.pad(ids, (0, pairs - ids.shape[0]), value=-1)
         group = torch.where((ids >= 0) & (ids < none), ids, none)
         _, order = torch.sort(group, stable=True)
-        counts = torch.zeros(none + 1, dtype=torch.int64, device=self.device)
+        counts = torch.zeros(none + 1, dtype=torch.int64, device=device)
         counts.scatter_add_(0, group, torch.ones_like(group))
         ends = counts.cumsum(0)
         starts = ends - counts
         tiles_of_group = (counts + (self.block - 1)) // self.block
         tile_ends = tiles_of_group.cumsum(0)
-        tile = torch.arange(self._tiles.shape[0], device=self.device)
+        tile = torch.arange(self._tiles.shape[0], device=device)
         owner = torch.searchsorted(tile_ends, tile, right=True)
         inside = owner <= none
         owner = owner.clamp_max(none)
         first = starts[owner] + (tile - (tile_ends - tiles_of_group)[owner]) * self.block
         self._order.copy_(order)
         self._tokens.copy_(order // self.pairs_per_token)
-        self._inverse.scatter_(0, order, torch.arange(pairs, device=self.device).int())
+        self._inverse.copy_(
+            torch.empty_like(order).scatter_(0, order, torch.arange(pairs, device=device))
+        )
         self._offsets[:-1].copy_(starts)
         self._offsets[-1:].fill_(pairs)
         self._tiles[:, 0].copy_(torch.where(inside, owner, -1))
@@ -329,7 +337,10 @@ class Routing:
         return self._sorted(self._weights)
 
     def _sorted(self, weights: Tensor) -> Tensor:
-        flat = weights.to(self.device, torch.promote_types(weights.dtype, torch.float32)).flatten()
+        dtype = torch.float32
+        if computes_in_64_bits(self.device):
+            dtype = torch.promote_types(weights.dtype, dtype)
+        flat = weights.to(self.device, dtype).flatten()
         flat = torch.nn.functional.pad(flat, (0, self._order.shape[0] - flat.shape[0]))
         return flat.index_select(0, self._order)
 
