@@ -4,7 +4,8 @@
 and time. On a CPU it is ``native`` where the compiled extension is there, with AVX2 at least (for
 bf16 with AVX-512-BF16: below that it was measured slower than oneDNN's narrow GEMMs); on
 a GPU an operation looks its calls up in a table under ``tuned/`` itself (``measured.py`` in its
-folder); everywhere else it is ``composed``, which runs anywhere. ``native`` is the extension's C++
+folder); on the other devices of :data:`DISPATCH_KEYS` it is ``composed``, which needs nothing but
+torch's own operations. Devices that are not there are refused. ``native`` is the extension's C++
 kernels on a CPU and its CUDA kernels on a GPU, where it leaves to Triton's what they do not cover.
 ``LORA_KERNELS_BACKEND`` replaces ``auto`` for the whole process, so that the kernels can be
 switched off without touching a program; it is read once, at import.
@@ -19,6 +20,11 @@ import torch
 from lora_kernels import native, native_cuda
 
 BACKENDS = ("reference", "composed", "triton", "native")
+
+# The device types that the operations are registered for, and the dispatcher's name of each. HPUs
+# and the backends of others (PrivateUse1) are not among them: the generator of the dropout needs
+# 64-bit integers, which not all of them have.
+DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA", "mps": "MPS", "xpu": "XPU"}
 
 _CPU = torch.device("cpu")  # to compare with it takes a fifth of the time of device.type
 
@@ -49,10 +55,20 @@ def requested(backend: str) -> str:
     return backend
 
 
+def unserved(device: torch.device) -> str | None:
+    """Why no operation runs on ``device``; None where they do, or only shapes are computed."""
+    kind = device.type
+    if kind in DISPATCH_KEYS or kind == "meta":
+        return None
+    return f"there is no kernel for {kind!r} devices, only for {', '.join(DISPATCH_KEYS)}"
+
+
 def unavailable(backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """Why ``backend`` cannot run on ``device`` (for activations of ``dtype``); None when it can."""
-    if backend in ("reference", "composed"):
+    if backend == "reference":
         return None
+    if backend == "composed":
+        return unserved(device)
     if backend == "triton":
         return _triton_unavailable(device, dtype)
     if device.type == "cpu":
@@ -140,6 +156,8 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype | None = None)
     if device == _CPU or device.type == "cpu":
         return choose_on_cpu(backend, dtype)
     if backend == "auto":
+        if reason := unserved(device):
+            raise ValueError(f"no backend but 'reference' can serve this call: {reason}")
         return Choice(
             "composed",
             f"no kernel has a recorded measurement on {device.type!r} devices that beats the "

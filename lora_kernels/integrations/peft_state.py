@@ -24,6 +24,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
+from lora_kernels import dispatch
 from lora_kernels.ops.eager import runs_at_once
 from lora_kernels.ops.lora_linear import fits_at_once
 
@@ -270,7 +271,7 @@ def _bypassed(module: nn.Module) -> str | None:
 def _read_base(layer: LoraLayer) -> tuple[Tensor, Tensor | None] | str:
     base = layer._modules["base_layer"]
     weight, bias = _tensor_of(base, "weight"), _tensor_of(base, "bias")
-    if unsupported := _unsupported_parameter(weight):
+    if unsupported := _unsupported_parameter(weight) or dispatch.unserved(weight.device):
         return f"base weight: {unsupported}"
     if bias is not None:
         if unsupported := _unsupported_parameter(bias):
@@ -377,7 +378,8 @@ def _unsupported_input(x: Any, weight: Tensor) -> str | None:
     if x.device != weight.device:
         return f"x is on {x.device}, the base weight on {weight.device}"
     if x.dtype is not weight.dtype or x.dtype is torch.float64:
-        autocast = torch.is_autocast_enabled(x.device.type)
+        # torch does not know autocast of meta tensors.
+        autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         if x.dtype is not weight.dtype and not autocast:
             dtypes = f"x is {_short(x.dtype)} and the base weight {_short(weight.dtype)}"
             return f"{dtypes}, outside autocast"

@@ -67,7 +67,8 @@ def lora_linear(
 
     Raises:
         TypeError: an argument is no tensor, or has a dtype that is not supported.
-        ValueError: a shape, device or value does not fit, or the named backend cannot serve.
+        ValueError: a shape, device or value does not fit, the named backend cannot serve, or none
+            but ``reference`` can (the device is no CPU, CUDA, MPS or XPU).
         NotImplementedError: forward-mode differentiation is active.
     """
     x, weight, bias = cast_for_autocast(x, weight, bias)
@@ -128,6 +129,8 @@ def _call(
         return lora_linear_reference(
             x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed
         )
+    if not at_once and (reason := dispatch.unserved(x.device)):
+        raise ValueError(f"x: {reason}; backend='reference' runs anywhere")
     return autograd.call(
         at_once, x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed, backend
     )

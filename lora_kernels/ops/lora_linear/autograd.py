@@ -91,7 +91,7 @@ def _without_autocast(function):
     """The ops do their own casts; autocast must not add any below them."""
 
     def kernel(*args):
-        if not _autocasts():
+        if not _autocasts() and not args[0].is_mps:  # torch leaves MPS out
             return function(*args)
         with torch.autocast(args[0].device.type, enabled=False):
             return function(*args)
@@ -158,10 +158,14 @@ def _backward_kernel(dy, *args):
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
 
-for _key in ("CPU", "CUDA"):
-    _library.impl("lora_linear", _inference_kernel, _key)
-    _library.impl("lora_linear_forward", _forward_kernel, _key)
-    _library.impl("lora_linear_backward", _backward_kernel, _key)
+_KERNELS = {
+    "lora_linear": _inference_kernel,
+    "lora_linear_forward": _forward_kernel,
+    "lora_linear_backward": _backward_kernel,
+}
+for _name, _kernel in _KERNELS.items():
+    for _key in dispatch.DISPATCH_KEYS.values():
+        _library.impl(_name, _kernel, _key)
 
 
 # --- shapes ----------------------------------------------------------------------------------

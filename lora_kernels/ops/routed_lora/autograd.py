@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_kernels import dispatch
 from lora_kernels.dropout import GROUP
 from lora_kernels.dtypes import accumulator_dtype
 from lora_kernels.ops.eager import like_rows_of, requires_grad, runs_at_once
@@ -231,7 +232,7 @@ _KERNELS = {
     "routed_expand_": _expand_in_place,
 }
 for _name, _kernel in _KERNELS.items():
-    for _key in ("CPU", "CUDA"):
+    for _key in dispatch.DISPATCH_KEYS.values():
         _library.impl(_name, _kernel, _key)
 
 
