@@ -1,12 +1,40 @@
-"""Random problems for ``lora_linear`` and one way to run them forward and backward."""
+"""Random problems for ``lora_linear``, and one way to run them and to hold them to the policy."""
 
+import copy
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_kernels.ops.lora_linear.reference import lora_linear_reference
+from lora_kernels.testing.policy import Results, assert_draws_within_policy
+
+
+def redrawn(tensor: Tensor, number: int, name: str = "") -> Tensor:
+    """``tensor`` with other signs, for another draw of a test; draw 0 is the tensor itself.
+
+    Sizes, strides, magnitudes and what lies between the rows stay. The signs follow from
+    ``number`` and ``name``.
+    """
+    if number == 0:
+        return tensor
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{number} {name}".encode()))
+    memory = tensor.detach().new_empty(0).set_(tensor.detach().untyped_storage())
+    signs = torch.randint(0, 2, memory.shape, generator=generator) * 2 - 1
+    memory = memory * signs.to(memory)
+    return memory.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+
+
+def redrawn_model(model: nn.Module, number: int) -> nn.Module:
+    """``model``, or for draws but 0 a copy whose parameters are :func:`redrawn` by their names."""
+    if number == 0:
+        return model
+    model = copy.deepcopy(model)
+    for name, parameter in model.named_parameters():
+        parameter.data = redrawn(parameter.data, number, name)
+    return model
 
 
 @dataclass(frozen=True)
@@ -68,6 +96,19 @@ class LoRAProblem:
         """The same problem with some inputs replaced."""
         return replace(self, **changes)
 
+    def redrawn(self, number: int) -> "LoRAProblem":
+        """Other values of the same sizes, strides and magnitudes; draw 0 is this problem."""
+        if number == 0:
+            return self
+        changes = {
+            field.name: redrawn(value, number, field.name)
+            for field in fields(self)
+            if field.name not in ("scaling", "seed")
+            and isinstance(value := getattr(self, field.name), Tensor)
+        }
+        seed = None if self.seed is None else self.seed + number
+        return replace(self, seed=seed, **changes)
+
     def double(self) -> "LoRAProblem":
         """The same values in fp64."""
         floats = {
@@ -114,3 +155,21 @@ def oracle_results(
 ) -> dict[str, Tensor]:
     """The definition evaluated in fp64 on the same values."""
     return run_forward_backward(lora_linear_reference, problem.double(), needs)
+
+
+def check_linear(
+    function: Callable[..., Tensor],
+    problem: LoRAProblem,
+    needs: tuple[str, ...] = DIFFERENTIABLE,
+) -> Results:
+    """``function``'s result and gradients, after holding each to the error policy."""
+
+    def draw(number: int) -> tuple[Results, Results, Results]:
+        drawn = problem.redrawn(number)
+        return (
+            run_forward_backward(function, drawn, needs),
+            run_forward_backward(lora_linear_reference, drawn, needs),
+            oracle_results(drawn, needs),
+        )
+
+    return assert_draws_within_policy(draw, problem.x.dtype)

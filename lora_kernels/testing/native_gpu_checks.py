@@ -20,7 +20,11 @@ from lora_kernels.ops.routed_lora import Routing, routed_lora
 from lora_kernels.testing import gpu_checks
 from lora_kernels.testing.gpu_checks import BF16, FP16, FP32, Check, Skip, Target, poisoned_memory
 from lora_kernels.testing.inputs import oracle_results, run_forward_backward
-from lora_kernels.testing.policy import assert_within_policy
+from lora_kernels.testing.policy import (
+    Results,
+    assert_draws_within_policy,
+    assert_within_policy,
+)
 from lora_kernels.testing.routed_gpu_checks import moved, some_ids
 from lora_kernels.testing.routed_inputs import (
     RoutedProblem,
@@ -152,17 +156,26 @@ def routed(label: str, dtype: torch.dtype, adapter_dtype: torch.dtype | None, ta
             some_ids(tokens, len(ranks)), ranks, columns, widths, dtype=dtype,
             adapter_dtype=adapter_dtype, generator_seed=tokens, **mode,
         )  # fmt: skip
-        there = moved(problem, target.device)
+        y = _routed_forward(problem, target)
+        if problem.weight is None:
+            none = problem.ids[:, 0] < 0
+            before = torch.zeros_like(y) if problem.out is None else problem.out
+            assert torch.equal(y[none], before[none]), "a row without an adapter has changed"
+
+
+def _routed_forward(problem: RoutedProblem, target: Target) -> Tensor:
+    """y without gradients, on the CPU, after holding it against fp64."""
+
+    def draw(number: int) -> tuple[Results, Results, Results]:
+        drawn = problem.redrawn(number)
+        there = moved(drawn, target.device)
         bank = there.bank().requires_grad_(False)
         out = None if there.out is None else there.out.clone()
         with torch.no_grad(), poisoned_memory():
-            y = call_routed(there, bank, target.backend, out=out)
-        eager, oracle = routed_eager(problem)["y"], routed_oracle(problem)["y"]
-        assert_within_policy("y", y.cpu(), eager, oracle, dtype)
-        if problem.weight is None:
-            none = problem.ids[:, 0] < 0
-            before = torch.zeros_like(y) if there.out is None else there.out
-            assert torch.equal(y[none], before[none]), "a row without an adapter has changed"
+            y = call_routed(there, bank, target.backend, out=out).cpu()
+        return {"y": y}, routed_eager(drawn), routed_oracle(drawn)
+
+    return assert_draws_within_policy(draw, problem.x.dtype)["y"]
 
 
 def routed_graph(target: Target) -> None:
@@ -206,8 +219,18 @@ GEMM = {
 
 def gemm_tail(label: str, dtype: torch.dtype, transposed: bool, p: float, target: Target) -> None:
     """Every tile, with bias and output scale and without, against fp64; the same bits twice."""
+    for with_vectors in (False, True):
+        draw = functools.partial(_gemm_tail, label, dtype, transposed, p, with_vectors, target)
+        assert_draws_within_policy(draw, dtype)
+
+
+def _gemm_tail(
+    label: str, dtype: torch.dtype, transposed: bool, p: float, with_vectors: bool,
+    target: Target, number: int,
+) -> tuple[Results, Results, Results]:  # fmt: skip
+    """The results of every tile, eager's and fp64's, of one draw."""
     m, d, c, r = GEMM[label]
-    generator = torch.Generator(target.device).manual_seed(m + r)
+    generator = torch.Generator(target.device).manual_seed(m + r + 1000 * number)
 
     def draw(rows: int, columns: int, spread: float = 1.0) -> Tensor:
         values = torch.randn(rows, columns, generator=generator, device=target.device) * spread
@@ -223,28 +246,29 @@ def gemm_tail(label: str, dtype: torch.dtype, transposed: bool, p: float, target
     drop = Dropout(seed, p, m, c)
     keep = keep_mask(seed, p, m, c) if p else torch.ones(m, c, dtype=torch.bool, device=seed.device)
 
-    def formula(precision: torch.dtype, with_vectors: bool) -> Tensor:
+    def formula(precision: torch.dtype) -> Tensor:
         matrices = (left, right, tail_left, tail_right)
         a, b, e, f = (matrix.to(precision) for matrix in matrices)
         y = a @ b + torch.where(keep, e @ f, 0)
         return y * scale.to(precision) + bias.to(precision) if with_vectors else y
 
-    for with_vectors in (False, True):
-        eager, oracle = formula(dtype, with_vectors), formula(torch.float64, with_vectors)
-        vectors = {"bias": bias, "output_scale": scale} if with_vectors else {}
-        for tile_columns, cluster in (*native_cuda.TILES, (0, 0)):
-            found = []
-            for _ in range(2):
-                with poisoned_memory():
-                    out = left.new_empty((m, c))
-                native_cuda.gemm_tail(
-                    left, right, tail_left, tail_right, out, drop=drop, tile_columns=tile_columns,
-                    cluster=cluster, **vectors,
-                )  # fmt: skip
-                found.append(out)
-            name = f"{tile_columns}x{cluster}"
-            assert_within_policy(name, found[0], eager, oracle, dtype)
-            assert torch.equal(*found), f"{name}: other bits in the second run"
+    vectors = {"bias": bias, "output_scale": scale} if with_vectors else {}
+    ours = {}
+    for tile_columns, cluster in (*native_cuda.TILES, (0, 0)):
+        found = []
+        for _ in range(2):
+            with poisoned_memory():
+                out = left.new_empty((m, c))
+            native_cuda.gemm_tail(
+                left, right, tail_left, tail_right, out, drop=drop, tile_columns=tile_columns,
+                cluster=cluster, **vectors,
+            )  # fmt: skip
+            found.append(out)
+        name = f"{tile_columns}x{cluster}"
+        assert torch.equal(*found), f"{name}: other bits in the second run"
+        ours[name] = found[0]
+    eager, oracle = formula(dtype), formula(torch.float64)
+    return ours, dict.fromkeys(ours, eager), dict.fromkeys(ours, oracle)
 
 
 # ---- small calls of each kernel, for compute-sanitizer

@@ -1,13 +1,26 @@
-"""How large an error may be: a function of the eager formula's own error, never a chosen number."""
+"""How large an error may be: a function of the eager formula's own error, never a chosen number.
+
+The quotient of two maximum errors has luck in it, and another CPU rounds in another order. So one
+draw only acquits: a result that is outside of its bound is drawn again from other values, and then
+it is the median that is held against eager's.
+"""
+
+import statistics
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+Results = dict[str, Tensor]
+
 _FEW_ELEMENTS = 64
+# What a ratio may be in one draw; where it is more, in the median of others, and in each of them.
+_RATIO = 2.0
+_DRAWS, _MEDIAN_RATIO, _LARGEST_RATIO = 16, 1.25, 4.0
 
 
 def error_bound(eager: Tensor, oracle: Tensor, computed_in: torch.dtype | None = None) -> float:
-    """The largest error allowed against the fp64 ``oracle``.
+    """The largest error allowed against the fp64 ``oracle`` in one draw.
 
     Twice the maximum error of plain eager torch in the same dtype, plus 1e-6 of the largest result;
     for half-precision results of fewer than 64 elements plus the dtype's epsilon instead, because
@@ -16,11 +29,23 @@ def error_bound(eager: Tensor, oracle: Tensor, computed_in: torch.dtype | None =
     """
     if oracle.numel() == 0:
         return 0.0
-    eager_error = (eager.double() - oracle).abs().max().item()
-    dtype = computed_in or eager.dtype
-    few_halves = dtype.itemsize == 2 and eager.numel() < _FEW_ELEMENTS
-    slack = torch.finfo(dtype).eps if few_halves else 1e-6
-    return 2 * eager_error + slack * oracle.abs().max().item()
+    return _RATIO * _largest(eager.double() - oracle) + _slack(eager, oracle, computed_in)
+
+
+def error_ratio(
+    ours: Tensor, eager: Tensor, oracle: Tensor, computed_in: torch.dtype | None = None
+) -> float:
+    """The maximum error of ``ours``, less the slack of :func:`error_bound`, over that of eager.
+
+    At most 2 where ``ours`` is within :func:`error_bound`; 0 where the slack alone covers it.
+    """
+    if oracle.numel() == 0:
+        return 0.0
+    excess = _largest(ours.double() - oracle) - _slack(eager, oracle, computed_in)
+    eager_error = _largest(eager.double() - oracle)
+    if excess <= 0:
+        return 0.0
+    return excess / eager_error if eager_error else float("inf")
 
 
 def assert_within_policy(
@@ -32,6 +57,8 @@ def assert_within_policy(
 ) -> None:
     """Fail unless ``ours`` has eager's shape and dtype, is finite and within :func:`error_bound`.
 
+    For values that cannot be drawn again; see :func:`assert_draws_within_policy`.
+
     Args:
         name: what is compared, for the message.
         ours: the result under test.
@@ -39,18 +66,113 @@ def assert_within_policy(
         oracle: the result in fp64 from the same inputs.
         computed_in: the dtype of the products, where it is not the result's.
     """
+    _assert_comparable(name, ours, eager, oracle)
+    error = _largest(ours.double() - oracle)
+    bound = error_bound(eager, oracle, computed_in)
+    assert error <= bound, (
+        f"{name}: maximum error {error:.3e} exceeds {bound:.3e} "
+        f"(largest result {_largest(oracle):.3e})"
+    )
+
+
+def assert_draws_within_policy(
+    draw: Callable[[int], tuple[Results, Results, Results]],
+    computed_in: torch.dtype | None = None,
+) -> Results:
+    """Fail unless our errors are eager's, by one draw or else by many.
+
+    Draw 0 is enough where all of its results are within :func:`error_bound`. A result that is not
+    is drawn 16 times more: the median of its :func:`error_ratio` in these may be at most 1.25, and
+    neither in them nor in draw 0 may the ratio pass 4. Shape, dtype and finiteness are asked of
+    every draw.
+
+    Args:
+        draw: called with the number of a draw, returns ours, eager's and the fp64 results by name;
+            different values for each number, of the same sizes and magnitudes. Ours may be fewer.
+        computed_in: the dtype of the products, where it is not the results'.
+
+    Returns:
+        Our results of draw 0.
+    """
+    ours, eager, oracle = draw(0)
+    first = _ratios(ours, eager, oracle, list(ours), computed_in)
+    failed = {name: ratio for name, ratio in first.items() if not ratio <= _RATIO}
+    found: dict[str, list[float]] = {name: [] for name in failed}
+    if all(ratio <= _LARGEST_RATIO for ratio in failed.values()):
+        for number in range(1, _DRAWS + 1) if failed else ():
+            for name, ratio in _ratios(*draw(number), list(failed), computed_in).items():
+                found[name].append(ratio)
+    complaints = [
+        f"{name}: the maximum error is {ratio:.2f} times eager's (at most {_RATIO:g}){again}"
+        for name, ratio in failed.items()
+        if (again := _complaint(found[name] or [ratio]))
+    ]
+    assert not complaints, "\n".join(complaints)
+    return ours
+
+
+def assert_as_accurate(draw: Callable[[int], tuple[Results, Results, Results]]) -> None:
+    """Fail unless our root mean square error is typically eager's, without any slack.
+
+    Stricter than :func:`assert_draws_within_policy`, for well-conditioned results of many elements:
+    over 16 draws the median of our error over eager's is at most 1.25, and no quotient passes 4.
+
+    Args:
+        draw: as there.
+    """
+    ratios: dict[str, list[float]] = {}
+    for number in range(_DRAWS):
+        ours, eager, oracle = draw(number)
+        for name, result in ours.items():
+            _assert_comparable(name, result, eager[name], oracle[name])
+            error, theirs = (
+                (r.double() - oracle[name]).norm().item() for r in (result, eager[name])
+            )
+            ratio = error / theirs if theirs else float("inf") if error else 0.0
+            ratios.setdefault(name, []).append(ratio)
+    complaints = [
+        f"{name}: the root mean square error against eager's{complaint}"
+        for name, found in ratios.items()
+        if (complaint := _complaint(found))
+    ]
+    assert not complaints, "\n".join(complaints)
+
+
+def _complaint(ratios: list[float]) -> str:
+    """What is wrong with the ratios of several draws; empty if nothing is."""
+    median, largest = statistics.median(ratios), max(ratios)
+    if median <= _MEDIAN_RATIO and largest <= _LARGEST_RATIO:
+        return ""
+    return (
+        f"; in {len(ratios)} draws {median:.2f} in the median (at most {_MEDIAN_RATIO}), "
+        f"{largest:.2f} at most ({_LARGEST_RATIO:g})"
+    )
+
+
+def _ratios(
+    ours: Results, eager: Results, oracle: Results, names: list[str], computed_in
+) -> dict[str, float]:
+    """Of the named results, after all of them were found comparable."""
+    for name, result in ours.items():
+        _assert_comparable(name, result, eager[name], oracle[name])
+    return {n: error_ratio(ours[n], eager[n], oracle[n], computed_in) for n in names}
+
+
+def _assert_comparable(name: str, ours: Tensor, eager: Tensor, oracle: Tensor) -> None:
     assert ours.shape == eager.shape == oracle.shape, (
         f"{name}: shape {list(ours.shape)}, eager {list(eager.shape)}, oracle {list(oracle.shape)}"
     )
     assert ours.dtype == eager.dtype, f"{name}: dtype {ours.dtype}, eager {eager.dtype}"
     assert oracle.dtype == torch.float64, f"{name}: the oracle must be fp64, is {oracle.dtype}"
-    if ours.numel() == 0:
-        return
     assert torch.isfinite(oracle).all(), f"{name}: the oracle itself is not finite"
     assert torch.isfinite(ours).all(), f"{name}: {(~torch.isfinite(ours)).sum()} non-finite values"
-    error = (ours.double() - oracle).abs().max().item()
-    bound = error_bound(eager, oracle, computed_in)
-    assert error <= bound, (
-        f"{name}: maximum error {error:.3e} exceeds {bound:.3e} "
-        f"(largest result {oracle.abs().max().item():.3e})"
-    )
+
+
+def _largest(values: Tensor) -> float:
+    return values.abs().max().item() if values.numel() else 0.0
+
+
+def _slack(eager: Tensor, oracle: Tensor, computed_in: torch.dtype | None) -> float:
+    dtype = computed_in or eager.dtype
+    few_halves = dtype.itemsize == 2 and eager.numel() < _FEW_ELEMENTS
+    return (torch.finfo(dtype).eps if few_halves else 1e-6) * _largest(oracle)

@@ -20,7 +20,7 @@ from lora_kernels.ops.routed_lora import (
     tiles,
 )
 from lora_kernels.testing.gpu_checks import Check, Skip, Target, poisoned_memory
-from lora_kernels.testing.policy import assert_within_policy
+from lora_kernels.testing.policy import Results, assert_draws_within_policy
 from lora_kernels.testing.routed_inputs import (
     RoutedProblem,
     call_routed,
@@ -64,12 +64,15 @@ def some_ids(tokens: int, adapters: int, per_token: int = 1, seed: int = 0) -> T
 
 def check_policy(target: Target, problem: RoutedProblem) -> dict[str, Tensor]:
     """Our result and gradients, after holding each against fp64."""
-    with poisoned_memory():
-        ours = run_routed(moved(problem, target.device), target.backend)
-    eager, oracle = routed_eager(problem), routed_oracle(problem)
-    for name, result in ours.items():
-        assert_within_policy(name, result.cpu(), eager[name], oracle[name], problem.x.dtype)
-    return ours
+
+    def draw(number: int) -> tuple[Results, Results, Results]:
+        drawn = problem.redrawn(number)
+        with poisoned_memory():
+            ours = run_routed(moved(drawn, target.device), target.backend)
+        ours = {name: result.cpu() for name, result in ours.items()}
+        return ours, routed_eager(drawn), routed_oracle(drawn)
+
+    return assert_draws_within_policy(draw, problem.x.dtype)
 
 
 # tokens, adapters per token, K, N of each slice; up to 256 pairs are the kernels' small blocks

@@ -4,7 +4,7 @@ Dimensions: M tokens, k adapters per token, K in_features, N out_features of all
 adapter's rank in slice s.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -20,6 +20,8 @@ from lora_kernels.ops.routed_lora import (
     routed_lora,
     routed_lora_linear,
 )
+from lora_kernels.testing.inputs import redrawn
+from lora_kernels.testing.policy import Results, assert_draws_within_policy
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,30 @@ class RoutedProblem:
         """The same problem with something of one adapter replaced."""
         changed = replace(self.adapters[name], **changes)
         return replace(self, adapters={**self.adapters, name: changed})
+
+    def redrawn(self, number: int) -> "RoutedProblem":
+        """Other values of the same sizes and magnitudes; draw 0 is this problem."""
+        if number == 0:
+            return self
+        changes = {
+            field.name: redrawn(value, number, field.name)
+            for field in fields(self)
+            if field.name not in ("ids", "seed")
+            and isinstance(value := getattr(self, field.name), Tensor)
+        }
+        adapters = {
+            name: replace(
+                adapter,
+                pairs=tuple(
+                    pair
+                    and tuple(redrawn(f, number, f"{name} {s} {i}") for i, f in enumerate(pair))
+                    for s, pair in enumerate(adapter.pairs)
+                ),
+            )
+            for name, adapter in self.adapters.items()
+        }
+        seed = None if self.seed is None else self.seed + number
+        return replace(self, seed=seed, adapters=adapters, **changes)
 
     def double(self) -> "RoutedProblem":
         """The same values in fp64."""
@@ -339,14 +365,22 @@ def routed_eager(problem: RoutedProblem) -> dict[str, Tensor]:
 def check_routed(
     problem: RoutedProblem,
     backend: str,
-    compare: Callable,
     needs: Sequence[str] | None = None,
+    known: tuple[Results, Results] | None = None,
     **options,
-) -> dict[str, Tensor]:
-    """``backend`` against fp64 by ``compare(name, ours, eager, oracle, computed_in)``."""
-    ours = run_routed(problem, backend, needs, **options)
-    eager, oracle = routed_eager(problem), routed_oracle(problem)
-    assert needs is not None or ours.keys() == oracle.keys() == eager.keys()
-    for name, result in ours.items():
-        compare(name, result, eager[name], oracle[name], problem.x.dtype)
+) -> Results:
+    """``backend``'s result and gradients, after holding each to the error policy.
+
+    known: eager's and the oracle's results, where they are at hand.
+    """
+
+    def draw(number: int) -> tuple[Results, Results, Results]:
+        drawn = problem.redrawn(number)
+        ours = run_routed(drawn, backend, needs, **options)
+        if known is not None and number == 0:
+            return ours, *known
+        return ours, routed_eager(drawn), routed_oracle(drawn)
+
+    ours = assert_draws_within_policy(draw, problem.x.dtype)
+    assert needs is not None or ours.keys() == {"y", *problem.names()}
     return ours

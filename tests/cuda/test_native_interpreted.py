@@ -13,14 +13,8 @@ import torch
 
 from lora_kernels import lora_linear, native, native_cuda
 from lora_kernels.ops.lora_linear import autograd
-from lora_kernels.ops.lora_linear.reference import lora_linear_reference
 from lora_kernels.ops.routed_lora import autograd as routed_autograd
-from lora_kernels.testing import (
-    LoRAProblem,
-    assert_within_policy,
-    oracle_results,
-    run_forward_backward,
-)
+from lora_kernels.testing import LoRAProblem, check_linear
 from lora_kernels.testing.routed_gpu_checks import some_ids
 from lora_kernels.testing.routed_inputs import RoutedProblem, check_routed
 
@@ -60,11 +54,7 @@ def ours(**inputs):
 
 
 def check(problem: LoRAProblem) -> None:
-    results = run_forward_backward(ours, problem)
-    eager = run_forward_backward(lora_linear_reference, problem)
-    oracle = oracle_results(problem)
-    for name, result in results.items():
-        assert_within_policy(name, result, eager[name], oracle[name], problem.x.dtype)
+    check_linear(ours, problem)
 
 
 @pytest.mark.parametrize("adapter_dtype", [None, FP32], ids=["same", "fp32_adapters"])
@@ -117,10 +107,6 @@ def test_strides(calls, poisoned_memory):
         check(problem.with_(**changes))
 
 
-def compare(name, result, eager, oracle, computed_in):
-    assert_within_policy(name, result, eager, oracle, computed_in)
-
-
 @pytest.mark.parametrize("mode", ["base", "alone", "into out"])
 @pytest.mark.parametrize("adapter_dtype", [None, FP32], ids=["same", "fp32_adapters"])
 def test_routed_lora(adapter_dtype, mode, calls, poisoned_memory):
@@ -129,7 +115,7 @@ def test_routed_lora(adapter_dtype, mode, calls, poisoned_memory):
         some_ids(30, 4), [(1, 8), (3, 0), (24, 5), (16, 16)], 72, (40, 24), dtype=FP16,
         adapter_dtype=adapter_dtype, with_weight=mode == "base", with_out=mode == "into out",
     )  # fmt: skip
-    check_routed(problem, "native", compare)
+    check_routed(problem, "native")
     assert calls == {"decode_routed_": 1}
 
 
@@ -137,5 +123,5 @@ def test_routed_lora_beyond_the_kernel(calls, poisoned_memory):
     for options in ({"weighted": True}, {"dropout": 0.3}):
         ids = some_ids(30, 3, 2 if "weighted" in options else 1)
         problem = RoutedProblem.random(ids, (3, 16, 8), 72, 40, dtype=FP16, **options)
-        check_routed(problem, "native", compare)
+        check_routed(problem, "native")
     assert calls == {}

@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 import lora_kernels
 from lora_kernels.dropout import draw_seed, keep_mask, keep_scale
-from lora_kernels.testing import assert_within_policy
+from lora_kernels.testing import assert_draws_within_policy, redrawn, redrawn_model
+from lora_kernels.testing.policy import Results
 
 LAYERS = ["up", "gate", "down"]
 
@@ -52,13 +53,13 @@ def lora_config(**settings) -> LoraConfig:
     return LoraConfig(**settings)
 
 
-def randomise(model: nn.Module) -> None:
+def randomise(model: nn.Module, scale: float = 0.3) -> None:
     """Signed random values in every adapter tensor and bias; PEFT starts some of them at zero."""
     for name, parameter in model.named_parameters():
         if "lora_magnitude_vector" in name:
             parameter.data.mul_(torch.empty_like(parameter).uniform_(0.5, 1.5))
         elif "lora_" in name or name.endswith("bias"):
-            parameter.data.normal_(0.0, 0.3)
+            parameter.data.normal_(0.0, scale)
 
 
 def build(
@@ -146,13 +147,23 @@ def assert_parity(
     x: Tensor,
     compute: Callable[[nn.Module, Tensor], dict[str, Tensor]] = gradients,
 ) -> None:
-    """`fast` computes what `plain` does, in value, dtype and in which gradients exist."""
-    oracle = copy.deepcopy(plain).double()
-    with torch.autocast("cpu", enabled=False):
-        exact = compute(oracle, x.detach().double().requires_grad_(x.requires_grad))
-    ours, theirs = compute(fast, x), compute(plain, x)
-    assert ours.keys() == theirs.keys() == exact.keys()
+    """`fast` computes what `plain` does, in value, dtype and in which gradients exist.
+
+    Where a layer's input is another's result, keep the network well conditioned (small adapters,
+    small steps): one that multiplies a rounding by a hundred tells how lucky it was.
+    """
+
+    def draw(number: int) -> tuple[Results, Results, Results]:
+        drawn, other = redrawn_model(plain, number), redrawn_model(fast, number)
+        given = redrawn(x.detach(), number).requires_grad_(x.requires_grad)
+        oracle = copy.deepcopy(drawn).double()
+        with torch.autocast("cpu", enabled=False):
+            exact = compute(oracle, given.detach().double().requires_grad_(x.requires_grad))
+        ours, theirs = compute(other, given), compute(drawn, given)
+        assert ours.keys() == theirs.keys() == exact.keys()
+        return ours, theirs, exact
+
+    first = draw(0)
     # fp32 gradients of fp32 adapters come out of half-precision products where others do.
-    computed_in = min((result.dtype for result in theirs.values()), key=lambda d: d.itemsize)
-    for name, expected in theirs.items():
-        assert_within_policy(name, ours[name], expected, exact[name], computed_in)
+    computed_in = min((result.dtype for result in first[1].values()), key=lambda d: d.itemsize)
+    assert_draws_within_policy(lambda number: draw(number) if number else first, computed_in)

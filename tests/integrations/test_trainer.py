@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lora_kernels
 from lora_kernels.integrations.peft_layers import delegated_calls
-from lora_kernels.testing import assert_within_policy
+from lora_kernels.testing import assert_as_accurate, assert_within_policy, redrawn_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -36,7 +36,9 @@ def llama(**settings) -> nn.Module:
     settings = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"} | settings
     config_lora = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
     model = peft.get_peft_model(transformers.LlamaForCausalLM(config), config_lora)
-    randomise(model)
+    # So small that the network stays well conditioned: with 0.3 it multiplies a rounding by up to a
+    # hundred, and which one is luck.
+    randomise(model, 0.1)
     return model
 
 
@@ -63,30 +65,21 @@ def loss_and_gradients(model: nn.Module, scale: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("settings", [{}, {"lora_dropout": 0.25}, {"use_dora": True}], ids=str)
 def test_loss_and_gradients(settings):
-    """The root mean square error over eight models is at most 1.5 times PEFT's.
+    """Of seventeen networks, the loss by the policy, the gradients by their typical error."""
+    plain = llama(**settings)
+    fast, plain = accelerate_all(copy.deepcopy(plain)), with_defined_dropout(plain)
+    one = torch.tensor(1.0)
+    assert_parity(fast, plain, one, loss_and_gradients)
 
-    Stricter than twice the maximum, and not a matter of luck: in one network all gradients share
-    the rounding of a few numbers, and the quotient of two such errors spreads from 0.3 to 3.
-    """
-    errors = {"ours": 0.0, "theirs": 0.0}
-    for draw in range(8):
-        plain = llama(**settings)
-        generator = torch.Generator().manual_seed(draw)
-        with torch.no_grad():
-            for name, parameter in plain.named_parameters():
-                if "lora_" in name:
-                    parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-        fast = accelerate_all(copy.deepcopy(plain))
-        plain = with_defined_dropout(plain)
-        exact = loss_and_gradients(copy.deepcopy(plain).double(), torch.tensor(1.0).double())
-        for whose, model in (("ours", fast), ("theirs", plain)):
-            results = loss_and_gradients(model, torch.tensor(1.0))
-            assert results["gradients"].shape == exact["gradients"].shape
-            for name, result in results.items():
-                scale = exact[name].abs().max()
-                errors[whose] += ((result.double() - exact[name]) / scale).square().mean().item()
-    assert errors["ours"] <= 1.5**2 * errors["theirs"]
-    assert errors["theirs"] ** 0.5 < 1e-4  # PEFT computes the same function at all
+    def draw(number: int) -> tuple[dict[str, Tensor], ...]:
+        ours, theirs = redrawn_model(fast, number), redrawn_model(plain, number)
+        exact = loss_and_gradients(copy.deepcopy(theirs).double(), one.double())
+        results = loss_and_gradients(ours, one), loss_and_gradients(theirs, one), exact
+        relative = (results[1]["gradients"].double() - exact["gradients"]).norm()
+        assert relative < 1e-5 * exact["gradients"].norm(), "PEFT computes another function"
+        return tuple({"gradients": each["gradients"]} for each in results)
+
+    assert_as_accurate(draw)
 
 
 def train(model: nn.Module, folder, **settings) -> dict[str, Tensor]:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.modules.peft_names import in_memory_name
+from lora_kernels.testing import assert_draws_within_policy, redrawn, redrawn_model
+from lora_kernels.testing.policy import Results
 
 pytest.importorskip("peft")
 from peft import LoraConfig
@@ -44,6 +46,27 @@ def results(module, x: Tensor, dy: Tensor, names, autocast: torch.dtype | None =
         y = module(x)
     gradients = torch.autograd.grad(y, inputs, dy.to(y.dtype))
     return {"y": y.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def assert_parity(layer, x: Tensor, dy: Tensor, autocast: torch.dtype | None = None, twin=None):
+    """Ours, PEFT's in the same precision, and PEFT's in fp64, by the error policy."""
+    twin = peft_twin(layer) if twin is None else twin
+    state = torch.get_rng_state()  # what dropout draws from in every draw
+
+    def draw(number: int) -> tuple[Results, Results, Results]:
+        # A forward with max_norm writes to the weights that are looked up.
+        ours, theirs = copy.deepcopy(layer), copy.deepcopy(twin)
+        if number:
+            ours = redrawn_model(ours, number)
+            for name, parameter in ours.named_parameters():
+                theirs.get_parameter(in_memory_name(name, "default")).data = parameter.data.clone()
+        given = redrawn(x, number, "x") if x.is_floating_point() else x
+        torch.set_rng_state(state)
+        results = three_results(ours, given, redrawn(dy, number, "dy"), autocast, theirs)
+        assert results[0].keys() == results[1].keys() == results[2].keys()
+        return results
+
+    assert_draws_within_policy(draw, autocast)
 
 
 def three_results(layer, x: Tensor, dy: Tensor, autocast: torch.dtype | None = None, twin=None):

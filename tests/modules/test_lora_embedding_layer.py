@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from lora_kernels.modules import LoRAEmbedding
 from lora_kernels.testing import assert_within_policy
 
-from peft_layers import Embedding, LoraConfig, peft_twin, three_results  # isort: skip
+from peft_layers import Embedding, LoraConfig, assert_parity, peft_twin  # isort: skip
 
 NUM, DIM, RANK, ALPHA = 41, 26, 5, 7
 
@@ -49,15 +49,6 @@ def indices() -> torch.Tensor:
     x = torch.randint(NUM, (4, 15))
     x[0, :4] = torch.tensor([0, NUM - 1, 3, 3])
     return x
-
-
-def assert_parity(layer, x, dy, autocast=None):
-    twin = peft_twin(layer)
-    # max_norm writes to the weights that are looked up: every run has its own.
-    ours, eager, oracle = three_results(copy.deepcopy(layer), x, dy, autocast, twin)
-    assert ours.keys() == eager.keys() == oracle.keys()
-    for name in ours:
-        assert_within_policy(name, ours[name], eager[name], oracle[name], autocast)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)

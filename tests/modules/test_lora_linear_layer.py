@@ -14,9 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_kernels.dropout import draw_seed, keep_mask, keep_scale
 from lora_kernels.modules import LoRALinear
-from lora_kernels.testing import assert_within_policy
+from lora_kernels.testing import (
+    assert_draws_within_policy,
+    assert_within_policy,
+    redrawn,
+    redrawn_model,
+)
 
-from peft_layers import LoraConfig, Linear, peft_twin, three_results  # isort: skip
+from peft_layers import LoraConfig, Linear, assert_parity, peft_twin  # isort: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore:.lora_bias=True. was passed")
 
@@ -50,13 +55,6 @@ def make(dtype=torch.float32, **options) -> LoRALinear:
         with torch.no_grad():
             layer.lora_magnitude_vector *= 1 + 0.3 * torch.randn(OUT)
     return layer
-
-
-def assert_parity(layer, x, dy, autocast=None, twin=None):
-    ours, eager, oracle = three_results(layer, x, dy, autocast, twin)
-    assert ours.keys() == eager.keys() == oracle.keys()
-    for name in ours:
-        assert_within_policy(name, ours[name], eager[name], oracle[name], autocast)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
@@ -128,24 +126,27 @@ def test_dropout_follows_the_training_mode(use_dora):
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_ten_steps_of_sgd_end_where_pefts_end(variant):
     layer = make(dropout_p=0.0, **{**variant, "init_lora_weights": True})
-    twin = peft_twin(layer)
-    wide = copy.deepcopy(twin).double()
     data = [(torch.randn(9, IN), torch.randn(9, OUT)) for _ in range(10)]
 
-    def train(module, dtype):
+    def train(module, dtype, number):
         parameters = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
-        for x, target in data:
+        for step, pair in enumerate(data):
+            x, target = (redrawn(tensor, number, str(step)).to(dtype) for tensor in pair)
             optimizer.zero_grad()
-            F.mse_loss(module(x.to(dtype)), target.to(dtype)).backward()
+            F.mse_loss(module(x), target).backward()
             optimizer.step()
+        return module
 
-    train(layer, torch.float32)
-    train(twin, torch.float32)
-    train(wide, torch.float64)
-    for name, ours in layer.peft_state_dict().items():
-        assert_within_policy(name, ours, twin.state_dict()[name], wide.state_dict()[name])
-    assert layer.lora_B.weight.count_nonzero() > 0
+    def draw(number):
+        start = redrawn_model(copy.deepcopy(layer), number)
+        twin = peft_twin(start)
+        wide = train(copy.deepcopy(twin).double(), torch.float64, number).state_dict()
+        ours = train(start, torch.float32, number).peft_state_dict()
+        assert ours["lora_B.default.weight"].count_nonzero() > 0
+        return ours, train(twin, torch.float32, number).state_dict(), wide
+
+    assert_draws_within_policy(draw)
 
 
 @pytest.mark.parametrize("frozen", ["x", "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"])

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lora_kernels.ops.routed_lora import grids, tiles
-from lora_kernels.testing import assert_within_policy
 from lora_kernels.testing.routed_inputs import (
     RoutedProblem,
     call_routed,
@@ -47,14 +46,14 @@ def test_numbers(kind, dropout, sliced, poisoned_memory, launched):
         mixed_ids(5), ranks, 101, (70, 41) if sliced else 141, dtype=kind[0],
         adapter_dtype=kind[1], dropout=dropout, weighted=not sliced, with_bias=sliced,
     )  # fmt: skip
-    check_routed(problem, "triton", assert_within_policy)
+    check_routed(problem, "triton")
     assert [call["to_b"] for call in launched] == [True, False]
 
 
 @pytest.mark.parametrize("ids", [-1, 1], ids=["all_base", "one_adapter"])
 def test_uniform_batches(ids, poisoned_memory, launched):
     problem = RoutedProblem.random(torch.full((ROWS,), ids), [2, 5], 64, 48)
-    check_routed(problem, "triton", assert_within_policy)
+    check_routed(problem, "triton")
     assert len(launched) == 2
 
 
