@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Literal, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.dtypes import FLOATING
+from lora_kernels.modules.base_parameters import BaseParameters
 from lora_kernels.modules.peft_names import in_memory_name, our_names
 
 _INITIALISATIONS = (True, False, "gaussian")
@@ -23,7 +25,7 @@ class Merge(NamedTuple):
     original: dict[str, nn.Parameter]  # the base layer's parameters that were replaced; or nothing
 
 
-class AdapterLayer(nn.Module):
+class AdapterLayer(BaseParameters):
     """A frozen ``base_layer`` and one low-rank adapter, which can be merged into it and taken out.
 
     Subclasses hold the adapter's parameters (``lora_magnitude_vector`` ``[N]`` with DoRA), and say
@@ -48,8 +50,23 @@ class AdapterLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight: the frozen one, or the merged one while merged."""
+        """The base layer's weight: the frozen one, or the merged one while merged.
+
+        ``get_parameter``, which models tie weights with, gets the frozen one always.
+
+        Raises:
+            RuntimeError: the frozen weight has been resized while the layer was merged, or cannot
+                be tied as ``merge`` has not kept it on the device.
+        """
+        if self._merge is not None and not torch.compiler.is_compiling():
+            frozen = self._frozen_while_merged()
+            if sys._getframe(1).f_code is nn.Module.get_parameter.__code__:
+                return self._tieable(frozen)
         return self.base_layer.weight
+
+    @weight.setter
+    def weight(self, value: nn.Parameter) -> None:
+        self._set_base_parameter("weight", value)
 
     @property
     def scaling(self) -> Tensor:
@@ -103,7 +120,7 @@ class AdapterLayer(nn.Module):
             raise ValueError(f"keep: expected 'device', 'cpu' or 'none', got {keep!r}")
         if self._merge is not None:
             return
-        if self.weight.is_meta:
+        if self.base_layer.weight.is_meta:
             raise RuntimeError("merge: the layer is on the meta device and has no data to merge")
         # Plain tensors even under inference_mode: a later training step may save them.
         with torch.inference_mode(False), torch.no_grad():
@@ -133,7 +150,7 @@ class AdapterLayer(nn.Module):
                 "unmerge: the frozen weight was not kept by merge(keep='none'); merge with "
                 "keep='device' or keep='cpu' to be able to unmerge, or load the weight again"
             )
-        device = self.weight.device
+        device = self.base_layer.weight.device
         for name, frozen in self._merge.original.items():
             if frozen.device != device:
                 frozen = nn.Parameter(
@@ -141,6 +158,44 @@ class AdapterLayer(nn.Module):
                 )
             setattr(self.base_layer, name, frozen)
         self._merge = None
+
+    def _set_base_parameter(self, name: str, parameter: nn.Parameter | None) -> None:
+        """A merged layer is merged again, into the new frozen parameter."""
+        if self._merge is None:
+            super()._set_base_parameter(name, parameter)
+            return
+        keep, original = self._merge
+        if parameter is original.get(name):
+            return
+        self.unmerge()
+        super()._set_base_parameter(name, parameter)
+        self.merge(keep)
+
+    def _frozen_while_merged(self) -> nn.Parameter | None:
+        """The frozen weight, None if it was not kept; others may have resized it meanwhile."""
+        frozen, merged = self._merge.original.get("weight"), self.base_layer.weight
+        if frozen is not None and frozen.shape != merged.shape:
+            raise RuntimeError(
+                f"weight: the frozen weight has become {list(frozen.shape)} while the layer was "
+                f"merged, into {list(merged.shape)}; unmerge(), and resize again"
+            )
+        return frozen
+
+    def _tieable(self, frozen: nn.Parameter | None) -> nn.Parameter:
+        if frozen is None or frozen.device != self.base_layer.weight.device:
+            raise RuntimeError(
+                f"weight: it cannot be tied while the layer is merged with "
+                f"keep={self._merge.keep!r}; unmerge(), or merge with keep='device'"
+            )
+        return frozen
+
+    def _check_resizable(self, name: str, size: int) -> None:
+        """Raise unless the frozen weight has ``size`` rows already, and the adapter can follow."""
+        if self._merge is not None:
+            raise RuntimeError(f"{name}: the layer is merged; unmerge() before resizing it")
+        rows = self.base_layer.weight.shape[0]
+        if rows != size:
+            raise ValueError(f"{name}: expected {rows}, the rows of the base weight, got {size}")
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """The adapter's part of ``state_dict()``, with the names of PEFT's files."""
@@ -220,7 +275,7 @@ class AdapterLayer(nn.Module):
         """Take what ``merge`` has kept along to another dtype or device."""
         super()._apply(fn, recurse)
         if self._scaling.device.type != "cpu":
-            self._scaling = self._scaling.to(self.weight.device)
+            self._scaling = self._scaling.to(self.base_layer.weight.device)
         if self._merge is not None:
             on_cpu = self._merge.keep == "cpu"
             for name, frozen in self._merge.original.items():

@@ -14,6 +14,7 @@ from lora_kernels.modules.adapter_layer import (
     check_initialisation,
     check_size,
 )
+from lora_kernels.modules.base_parameters import resize
 from lora_kernels.modules.merging import merged_weight
 from lora_kernels.ops.lora_weight_norm import lora_weight_norm
 
@@ -143,6 +144,31 @@ class LoRAEmbedding(AdapterLayer):
         magnitude = nn.Parameter(torch.empty(self.embedding_dim, **made)) if use_dora else None
         self.register_parameter("lora_magnitude_vector", magnitude)
         self.reset_lora_parameters(init_lora_weights)
+
+    @property
+    def num_embeddings(self) -> int:
+        """Size of the vocabulary. Set it where the base weight has been resized: new tokens have
+        zeros in A.
+
+        Raises:
+            ValueError: the base weight has another number of rows, or the adapter is DoRA's, whose
+                norm runs over the vocabulary.
+            RuntimeError: the layer is merged.
+        """
+        return self.__dict__["num_embeddings"]
+
+    @num_embeddings.setter
+    def num_embeddings(self, value: int) -> None:
+        if value == self.__dict__.setdefault("num_embeddings", value):
+            return
+        self._check_resizable("num_embeddings", value)
+        if self.use_dora:
+            raise ValueError(
+                "num_embeddings: cannot change with DoRA, whose norm runs over the vocabulary"
+            )
+        resize(self.lora_embedding_A, 1, value)
+        self.base_layer.num_embeddings = value
+        self.__dict__["num_embeddings"] = value
 
     @property
     def padding_idx(self) -> int | None:

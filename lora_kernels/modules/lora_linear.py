@@ -16,6 +16,7 @@ from lora_kernels.modules.adapter_layer import (
     check_no_hooks,
     check_size,
 )
+from lora_kernels.modules.base_parameters import resize
 from lora_kernels.modules.merging import merged_weight
 from lora_kernels.ops.lora_linear import lora_linear
 from lora_kernels.ops.lora_weight_norm import lora_weight_norm
@@ -154,6 +155,39 @@ class LoRALinear(AdapterLayer):
     def bias(self) -> Tensor | None:
         """The base layer's bias."""
         return self.base_layer.bias
+
+    @bias.setter
+    def bias(self, value: nn.Parameter | None) -> None:
+        self._set_base_parameter("bias", value)
+
+    @property
+    def out_features(self) -> int:
+        """N. Set it where the base weight has been resized: new rows of B are zero.
+
+        transformers' ``resize_token_embeddings`` does so for a tied head.
+
+        Raises:
+            ValueError: the base weight has another number of rows.
+            RuntimeError: the layer is merged.
+        """
+        return self.__dict__["out_features"]
+
+    @out_features.setter
+    def out_features(self, value: int) -> None:
+        if value != self.__dict__.setdefault("out_features", value):
+            self._check_resizable("out_features", value)
+            self._resize(value)
+
+    @torch.no_grad()
+    def _resize(self, out_features: int) -> None:
+        known = min(self.out_features, out_features)
+        for parameter in self.lora_B.parameters():
+            resize(parameter, 0, out_features)
+        if self.use_dora:
+            resize(self.lora_magnitude_vector, 0, out_features)
+            self.lora_magnitude_vector[known:] = self._weight_norm()[known:]
+        self.base_layer.out_features = self.lora_B.out_features = out_features
+        self.__dict__["out_features"] = out_features
 
     @torch.no_grad()
     def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:

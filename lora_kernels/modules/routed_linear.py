@@ -5,11 +5,12 @@ from torch import Tensor, nn
 
 from lora_kernels.modules.active_adapters import ActiveAdapters
 from lora_kernels.modules.adapter_layer import adapter_dtype_over, check_no_hooks, check_size
+from lora_kernels.modules.base_parameters import BaseParameters
 from lora_kernels.modules.lora_linear import _check_linear
 from lora_kernels.ops.routed_lora import AdapterBank, AdapterSlots, Routing, routed_lora_linear
 
 
-class RoutedLoRALinear(nn.Module):
+class RoutedLoRALinear(BaseParameters):
     r"""A frozen linear layer in which every token has adapters of its own.
 
     .. math::
@@ -100,10 +101,46 @@ class RoutedLoRALinear(nn.Module):
         """The base layer's weight."""
         return self.base_layer.weight
 
+    @weight.setter
+    def weight(self, value: nn.Parameter) -> None:
+        self._set_base_parameter("weight", value)
+
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias."""
         return self.base_layer.bias
+
+    @bias.setter
+    def bias(self, value: nn.Parameter | None) -> None:
+        self._set_base_parameter("bias", value)
+
+    @property
+    def out_features(self) -> int:
+        """N. Set it where the base weight has been resized, as transformers does for a tied head.
+
+        Raises:
+            ValueError: the base weight has another number of rows.
+            RuntimeError: there are adapters.
+        """
+        return self.__dict__["out_features"]
+
+    @out_features.setter
+    def out_features(self, value: int) -> None:
+        if value == self.__dict__.setdefault("out_features", value):
+            return
+        rows = self.base_layer.weight.shape[0]
+        if rows != value:
+            raise ValueError(f"out_features: expected {rows}, as the base weight has, got {value}")
+        if len(self.bank):
+            raise RuntimeError(
+                f"out_features: the base weight was resized from {self.out_features} rows to "
+                f"{value}, and the adapters {list(self.bank)} were made for the former; remove "
+                "them, resize again, and add them anew"
+            )
+        made = {"dtype": self.bank.dtype, "device": self.bank.device, "slots": self.bank.slots}
+        self.bank = AdapterBank(self.in_features, value, **made)
+        self.base_layer.out_features = value
+        self.__dict__["out_features"] = value
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         """``[..., in_features] -> [..., out_features]`` in x's dtype, or autocast's.
