@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_kernels.dtypes import FLOATING
 from lora_kernels.modules.base_parameters import BaseParameters
 from lora_kernels.modules.peft_names import in_memory_name, our_names
+from lora_kernels.modules.weight_reads import note_read
 
 _INITIALISATIONS = (True, False, "gaussian")
 _MERGED_FOR_GOOD = "merged"  # key of a state dict whose base weight already holds the adapter
@@ -52,13 +53,18 @@ class AdapterLayer(BaseParameters):
     def weight(self) -> Tensor:
         """The base layer's weight: the frozen one, or the merged one while merged.
 
-        ``get_parameter``, which models tie weights with, gets the frozen one always.
+        Whoever computes with it instead of calling the layer passes the adapter by unless it is
+        merged, and gets a UserWarning for it, once per layer. ``get_parameter``, which models tie
+        weights with, gets the frozen one always.
 
         Raises:
             RuntimeError: the frozen weight has been resized while the layer was merged, or cannot
                 be tied as ``merge`` has not kept it on the device.
         """
-        if self._merge is not None and not torch.compiler.is_compiling():
+        if self._merge is None:
+            if not self.disable_adapters:
+                note_read(self)
+        elif not torch.compiler.is_compiling():
             frozen = self._frozen_while_merged()
             if sys._getframe(1).f_code is nn.Module.get_parameter.__code__:
                 return self._tieable(frozen)

@@ -16,6 +16,7 @@ from lora_kernels.modules.adapter_layer import (
 )
 from lora_kernels.modules.base_parameters import resize
 from lora_kernels.modules.merging import merged_weight
+from lora_kernels.modules.weight_reads import note_call
 from lora_kernels.ops.lora_weight_norm import lora_weight_norm
 
 
@@ -197,6 +198,7 @@ class LoRAEmbedding(AdapterLayer):
         Raises:
             TypeError: x is no tensor of int32 or int64.
         """
+        note_call(self)
         if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
             came = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"x: expected a tensor of int32 or int64 indices, got {came}")

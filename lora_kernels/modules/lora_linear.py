@@ -18,6 +18,7 @@ from lora_kernels.modules.adapter_layer import (
 )
 from lora_kernels.modules.base_parameters import resize
 from lora_kernels.modules.merging import merged_weight
+from lora_kernels.modules.weight_reads import note_call
 from lora_kernels.ops.lora_linear import lora_linear
 from lora_kernels.ops.lora_weight_norm import lora_weight_norm
 
@@ -216,6 +217,7 @@ class LoRALinear(AdapterLayer):
             ValueError: base_layer, lora_A or lora_B has hooks. The layer itself may have them; its
                 parts are not called.
         """
+        note_call(self)
         if self.disable_adapters:
             self.unmerge()
         if self.disable_adapters or self._merge is not None:

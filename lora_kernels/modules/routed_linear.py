@@ -7,6 +7,7 @@ from lora_kernels.modules.active_adapters import ActiveAdapters
 from lora_kernels.modules.adapter_layer import adapter_dtype_over, check_no_hooks, check_size
 from lora_kernels.modules.base_parameters import BaseParameters
 from lora_kernels.modules.lora_linear import _check_linear
+from lora_kernels.modules.weight_reads import note_call, note_read
 from lora_kernels.ops.routed_lora import AdapterBank, AdapterSlots, Routing, routed_lora_linear
 
 
@@ -98,7 +99,13 @@ class RoutedLoRALinear(BaseParameters):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight."""
+        """The base layer's weight.
+
+        Whoever computes with it instead of calling the layer passes the adapters by, and gets a
+        UserWarning for it, once per layer.
+        """
+        if not torch.compiler.is_compiling() and len(self.bank):
+            note_read(self)
         return self.base_layer.weight
 
     @weight.setter
@@ -156,6 +163,7 @@ class RoutedLoRALinear(BaseParameters):
             ValueError: base_layer or the bank has hooks. The layer itself may have them; its parts
                 are not called. Also what :func:`routed_lora_linear` refuses.
         """
+        note_call(self)
         for name, module in self._modules.items():
             check_no_hooks(name, module)
         if routing is None:
