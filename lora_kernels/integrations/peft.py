@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from lora_kernels.integrations.weight_readers import never_calls, passes_by
+
 TESTED_PEFT = "0.21"
 
 
@@ -71,6 +73,9 @@ class AccelerationReport:
         fast: names of the layers that our forward serves. Where the adapters are disabled or merged
             there is nothing to fuse, and PEFT runs the base layer.
         delegated: name of each other LoRA layer, and why PEFT's own forward serves it.
+        uncalled: name of each layer that the model does not call, and who computes with its weight
+            instead: its adapters have no effect, as in PEFT. Known of some models from the start,
+            of others after they have run; compiled code is not seen.
         notes: name of a fast layer, and what to know about it.
         delegated_calls: name of an accelerated layer, and how many calls so far PEFT's forward has
             served, by reason; calls inside ``torch.compile`` are not counted.
@@ -80,6 +85,7 @@ class AccelerationReport:
     _model: weakref.ref[nn.Module]
     fast: list[str] = field(default_factory=list)
     delegated: dict[str, str] = field(default_factory=dict)
+    uncalled: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     delegated_calls: dict[str, dict[str, int]] = field(default_factory=dict)
     peft_version: str = ""
@@ -91,16 +97,19 @@ class AccelerationReport:
         peft_layers = _import_layers()
         model = self._live_model()
         self.peft_version = peft.__version__
-        self.fast, self.delegated, self.notes, self.delegated_calls = [], {}, {}, {}
+        self.fast, self.delegated, self.uncalled = [], {}, {}
+        self.notes, self.delegated_calls = {}, {}
         for name, layer in _lora_layers(model).items():
             state = _not_ours(name, layer, model) or peft_layers.read_layer(layer)
             note = _note(layer, state)
             if isinstance(state, str) and note is None:
                 self.delegated[name] = state
-                continue
-            self.fast.append(name)
-            if note:
-                self.notes[name] = note
+            elif _adapts(state) and (reader := _reader_instead(name, layer, model)):
+                self.uncalled[name] = reader
+            else:
+                self.fast.append(name)
+                if notes := [each for each in (note, _also_read(name, layer, model)) if each]:
+                    self.notes[name] = "; ".join(notes)
         for name, layer in _lora_layers(model).items():
             if calls := peft_layers.delegated_calls(layer):
                 self.delegated_calls[name] = calls
@@ -130,7 +139,7 @@ class AccelerationReport:
             peft_layers.forget_calls(layer)
 
     def __str__(self) -> str:
-        total = len(self.fast) + len(self.delegated)
+        total = len(self.fast) + len(self.delegated) + len(self.uncalled)
         title = f"{len(self.fast)} of {total} LoRA layers take the fused forward"
         title += f" (PEFT {self.peft_version}"
         if not self.peft_version.startswith(f"{TESTED_PEFT}."):
@@ -138,6 +147,8 @@ class AccelerationReport:
         rows = Counter((_pattern(name), "fused") for name in self.fast)
         for name, reason in self.delegated.items():
             rows[_pattern(name), f"PEFT: {reason}"] += 1
+        for name, reader in self.uncalled.items():
+            rows[_pattern(name), f"none: {reader} computes with its weight, without adapters"] += 1
         lines = [title + ")", "", *_table(rows)]
         for note, count in Counter(self.notes.values()).items():
             lines.append(f"note on {count} of them: {note}")
@@ -149,7 +160,10 @@ class AccelerationReport:
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        return f"AccelerationReport({len(self.fast)} fast, {len(self.delegated)} delegated)"
+        uncalled = f", {len(self.uncalled)} not called" if self.uncalled else ""
+        return (
+            f"AccelerationReport({len(self.fast)} fast, {len(self.delegated)} delegated{uncalled})"
+        )
 
     def _live_model(self) -> nn.Module:
         model = self._model()
@@ -197,6 +211,34 @@ def _uncalled(name: str, model: nn.Module) -> bool:
     """Whether the layer is the output projection inside a ``lora.MultiheadAttention``."""
     owner = model.get_submodule(name.rpartition(".")[0].removesuffix("base_layer").rstrip("."))
     return isinstance(owner, _import_layers().MultiheadAttention)
+
+
+def _adapts(state) -> bool:
+    return isinstance(state, str) or bool(state.adapters)
+
+
+def _reader_instead(name: str, layer: nn.Module, model: nn.Module) -> str | None:
+    """Who computes with the weight of a layer that is not called; None for a layer that is."""
+    if reader := _import_layers().reader_in_place_of_calls(layer):
+        return reader
+    path, _, child = name.rpartition(".")
+    parent = model.get_submodule(path)
+    return type(parent).__name__ if never_calls(parent, child) else None
+
+
+def _also_read(name: str, layer: nn.Module, model: nn.Module) -> str | None:
+    """A note for a layer that is called at times, and at times passed by."""
+    path, _, child = name.rpartition(".")
+    parent = model.get_submodule(path)
+    reader = _import_layers().also_read_by(layer)
+    if reader is None and passes_by(parent, child):
+        reader = type(parent).__name__
+    if reader is None:
+        return None
+    return (
+        f"{reader} also computes with its weight instead of calling it (torch's and Mamba's fused "
+        "paths do): without adapters then, as in PEFT"
+    )
 
 
 def _note(layer: nn.Module, state) -> str | None:

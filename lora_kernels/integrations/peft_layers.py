@@ -27,6 +27,13 @@ from lora_kernels.integrations.peft_state import (
     read_layer,
     read_ordinary,
 )
+from lora_kernels.modules.weight_reads import (
+    also_read_by,
+    forget,
+    note_call,
+    note_read,
+    reader_in_place_of_calls,
+)
 from lora_kernels.ops.lora_linear import lora_linear, lora_linear_unchecked
 from lora_kernels.ops.lora_weight_norm import lora_weight_norm
 from lora_kernels.ops.routed_lora.loose import LooseAdapter, routed_linear_loose
@@ -36,11 +43,13 @@ __all__ = [
     "LoraLayer",
     "MultiheadAttention",
     "PeftLinear",
+    "also_read_by",
     "delegated_calls",
     "forget_calls",
     "fused_forward",
     "mixed_forward",
     "read_layer",
+    "reader_in_place_of_calls",
 ]
 
 # How often, and why, PEFT's own forward served an accelerated layer. Kept apart from the layers, so
@@ -54,7 +63,15 @@ class Linear(PeftLinear):
     """PEFT's `lora.Linear`, whose forward is `lora_linear` wherever that is the same function, and
     `routed_lora_linear` where a batch names an adapter per sequence (`adapter_names`)."""
 
+    @property
+    def weight(self) -> Tensor:
+        """PEFT's: the base layer's. Computing with it passes the adapters by, with a warning."""
+        if not self._disable_adapters and not self.merged_adapters:
+            note_read(self)
+        return super().weight
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        note_call(self)
         if not args and not kwargs:
             operands = read_ordinary(self, x)
             if operands is not None:
@@ -79,6 +96,7 @@ def delegated_calls(layer: torch.nn.Module) -> dict[str, int]:
 
 def forget_calls(layer: torch.nn.Module) -> None:
     _delegated_calls.pop(layer, None)
+    forget(layer)
 
 
 def fused_forward(

@@ -19,6 +19,7 @@ from lora_kernels.adapter_files import (
     read_adapter,
     write_adapter,
 )
+from lora_kernels.integrations.weight_readers import never_calls, passes_by
 from lora_kernels.modules.active_adapters import ActiveAdapters
 from lora_kernels.modules.adapter_layer import (
     AdapterLayer,
@@ -26,6 +27,7 @@ from lora_kernels.modules.adapter_layer import (
     check_initialisation,
 )
 from lora_kernels.modules.routed_linear import RoutedLoRALinear
+from lora_kernels.modules.weight_reads import passing_by_refused
 from lora_kernels.ops.routed_lora import AdapterSlots, Routing
 
 ALL_LINEAR = "all-linear"
@@ -116,9 +118,10 @@ class RoutedModel:
                 neighbouring rows then share a name. Or a :class:`Routing` over all tokens, made for
                 :attr:`slots`, for batches that hold several sequences per row.
 
-        Outside of it, a model that has adapters raises a RuntimeError.
+        Outside of it, a model that has adapters raises a RuntimeError. So does its end, if the
+        model has computed with the weight of a layer with adapters and not called the layer.
         """
-        return self._active.use(names)
+        return passing_by_refused(self._active.use(names), names, self._layers)
 
     def load(self, name: str, directory: str | os.PathLike, *, trainable: bool = False) -> None:
         """Add an adapter from a PEFT adapter directory, all its modules or none.
@@ -186,9 +189,10 @@ class RoutedModel:
         modules = {}
         for module in self._targeted(config):
             layer = self.model.get_submodule(module)
-            dtype = adapter_dtype_over(layer.weight, self._adapter_dtype)
+            weight = getattr(layer, "base_layer", layer).weight
+            dtype = adapter_dtype_over(weight, self._adapter_dtype)
             rank, _ = rank_and_alpha(config, module)
-            lora_a = torch.empty(rank, layer.in_features, dtype=dtype, device=layer.weight.device)
+            lora_a = torch.empty(rank, layer.in_features, dtype=dtype, device=weight.device)
             lora_b = lora_a.new_zeros(layer.out_features, rank)
             _initialise(lora_a, lora_b, init)
             modules[module] = ModuleAdapter(lora_a, lora_b, scaling_of(config, module))
@@ -313,10 +317,12 @@ class RoutedModel:
 
     def _reader_of(self, name: str) -> str | None:
         """The class around a layer whose own forward, or fast path, would pass an adapter by."""
-        parent = self.model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
-            return f"torch.nn.{type(parent).__name__}"
-        return None
+        path, _, child = name.rpartition(".")
+        parent = self.model.get_submodule(path)
+        if not never_calls(parent, child) and not passes_by(parent, child):
+            return None
+        torch_own = isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
+        return f"{'torch.nn.' if torch_own else ''}{type(parent).__name__}"
 
     def _check_base(self, parameters: Mapping[str, Tensor], where: str) -> None:
         """Raise unless the model has these very parameters, as far as its dtype can tell."""
