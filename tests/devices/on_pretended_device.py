@@ -18,13 +18,14 @@ from lora_kernels.ops import routed_lora
 from lora_kernels.ops.lora_linear import autograd as linear_autograd
 from lora_kernels.ops.lora_weight_norm import lora_weight_norm
 from lora_kernels.ops.routed_lora import autograd as routed_autograd
-from lora_kernels.testing import assert_within_policy
-from lora_kernels.testing.inputs import (
+from lora_kernels.testing import (
     LoRAProblem,
-    lora_linear_reference,
+    assert_draws_within_policy,
+    check_linear,
     oracle_results,
-    run_forward_backward,
+    redrawn_model,
 )
+from lora_kernels.testing.routed_gpu_checks import moved as moved_problem
 from lora_kernels.testing.routed_inputs import (
     RoutedProblem,
     routed_eager,
@@ -53,10 +54,6 @@ def moved(value):
     return value.to(DEVICE) if isinstance(value, Tensor) and value.ndim else value
 
 
-def back(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: result.cpu() for name, result in results.items()}
-
-
 # --- operations ------------------------------------------------------------------------------
 
 
@@ -78,11 +75,7 @@ def test_lora_linear(served, dtype, adapter_dtype, dropout_p, whole):
         assert y.device.type == DEVICE
         return y.cpu()
 
-    ours = run_forward_backward(on_device, problem)
-    eager, oracle = run_forward_backward(lora_linear_reference, problem), oracle_results(problem)
-    assert ours.keys() == oracle.keys()
-    for name, result in ours.items():
-        assert_within_policy(name, result, eager[name], oracle[name], dtype)
+    assert check_linear(on_device, problem).keys() == oracle_results(problem).keys()
 
 
 def test_half_precision_products_are_not_rounded_below_fp32(served):
@@ -114,12 +107,14 @@ def test_routed_lora(served, dtype, kind):
     if kind == "sliced":
         ranks, width = ((3, 0), (8, 2), (0, 5), (1, 1)), (41, 26)
     problem = RoutedProblem.random(ids, ranks, 101, width, **options)
-    on_device = RoutedProblem.random(ids, ranks, 101, width, device=DEVICE, **options)
-    ours, eager = back(run_routed(on_device, "auto")), routed_eager(problem)
-    oracle = routed_oracle(problem)
-    assert ours.keys() == oracle.keys()
-    for name, result in ours.items():
-        assert_within_policy(name, result, eager[name], oracle[name], dtype)
+
+    def draw(number: int):
+        drawn = problem.redrawn(number)
+        ours = run_routed(moved_problem(drawn, DEVICE), "auto")
+        ours = {name: result.cpu() for name, result in ours.items()}
+        return ours, routed_eager(drawn), routed_oracle(drawn)
+
+    assert assert_draws_within_policy(draw, dtype).keys() == {"y", *problem.names()}
 
 
 @pytest.mark.parametrize("segments", [False, True], ids=["tokens", "segments"])
@@ -309,15 +304,20 @@ def test_accelerated_model(served, settings):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_accelerated_model_under_autocast(served, dtype):
-    plain, x = peft_model(), torch.randn(5, 3, 23)
-    fast = copy.deepcopy(plain).to(DEVICE)
-    lora_kernels.accelerate(fast)
-    with torch.autocast(DEVICE, dtype=dtype):
-        y = fast(x.to(DEVICE))
-    with torch.autocast("cpu", dtype=dtype):
-        eager = plain(x)
-    assert_within_policy("y", y.cpu(), eager, plain.double()(x.double()))
-    assert not calls_of(fast)
+    x = torch.randn(5, 3, 23)
+
+    def draw(number: int):
+        plain = redrawn_model(peft_model(), number)
+        fast = copy.deepcopy(plain).to(DEVICE)
+        lora_kernels.accelerate(fast)
+        with torch.no_grad(), torch.autocast(DEVICE, dtype=dtype):
+            ours = fast(x.to(DEVICE)).cpu()
+        assert not calls_of(fast)
+        with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+            eager = plain(x)
+        return {"y": ours}, {"y": eager}, {"y": plain.double()(x.double()).detach()}
+
+    assert_draws_within_policy(draw)
 
 
 def test_accelerated_dropout(served):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import backend_registration
 
 import lora_kernels
 from lora_kernels import dispatch, dropout
@@ -18,6 +19,10 @@ from lora_kernels.ops.lora_linear import explain
 OPS = [op for op in torch._C._dispatch_get_all_op_names() if op.startswith("lora_kernels::")]
 
 
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this torch cannot be given a device in Python",
+)
 def test_composed_and_accelerate_on_a_pretended_device():
     """Torch takes such a device for the machine's accelerator: it has a process of its own."""
     tests = Path(__file__).with_name("on_pretended_device.py")

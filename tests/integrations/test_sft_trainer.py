@@ -2,19 +2,18 @@
 
 import copy
 
+import datasets
 import peft
 import pytest
 import torch
 import transformers
+import trl
 from peft_models import assert_parity, lora_layers, with_defined_dropout
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 import lora_kernels
 from lora_kernels.integrations.peft_layers import delegated_calls
-
-trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
