@@ -119,7 +119,11 @@ def _key_and_chunk(seed: Tensor) -> tuple[tuple, int]:
 
 def keep_mask(seed: Tensor, p: float, rows: int, columns: int, stream: int = 0) -> Tensor:
     """The keep-mask as booleans ``[rows, columns]``: the definition every kernel is tested on."""
-    packed = packed_keep_mask(seed, p, rows, columns, stream)
+    return unpacked_keep_mask(packed_keep_mask(seed, p, rows, columns, stream), columns)
+
+
+def unpacked_keep_mask(packed: Tensor, columns: int) -> Tensor:
+    """The bits of :func:`packed_keep_mask` as booleans ``[rows, columns]``."""
     bit = torch.arange(GROUP, dtype=torch.uint8, device=packed.device)
     lanes = (packed.unsqueeze(-1) >> bit) & 1  # [rows, groups, GROUP]
     return lanes.flatten(-2)[:, :columns].bool()

@@ -4,7 +4,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_kernels.dropout import GROUP, drop_threshold, keep_scale, packed_keep_mask_of_rows
+from lora_kernels.dropout import (
+    drop_threshold,
+    keep_scale,
+    packed_keep_mask_of_rows,
+    unpacked_keep_mask,
+)
 from lora_kernels.dtypes import accumulator_dtype
 from lora_kernels.ops.routed_lora.operands import RoutingTensors
 
@@ -68,6 +73,5 @@ def _dropped(rows: Tensor, adapter, tokens: Tensor, seed: Tensor | None) -> Tens
     if not adapter.training or drop_threshold(adapter.dropout_p) == 0:
         return rows
     packed = packed_keep_mask_of_rows(seed, adapter.dropout_p, tokens, rows.shape[1], adapter.slot)
-    bit = torch.arange(GROUP, dtype=torch.uint8, device=packed.device)
-    keep = ((packed.unsqueeze(-1) >> bit) & 1).flatten(-2)[:, : rows.shape[1]].bool()
+    keep = unpacked_keep_mask(packed, rows.shape[1])
     return torch.where(keep, rows * keep_scale(adapter.dropout_p), 0)
