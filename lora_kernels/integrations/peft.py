@@ -36,7 +36,9 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     not, until ``accelerate`` is called again; it can be called any number of times. Call it before
     ``fully_shard``, DDP and ``torch.compile``.
 
-    The fused forward has no double backward: call ``report.undo()`` for a gradient of a gradient.
+    Gradients can be differentiated again (``create_graph=True``: gradient penalties, forces). Over
+    a frozen lora_A the gradient of lora_B cannot, with respect to the layer's input: that raises a
+    RuntimeError that says so, because the input was not saved; ``report.undo()`` gives PEFT's own.
 
     Args:
         model: a ``PeftModel``, or any module with layers of ``peft.tuners.lora`` in it.

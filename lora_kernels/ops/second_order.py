@@ -23,6 +23,10 @@ class _MissingEdge(torch.autograd.Function):
         raise RuntimeError(ctx.message)
 
 
+# Without what it does for torch.func, which no forward of ours runs under.
+_apply = super(torch.autograd.Function, _MissingEdge).apply
+
+
 def missing_edge(tensor: Tensor, message: str) -> Tensor:
     """An empty tensor that stands for ``tensor`` in the graph without holding its memory.
 
@@ -30,7 +34,7 @@ def missing_edge(tensor: Tensor, message: str) -> Tensor:
     in a Function's forward, where ``tensor`` still has its place in the graph.
     """
     with torch.enable_grad():
-        return _MissingEdge.apply(tensor, message)
+        return _apply(tensor, message)
 
 
 def with_missing_edge(value: Tensor, edge: Tensor | None) -> Tensor:

@@ -573,21 +573,6 @@ def test_jit_tracing_keeps_to_torchs_operations():
     assert "lora_kernels::" not in str(traced.inlined_graph)
 
 
-def test_double_backward_is_refused_until_undone():
-    model = build(lora_config())
-    report = lora_kernels.accelerate(model)
-
-    def penalty() -> Tensor:
-        x = inputs(4)
-        (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
-        return gradient.square().sum()
-
-    with pytest.raises(RuntimeError, match=r"once_differentiable|double backward"):
-        penalty().backward()
-    report.undo()
-    penalty().backward()
-
-
 # --- classes and variants that stay PEFT's ---------------------------------------------------
 
 

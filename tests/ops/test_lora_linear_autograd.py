@@ -213,21 +213,6 @@ def test_in_place_change_of_a_saved_tensor_is_noticed():
         y.sum().backward()
 
 
-def test_double_backward_is_refused():
-    problem = LoRAProblem.random((8,), 16, 12, 3)
-    leaves(problem)
-    (dx,) = torch.autograd.grad(call(problem).square().sum(), problem.x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-    h = problem.x.detach() @ problem.lora_a.detach().t()
-    with pytest.raises(RuntimeError, match="lora_linear_backward is not differentiable"):
-        torch.ops.lora_kernels.lora_linear_backward(
-            problem.dy.requires_grad_(), problem.x, problem.weight, problem.lora_a, problem.lora_b,
-            problem.scaling, h, None, None, torch.empty(0, dtype=torch.uint8), 0.0, None,
-            [True] * 5, "auto",
-        )  # fmt: skip
-
-
 def test_a_scaling_first_seen_in_inference_mode_can_be_trained_with():
     """A number becomes a tensor once; autograd saves none that inference mode made."""
     problem = LoRAProblem.random((8,), 16, 12, 3)

@@ -62,14 +62,22 @@ def lora_linear(
     Gradients reach x, lora_a, lora_b, bias and output_scale, each computed only if needed, each in
     the dtype of its tensor. For the backward x itself, ``D(x) A^T`` ``[M, R]`` in fp32 (bf16 for
     bf16 on a CPU with ``composed``, where a product has no wider result) and, on a CPU under
-    dropout, a mask of one bit per element are kept. Double backward and ``torch.func`` transforms
-    are not supported. Under autocast x, weight and bias are cast to autocast's dtype.
+    dropout, a mask of one bit per element are kept; x only where lora_a requires grad. Under
+    autocast x, weight and bias are cast to autocast's dtype.
+
+    They can be differentiated again, any number of times: with ``create_graph=True`` the backward
+    is computed by torch's own differentiable operations from what was kept, whatever backend ran
+    the forward (the adapter's part in fp32 for half precision). The mask and the scaling are
+    constants. Where lora_a is frozen, a gradient of lora_b or output_scale that is differentiated
+    with respect to x raises a RuntimeError; that of x can be differentiated all the same.
+    ``torch.func`` transforms and second derivatives of compiled functions are not supported.
 
     Raises:
         TypeError: an argument is no tensor, or has a dtype that is not supported.
         ValueError: a shape, device or value does not fit, the named backend cannot serve, or none
             but ``reference`` can (the device is no CPU, CUDA, MPS or XPU).
         NotImplementedError: forward-mode differentiation is active.
+        RuntimeError: in a second backward, if that reads an input which was not kept.
     """
     x, weight, bias = cast_for_autocast(x, weight, bias)
     at_once = autograd.all_run_at_once(x, weight, lora_a, lora_b, scaling, bias, output_scale)

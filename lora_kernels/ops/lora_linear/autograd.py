@@ -14,12 +14,13 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_kernels import dispatch
 from lora_kernels.dropout import GROUP, drop_threshold
 from lora_kernels.ops.eager import PLAIN, requires_grad, runs_at_once
 from lora_kernels.ops.lora_linear import compiled, composed, measured
+from lora_kernels.ops.lora_linear.second_order import X_WAS_NOT_SAVED, differentiable_backward
+from lora_kernels.ops.second_order import missing_edge
 from lora_kernels.ops.tensor_state import check_has_values, name_unsaved
 from lora_kernels.products import product_dtype
 
@@ -135,6 +136,9 @@ def _backward(
         return implementation.backward(*call)
 
 
+_differentiable_backward = _without_autocast(differentiable_backward)
+
+
 def _inference_kernel(x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, backend):
     y, _, _, _ = _forward(
         x, weight, a, b, scaling, bias, output_scale, dropout_p, seed, False, backend
@@ -226,6 +230,9 @@ def _keep(
         seed,
     )
     ctx.dropout_p, ctx.backend = dropout_p, backend
+    if needs[0] and not needs[2] and (needs[3] or needs[6]):
+        # Their gradients read x by way of h and of the result, which are constants once saved.
+        ctx.edge_to_x = missing_edge(x, X_WAS_NOT_SAVED)
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -249,14 +256,19 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        return (_refusing_a_second if torch.is_grad_enabled() else _gradients)(ctx, dy)
+        return _gradients(ctx, dy)
 
 
 def _gradients(ctx, dy):
     x, weight, a, b, scaling, h, output_scale, unscaled, mask, seed = ctx.saved_tensors
     needs_x, _, needs_a, needs_b, _, needs_bias, needs_output_scale = ctx.needs_input_grad[:7]
     needs = needs_x, needs_a, needs_b, needs_bias, needs_output_scale
-    if runs_at_once(dy) and not _is_legacy_batched(dy):  # is_grads_batched
+    if torch.is_grad_enabled():  # create_graph
+        grads = _differentiable_backward(
+            dy, x, weight, a, b, scaling, h, output_scale, unscaled, mask, ctx.dropout_p, seed,
+            needs, getattr(ctx, "edge_to_x", None),
+        )  # fmt: skip
+    elif runs_at_once(dy) and not _is_legacy_batched(dy):  # is_grads_batched
         grads = _backward(
             dy, x, weight, a, b, scaling, h, output_scale, unscaled, mask, ctx.dropout_p, seed,
             needs, ctx.backend,
@@ -270,10 +282,6 @@ def _gradients(ctx, dy):
         grads = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
     dx, grad_a, grad_b, grad_bias, grad_output_scale = grads
     return dx, None, grad_a, grad_b, None, grad_bias, grad_output_scale, None, None, None, None
-
-
-# For create_graph=True alone: otherwise gradients are off already, and no_grad takes time.
-_refusing_a_second = once_differentiable(_gradients)
 
 
 class _CompiledFunction(LoRALinearFunction):
@@ -297,7 +305,7 @@ class _CompiledFunction(LoRALinearFunction):
             or _is_legacy_batched(dy)
         ):
             # Not the other's backward: torch.compile would take a call of that for one of its own.
-            return (_refusing_a_second if torch.is_grad_enabled() else _gradients)(ctx, dy)[:-1]
+            return _gradients(ctx, dy)[:-1]
         x, weight, a, b, scaling, h, _, _, mask, seed = ctx.saved_tensors
         needs_x, _, needs_a, needs_b, _, needs_bias, *_ = ctx.needs_input_grad
         dx, grad_a, grad_b, grad_bias, _ = compiled.backward(
@@ -385,10 +393,7 @@ def _outlived_a_transform(args) -> bool:
 def _refuse_gradients(op, name: str):
     def kernel(*args):
         if requires_grad(args):
-            raise RuntimeError(
-                f"{name} is not differentiable: lora_linear's backward is implemented once; "
-                "double backward is not supported"
-            )
+            raise RuntimeError(f"{name} is not differentiable; lora_linear is, any number of times")
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 
