@@ -16,6 +16,7 @@ from lora_kernels.integrations.peft_layers import delegated_calls
 from lora_kernels.integrations.routed import RoutedModel
 from lora_kernels.ops import routed_lora
 from lora_kernels.ops.lora_linear import autograd as linear_autograd
+from lora_kernels.ops.lora_linear.reference import lora_linear_reference
 from lora_kernels.ops.lora_weight_norm import lora_weight_norm
 from lora_kernels.ops.routed_lora import autograd as routed_autograd
 from lora_kernels.testing import (
@@ -25,6 +26,7 @@ from lora_kernels.testing import (
     oracle_results,
     redrawn_model,
 )
+from lora_kernels.testing.inputs import DIFFERENTIABLE
 from lora_kernels.testing.routed_gpu_checks import moved as moved_problem
 from lora_kernels.testing.routed_inputs import (
     RoutedProblem,
@@ -76,6 +78,34 @@ def test_lora_linear(served, dtype, adapter_dtype, dropout_p, whole):
         return y.cpu()
 
     assert check_linear(on_device, problem).keys() == oracle_results(problem).keys()
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_second_derivatives_of_lora_linear(served, dropout_p):
+    problem = LoRAProblem.random((19,), 41, 27, 5, with_output_scale=True, dropout_p=dropout_p)
+
+    def penalty(function, problem, move=lambda value: value) -> dict[str, Tensor]:
+        given = {name: move(value) for name, value in vars(problem).items() if name != "dy"}
+        if dropout_p:
+            given["seed"] = given["seed"].to(given["x"].device)
+        leaves = {name: given[name].detach().requires_grad_() for name in DIFFERENTIABLE}
+        first = torch.autograd.grad(
+            function(**{**given, **leaves}).tanh().sum(), list(leaves.values()), create_graph=True
+        )
+        loss = sum(gradient.square().sum() for gradient in first)
+        second = torch.autograd.grad(loss, list(leaves.values()))
+        assert all(gradient.device == given["x"].device for gradient in second)
+        return {name: gradient.cpu() for name, gradient in zip(leaves, second, strict=True)}
+
+    def draw(number: int):
+        drawn = problem.redrawn(number)
+        return (
+            penalty(lora_kernels.lora_linear, drawn, moved),
+            penalty(lora_linear_reference, drawn),
+            penalty(lora_linear_reference, drawn.double()),
+        )
+
+    assert_draws_within_policy(draw)
 
 
 def test_half_precision_products_are_not_rounded_below_fp32(served):

@@ -48,7 +48,14 @@ def results(module, x: Tensor, dy: Tensor, names, autocast: torch.dtype | None =
     return {"y": y.detach(), **dict(zip(names, gradients, strict=True))}
 
 
-def assert_parity(layer, x: Tensor, dy: Tensor, autocast: torch.dtype | None = None, twin=None):
+def assert_parity(
+    layer,
+    x: Tensor,
+    dy: Tensor,
+    autocast: torch.dtype | None = None,
+    twin=None,
+    compute=results,
+):
     """Ours, PEFT's in the same precision, and PEFT's in fp64, by the error policy."""
     twin = peft_twin(layer) if twin is None else twin
     state = torch.get_rng_state()  # what dropout draws from in every draw
@@ -62,14 +69,21 @@ def assert_parity(layer, x: Tensor, dy: Tensor, autocast: torch.dtype | None = N
                 theirs.get_parameter(in_memory_name(name, "default")).data = parameter.data.clone()
         given = redrawn(x, number, "x") if x.is_floating_point() else x
         torch.set_rng_state(state)
-        results = three_results(ours, given, redrawn(dy, number, "dy"), autocast, theirs)
-        assert results[0].keys() == results[1].keys() == results[2].keys()
-        return results
+        found = three_results(ours, given, redrawn(dy, number, "dy"), autocast, theirs, compute)
+        assert found[0].keys() == found[1].keys() == found[2].keys()
+        return found
 
     assert_draws_within_policy(draw, autocast)
 
 
-def three_results(layer, x: Tensor, dy: Tensor, autocast: torch.dtype | None = None, twin=None):
+def three_results(
+    layer,
+    x: Tensor,
+    dy: Tensor,
+    autocast: torch.dtype | None = None,
+    twin=None,
+    compute=results,
+):
     """Ours, PEFT's in the same precision, and PEFT's in fp64, under our names."""
     twin = peft_twin(layer) if twin is None else twin
     names = tuple(name for name, p in layer.named_parameters() if p.requires_grad)
@@ -77,9 +91,9 @@ def three_results(layer, x: Tensor, dy: Tensor, autocast: torch.dtype | None = N
     oracle_twin = copy.deepcopy(twin).double()
     wide_x = x.double() if x.is_floating_point() else x
 
-    ours = results(layer, x, dy, names, autocast)
-    eager = results(twin, x, dy, theirs, autocast)
-    oracle = results(oracle_twin, wide_x, dy.double(), theirs)
+    ours = compute(layer, x, dy, names, autocast)
+    eager = compute(twin, x, dy, theirs, autocast)
+    oracle = compute(oracle_twin, wide_x, dy.double(), theirs)
     rename = dict(zip(theirs, names, strict=True))
     eager, oracle = (
         {rename.get(name, name): tensor for name, tensor in found.items()}

@@ -10,13 +10,16 @@ from hypothesis import strategies as st
 from lora_kernels import explain, lora_linear
 from lora_kernels.launching import precision
 from lora_kernels.ops.lora_linear import tiles
+from lora_kernels.ops.lora_linear.reference import lora_linear_reference
 from lora_kernels.testing import (
     LoRAProblem,
+    assert_draws_within_policy,
     assert_within_policy,
     check_linear,
     oracle_results,
     run_forward_backward,
 )
+from lora_kernels.testing.inputs import DIFFERENTIABLE
 
 DTYPES = [torch.float32, torch.float16]
 STRATEGIES = ["fused", "hybrid"]
@@ -227,6 +230,30 @@ def test_nothing_but_x_and_h_is_kept(strategy):
     pointers = {t.data_ptr() for t in inputs}
     new = [t for t in kept if t.numel() and t.data_ptr() not in pointers]
     assert [(t.shape, t.dtype) for t in new] == [((16, 4), torch.float32)]
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_second_derivatives(dropout_p):
+    """By torch's operations from what these kernels saved: the mask is drawn again."""
+    problem = LoRAProblem.random((2, 9), 21, 13, 3, with_output_scale=True, dropout_p=dropout_p)
+
+    def penalty(function, problem):
+        inputs = {name: value for name, value in vars(problem).items() if name != "dy"}
+        leaves = {name: inputs[name].detach().requires_grad_() for name in DIFFERENTIABLE}
+        y = function(**{**inputs, **leaves})
+        first = torch.autograd.grad(y.sin().sum(), list(leaves.values()), create_graph=True)
+        loss = sum(gradient.square().sum() for gradient in first)
+        return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+
+    def draw(number):
+        drawn = problem.redrawn(number)
+        return (
+            penalty(triton, drawn),
+            penalty(lora_linear_reference, drawn),
+            penalty(lora_linear_reference, drawn.double()),
+        )
+
+    assert_draws_within_policy(draw)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
