@@ -114,7 +114,7 @@ class RoutedCall:
             plan=empty(0, 4, dtype=torch.int64), pairs_per_token=self.pairs_per_token, block=block,
         )  # fmt: skip
         layout = GradientLayout(
-            [0] * factors, 1 << 24, empty(slots + 1, factors, dtype=torch.int64)
+            [0], [0] * factors, 1 << 24, empty(slots + 1, factors, dtype=torch.int64)
         )
         x, dy, weight = empty(m, k), empty(m, columns[-1]), empty(columns[-1], k)
         weight = weight if self.with_weight else None

@@ -161,8 +161,7 @@ def nan_stays_where_it_is(target: Target) -> None:
             for role in ("lora_a", "lora_b"):
                 name = f"a{slot}.{role}"
                 assert torch.equal(bad[name], good[name]), f"NaN has reached {name}"
-        for role in ("lora_a", "lora_b"):
-            assert (bad[f"a0.{role}"] == 0).all(), "an unused adapter's gradient is not zero"
+        assert not any(name.startswith("a0.") for name in bad), "nobody uses it"
 
 
 def rows_do_not_depend_on_the_batch(target: Target) -> None:
@@ -213,9 +212,7 @@ def empty_batches(target: Target) -> None:
     for ids in (torch.full((40, 1), -1), torch.full((0, 1), -1)):
         problem = RoutedProblem.random(ids, RANKS, 136, 264, dtype=BF16)
         ours = run_routed(moved(problem, target.device), target.backend)
-        for name, result in ours.items():
-            if name.startswith("a"):
-                assert (result == 0).all(), f"{name} is not zero"
+        assert ours.keys() == {"y", "x", "bias"}, "an adapter has a gradient"
     bank = problem.bank(AdapterSlots())
     x = torch.randn(9, 136, dtype=BF16, device=target.device)
     for name in list(bank):
@@ -234,7 +231,7 @@ def captured_graph_replays_other_routings(target: Target) -> None:
             RoutedProblem.random(some_ids(tokens, 6), RANKS, 264, 136, dtype=BF16), "cuda"
         )
         bank = problem.bank()
-        routing = Routing.empty(tokens, bank).set_tokens_(problem.ids[:, 0])
+        routing = Routing.empty(tokens, bank).set_tokens_(problem.ids[:, 0].cuda())
         x = problem.x.clone().requires_grad_()
         leaves = [x, *bank.parameters()]
 
@@ -242,7 +239,7 @@ def captured_graph_replays_other_routings(target: Target) -> None:
             y = routed_lora_linear(
                 x, problem.weight, bank, routing, problem.bias, backend=target.backend
             )
-            return [y, *torch.autograd.grad(y, leaves, problem.dy)]
+            return [y, *torch.autograd.grad(y, leaves, problem.dy, allow_unused=True)]
 
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -259,6 +256,7 @@ def captured_graph_replays_other_routings(target: Target) -> None:
             replayed = [result.clone() for result in results]
             expected = step(Routing.empty(tokens, bank).set_tokens_(ids))
             for got, wanted in zip(replayed, expected, strict=True):
+                wanted = torch.zeros_like(got) if wanted is None else wanted
                 assert torch.equal(got, wanted), f"filling {seed}"
 
 

@@ -210,10 +210,15 @@ class RoutedProblem:
             return routing.set_weighted_(self.ids, torch.ones(self.ids.shape))
         return routing.set_tokens_(self.ids[:, 0])
 
+    def used(self) -> dict[str, AdapterValues]:
+        """The adapters that tokens use."""
+        slots = set(self.ids.flatten().tolist())
+        return {name: adapter for name, adapter in self.adapters.items() if adapter.slot in slots}
+
     def names(self) -> list[str]:
         """Everything that can have a gradient."""
         inputs = [n for n in ("x", "bias", "weights", "out") if getattr(self, n) is not None]
-        return inputs + [n for name, a in self.adapters.items() for n in a.parameters(name)]
+        return inputs + [n for name, a in self.used().items() for n in a.parameters(name)]
 
 
 # Those that run on a CPU, each tested alike.
@@ -242,23 +247,30 @@ def run_routed(
     """The result and the gradients named in ``needs`` (None: all), as ``{"y": ..., "x": ...}``.
 
     Parameters are called ``a0.lora_a``, in sliced banks ``a0.lora_a_0``. Everything is detached
-    first, keeping its strides, so that runs do not touch each other.
+    first, keeping its strides, so that runs do not touch each other. Of adapters that no token
+    uses there are none, which a call for all gradients asserts.
     """
-    needs = problem.names() if needs is None else needs
+    everything = needs is None
+    needs = problem.names() if everything else needs
     inputs = {n: getattr(problem, n) for n in ("x", "weight", "bias", "weights", "out")}
     leaves = {n: None if t is None else t.detach().clone() for n, t in inputs.items()}
     for name in ("x", "bias", "weights", "out"):
         if leaves[name] is not None:
             leaves[name].requires_grad_(name in needs)
-    bank = problem.bank()
+    bank, unused = problem.bank(), []
     for name, parameter in _parameters(bank).items():
-        leaves[name] = parameter.requires_grad_(name in needs)
+        leaves[name] = parameter.requires_grad_(name in needs or everything)
+        if everything and name not in needs:
+            unused.append(parameter)
     given = {n: leaves[n] for n in inputs}
     if "out" in needs and given["out"] is not None:
         given["out"] = given["out"].clone()  # adding in place into a leaf is an error
     with torch.autocast(problem.x.device.type, dtype=autocast, enabled=autocast is not None):
         y = call_routed(problem, bank, backend, **given)
     wanted = [leaves[name] for name in needs]
+    if unused:
+        gradients = torch.autograd.grad(y, unused, problem.dy, retain_graph=True, allow_unused=True)
+        assert set(gradients) == {None}, "an adapter without tokens has a gradient"
     gradients = torch.autograd.grad(y, wanted, problem.dy) if wanted else ()
     return {"y": y.detach(), **dict(zip(needs, gradients, strict=True))}
 
@@ -293,7 +305,7 @@ def routed_oracle(problem: RoutedProblem) -> dict[str, Tensor]:
         results["weights"] = torch.zeros_like(p.weights)
     if p.out is not None:
         results["out"] = p.dy
-    for name, adapter in p.adapters.items():
+    for name, adapter in p.used().items():
         for n, factor in adapter.parameters(name).items():
             results[n] = torch.zeros_like(factor)
     for m, slots in enumerate(p.ids.tolist()):
@@ -342,7 +354,9 @@ def routed_eager(problem: RoutedProblem) -> dict[str, Tensor]:
         y = F.linear(x, p.weight, bias)
     else:
         y = torch.zeros_like(p.dy) if p.out is None else leaf("out", p.out)
-    for name, adapter in p.adapters.items():
+    for tensor in (x, weights):
+        y = y if tensor is None else y - tensor[:0].sum().to(y.dtype)  # a function of it, always
+    for name, adapter in p.used().items():
         factors = {n: leaf(n, factor) for n, factor in adapter.parameters(name).items()}
         tokens, which = torch.nonzero(p.ids == adapter.slot, as_tuple=True)
         rows = x[tokens] * keep_factor(adapter, p.seed, *x.shape)[tokens].to(x.dtype)

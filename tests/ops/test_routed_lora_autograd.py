@@ -36,8 +36,7 @@ def parts_of(p: RoutedProblem, requires_grad: bool):
             tensor.requires_grad_(requires_grad)
     routing = p.routing(bank)
     tensors, fields = bank.tensors(), routing.tensors(with_plan=True)
-    layout = bank.gradient_layout()
-    return bank, (*tensors, *fields), layout, bank.parameters_for(layout)
+    return bank, (*tensors, *fields), *bank.gradients(routing.trained_slots())
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
@@ -72,7 +71,7 @@ def test_opcheck_of_the_inner_ops(backend):
     p = problem_of(0.3, sliced=True, dtype=torch.bfloat16, adapter_dtype=torch.float32)
     bank = p.bank()
     context = (*bank.tensors(), *p.routing(bank).tensors(with_plan=True))
-    layout = bank.gradient_layout()
+    layout, _ = bank.gradients(None)
 
     def check(name: str, *arguments):
         # They are not differentiated: what is left is the schema and the fake kernel.

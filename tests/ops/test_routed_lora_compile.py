@@ -38,13 +38,16 @@ def compiled_case(backend: str, dropout: float = 0.0, **options):
 
 
 def compare(layer, eager, x, routing, parameters) -> None:
+    """A compiled graph has gradients for all adapters: exact zeros for those without tokens."""
     dy = torch.randn(x.shape[0], 13)
-    results = []
-    for function in (layer, eager):
-        y = function(x, routing)
-        results.append((y.detach(), *torch.autograd.grad(y, [x, *parameters], dy)))
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    y = layer(x, routing)
+    ours = (y.detach(), *torch.autograd.grad(y, [x, *parameters], dy))
+    y = eager(x, routing)
+    expected = torch.autograd.grad(y, [x, *parameters], dy, allow_unused=True)
+    for one, other in zip(ours, (y.detach(), *expected), strict=True):
+        assert other is not None or not one.any()
+        if other is not None:
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

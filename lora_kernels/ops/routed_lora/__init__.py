@@ -68,10 +68,14 @@ def routed_lora(
     Returns:
         ``[..., N]``: ``out``, or a new tensor in x's dtype with zeros where there is no adapter.
 
-    Gradients reach x, ``out`` (through), the bank's parameters that require them (exact zeros for
-    adapters without tokens) and the routing's weights. Where a gradient is needed ``out`` is added
-    to in a pass of its own: prefer :func:`routed_lora_linear` for training. Under autocast x is
-    cast to autocast's dtype. Double backward and ``torch.func`` transforms are not supported.
+    Gradients reach x, ``out`` (through), the routing's weights and the parameters of the adapters
+    that the batch uses, if they require them; the parameters of other adapters keep ``.grad`` None,
+    and a batch that uses none of the trained ones has a result that does not require grad. Where
+    the adapters are not known on the host (ids on a device, CUDA graphs, ``torch.compile``) those
+    without tokens get exact zeros instead: all of them, or those of the routing's ``adapters=``.
+    Where a gradient is needed ``out`` is added to in a pass of its own: prefer
+    :func:`routed_lora_linear` for training. Under autocast x is cast to autocast's dtype. Double
+    backward and ``torch.func`` transforms are not supported.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.
@@ -163,7 +167,8 @@ def routed_shrink(
     call = _Call(bank, routing, backend, x)
     seed = call.seed(seed)
     if call.backend == "reference":
-        return reference.shrink(x.reshape(-1, x.shape[-1]), bank, call.routing, seed)
+        adapters = bank.adapters_in(call.slots)
+        return reference.shrink(x.reshape(-1, x.shape[-1]), bank, adapters, call.routing, seed)
     return call.differentiable("routed_shrink", x, seed)
 
 
@@ -209,7 +214,7 @@ def routed_expand(
         raise ValueError(f"h: expected {list(expected)} (pairs, widest rank), got {list(h.shape)}")
     if call.backend == "reference":
         base = h.new_zeros((rows, bank.out_features), dtype=dtype)
-        y = reference.expand(h, base, bank, call.routing)
+        y = reference.expand(h, base, bank, bank.adapters_in(call.slots), call.routing)
         return y if out is None else out.add_(y.view(out.shape))
     if out is None or call.needs_gradient(h) or (torch.is_grad_enabled() and out.requires_grad):
         y = call.differentiable("routed_expand", h, rows, dtype)
@@ -266,17 +271,23 @@ class _Call:
             self.backend == "native" and like.device.type == "cpu"
         )
         self.routing: RoutingTensors = routing.tensors(with_plan=with_plan)
+        self.slots = routing.trained_slots()
+        self.layout, self.trained = bank.gradients(self.slots)
 
     @property
     def context(self) -> tuple:
         return (*self.bank, *self.routing)
 
     def differentiable(self, name: str, *inputs) -> Tensor:
-        """Call a differentiable op with the bank's parameters, which autograd must see."""
-        layout = self.module.gradient_layout()
-        trained = self.module.parameters_for(layout) if torch.is_grad_enabled() else ([], [], [])
+        """Call a differentiable op with the batch's parameters, which autograd must see."""
         return autograd.call_differentiable(
-            name, self.routing.tokens, *self.context, *layout, *inputs, self.backend, *trained
+            name,
+            self.routing.tokens,
+            *self.context,
+            *self.layout,
+            *inputs,
+            self.backend,
+            *self.trained,
         )
 
     def needs_gradient(self, x: Tensor) -> bool:
@@ -284,7 +295,7 @@ class _Call:
         return torch.is_grad_enabled() and (
             x.requires_grad
             or (weights is not None and weights.requires_grad)
-            or any(parameter.requires_grad for parameter in self.module.parameters())
+            or any(parameter.requires_grad for parameter in self.trained.parameters)
         )
 
     def seed(self, seed: Tensor | None) -> Tensor | None:
@@ -303,6 +314,7 @@ class _Call:
             base = base + rows[:0].sum()  # nothing, but a function of x
         else:
             base = torch.nn.functional.linear(rows, weight, bias)
-        h = reference.shrink(rows, self.module, self.routing, seed)
-        y = reference.expand(h, base, self.module, self.routing)
+        adapters = self.module.adapters_in(self.slots)
+        h = reference.shrink(rows, self.module, adapters, self.routing, seed)
+        y = reference.expand(h, base, self.module, adapters, self.routing)
         return y.view(*x.shape[:-1], y.shape[1])

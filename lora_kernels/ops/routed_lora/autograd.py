@@ -33,7 +33,7 @@ _CONTEXT = (
     "Tensor tokens, Tensor offsets, Tensor tiles, Tensor inverse, Tensor? pair_weights, "
     "Tensor plan, int pairs_per_token, int block"
 )
-_LAYOUT = "int[] grad_offsets, int grad_numel, Tensor grad_table"
+_LAYOUT = "int[] grad_slots, int[] grad_offsets, int grad_numel, Tensor grad_table"
 _PARAMETERS = "Tensor[] parameters, int[] parameter_offsets, int[] parameter_slots"
 _NUM_BANK, _NUM_ROUTING, _NUM_LAYOUT = (
     len(fields._fields) for fields in (BankTensors, RoutingTensors, GradientLayout)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from lora_kernels.dropout import drop_threshold
 from lora_kernels.dtypes import FLOATING
 from lora_kernels.ops.routed_lora.adapter import Adapter, check_dropout, check_scaling
+from lora_kernels.ops.routed_lora.layouts import GradientLayouts
 from lora_kernels.ops.routed_lora.operands import BankTensors, GradientLayout, Trained
 from lora_kernels.ops.routed_lora.slots import BASE, AdapterSlots
-from lora_kernels.ops.routed_lora.storage import FactorStorage, aligned
+from lora_kernels.ops.routed_lora.storage import FactorStorage
 from lora_kernels.ops.routed_lora.tables import SlotTables
 
 # What a bank makes must be plain tensors, also under inference_mode: a later step may save them.
@@ -397,10 +398,7 @@ class AdapterBank(nn.Module):
             threshold_table=self._tables.thresholds,
         )
         self._follow_dropout()
-        self._needed, self._layout = [p.requires_grad for _, _, p, _ in bound], self._make_layout()
-        self._trained = self._trained_by(self._layout)
-        nothing = torch.full_like(self._layout.table, -1)
-        self._no_gradients = GradientLayout([-1] * len(factors), 0, nothing)
+        self._layouts = GradientLayouts(self._ordered, self._storage, self._tables.slots)
 
     def _follow_dropout(self) -> None:
         """Enter the dropout of adapters in training mode, where that has changed."""
@@ -416,59 +414,17 @@ class AdapterBank(nn.Module):
         self._tables.thresholds.copy_(torch.tensor(by_slot, dtype=torch.int32))
         self._tensors = self._tensors._replace(thresholds=thresholds)
 
-    def ordered_adapters(self) -> list[Adapter]:
-        """The adapters in the order of :meth:`tensors`."""
-        return self._ordered
+    def adapters_in(self, slots: tuple[int, ...] | None) -> list[Adapter]:
+        """The adapters in ``slots`` (None: all), in the order of their slots."""
+        return self._layouts.adapters(slots)
 
-    def gradient_layout(self) -> GradientLayout:
-        """Where a backward puts the gradients of the factors that require them now."""
-        if not torch.is_grad_enabled():
-            return self._no_gradients
-        needed = [parameter.requires_grad for _, _, parameter, _ in self._bound]
-        if needed == self._needed:
-            return self._layout
-        layout = self._make_layout()
-        if not torch.compiler.is_compiling():  # a graph guards what it changes: once more compiled
-            self._needed, self._layout = needed, layout
-            self._trained = self._trained_by(layout)
-        return layout
+    def gradients(self, slots: tuple[int, ...] | None) -> tuple[GradientLayout, Trained]:
+        """Where a backward puts the gradients of the adapters in ``slots`` (None: all).
 
-    def _make_layout(self) -> GradientLayout:
-        offsets, end = [], 0
-        table = torch.full((self._tables.slots + 1, 1 + len(self.slice_widths)), -1)
-        for adapter in self._ordered:
-            pairs = [pair for pair in adapter.factors() if pair is not None]
-            needs = [any(a.requires_grad for a, _ in pairs)]
-            needs += [pair is not None and pair[1].requires_grad for pair in adapter.factors()]
-            factors = self._storage.factors(adapter.start, adapter.ranks)
-            row = []
-            for need, factor in zip(needs, factors, strict=True):
-                row.append(end if need else -1)
-                end += aligned(factor.numel()) if row[-1] >= 0 else 0
-            table[adapter.slot] = torch.tensor(row)
-            offsets += row
-        return GradientLayout(offsets, end, table.to(self.device))
-
-    def parameters_for(self, layout: GradientLayout) -> Trained:
-        """Every parameter, and where its gradient begins in the flat tensor."""
-        if layout is self._layout:
-            return self._trained
-        return self._trained_by(layout)
-
-    def _trained_by(self, layout: GradientLayout) -> Trained:
-        parameters, offsets, slots = [], [], []
-        count = 1 + len(self.slice_widths)
-        for index, adapter in enumerate(self._ordered):
-            a_offset, *b_offsets = layout.offsets[index * count : (index + 1) * count]
-            for pair, b_offset in zip(adapter.factors(), b_offsets, strict=True):
-                if pair is None:
-                    continue
-                parameters += pair
-                offsets += [a_offset if pair[0].requires_grad else -1, b_offset]
-                slots += [adapter.slot] * 2
-                if a_offset >= 0:
-                    a_offset += pair[0].numel()
-        return Trained(parameters, offsets, slots)
+        Returns:
+            The layout, and the parameters that autograd has to see; of nothing without grad mode.
+        """
+        return self._layouts.of(slots) if torch.is_grad_enabled() else self._layouts.nothing
 
     # --- what moves or copies a module --------------------------------------------------------
 
@@ -486,10 +442,7 @@ class AdapterBank(nn.Module):
             "_tensors",
             "_ordered",
             "_bound",
-            "_needed",
-            "_layout",
-            "_no_gradients",
-            "_trained",
+            "_layouts",
         )
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 

@@ -70,13 +70,12 @@ def backward(
     dx = None
     if needs_x:
         dx = dy.new_zeros((dy.shape[0], in_features)) if weight is None else dy @ weight
-    for group in _groups(bank, routing, dy.dtype):
-        a_offset = layout.offsets[group.factor]
-        if not (needs_x or a_offset >= 0 or needs_weights or group.trains_b(layout)):
+    for group in _groups(bank, routing, dy.dtype, layout):
+        if not (needs_x or needs_weights or group.trains_a or group.trains_b):
             continue
-        t = _expand_backward(group, dy, h, layout, grad, grad_weights, needs_x or a_offset >= 0)
+        t = _expand_backward(group, dy, h, grad, grad_weights, needs_x or group.trains_a)
         if t is not None:
-            _shrink_backward(group, t, x, seed, mask, layout, grad, dx)
+            _shrink_backward(group, t, x, seed, mask, grad, dx)
     return dx, grad, grad_weights, grad_bias
 
 
@@ -106,10 +105,10 @@ def shrink_backward(
     """Gradients of x and of the factors (those of A)."""
     grad = bank.storage.new_zeros(layout.numel)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs_x else None
-    for group in _groups(bank, routing, x.dtype):
-        if needs_x or layout.offsets[group.factor] >= 0:
+    for group in _groups(bank, routing, x.dtype, layout):
+        if needs_x or group.trains_a:
             narrow = t[group.pairs, : group.rank]
-            _shrink_backward(group, narrow, x, seed, mask, layout, grad, dx)
+            _shrink_backward(group, narrow, x, seed, mask, grad, dx)
     return dx, grad
 
 
@@ -140,8 +139,8 @@ def expand_backward(
     if needs_h:
         shape = (routing.tokens.shape[0], bank.width)
         t = dy.new_zeros(shape, dtype=accumulator_dtype(dy.dtype))
-    for group in _groups(bank, routing, dy.dtype):
-        narrow = _expand_backward(group, dy, h, layout, grad, grad_weights, needs_h)
+    for group in _groups(bank, routing, dy.dtype, layout):
+        narrow = _expand_backward(group, dy, h, grad, grad_weights, needs_h)
         if narrow is not None:
             t[group.pairs, : group.rank] = narrow
     return t, grad, grad_weights
@@ -163,10 +162,10 @@ def add_(
 
 
 class _Group:
-    """The pairs of one adapter, its factors and its scale."""
+    """The pairs of one adapter, its factors, its scale and where their gradients go."""
 
     __slots__ = (
-        "a", "b", "columns", "factor", "first", "pairs", "rank", "scale", "scaling", "slot",
+        "a", "b", "columns", "first", "offsets", "pairs", "rank", "scale", "scaling", "slot",
         "threshold", "tokens",
     )  # fmt: skip
 
@@ -186,9 +185,13 @@ class _Group:
         else:
             self.rows_of(out).add_(_wide_product(left, right, out.dtype))
 
-    def trains_b(self, layout: GradientLayout) -> bool:
-        first = self.factor + 1
-        return any(offset >= 0 for offset in layout.offsets[first : first + len(self.b)])
+    @property
+    def trains_a(self) -> bool:
+        return self.offsets[0] >= 0
+
+    @property
+    def trains_b(self) -> bool:
+        return any(offset >= 0 for offset in self.offsets[1:])
 
     def row_numbers(self) -> Tensor:
         if self.tokens is not None:
@@ -198,9 +201,16 @@ class _Group:
         )
 
 
-def _groups(bank: BankTensors, routing: RoutingTensors, dtype: torch.dtype) -> Iterator[_Group]:
-    """The groups whose adapter is in this bank. dtype: of the activations."""
+def _groups(
+    bank: BankTensors,
+    routing: RoutingTensors,
+    dtype: torch.dtype,  # of the activations
+    layout: GradientLayout | None = None,
+) -> Iterator[_Group]:
+    """The groups whose adapter is in this bank."""
     adapter_of = {slot: index for index, slot in enumerate(bank.slots)}
+    places = {} if layout is None else layout.by_slot(bank)
+    nowhere = [-1] * (1 + bank.num_slices)
     on_cpu = bank.scaling.device.type == "cpu"
     scaling = bank.scaling.tolist() if on_cpu else bank.scaling
     columns = [slice(*ends) for ends in pairwise(bank.slice_columns)]
@@ -212,7 +222,7 @@ def _groups(bank: BankTensors, routing: RoutingTensors, dtype: torch.dtype) -> I
         group.slot, group.first, group.pairs = slot, first, slice(start, end)
         group.tokens = routing.tokens[start:end] if first < 0 else None
         group.a, *group.b = bank.factors_of(adapter)
-        group.factor = adapter * (1 + len(group.b))
+        group.offsets = places.get(slot, nowhere)
         group.rank = group.a.shape[0]
         group.threshold = bank.thresholds[adapter]
         group.columns = columns
@@ -253,7 +263,6 @@ def _expand_backward(
     group: _Group,
     dy: Tensor,  # [M, N]
     h: Tensor | None,  # [P, H]
-    layout: GradientLayout,
     grad: Tensor,  # flat, written
     grad_weights: Tensor | None,  # [P], written
     needs_t: bool,
@@ -267,7 +276,7 @@ def _expand_backward(
         t = rows.new_empty((rows.shape[0], group.rank), dtype=dtype)
     start = 0
     for s, (b, columns) in enumerate(zip(group.b, group.columns, strict=True)):
-        rank, offset = b.shape[1], layout.offsets[group.factor + 1 + s]
+        rank, offset = b.shape[1], group.offsets[1 + s]
         if rank == 0:
             continue
         part = slice(start, start + rank)
@@ -291,12 +300,11 @@ def _shrink_backward(
     x: Tensor | None,  # [M, K]
     seed: Tensor | None,
     mask: Tensor | None,
-    layout: GradientLayout,
     grad: Tensor,  # flat, written
     dx: Tensor | None,  # [M, K], added to
 ) -> None:
     """Add ``keep * (t A)`` to the group's rows of dx; write the gradient of its A."""
-    offset, a = layout.offsets[group.factor], group.a
+    offset, a = group.offsets[0], group.a
     columns = a.shape[1]
     if group.threshold == 0:
         if dx is not None:

@@ -68,7 +68,7 @@ def routed_linear_loose(
         bank, backend = _bank(present, capacity, x, weight.shape[0])
         routing = _routing(ids, x.shape[1:-1].numel(), capacity, x.device)
         tensors = routing.tensors(with_plan=backend != "triton")
-        layout = GradientLayout([], 0, bank.table)
+        layout = GradientLayout([], [], 0, bank.table)
         return _call(
             "routed_lora", *bank, *tensors, *layout, x, weight, bias, None, backend, [], [], []
         )

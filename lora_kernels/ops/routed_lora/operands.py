@@ -42,24 +42,33 @@ class BankTensors(NamedTuple):
 class GradientLayout(NamedTuple):
     """Where the gradients of the factors lie in one flat tensor, without gaps for those not needed.
 
-    An offset is -1 where no gradient is needed.
+    It holds the adapters that a batch may use, in the order of their slots, and no others. An
+    offset is -1 where no gradient is needed.
     """
 
-    offsets: list[int]  # 1 + S per adapter
+    slots: list[int]  # of those adapters
+    offsets: list[int]  # 1 + S for each of them
     numel: int
-    table: Tensor  # [L + 1, 1 + S] int64: the same by slot
+    table: Tensor  # [L + 1, 1 + S] int64: the same by slot, -1 for all other slots
 
     def trains(self, bank: BankTensors) -> tuple[bool, bool]:
         """Whether any A, and whether any B, needs a gradient."""
-        count = 1 + bank.num_slices
-        of_a = self.offsets[::count]
+        of_a = self.offsets[:: 1 + bank.num_slices]
         needed = sum(offset >= 0 for offset in self.offsets)
         needed_of_a = sum(offset >= 0 for offset in of_a)
         return needed_of_a > 0, needed > needed_of_a
 
+    def by_slot(self, bank: BankTensors) -> dict[int, list[int]]:
+        """The offsets ``[A, B_1, ... B_S]`` of each adapter."""
+        count = 1 + bank.num_slices
+        return {
+            slot: self.offsets[index * count : (index + 1) * count]
+            for index, slot in enumerate(self.slots)
+        }
+
 
 class Trained(NamedTuple):
-    """A bank's parameters as arguments of an op: autograd sees them there."""
+    """The parameters of a layout's adapters as arguments of an op: autograd sees them there."""
 
     parameters: list[Tensor]
     offsets: list[int]  # of the gradient in the flat tensor; -1 where none is needed

@@ -17,6 +17,7 @@ from lora_kernels.ops.routed_lora.operands import RoutingTensors
 def shrink(
     x: Tensor,  # [M, K]
     bank,
+    adapters,  # of the bank: those that the routing may use
     routing: RoutingTensors,
     seed: Tensor | None,  # []
 ) -> Tensor:  # [P, H]
@@ -24,7 +25,8 @@ def shrink(
     tensors = bank.tensors()
     dtype = accumulator_dtype(x.dtype)
     h = x.new_zeros((routing.tokens.shape[0], tensors.width), dtype=dtype)
-    for adapter in bank.ordered_adapters():
+    h = h + x[:0].sum()  # nothing, but a function of x
+    for adapter in adapters:
         pairs, tokens = _pairs_of(adapter.slot, routing)
         dropped = _dropped(x[tokens], adapter, tokens, seed)
         parts = [
@@ -40,12 +42,16 @@ def expand(
     h: Tensor,  # [P, H]
     base: Tensor,  # [M, N]
     bank,
+    adapters,
     routing: RoutingTensors,
 ) -> Tensor:  # [M, N]
     """``base + sum of w s h B^T`` over the pairs of each token, rounding like eager torch."""
     tensors = bank.tensors()
-    y = base
-    for adapter in bank.ordered_adapters():
+    nothing = h[:0].sum()  # but a function of h and of the weights
+    if routing.pair_weights is not None:
+        nothing = nothing * routing.pair_weights[:0].sum()
+    y = base - nothing.to(base.dtype)
+    for adapter in adapters:
         pairs, tokens = _pairs_of(adapter.slot, routing)
         narrow = h[pairs][:, : adapter.rank].to(base.dtype).split(adapter.ranks, dim=1)
         parts = [

@@ -2,14 +2,24 @@
 
 import os
 from collections.abc import Sequence
-from numbers import Integral
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from lora_kernels.dtypes import computes_in_64_bits
 from lora_kernels.ops.routed_lora.operands import RoutingTensors
-from lora_kernels.ops.routed_lora.slots import AdapterSlots
+from lora_kernels.ops.routed_lora.routing_arguments import (
+    bounding_names,
+    device_for,
+    integers,
+    is_fake,
+    lengths_of,
+    runs_of,
+    slots_in,
+    slots_of,
+)
+from lora_kernels.ops.routed_lora.slots import BASE, AdapterSlots
 
 # Pairs per tile of the kernels: the smallest a matrix instruction takes while the batch is small.
 _SMALL_BLOCK, _LARGE_BLOCK = 16, 64
@@ -36,17 +46,30 @@ class Routing:
     environment; on a device they otherwise act as -1. On a CUDA device the composed backend reads
     the groups' sizes once per filling, which waits for the device; the kernels never do.
 
+    It also says whose parameters have gradients. Where names, or ids that can be read, tell which
+    adapters the tokens use, those have gradients and all others none: their ``.grad`` stays None,
+    and an optimizer leaves them alone. With ids on a device, in a captured CUDA graph and in a
+    compiled one that is not known: all adapters have gradients, exact zeros for those without
+    tokens. ``adapters=`` bounds them, and what they cost: a list of names, outside of which no
+    token uses an adapter and no parameter has a gradient.
+
     Attributes:
         max_tokens: how many tokens there is room for.
         num_tokens: how many were set last. x may have that many rows, or ``max_tokens``: the rest
             use no adapter.
         pairs_per_token: how many adapters a token may use.
         slots: the slots that the ids are numbers of.
+        adapters: the names outside of which no token uses an adapter; None for all of ``slots``.
     """
 
     @torch.inference_mode(False)  # a routing made while serving may train
     def __init__(
-        self, max_tokens: int, slots: AdapterSlots, pairs_per_token: int, device: torch.device
+        self,
+        max_tokens: int,
+        slots: AdapterSlots,
+        pairs_per_token: int,
+        device: torch.device,
+        adapters: tuple[str, ...] | None = None,
     ) -> None:
         self.max_tokens, self.pairs_per_token = max_tokens, pairs_per_token
         self.slots = slots
@@ -72,7 +95,12 @@ class Routing:
         self._weights: Tensor | None = None  # the buffer, or [M, k] as given if it requires grad
         self._plan: Tensor | None = None
         self._padded_plan: Tensor | None = None
-        self._fill(torch.full((0,), -1, dtype=torch.int64, device=self._built_on), 0)
+        self.adapters = adapters
+        self._bound: tuple[int, ...] | None = None  # the slots of ``adapters``
+        self._is_bound: Tensor | None = None  # [L + 1] bool: whether a slot is one of them
+        self._used: tuple[int, ...] | None = None  # by the tokens, where that is known
+        self._bind_adapters()
+        self._fill(torch.full((0,), -1, dtype=torch.int64, device=self._built_on), 0, used=())
 
     # --- constructors -------------------------------------------------------------------------
 
@@ -82,6 +110,7 @@ class Routing:
         bank,
         pairs_per_token: int = 1,
         *,
+        adapters: Sequence[str] | None = None,
         device: torch.device | str | None = None,
     ) -> "Routing":
         """A routing with room for ``max_tokens`` tokens, none of which uses an adapter yet.
@@ -90,7 +119,15 @@ class Routing:
             max_tokens: at least 0.
             bank: an ``AdapterBank``, or the ``AdapterSlots`` that banks share.
             pairs_per_token: how many adapters a token may use, at least 1.
+            adapters: names of the only adapters that tokens may use and that may have gradients,
+                in this filling and later ones; None for all. The id of another one is an error
+                where it can be read, and acts as -1 on a device. Smaller gradients, not another
+                result, where ids on a device name few of many adapters.
             device: where it is built; None is the bank's device, or the CPU.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit, or ``adapters`` names one that there
+                is not.
         """
         for name, value, least in (
             ("max_tokens", max_tokens, 0),
@@ -100,7 +137,8 @@ class Routing:
                 raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
-        slots = _slots_of(bank)
+        slots = slots_of(bank)
+        adapters = bounding_names(adapters, slots)
         if max_tokens * pairs_per_token >= 2**31:
             raise ValueError(
                 f"max_tokens: expected fewer than 2^31 pairs of a token and an adapter, got "
@@ -108,16 +146,24 @@ class Routing:
             )
         if device is None:
             device = getattr(bank, "device", "cpu")
-        return Routing(max_tokens, slots, pairs_per_token, torch.device(device))
+        return Routing(max_tokens, slots, pairs_per_token, torch.device(device), adapters)
 
     @staticmethod
     def from_tokens(
-        ids: Tensor | Sequence[int], bank, *, device: torch.device | str | None = None
+        ids: Tensor | Sequence[int],
+        bank,
+        *,
+        adapters: Sequence[str] | None = None,
+        device: torch.device | str | None = None,
     ) -> "Routing":
-        """Each token names its slot: ids ``[...]``, integers, -1 for none."""
-        ids = _integers("ids", ids)
-        device = _device_for(ids, bank, device)
-        return Routing.empty(ids.numel(), bank, device=device).set_tokens_(ids)
+        """Each token names its slot: ids ``[...]``, integers, -1 for none.
+
+        Args:
+            adapters, device: as for :meth:`empty`; also below.
+        """
+        ids = integers("ids", ids)
+        device = device_for(ids, bank, device)
+        return Routing.empty(ids.numel(), bank, adapters=adapters, device=device).set_tokens_(ids)
 
     @staticmethod
     def from_sequences(
@@ -125,6 +171,7 @@ class Routing:
         lengths: int | Sequence[int],
         bank,
         *,
+        adapters: Sequence[str] | None = None,
         device: torch.device | str | None = None,
     ) -> "Routing":
         """Sequences one after the other, each naming its adapter (or ``"__base__"``).
@@ -133,8 +180,9 @@ class Routing:
             names: one per sequence.
             lengths: tokens of each sequence, or one number for all.
         """
-        lengths = _lengths(names, lengths)
-        return Routing.empty(sum(lengths), bank, device=device).set_sequences_(names, lengths)
+        lengths = lengths_of(names, lengths)
+        routing = Routing.empty(sum(lengths), bank, adapters=adapters, device=device)
+        return routing.set_sequences_(names, lengths)
 
     @staticmethod
     def from_segments(
@@ -143,6 +191,7 @@ class Routing:
         bank,
         *,
         num_tokens: int | None = None,
+        adapters: Sequence[str] | None = None,
         device: torch.device | str | None = None,
     ) -> "Routing":
         """Segments of neighbouring tokens: ids ``[n]`` and offsets ``[n + 1]``, ascending.
@@ -154,7 +203,7 @@ class Routing:
             num_tokens: of the whole batch; None is ``offsets[-1]``, which must then be readable
                 without waiting for a device.
         """
-        offsets = _integers("offsets", offsets)
+        offsets = integers("offsets", offsets)
         if num_tokens is None:
             if offsets.device.type != "cpu":
                 raise ValueError(
@@ -162,9 +211,10 @@ class Routing:
                     "not read back"
                 )
             num_tokens = int(offsets[-1]) if offsets.numel() else 0
-        ids = _integers("ids", ids)
-        device = _device_for(ids, bank, device)
-        return Routing.empty(num_tokens, bank, device=device).set_segments_(ids, offsets)
+        ids = integers("ids", ids)
+        device = device_for(ids, bank, device)
+        routing = Routing.empty(num_tokens, bank, adapters=adapters, device=device)
+        return routing.set_segments_(ids, offsets)
 
     @staticmethod
     def from_weighted(
@@ -172,6 +222,7 @@ class Routing:
         weights: Tensor | Sequence[Sequence[float]],
         bank,
         *,
+        adapters: Sequence[str] | None = None,
         device: torch.device | str | None = None,
     ) -> "Routing":
         """Several weighted adapters per token: ids and weights ``[M, k]``.
@@ -179,70 +230,86 @@ class Routing:
         A token's result is the sum of its adapters' contributions times their weights. Gradients
         reach ``weights`` if it requires them.
         """
-        ids = _integers("ids", ids)
+        ids = integers("ids", ids)
         if ids.ndim != 2 or ids.shape[1] < 1:
             raise ValueError(f"ids: expected [tokens, adapters per token], got {list(ids.shape)}")
-        device = _device_for(ids, bank, device)
-        return Routing.empty(ids.shape[0], bank, ids.shape[1], device=device).set_weighted_(
-            ids, weights
-        )
+        device = device_for(ids, bank, device)
+        routing = Routing.empty(ids.shape[0], bank, ids.shape[1], adapters=adapters, device=device)
+        return routing.set_weighted_(ids, weights)
 
     # --- filling ------------------------------------------------------------------------------
 
     def set_tokens_(self, ids: Tensor | Sequence[int]) -> "Routing":
         """Fill it again as :meth:`from_tokens` does, with at most ``max_tokens`` tokens."""
-        ids = _integers("ids", ids).flatten()
-        if self.pairs_per_token != 1:
-            raise ValueError(
-                f"ids: this routing has {self.pairs_per_token} adapters per token; fill it with "
-                "set_weighted_"
-            )
+        ids = integers("ids", ids).flatten()
+        self._check_one_per_token()
         self._check_room(ids.shape[0])
-        self._check_ids(ids)
+        used = self._check_ids(ids)
         self._weights = None
-        self._fill(ids, ids.shape[0])
+        self._fill(ids, ids.shape[0], used)
         return self
 
     def set_sequences_(self, names: Sequence[str], lengths: int | Sequence[int]) -> "Routing":
         """Fill it again as :meth:`from_sequences` does."""
-        lengths = _lengths(names, lengths)
-        unknown = [name for name in names if name != "__base__" and name not in self.slots]
+        lengths = lengths_of(names, lengths)
+        unknown = [name for name in names if name != BASE and name not in self.slots]
         if unknown:
             raise ValueError(
-                f"names: expected '__base__' or one of {sorted(self.slots)}, got {unknown[0]!r}"
+                f"names: expected {BASE!r} or one of {sorted(self.slots)}, got {unknown[0]!r}"
             )
-        slots = torch.tensor([self.slots[name] for name in names], dtype=torch.int64)
-        return self.set_tokens_(slots.repeat_interleave(torch.tensor(lengths, dtype=torch.int64)))
+        if self.adapters is not None:
+            outside = [name for name in names if name != BASE and name not in self.adapters]
+            if outside:
+                raise ValueError(
+                    f"names: expected {BASE!r} or one of adapters={list(self.adapters)}, which "
+                    f"this routing was made with, got {outside[0]!r}"
+                )
+        self._check_one_per_token()
+        self._check_room(sum(lengths))
+        slots = [self.slots[name] for name in names]
+        used = slots_in(slot for slot, length in zip(slots, lengths, strict=True) if length)
+        ids = torch.tensor(slots, dtype=torch.int64)
+        ids = ids.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+        self._weights = None
+        self._fill(ids, ids.shape[0], used)
+        return self
 
     def set_segments_(
         self, ids: Tensor | Sequence[int], offsets: Tensor | Sequence[int]
     ) -> "Routing":
         """Fill all ``max_tokens`` tokens again as :meth:`from_segments` does."""
-        ids, offsets = _integers("ids", ids), _integers("offsets", offsets)
+        ids, offsets = integers("ids", ids), integers("offsets", offsets)
         if ids.ndim != 1 or tuple(offsets.shape) != (ids.shape[0] + 1,):
             raise ValueError(
                 f"offsets: expected one more than ids {list(ids.shape)}, got {list(offsets.shape)}"
             )
-        self._check_ids(ids)
-        if (offsets.device.type == "cpu" or _DEBUG) and not _is_fake(offsets):
+        self._check_one_per_token()
+        self._check_room(self.max_tokens)
+        used = self._check_ids(ids)
+        if (offsets.device.type == "cpu" or _DEBUG) and not is_fake(offsets):
             steps = offsets.tolist()
             if steps != sorted(steps) or (steps and (steps[0] < 0 or steps[-1] > self.max_tokens)):
                 raise ValueError(
                     f"offsets: expected ascending numbers from 0 to at most {self.max_tokens}, "
                     f"got {steps}"
                 )
+            if used is not None:  # by segments that are not empty
+                segments = zip(ids.tolist(), pairwise(steps), strict=True)
+                used = slots_in(slot for slot, (start, end) in segments if start < end)
         ids, offsets = ids.to(self._built_on, torch.int64), offsets.to(self._built_on)
         # A segment -1 before the first and after the last.
         padded = torch.nn.functional.pad(ids, (1, 1), value=-1)
         token = torch.arange(self.max_tokens, device=self._built_on)
         segment = torch.searchsorted(offsets.contiguous(), token, right=True)
-        return self.set_tokens_(padded.gather(0, segment))
+        self._weights = None
+        self._fill(padded.gather(0, segment), self.max_tokens, used)
+        return self
 
     def set_weighted_(
         self, ids: Tensor | Sequence[Sequence[int]], weights: Tensor | Sequence[Sequence[float]]
     ) -> "Routing":
         """Fill it again as :meth:`from_weighted` does."""
-        ids = _integers("ids", ids)
+        ids = integers("ids", ids)
         if ids.ndim != 2 or ids.shape[1] != self.pairs_per_token:
             raise ValueError(
                 f"ids: expected [tokens, {self.pairs_per_token}], got {list(ids.shape)}"
@@ -256,8 +323,8 @@ class Routing:
                 f"weights: expected {list(ids.shape)} like ids, got {list(weights.shape)}"
             )
         self._check_room(ids.shape[0])
-        self._check_ids(ids)
-        self._fill(ids.flatten(), ids.shape[0])
+        used = self._check_ids(ids)
+        self._fill(ids.flatten(), ids.shape[0], used)
         if weights.requires_grad and torch.is_grad_enabled():
             self._weights = weights
             return self
@@ -268,7 +335,15 @@ class Routing:
             self._weights = self._weight_buffer.copy_(sorted_weights)
         return self
 
+    def _check_one_per_token(self) -> None:
+        if self.pairs_per_token != 1:
+            raise ValueError(
+                f"ids: this routing has {self.pairs_per_token} adapters per token; fill it with "
+                "set_weighted_"
+            )
+
     def _check_room(self, tokens: int) -> None:
+        """Raise unless it can be filled with so many tokens, for the slots as they are now."""
         if tokens > self.max_tokens:
             raise ValueError(
                 f"ids: expected at most {self.max_tokens} tokens, which this routing was made "
@@ -279,30 +354,69 @@ class Routing:
                 f"routing: there are {self.slots.capacity} slots now and were {self._capacity} "
                 "when this routing was made; make a new one (and capture CUDA graphs again)"
             )
+        if self.version != self.slots.version:
+            self._bind_adapters()
 
-    def _check_ids(self, ids: Tensor) -> None:
+    @torch.inference_mode(False)
+    def _bind_adapters(self) -> None:
+        """Follow the slots of ``adapters``, in place: a captured graph reads the table."""
+        if self.adapters is None:
+            return
+        gone = [name for name in self.adapters if name not in self.slots]
+        if gone:
+            raise ValueError(
+                f"adapters: {gone[0]!r}, which this routing was made with, was removed; make a new "
+                "one"
+            )
+        self._bound = slots_in(self.slots[name] for name in self.adapters)
+        if self._is_bound is None:
+            self._is_bound = torch.empty(
+                self._capacity + 1, dtype=torch.bool, device=self._built_on
+            )
+        self._is_bound.fill_(False)
+        # By fills and not from a list: a copy to a device would have to be waited for.
+        for start, end in runs_of(self._bound):
+            self._is_bound[start:end].fill_(True)
+
+    def _check_ids(self, ids: Tensor) -> tuple[int, ...] | None:
+        """Raise for ids that tokens may not have; returns the slots among them.
+
+        None, and nothing is checked, where ids cannot be read; None too where they can in debug
+        mode only.
+        """
         if ids.is_meta and self.device.type != "meta":
             raise ValueError("ids: expected values, got a tensor on the meta device")
-        readable = ids.device.type == "cpu" or _DEBUG
-        if not readable or torch.compiler.is_compiling() or _is_fake(ids):
-            return
-        live = {-1, *(self.slots[name] for name in self.slots)}
-        wrong = set(ids.unique().tolist()) - live
+        on_host = ids.device.type == "cpu"
+        if not (on_host or _DEBUG) or torch.compiler.is_compiling() or is_fake(ids):
+            return None
+        found = slots_in(ids.unique().tolist())
+        names = self.slots if self.adapters is None else self.adapters
+        wrong = set(found) - {self.slots[name] for name in names}
         if wrong:
-            raise ValueError(
-                f"ids: expected -1 or slots of adapters, {self.slots}, got {min(wrong)}"
-            )
+            allowed = f"slots of adapters, {self.slots}"
+            if self.adapters is not None:
+                allowed = (
+                    f"slots of adapters={list(self.adapters)}, which this routing was made with"
+                )
+            raise ValueError(f"ids: expected -1 or {allowed}, got {min(wrong)}")
+        return found if on_host else None
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _fill(self, ids: Tensor, num_tokens: int) -> None:
-        """Group the pairs: fixed shapes, no reading back. ids ``[n]`` in the order of the pairs."""
+    def _fill(self, ids: Tensor, num_tokens: int, used: tuple[int, ...] | None = None) -> None:
+        """Group the pairs: fixed shapes, no reading back. ids ``[n]`` in the order of the pairs.
+
+        used: the slots among them, where that is known.
+        """
         pairs, none, device = self._tokens.shape[0], self._capacity, self._built_on
         self.num_tokens, self.version = num_tokens, self.slots.version
+        self._used = used
         self._plan = self._padded_plan = None
         ids = ids.to(device, torch.int64)
         ids = torch.nn.functional.pad(ids, (0, pairs - ids.shape[0]), value=-1)
         group = torch.where((ids >= 0) & (ids < none), ids, none)
+        if self._is_bound is not None:
+            group = torch.where(self._is_bound.gather(0, group), group, none)
         _, order = torch.sort(group, stable=True)
         counts = torch.zeros(none + 1, dtype=torch.int64, device=device)
         counts.scatter_add_(0, group, torch.ones_like(group))
@@ -324,10 +438,22 @@ class Routing:
         self._offsets[-1:].fill_(pairs)
         self._tiles[:, 0].copy_(torch.where(inside, owner, -1))
         self._tiles[:, 1].copy_(torch.where(inside, first, 0))
-        if self.device.type == "cpu" and not _is_fake(self._tokens):
+        if self.device.type == "cpu" and not is_fake(self._tokens):
             self.plan()  # now, and not while a graph is traced
 
     # --- reading ------------------------------------------------------------------------------
+
+    def trained_slots(self) -> tuple[int, ...] | None:
+        """The slots of the adapters that a backward may have gradients for; None for all.
+
+        A graph outlives this filling, be it compiled or captured: it serves any other one too.
+        """
+        if torch.compiler.is_compiling() or self._used is None or self._is_captured():
+            return self._bound
+        return self._used
+
+    def _is_captured(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def pair_weights(self) -> Tensor | None:
         """``[P]`` in the order of the pairs, or None where every weight is 1."""
@@ -356,7 +482,7 @@ class Routing:
         if torch.compiler.is_compiling() and self._padded_plan is not None:
             return self._padded_plan
         if self._plan is None:
-            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if self._is_captured():
                 raise RuntimeError(
                     "the composed backend reads the sizes of a routing's groups, which cannot be "
                     "captured in a CUDA graph; use backend='triton'"
@@ -400,54 +526,3 @@ class Routing:
             f"Routing({self.num_tokens} of at most {self.max_tokens} tokens, "
             f"{self.pairs_per_token} adapters each, {self.slots.capacity} slots, {self.device})"
         )
-
-
-def _slots_of(bank) -> AdapterSlots:
-    slots = bank if isinstance(bank, AdapterSlots) else getattr(bank, "slots", None)
-    if not isinstance(slots, AdapterSlots):
-        raise TypeError(
-            f"bank: expected an AdapterBank or its AdapterSlots, got {type(bank).__name__}"
-        )
-    return slots
-
-
-def _integers(name: str, values: Tensor | Sequence) -> Tensor:
-    if not isinstance(values, Tensor):
-        try:
-            values = torch.tensor(values, dtype=None if len(values) else torch.int64)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"{name}: expected a list of integers or a tensor ({error})") from None
-    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
-        raise TypeError(f"{name}: expected integers, got {values.dtype}")
-    return values
-
-
-def _device_for(ids: Tensor, bank, device) -> torch.device | str | None:
-    if device is not None or hasattr(bank, "device"):
-        return device
-    return ids.device
-
-
-def _lengths(names: Sequence[str], lengths: int | Sequence[int]) -> list[int]:
-    if isinstance(names, str):
-        raise TypeError(f"names: expected a list of names, got the string {names!r}")
-    if hasattr(lengths, "tolist"):  # tensors and arrays
-        lengths = lengths.tolist()
-    if isinstance(lengths, Integral):
-        lengths = [lengths] * len(names)
-    if not isinstance(lengths, Sequence):
-        raise TypeError(
-            f"lengths: expected a number or a list of numbers, got {type(lengths).__name__}"
-        )
-    lengths = list(lengths)
-    if len(lengths) != len(names):
-        raise ValueError(f"lengths: expected {len(names)}, one per name, got {len(lengths)}")
-    if any(isinstance(length, bool) or not isinstance(length, Integral) for length in lengths):
-        raise TypeError(f"lengths: expected integers, got {lengths}")
-    if any(length < 0 for length in lengths):
-        raise ValueError(f"lengths: expected numbers of tokens, got {min(lengths)}")
-    return [int(length) for length in lengths]
-
-
-def _is_fake(tensor: Tensor) -> bool:
-    return type(tensor) is not Tensor or torch._C._len_torch_dispatch_stack() > 0

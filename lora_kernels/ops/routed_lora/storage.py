@@ -34,10 +34,13 @@ class FactorStorage:
     def size(self) -> int:
         return self.tensor.shape[0]
 
-    def region_size(self, ranks: tuple[int, ...]) -> int:
+    def factor_sizes(self, ranks: tuple[int, ...]) -> list[int]:
+        """Elements of A of all slices, and of B of each."""
         sizes = [sum(ranks) * self.in_features]
-        sizes += [rank * width for rank, width in zip(ranks, self.slice_widths, strict=True)]
-        return sum(map(aligned, sizes))
+        return sizes + [rank * width for rank, width in zip(ranks, self.slice_widths, strict=True)]
+
+    def region_size(self, ranks: tuple[int, ...]) -> int:
+        return sum(map(aligned, self.factor_sizes(ranks)))
 
     def size_for(self, rank_capacity: int) -> int:
         """Enough for any adapters whose ranks sum to ``rank_capacity``."""
@@ -47,10 +50,9 @@ class FactorStorage:
 
     def offsets(self, start: int, ranks: tuple[int, ...]) -> list[int]:
         """Where A of all slices, and B of each, of the region at ``start`` begin."""
-        offsets, size = [start], sum(ranks) * self.in_features
-        for rank, width in zip(ranks, self.slice_widths, strict=True):
+        offsets = [start]
+        for size in self.factor_sizes(ranks)[:-1]:
             offsets.append(offsets[-1] + aligned(size))
-            size = rank * width
         return offsets
 
     def factors(self, start: int, ranks: tuple[int, ...]) -> list[Tensor]:
