@@ -1,11 +1,11 @@
 """torch.library registration of ``routed_lora`` and its halves, and their autograd.Functions.
 
 ``routed_lora`` (with or without a base weight), ``routed_shrink`` and ``routed_expand`` are
-differentiable; the first two have a twin that also returns what the backward needs. ``..._`` ops
-add into a tensor and have no gradient. A bank and a routing travel as their fields, see
-:mod:`operands`. The gradients of all factors come in one flat tensor, of which the Functions hand
-out views. The parameters are arguments for autograd's sake only: values are read from the bank's
-storage.
+differentiable, any number of times (see :mod:`second_order`); the first two have a twin that also
+returns what the backward needs. ``..._`` ops add into a tensor and have no gradient. A bank and a
+routing travel as their fields, see :mod:`operands`. The gradients of all factors come in one flat
+tensor, of which the Functions hand out views. The parameters are arguments for autograd's sake
+only: values are read from the bank's storage.
 
 Optional results are empty tensors of shape ``[0]`` where they do not exist.
 """
@@ -15,14 +15,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_kernels import dispatch
 from lora_kernels.dropout import GROUP
 from lora_kernels.dtypes import accumulator_dtype
 from lora_kernels.ops.eager import like_rows_of, requires_grad, runs_at_once
-from lora_kernels.ops.routed_lora import compiled, composed
+from lora_kernels.ops.routed_lora import compiled, composed, second_order
 from lora_kernels.ops.routed_lora.operands import BankTensors, GradientLayout, RoutingTensors
+from lora_kernels.ops.second_order import missing_edge
 from lora_kernels.products import product_dtype
 
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
@@ -357,10 +357,12 @@ class _Parameters(NamedTuple):
         slots = set(routing.plan[:, 0].tolist())
         return [p for p, slot in zip(parameters, self.slots, strict=True) if slot in slots]
 
-    def gradients(self, flat: Tensor, shapes: list[torch.Size]) -> list[Tensor | None]:
+    def gradients(self, flat: Tensor, parameters: tuple[Tensor, ...]) -> list[Tensor | None]:
         return [
-            flat.as_strided(shape, (shape[1], 1), offset) if offset >= 0 else None
-            for offset, shape in zip(self.offsets, shapes, strict=True)
+            flat.as_strided(parameter.shape, (parameter.shape[1], 1), offset)
+            if offset >= 0
+            else None
+            for offset, parameter in zip(self.offsets, parameters, strict=True)
         ]
 
 
@@ -376,17 +378,21 @@ class _Function(torch.autograd.Function):
             scaling=bank.scaling.clone(), threshold_table=bank.threshold_table.clone()
         )
         ctx.context = bank, routing._replace(pair_weights=None), layout
-        ctx.places, ctx.shapes = places, [parameter.shape for parameter in parameters]
-        ctx.backend = backend
+        ctx.places, ctx.parameters, ctx.backend = places, parameters, backend
 
     @staticmethod
     def saved(ctx, count: int, pair_weights_at: int | None = None):
-        """The context with the weights in it, and the first ``count`` tensors that were saved."""
+        """``(bank, routing, layout)`` with the weights in it, and the first saved tensors."""
         tensors = ctx.saved_tensors[:count]
         bank, routing, layout = ctx.context
         if pair_weights_at is not None:
             routing = routing._replace(pair_weights=tensors[pair_weights_at])
-        return (*bank, *routing, *layout), tensors
+        return (bank, routing, layout), tensors
+
+    @staticmethod
+    def factors(ctx) -> second_order.Factors:
+        needs = ctx.needs_input_grad[len(ctx.needs_input_grad) - len(ctx.parameters) :]
+        return second_order.Factors(ctx.parameters, ctx.places.slots, needs)
 
 
 class RoutedLoRAFunction(_Function):
@@ -399,27 +405,31 @@ class RoutedLoRAFunction(_Function):
         routing = routing._replace(pair_weights=pair_weights)
         y, h, mask = _call("routed_lora_forward", *bank, *routing, x, weight, bias, seed, backend)
         trains_a, trains_b = layout.trains(bank)
-        saved = (
-            x if trains_a else None,
-            weight,
-            h if trains_b or ctx.needs_input_grad[9] else None,
-            mask,
-            seed,
-            pair_weights,
-        )
+        needs_h = trains_b or ctx.needs_input_grad[9]
+        saved = x if trains_a else None, weight, h if needs_h else None, mask, seed, pair_weights
         _Function.keep(ctx, saved, bank, routing, layout, places, backend, factors)
-        ctx.in_features = x.shape[-1]
+        ctx.in_features, ctx.edge_to_x = x.shape[-1], None
+        if needs_h and not trains_a and ctx.needs_input_grad[5]:
+            ctx.edge_to_x = missing_edge(x, second_order.X_WAS_NOT_SAVED)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         context, (x, weight, h, mask, seed, _) = _Function.saved(ctx, 6, pair_weights_at=5)
         needs_x, _, needs_bias, _, needs_weights = ctx.needs_input_grad[5:10]
-        dx, flat, grad_weights, grad_bias = _call(
-            "routed_lora_backward", *context, dy, x, weight, h, mask, seed, ctx.in_features,
-            [needs_x, needs_weights, needs_bias], ctx.backend,
-        )  # fmt: skip
+        needs = needs_x, needs_weights, needs_bias
+        if torch.is_grad_enabled():  # create_graph
+            bank, routing, _ = context
+            dx, gradients, grad_weights, grad_bias = _in_torch(
+                second_order.lora_backward, dy, x, weight, bank, routing, _Function.factors(ctx),
+                h, _or_none(mask), seed, ctx.in_features, needs, ctx.edge_to_x,
+            )  # fmt: skip
+        else:
+            dx, flat, grad_weights, grad_bias = _call(
+                "routed_lora_backward", *_flat(context), dy, x, weight, h, mask, seed,
+                ctx.in_features, list(needs), ctx.backend,
+            )  # fmt: skip
+            gradients = ctx.places.gradients(flat, ctx.parameters)
         return (
             *(None,) * 5,
             dx if needs_x else None,
@@ -427,7 +437,7 @@ class RoutedLoRAFunction(_Function):
             grad_bias if needs_bias else None,
             None,
             grad_weights if needs_weights else None,
-            *ctx.places.gradients(flat, ctx.shapes),
+            *gradients,
         )
 
 
@@ -439,12 +449,20 @@ class RoutedShrinkFunction(_Function):
         return h
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, t):
         context, (x, mask, seed) = _Function.saved(ctx, 3)
         needs_x = ctx.needs_input_grad[5]
-        dx, flat = _call("routed_shrink_backward", *context, t, x, mask, seed, needs_x, ctx.backend)
-        gradients = ctx.places.gradients(flat, ctx.shapes)
+        if torch.is_grad_enabled():
+            bank, routing, _ = context
+            dx, gradients = _in_torch(
+                second_order.shrink_backward, t, x, bank, routing, _Function.factors(ctx),
+                _or_none(mask), seed, needs_x,
+            )  # fmt: skip
+        else:
+            dx, flat = _call(
+                "routed_shrink_backward", *_flat(context), t, x, mask, seed, needs_x, ctx.backend
+            )
+            gradients = ctx.places.gradients(flat, ctx.parameters)
         return (*(None,) * 5, dx if needs_x else None, None, *gradients)
 
 
@@ -459,21 +477,38 @@ class RoutedExpandFunction(_Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
         context, (h, _) = _Function.saved(ctx, 2, pair_weights_at=1)
         needs_h, _, _, needs_weights = ctx.needs_input_grad[5:9]
-        t, flat, grad_weights = _call(
-            "routed_expand_backward", *context, dy, h, [needs_h, needs_weights], ctx.backend
-        )
+        needs = needs_h, needs_weights
+        if torch.is_grad_enabled():
+            bank, routing, _ = context
+            t, gradients, grad_weights = _in_torch(
+                second_order.expand_backward, dy, h, bank, routing, _Function.factors(ctx), needs
+            )
+        else:
+            t, flat, grad_weights = _call(
+                "routed_expand_backward", *_flat(context), dy, h, list(needs), ctx.backend
+            )
+            gradients = ctx.places.gradients(flat, ctx.parameters)
         return (
             *(None,) * 5,
             t if needs_h else None,
             None,
             None,
             grad_weights if needs_weights else None,
-            *ctx.places.gradients(flat, ctx.shapes),
+            *gradients,
         )
+
+
+def _flat(context: tuple) -> tuple:
+    return tuple(field for fields in context for field in fields)
+
+
+def _in_torch(backward, dy: Tensor, *arguments):
+    """A differentiable backward; autocast must not add casts to it."""
+    with torch.autocast(dy.device.type, enabled=False):
+        return backward(dy, *arguments)
 
 
 def _lora_autograd(*arguments):
@@ -511,10 +546,7 @@ def _expand_autograd(*arguments):
 def _without_gradient(name: str):
     def kernel(*arguments):
         if requires_grad(arguments):
-            raise RuntimeError(
-                f"{name} is not differentiable; routed_lora's backward is implemented once, double "
-                "backward is not supported"
-            )
+            raise RuntimeError(f"{name} is not differentiable; routed_lora is, any number of times")
         result = _call(name, *arguments)
         if result is None:  # in place: autograd must know that ``out`` has changed
             _, _, (out, *_) = _unpack(arguments)

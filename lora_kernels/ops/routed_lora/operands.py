@@ -9,6 +9,7 @@ A *factor* of an adapter is its A of all slices ``[R, K]``, or its B of one slic
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -89,3 +90,22 @@ class RoutingTensors(NamedTuple):
     plan: Tensor  # [G, 4] int64, on the CPU: see Routing.plan; [0, 4] where nobody needs it
     pairs_per_token: int
     block: int  # pairs per tile
+
+
+def groups_of(
+    offsets: Tensor,  # [L + 2]
+    tokens: Tensor,  # [P]
+) -> Tensor:
+    """The groups of a routing for loops on the host: int64 ``[G, 4]`` on the CPU, see Routing.plan.
+
+    This waits for a device.
+    """
+    if tokens.is_meta:
+        return torch.empty((0, 4), dtype=torch.int64)
+    starts, tokens = offsets.cpu().long(), tokens.cpu().long()
+    counts = starts[1:] - starts[:-1]
+    slot = torch.nonzero(counts[:-1]).flatten()
+    start, end = starts[slot], starts[slot + 1]
+    jumps = torch.nn.functional.pad((tokens[1:] - tokens[:-1] != 1).cumsum(0), (1, 0))
+    first = torch.where(jumps[end - 1] == jumps[start], tokens[start], -1)
+    return torch.stack([slot, start, end, first], dim=1)

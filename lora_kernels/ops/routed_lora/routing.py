@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dtypes import computes_in_64_bits
-from lora_kernels.ops.routed_lora.operands import RoutingTensors
+from lora_kernels.ops.routed_lora.operands import RoutingTensors, groups_of
 from lora_kernels.ops.routed_lora.routing_arguments import (
     bounding_names,
     device_for,
@@ -487,13 +487,7 @@ class Routing:
                     "the composed backend reads the sizes of a routing's groups, which cannot be "
                     "captured in a CUDA graph; use backend='triton'"
                 )
-            starts, tokens = self._offsets.cpu().long(), self._tokens.cpu().long()
-            counts = starts[1:] - starts[:-1]
-            slot = torch.nonzero(counts[:-1]).flatten()
-            start, end = starts[slot], starts[slot + 1]
-            jumps = torch.nn.functional.pad((tokens[1:] - tokens[:-1] != 1).cumsum(0), (1, 0))
-            first = torch.where(jumps[end - 1] == jumps[start], tokens[start], -1)
-            self._plan = torch.stack([slot, start, end, first], dim=1)
+            self._plan = groups_of(self._offsets, self._tokens)
             # For graphs, which would be compiled again for another number of groups.
             rows = min(self._capacity, self._tokens.shape[0]) - self._plan.shape[0]
             self._padded_plan = torch.nn.functional.pad(self._plan, (0, 0, 0, rows), value=-1)
