@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels import native
 from lora_kernels.dropout import drop_threshold, keep_mask, keep_scale
@@ -219,6 +220,13 @@ class RoutedProblem:
         """Everything that can have a gradient."""
         inputs = [n for n in ("x", "bias", "weights", "out") if getattr(self, n) is not None]
         return inputs + [n for name, a in self.used().items() for n in a.parameters(name)]
+
+
+class AsOnADevice(TorchDispatchMode):
+    """CPU tensors stand for a device's: the mode tells a routing that it may not look at ids."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
 
 
 # Those that run on a CPU, each tested alike.

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import Routing, route
 from lora_kernels.integrations.routed import RoutedModel
+from lora_kernels.testing.routed_inputs import AsOnADevice
 
 PROCESSES, ROWS, TOKENS = 2, 2, 3
 
@@ -72,13 +72,6 @@ def test_an_optimizer_over_all_adapters_moves_those_that_are_named(checkpointed)
 
 
 # --- DDP --------------------------------------------------------------------------------------
-
-
-class AsOnADevice(TorchDispatchMode):
-    """CPU tensors stand for a device's: the mode tells a routing that it may not look at ids."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
 
 
 # Of each step, the names of each process; nobody uses "never", and "c" one process at times.

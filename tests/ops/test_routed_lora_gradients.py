@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels.ops.routed_lora import (
@@ -16,7 +15,7 @@ from lora_kernels.ops.routed_lora import (
     routed_lora_linear,
     routed_shrink,
 )
-from lora_kernels.testing.routed_inputs import BACKENDS
+from lora_kernels.testing.routed_inputs import BACKENDS, AsOnADevice
 
 K, N = 13, 9
 NAMES = ["a", "b", "c"]
@@ -31,13 +30,6 @@ BATCHES = {
     "weighted": lambda bank, **o: Routing.from_weighted([[0, -1], [0, 0]] * 3, torch.randn(6, 2),
                                                         bank, **o),
 }  # fmt: skip
-
-
-class AsOnADevice(TorchDispatchMode):
-    """CPU tensors stand for a device's: the mode tells a routing that it may not look at ids."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
 
 
 def bank_with(names=NAMES, *, sliced: bool = False, slots: AdapterSlots | None = None, rank=2):

@@ -1,5 +1,6 @@
 """routed_lora on the Triton kernels, interpreted: numbers, against a loop over tokens in fp64."""
 
+import contextlib
 import functools
 
 import pytest
@@ -17,6 +18,7 @@ from lora_kernels.ops.routed_lora import (
 )
 from lora_kernels.testing import assert_within_policy
 from lora_kernels.testing.routed_inputs import (
+    AsOnADevice,
     RoutedProblem,
     check_routed,
     routed_eager,
@@ -342,3 +344,36 @@ def test_opcheck_of_the_ops(poisoned_memory):
     out = torch.zeros_like(p.dy)
     check("routed_lora_", out, p.x, p.seed, "triton")
     check("routed_expand_", out, h, "triton")
+
+
+@pytest.mark.parametrize("per_token", [1, 2])
+def test_whose_parameters_have_gradients(per_token, poisoned_memory):
+    """Those of the batch where ids can be read; else also exact zeros, within adapters=."""
+    problem = RoutedProblem.random(
+        [[2, -1], [0, 0], [-1, 2]] * 30, [3, 5, 1, 2], 21, 13, dtype=torch.float16,
+        adapter_dtype=torch.float32, weighted=per_token > 1,
+    )  # fmt: skip
+    problem = problem.with_(ids=problem.ids[:, :per_token])
+    bank = problem.bank()
+
+    def gradients(adapters, on_device: bool) -> dict[str, bool]:
+        bank.zero_grad()
+        with AsOnADevice() if on_device else contextlib.nullcontext():
+            if per_token == 1:
+                routing = Routing.from_tokens(problem.ids, bank, adapters=adapters)
+            else:
+                routing = Routing.from_weighted(
+                    problem.ids, problem.weights, bank, adapters=adapters
+                )
+        y = routed_lora_linear(problem.x, problem.weight, bank, routing, backend="triton")
+        y.backward(problem.dy)
+        return {
+            name: bool(bank[name].lora_a.grad.any() and bank[name].lora_b.grad.any())
+            for name in bank
+            if bank[name].lora_a.grad is not None
+        }
+
+    used = {"a0": True, "a2": True}
+    assert gradients(None, False) == gradients(["a0", "a2", "a3"], False) == used
+    assert gradients(None, True) == {"a0": True, "a1": False, "a2": True, "a3": False}
+    assert gradients(["a0", "a3"], True) == {"a0": True, "a3": False}
