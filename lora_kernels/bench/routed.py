@@ -162,7 +162,7 @@ def run_once(case: RoutedCase, call: RoutedCall, inputs: RoutedInputs) -> None:
     with call.around(), torch.set_grad_enabled(case.train):
         y = call.forward()
         if case.train:
-            torch.autograd.grad(y, call.leaves, inputs.dy)
+            torch.autograd.grad(y, call.leaves, inputs.dy, allow_unused=True)
 
 
 def formula(
@@ -192,7 +192,10 @@ def wrong(case: RoutedCase, call: RoutedCall, inputs: RoutedInputs) -> str | Non
     def results(y: Tensor, leaves: list[Tensor]) -> dict[str, Tensor]:
         found = {"y": y.detach()}
         if case.train:
-            gradients = torch.autograd.grad(y, leaves, inputs.dy.to(y.dtype))
+            dy = inputs.dy.to(y.dtype)
+            gradients = torch.autograd.grad(
+                y, leaves, dy, allow_unused=True, materialize_grads=True
+            )
             found["dx"] = gradients[0]
             found |= {f"gradient {i}": gradient for i, gradient in enumerate(gradients[1:])}
         return found

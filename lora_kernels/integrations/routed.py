@@ -229,6 +229,12 @@ class RoutedModel:
     def parameters_of(self, name: str) -> list[nn.Parameter]:
         """An adapter's parameters over all layers, for an optimizer of its own.
 
+        Or of one for several adapters: a backward gives gradients to those that its batch named,
+        and ``.grad`` of all others stays None, so that no momentum and no decay moves them. DDP has
+        to look for such parameters (``find_unused_parameters=True``). With a :class:`Routing` of
+        ids on a device, and in a compiled model, others get exact zeros; its ``adapters=``
+        bounds them.
+
         Raises:
             KeyError: there is no such adapter.
         """

@@ -11,7 +11,6 @@ from lora_kernels.ops.routed_lora import (
     Routing,
     explain,
     routed_expand,
-    routed_lora,
     routed_lora_linear,
     routed_shrink,
 )
@@ -225,28 +224,11 @@ def test_a_change_of_x_in_place_is_noticed():
         y.sum().backward()
 
 
-@pytest.mark.parametrize("half", ["whole", "shrink", "expand"])
-def test_double_backward_is_refused(half):
-    p = problem_of()
-    bank = p.bank()
-    routing, x = p.routing(bank), p.x.requires_grad_()
-    if half == "whole":
-        leaf, y = x, routed_lora(x, bank, routing)
-    elif half == "shrink":
-        leaf, y = x, routed_shrink(x, bank, routing)
-    else:
-        leaf = routed_shrink(x, bank, routing).detach().requires_grad_()
-        y = routed_expand(leaf, bank, routing)
-    (gradient,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
-        gradient.sum().backward()
-
-
 def test_inner_ops_refuse_gradients():
     p = problem_of()
     bank = p.bank()
     context = (*bank.tensors(), *p.routing(bank).tensors(with_plan=True))
-    with pytest.raises(RuntimeError, match="routed_lora_forward is not differentiable"):
+    with pytest.raises(RuntimeError, match="routed_lora_forward is not differentiable; routed_lo"):
         OPS.routed_lora_forward(*context, p.x.requires_grad_(), None, None, None, "composed")
     with pytest.raises(RuntimeError, match="routed_lora_ is not differentiable"):
         OPS.routed_lora_(*context, torch.zeros(7, 13), p.x, None, "composed")

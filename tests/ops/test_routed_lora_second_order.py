@@ -428,7 +428,7 @@ def test_a_backward_under_autocast_is_not_rounded(dropout):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_forward_under_autocast(dtype):
-    problem = problem_of("plain", in_features=40).with_()
+    problem = problem_of("plain", in_features=40)
     rounded = {
         name: getattr(problem, name).to(dtype).float() for name in ("x", "weight", "bias", "dy")
     }
@@ -459,6 +459,35 @@ def test_hessian_vector_products_and_a_second_use_of_the_graph():
         results.append(once)
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_gradients_at_once(kind, backend):
+    """is_grads_batched, and Jacobians and Hessians by it."""
+    problem = problem_of(kind, dropout=0.3)
+    bank = problem.bank()
+    leaves = list(leaves_of(problem, bank, ALL).values())
+
+    def call(x: Tensor) -> Tensor:
+        y = call_routed(problem, bank, backend, x=x)
+        h = routed_shrink(x, bank, problem.routing(bank), seed=problem.seed, backend=backend)
+        return y + routed_expand(h, bank, problem.routing(bank), backend=backend)
+
+    y = call(problem.x)
+    many = torch.randn(4, *y.shape)
+    together = torch.autograd.grad(y, leaves, many, is_grads_batched=True, retain_graph=True)
+    for index in range(4):
+        alone = torch.autograd.grad(y, leaves, many[index], retain_graph=True)
+        for ours, expected in zip(together, alone, strict=True):
+            torch.testing.assert_close(ours[index], expected, rtol=1e-4, atol=1e-5)
+    for function, of in (
+        (torch.autograd.functional.jacobian, call),
+        (torch.autograd.functional.hessian, lambda x: call(x).sin().sum()),
+    ):
+        x = problem.x.detach()
+        at_once, in_turn = (function(of, x, vectorize=vectorize) for vectorize in (True, False))
+        torch.testing.assert_close(at_once, in_turn, rtol=1e-4, atol=1e-5)
 
 
 def test_forces_of_a_routed_model():

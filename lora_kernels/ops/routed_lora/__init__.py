@@ -74,8 +74,14 @@ def routed_lora(
     the adapters are not known on the host (ids on a device, CUDA graphs, ``torch.compile``) those
     without tokens get exact zeros instead: all of them, or those of the routing's ``adapters=``.
     Where a gradient is needed ``out`` is added to in a pass of its own: prefer
-    :func:`routed_lora_linear` for training. Under autocast x is cast to autocast's dtype. Double
-    backward and ``torch.func`` transforms are not supported.
+    :func:`routed_lora_linear` for training. Under autocast x is cast to autocast's dtype.
+
+    With ``create_graph=True`` a backward is computed by torch's own differentiable operations, the
+    adapters in fp32 or better, so that gradients have derivatives of any order (forces, gradient
+    penalties); on a device it waits for the sizes of the routing's groups. Masks and scalings are
+    constants. x is saved only where some A requires grad: differentiating a gradient of B or of the
+    weights with respect to an x that was not saved raises. Not in graphs of ``torch.compile``;
+    ``torch.func`` transforms are not supported.
 
     Raises:
         TypeError: an argument is of the wrong type or dtype.

@@ -63,6 +63,7 @@ for _schema in (
     _library.define(_schema)
 
 _OPS = torch.ops.lora_kernels
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _module(backend: str, like: Tensor) -> ModuleType:
@@ -418,7 +419,7 @@ class RoutedLoRAFunction(_Function):
         context, (x, weight, h, mask, seed, _) = _Function.saved(ctx, 6, pair_weights_at=5)
         needs_x, _, needs_bias, _, needs_weights = ctx.needs_input_grad[5:10]
         needs = needs_x, needs_weights, needs_bias
-        if torch.is_grad_enabled():  # create_graph
+        if _takes_torch(dy):
             bank, routing, _ = context
             dx, gradients, grad_weights, grad_bias = _in_torch(
                 second_order.lora_backward, dy, x, weight, bank, routing, _Function.factors(ctx),
@@ -452,7 +453,7 @@ class RoutedShrinkFunction(_Function):
     def backward(ctx, t):
         context, (x, mask, seed) = _Function.saved(ctx, 3)
         needs_x = ctx.needs_input_grad[5]
-        if torch.is_grad_enabled():
+        if _takes_torch(t):
             bank, routing, _ = context
             dx, gradients = _in_torch(
                 second_order.shrink_backward, t, x, bank, routing, _Function.factors(ctx),
@@ -481,7 +482,7 @@ class RoutedExpandFunction(_Function):
         context, (h, _) = _Function.saved(ctx, 2, pair_weights_at=1)
         needs_h, _, _, needs_weights = ctx.needs_input_grad[5:9]
         needs = needs_h, needs_weights
-        if torch.is_grad_enabled():
+        if _takes_torch(dy):
             bank, routing, _ = context
             t, gradients, grad_weights = _in_torch(
                 second_order.expand_backward, dy, h, bank, routing, _Function.factors(ctx), needs
@@ -503,6 +504,11 @@ class RoutedExpandFunction(_Function):
 
 def _flat(context: tuple) -> tuple:
     return tuple(field for fields in context for field in fields)
+
+
+def _takes_torch(gradient: Tensor) -> bool:
+    """Whether a backward is differentiated in its turn (create_graph), or is many (vectorize)."""
+    return torch.is_grad_enabled() or _is_batched(gradient)
 
 
 def _in_torch(backward, dy: Tensor, *arguments):

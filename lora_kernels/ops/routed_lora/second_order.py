@@ -1,5 +1,8 @@
 """The backwards of ``routed_lora`` and its halves in differentiable torch, for create_graph=True.
 
+And for many gradients at once (is_grads_batched, ``jacobian(vectorize=True)``), which torch's own
+operations have rules for.
+
 Dimensions: M tokens, P pairs, K in_features, N out_features of all slices, H the widest rank of the
 bank, n the pairs of one group, R_s the rank of one slice and N_s its columns.
 
@@ -196,20 +199,20 @@ class _Backward:
             scale, rows = group.scaling, dy[group.tokens]
             if self.weights is not None:
                 scale = self.weights[group.pairs].unsqueeze(1) * scale
-            parts = [rows[:, each.columns] @ each.b for each in group.slices]
+            parts = [_part(rows, 1, each.columns) @ each.b for each in group.slices]
             unscaled = torch.cat(parts, dim=1)  # [n, R]
             t.append(unscaled * scale)
             if h is None:
                 continue
-            narrow = h[group.pairs, : unscaled.shape[1]]
+            narrow = _part(h, 0, group.pairs).narrow(1, 0, unscaled.shape[1])
             if self.needs_weights:
                 pairs = torch.arange(group.pairs.start, group.pairs.stop, device=rows.device)
                 values = (unscaled * narrow).sum(1) * group.scaling
                 grad_weights = grad_weights.index_add(0, pairs, values)
             for each in group.slices:
                 if self.factors.needs[each.index + 1]:
-                    product = rows[:, each.columns].t() @ (narrow * scale)[:, each.ranks]
-                    self._gradients[each.index + 1] = product
+                    scaled = _part(narrow * scale, 1, each.ranks)
+                    self._gradients[each.index + 1] = _part(rows, 1, each.columns).t() @ scaled
         if grad_weights is not None:
             grad_weights = grad_weights.to(self.routing.pair_weights.dtype)
         return self._narrow(t), grad_weights
@@ -220,7 +223,8 @@ class _Backward:
         """``keep * (t A)`` of every pair, added up by token ``[M, K]``; and the gradient of A."""
         dx = t.new_zeros((rows, self.in_features)) if needs_x else None
         for group in self.groups:
-            parts = [(each, t[group.pairs, each.ranks]) for each in group.slices]
+            of_group = _part(t, 0, group.pairs)
+            parts = [(each, _part(of_group, 1, each.ranks)) for each in group.slices]
             if needs_x:
                 tail = sum(narrow @ each.a for each, narrow in parts)
                 dx = dx.index_add(0, group.tokens, self._drop(group, tail))
@@ -233,14 +237,14 @@ class _Backward:
 
     def gradients(self) -> list[Tensor | None]:
         """Of each parameter: zeros where no pair has reached it, None where none is needed."""
-        return [
-            self._gradients.get(index, torch.zeros_like(parameter)).to(parameter.dtype)
-            if need
-            else None
-            for index, (parameter, need) in enumerate(
-                zip(self.factors.parameters, self.factors.needs, strict=True)
-            )
-        ]
+        found = []
+        factors = zip(self.factors.parameters, self.factors.needs, strict=True)
+        for index, (parameter, need) in enumerate(factors):
+            gradient = self._gradients.get(index)
+            if need and gradient is None:
+                gradient = torch.zeros_like(parameter)
+            found.append(gradient.to(parameter.dtype) if need else None)
+        return found
 
     def _narrow(self, of_groups: list[Tensor]) -> Tensor:
         """The rows ``[n, R]`` of each group as ``[P, H]``, with zeros for other pairs and ranks."""
@@ -266,3 +270,8 @@ class _Backward:
                 self.seed, group.p, group.tokens, self.in_features, group.slot
             )
         return drop(rows, unpacked_keep_mask(packed, self.in_features), group.p)
+
+
+def _part(tensor: Tensor, dim: int, indices: slice) -> Tensor:
+    """Not by indexing: a slice of everything has no rule for many gradients at once."""
+    return tensor.narrow(dim, indices.start, indices.stop - indices.start)

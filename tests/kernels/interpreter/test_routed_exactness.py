@@ -106,7 +106,7 @@ def test_nan_in_an_adapter_that_no_token_uses(rows, k, poison, poisoned_memory):
     problem = problem.with_adapter("a1", scaling=poison)
     ours = run_routed(problem, BACKEND)
     assert not unequal(ours, expected)
-    assert not ours["a1.lora_a"].any() and not ours["a1.lora_b"].any()
+    assert "a2.lora_a" in ours and "a1.lora_a" not in ours and "a1.lora_b" not in ours
 
 
 @pytest.mark.parametrize("rows", [30, 260])

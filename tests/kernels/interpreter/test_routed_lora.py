@@ -20,6 +20,7 @@ from lora_kernels.testing import assert_within_policy
 from lora_kernels.testing.routed_inputs import (
     AsOnADevice,
     RoutedProblem,
+    call_routed,
     check_routed,
     routed_eager,
     routed_oracle,
@@ -377,3 +378,28 @@ def test_whose_parameters_have_gradients(per_token, poisoned_memory):
     assert gradients(None, False) == gradients(["a0", "a2", "a3"], False) == used
     assert gradients(None, True) == {"a0": True, "a1": False, "a2": True, "a3": False}
     assert gradients(["a0", "a3"], True) == {"a0": True, "a3": False}
+
+
+@pytest.mark.parametrize("rows", [40, 300])
+@pytest.mark.parametrize("sliced", [False, True], ids=["", "sliced"])
+def test_second_derivatives(sliced, rows, poisoned_memory):
+    """No mask is stored and no group is known on the host: both are found again."""
+    problem = RoutedProblem.random(
+        ids_of("pairs", 3, rows), [(3, 0), (0, 5), (1, 2)] if sliced else [3, 5, 1], 21,
+        (7, 10) if sliced else 17, weighted=True, dropout=0.3,
+    )  # fmt: skip
+
+    def derivatives(p: RoutedProblem, backend: str) -> dict[str, torch.Tensor]:
+        bank = p.bank()
+        leaves = {"x": p.x, "weights": p.weights, "dy": p.dy, **dict(bank.named_parameters())}
+        for leaf in leaves.values():
+            leaf.requires_grad_().grad = None
+        y = call_routed(p, bank, backend)
+        first = torch.autograd.grad(y, [p.x, p.weights], p.dy, create_graph=True)
+        (first[0].square().sum() + first[1].square().mean()).backward()
+        return {name: leaf.grad for name, leaf in leaves.items()}
+
+    ours, eager = derivatives(problem, "triton"), derivatives(problem, "reference")
+    oracle = derivatives(problem.double(), "reference")
+    for name, gradient in ours.items():
+        assert_within_policy(name, gradient, eager[name], oracle[name])
