@@ -19,6 +19,8 @@ from lora_kernels.adapter_files import (
     read_adapter,
     write_adapter,
 )
+from lora_kernels.integrations.layer_places import place_of
+from lora_kernels.integrations.model_calls import unwatch_calls, watch_calls
 from lora_kernels.integrations.weight_readers import never_calls, passes_by
 from lora_kernels.modules.active_adapters import ActiveAdapters
 from lora_kernels.modules.adapter_layer import (
@@ -38,14 +40,15 @@ def route(
     target_modules: str | Sequence[str] | None = None,
     *,
     adapter_dtype: torch.dtype | None = None,
+    batch_dim: int = 0,
 ) -> RoutedModel:
     r"""Let a model hold many LoRA adapters and use another one for every sequence of a batch.
 
     .. math::
         y_m = x_m W^T + b + s_i \cdot D_i(x_m) A_i^T B_i^T \quad i = \text{token m's adapter}
 
-    Works on any model whose ``nn.Linear`` layers take ``[batch, ..., K]`` (or the same flattened,
-    sequence after sequence), such as those of transformers, for serving and for training::
+    Works on any model whose ``nn.Linear`` layers take ``[batch, ..., K]`` (or, inside of a forward of
+    the model, the same flattened), such as those of transformers, for serving and for training::
 
         routed = lora_kernels.route(model)
         routed.load("sql", "adapters/sql")             # PEFT's files
@@ -63,12 +66,14 @@ def route(
             name, or a list of whole names or last parts of names, as in PEFT. None: any linear.
         adapter_dtype: that adapters are kept in; None is fp32 over a half-precision base, else the
             base's.
+        batch_dim: the axis of the layers' inputs that is the batch's: 1 for models whose layers take
+            ``[tokens, batch, K]`` (those of transformers that do so in some layers, there).
 
     Raises:
         TypeError: model is not a module.
-        ValueError: PEFT layers are in the model.
+        ValueError: PEFT layers are in the model; batch_dim is not 0 or 1, or not what it was.
     """
-    return RoutedModel(model, target_modules, adapter_dtype)
+    return RoutedModel(model, target_modules, adapter_dtype, batch_dim)
 
 
 class RoutedModel:
@@ -83,11 +88,16 @@ class RoutedModel:
         model: nn.Module,
         target_modules: str | Sequence[str] | None,
         adapter_dtype: torch.dtype | None,
+        batch_dim: int = 0,
     ) -> None:
         _check_model(model)
         self.model = model
         self._targets, self._adapter_dtype = target_modules, adapter_dtype
-        self._active = _holder_in(model) or ActiveAdapters(AdapterSlots())
+        self._active = _holder_in(model) or ActiveAdapters(AdapterSlots(), batch_dim)
+        if self._active.batch_dim != batch_dim:
+            raise ValueError(
+                f"batch_dim: the model is routed with {self._active.batch_dim}, got {batch_dim!r}"
+            )
         self._configs: dict[str, dict[str, Any]] = {}
         own = {id(p) for layer in self._layers().values() for p in layer.bank.parameters()}
         self._frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
@@ -104,7 +114,14 @@ class RoutedModel:
         """The slots of all banks: what a :class:`Routing` of one's own is made for."""
         return self._active.slots
 
-    def adapters(self, names: str | Sequence[str] | Routing) -> AbstractContextManager[None]:
+    def adapters(
+        self,
+        names: str | Sequence[str] | Routing,
+        *,
+        beams: int = 1,
+        stacked: int = 1,
+        rows: Mapping[str, str | Sequence[str] | Routing] | None = None,
+    ) -> AbstractContextManager[None]:
         """``with routed.adapters(names):`` says which adapters the batches inside use.
 
         Forward, ``generate`` and backward may be called inside, any number of times, with any
@@ -112,16 +129,36 @@ class RoutedModel:
         checkpointing backward must be called inside too, as it computes the layers again. In a
         compiled model names break the graph at every layer; a :class:`Routing` does not.
 
+        A batch has a row for each of n names; or n * beams, n * stacked or n * beams * stacked.
+        Inside of ``generate`` it may also have as many beams or returned sequences as that was asked
+        for. Any other number raises.
+
         Args:
-            names: one adapter for all, or one per sequence; ``"__base__"`` is none. Batches may
-                have more rows by a factor, as beam search and ``num_return_sequences`` make them:
-                neighbouring rows then share a name. Or a :class:`Routing` over all tokens, made for
+            names: one adapter for everything, whatever the rows; or a list with one per sequence;
+                ``"__base__"`` is none. Or a :class:`Routing` over all tokens, made for
                 :attr:`slots`, for batches that hold several sequences per row.
+            beams: neighbouring rows that share a name: ``a a b b``, as beam search and
+                ``num_return_sequences`` make them outside of the model's own ``generate``.
+            stacked: how often the whole batch is repeated: ``a b a b``, as guidance does, and
+                preference training that stacks its pairs.
+            rows: what holds instead of ``names`` in some modules (and in what is inside of them), by
+                their name: those whose rows are not the text's, such as images, several of which
+                may belong to one text. Values are as for ``names``.
 
         Outside of it, a model that has adapters raises a RuntimeError. So does its end, if the
         model has computed with the weight of a layer with adapters and not called the layer.
+
+        Raises:
+            ValueError: a name is not an adapter's; no module is named by a key of rows.
+            TypeError: names are none of the three, or another argument does not fit.
         """
-        return passing_by_refused(self._active.use(names), names, self._layers)
+        for prefix in rows or {}:
+            try:
+                self.model.get_submodule(prefix)
+            except AttributeError:
+                raise ValueError(f"rows: there is no module {prefix!r} in the model") from None
+        context = self._active.use(names, beams=beams, stacked=stacked, rows=rows)
+        return passing_by_refused(context, None if rows else names, self._layers)
 
     def load(self, name: str, directory: str | os.PathLike, *, trainable: bool = False) -> None:
         """Add an adapter from a PEFT adapter directory, all its modules or none.
@@ -246,6 +283,7 @@ class RoutedModel:
         for name in self.names:
             self.remove(name)
         self._swap({layer: layer.base_layer for layer in self._layers().values()})
+        unwatch_calls(self.model)
         for parameter in self._frozen:
             parameter.requires_grad_(True)
 
@@ -381,7 +419,9 @@ class RoutedModel:
             for layer in done:
                 layer.bank.remove(name)
             raise
-        self._swap(wrapped)
+        if wrapped:
+            self._swap(wrapped)
+            watch_calls(self.model, self._active)
 
     def _wrapped(self, name: str, linear: nn.Linear) -> RoutedLoRALinear:
         try:
@@ -390,7 +430,7 @@ class RoutedModel:
             )
         except (TypeError, ValueError) as error:
             raise type(error)(f"{name}: {error}") from None
-        layer.active_adapters = self._active
+        layer.active_adapters, layer.place = self._active, place_of(self.model, name)
         return layer
 
     def _swap(self, others: Mapping[nn.Module, nn.Module]) -> None:

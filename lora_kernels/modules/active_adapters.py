@@ -1,31 +1,33 @@
-"""``ActiveAdapters``: which adapters a batch's sequences use, told once for all layers of a model.
-
-Dimensions: S names, M tokens of a layer's input (its leading dimensions flattened).
-"""
+"""``ActiveAdapters``: which adapters a batch's sequences use, told once for all layers of a model."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_kernels.modules.choice import Choice, Part, Place
 from lora_kernels.ops.routed_lora import AdapterSlots, Routing
 from lora_kernels.ops.routed_lora.slots import BASE
 
 # What this thread or task has entered, of any model.
-_entered: ContextVar[tuple[_Batch, ...]] = ContextVar("entered", default=())
+_entered: ContextVar[tuple[Choice, ...]] = ContextVar("entered", default=())
+
+
+_ANYWHERE = Place()
 
 
 class ActiveAdapters:
     """Hands the layers of one model the :class:`Routing` of the batch at hand.
 
     Inside ``with active.use(names):`` every layer that shares this object sees the same choice. A
-    routing is built for each number of tokens that comes by, and serves all layers; outside, a
-    layer raises as soon as there are adapters, instead of computing the base model in silence.
+    routing is built for each shape of input that comes by, and serves all layers; outside, a layer
+    raises as soon as there are adapters, instead of computing the base model in silence.
 
     It belongs to one thread or asyncio task at a time. The threads in which autograd runs a
     backward see its choice too, so that activation checkpointing recomputes inside of ``with`` what
@@ -33,49 +35,66 @@ class ActiveAdapters:
 
     Args:
         slots: those of the layers' banks.
+        batch_dim: the axis of the layers' inputs that is the batch's, 0 or 1.
     """
 
-    def __init__(self, slots: AdapterSlots) -> None:
+    def __init__(self, slots: AdapterSlots, batch_dim: int = 0) -> None:
         if not isinstance(slots, AdapterSlots):
             raise TypeError(f"slots: expected AdapterSlots, got {type(slots).__name__}")
-        self.slots = slots
+        if isinstance(batch_dim, bool) or batch_dim not in (0, 1):
+            raise ValueError(f"batch_dim: expected 0 or 1, got {batch_dim!r}")
+        self.slots, self.batch_dim = slots, batch_dim
         self._forget()
 
     @contextmanager
-    def use(self, adapters: str | Sequence[str] | Routing) -> Iterator[None]:
+    def use(
+        self,
+        adapters: str | Sequence[str] | Routing,
+        *,
+        beams: int = 1,
+        stacked: int = 1,
+        rows: Mapping[str, str | Sequence[str] | Routing] | None = None,
+    ) -> Iterator[None]:
         """Set the adapters of the batches that are computed inside.
 
         Args:
             adapters: one name for all tokens, or a list with one name per sequence
-                (``"__base__"`` for none), or a routing of the tokens. Where an input has more rows
-                than there are names, each name holds for equally many neighbouring rows: those of
-                its beams or returned sequences.
+                (``"__base__"`` for none), or a routing of the tokens.
+            beams: how many neighbouring rows each name may have: a batch has n rows for n names,
+                or n * beams.
+            stacked: how often the whole batch may be repeated: n * stacked rows, or with beams
+                n * beams * stacked.
+            rows: instead of ``adapters`` for the layers of some modules, by their name.
 
         Raises:
-            ValueError: a name is not an adapter's, or there is none.
-            TypeError: adapters is none of the three.
+            ValueError: a name is not an adapter's, or there is none; beams or stacked is below 1.
+            TypeError: adapters or a value in rows is none of the three.
             RuntimeError: another thread or task is inside.
         """
-        batch = _Batch(adapters, self.slots)
+        choice = Choice(adapters, self.slots, beams, stacked, rows or {})
         with self._lock:
             self._check_caller()
-            self._batches.append(batch)
-        _entered.set((*_entered.get(), batch))
+            self._choices.append(choice)
+        _entered.set((*_entered.get(), choice))
         try:
             yield
         finally:
-            _entered.set(tuple(other for other in _entered.get() if other is not batch))
+            _entered.set(tuple(other for other in _entered.get() if other is not choice))
             with self._lock:
-                self._batches = [other for other in self._batches if other is not batch]
+                self._choices = [other for other in self._choices if other is not choice]
 
-    def routing_for(self, x: Tensor) -> Routing | None:
+    def routing_for(self, x: Tensor, place: Place = _ANYWHERE) -> Routing | None:
         """The routing for a layer's input ``[..., K]``; None where there are no adapters at all.
+
+        Args:
+            x: the input.
+            place: where the layer is.
 
         Raises:
             RuntimeError: there are adapters, and nobody has said which ones to use.
-            ValueError: x's rows cannot be divided among the names.
+            ValueError: x's rows are not those of the names, or nothing is said of the layer's.
         """
-        if not self._batches:
+        if not self._choices:
             if not len(self.slots):
                 return None
             raise RuntimeError(
@@ -84,107 +103,111 @@ class ActiveAdapters:
                 f"({BASE!r} for none), and call backward() in there too if activations are "
                 "checkpointed"
             )
-        in_backward = False
-        if not torch.compiler.is_compiling():
-            in_backward = torch._C._current_graph_task_id() != -1
-            if not in_backward:
+        choice = self._choices[-1]
+        part = choice.part_for(place)
+        if part is choice.main and place.apart is not None and part.every_row is None:
+            raise ValueError(
+                f"{place.name}: its rows are not those of the text; say whose they are with "
+                f"adapters(..., rows={{{place.apart!r}: ...}}): one name, a list of them, or a "
+                "Routing over its tokens"
+            )
+        if part.routing is not None:
+            if not torch.compiler.is_compiling() and not _in_backward():
                 self._check_caller()
-        return self._batches[-1].routing_for(x, in_backward)
+            return part.routing
+        return _outside_of_graphs(self._routing_by_names, choice, part, x, place)
+
+    def _routing_by_names(self, choice: Choice, part: Part, x: Tensor, place: Place) -> Routing:
+        in_backward = _in_backward()
+        if not in_backward:
+            self._check_caller()
+        if place.axis == 1 and self.batch_dim == 0 and part.names is not None:
+            raise ValueError(
+                f"{place.name}: this architecture computes [tokens, batch, features] there; pass "
+                "batch_dim=1 to route, or one name or a Routing to adapters"
+            )
+        axis = self.batch_dim if place.axis is None else place.axis
+        return choice.routing_for(part, x, axis, in_backward)
 
     def _check_caller(self) -> None:
-        if self._batches and self._batches[-1] not in _entered.get():
+        if self._choices and self._choices[-1] not in _entered.get():
             raise RuntimeError(
                 "another thread or task is inside of this model's `with ...adapters(...)`; its "
                 "choice of adapters is not the caller's, and one batch is computed at a time"
             )
 
+    # --- what the model's own calls tell ------------------------------------------------------
+
+    def begin_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any], axis: int) -> None:
+        """A forward of the whole model begins, the batch on that axis of its inputs."""
+        if self._choices and self._choices[-1].asks_for_rows:
+            _outside_of_graphs(self._begin_forward, args, kwargs, axis)
+
+    def _begin_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any], axis: int) -> None:
+        if (choice := self._callers_choice()) is not None:
+            choice.begin_forward(args, kwargs, axis)
+
+    def end_forward(self) -> None:
+        """What was known of the forward that ends holds no longer."""
+        if self._choices and self._choices[-1].asks_for_rows:
+            _outside_of_graphs(self._end_forward)
+
+    def _end_forward(self) -> None:
+        if (choice := self._callers_choice()) is not None:
+            choice.end_forward()
+
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """A ``generate`` of the model, which says by :meth:`expand` how many beams there are."""
+        choice = self._callers_choice()
+        if choice is None:
+            yield
+            return
+        before, choice.generation = choice.generation, None
+        try:
+            yield
+        finally:
+            choice.generation = before
+
+    def expand(self, rows: int | None, times: int) -> None:
+        """The running ``generate`` repeats each of so many rows, so many times.
+
+        Raises:
+            ValueError: it did before, when there were other rows.
+        """
+        if (choice := self._callers_choice()) is not None:
+            choice.expand(rows, times)
+
+    def _callers_choice(self) -> Choice | None:
+        """The innermost choice, if it is this thread's."""
+        choices = self._choices
+        if choices and (choices[-1] in _entered.get() or _in_backward()):
+            return choices[-1]
+        return None
+
     def _forget(self) -> None:
-        self._batches: list[_Batch] = []
+        self._choices: list[Choice] = []
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict:
-        return {"slots": self.slots}
+        return {"slots": self.slots, "batch_dim": self.batch_dim}
 
     def __setstate__(self, state: dict) -> None:
-        self.slots = state["slots"]
+        self.slots, self.batch_dim = state["slots"], state.get("batch_dim", 0)
         self._forget()
 
 
-class _Batch:
-    """The choice of one ``with``, and the routings made for it."""
-
-    def __init__(self, adapters: str | Sequence[str] | Routing, slots: AdapterSlots) -> None:
-        self.slots = slots
-        self.routing = adapters if isinstance(adapters, Routing) else None
-        self._made: dict[tuple[int, torch.device], Routing] = {}
-        self._batch_sizes: set[int] = set()
-        if self.routing is not None:
-            if adapters.slots is not slots:
-                raise ValueError("adapters: expected a routing of this model's slots, got another")
-            if adapters.device.type == "cpu":
-                adapters.plan()  # now, for a compiled model could not
-            return
-        if isinstance(adapters, str):
-            adapters = [adapters]
-        if isinstance(adapters, Tensor) or not isinstance(adapters, Sequence):
-            raise TypeError(
-                "adapters: expected a name, a list of names or a Routing, got "
-                f"{type(adapters).__name__}"
-            )
-        self.names = list(adapters)
-        if not self.names:
-            raise ValueError("adapters: expected at least one name, got none")
-        for name in self.names:
-            if not isinstance(name, str):
-                raise TypeError(f"adapters: expected names, got a {type(name).__name__}")
-            if name != BASE and name not in slots:
-                raise ValueError(
-                    f"adapters: expected {BASE!r} or one of {list(slots)}, got {name!r}"
-                )
-
-    def routing_for(self, x: Tensor, in_backward: bool) -> Routing:
-        if self.routing is not None:
-            return self.routing
-        tokens = x.shape[:-1].numel()
-        routing = self._made.get((tokens, x.device))
-        if routing is not None and routing.version == self.slots.version:
-            self._check_rows(x, tokens)
-            return routing
-        if in_backward and routing is None:
-            raise RuntimeError(
-                f"checkpointed activations of {tokens} tokens are computed again for a backward, "
-                "and were not computed inside of this `with ...adapters(...)`; call backward() "
-                "inside of the one that the forward ran in"
-            )
-        self._check_rows(x, tokens)
-        length = tokens // len(self.names)
-        with _plain_tensors():
-            routing = Routing.from_sequences(self.names, length, self.slots, device=x.device)
-        self._made[tokens, x.device] = routing
-        return routing
-
-    def _check_rows(self, x: Tensor, tokens: int) -> None:
-        """Raise unless x is ``[rows, ..., K]``, or ``[M, K]`` with all tokens, or one, of each row.
-
-        Tokens alone do not tell: padding may have been cut out, and by chance leave a multiple.
-        """
-        names = len(self.names)
-        if x.ndim > 2:
-            if x.shape[0] % names:
-                raise ValueError(
-                    f"x: expected a multiple of {names} sequences, one or more per adapter named, "
-                    f"got {list(x.shape)}"
-                )
-            self._batch_sizes |= {tokens, x.shape[0]}
-        elif names > 1 and tokens != names and tokens not in self._batch_sizes:
-            raise ValueError(
-                f"x: {tokens} tokens do not tell which of the {names} sequences they are of, got "
-                f"{list(x.shape)}; pass a Routing over the tokens instead of names"
-            )
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
-def _plain_tensors() -> AbstractContextManager:
-    """Also under inference mode: a training step may follow in the same choice."""
+def _outside_of_graphs(function: Callable, *args: Any) -> Any:
+    """Names are looked up by every call: they break a compiled graph."""
     if torch.compiler.is_compiling():
-        return nullcontext()
-    return torch.inference_mode(False)
+        return _undisturbed(function, *args)
+    return function(*args)
+
+
+@torch._disable_dynamo
+def _undisturbed(function: Callable, *args: Any) -> Any:
+    return function(*args)

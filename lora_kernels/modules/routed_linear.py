@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from lora_kernels.modules.active_adapters import ActiveAdapters
 from lora_kernels.modules.adapter_layer import adapter_dtype_over, check_no_hooks, check_size
 from lora_kernels.modules.base_parameters import BaseParameters
+from lora_kernels.modules.choice import Place
 from lora_kernels.modules.lora_linear import _check_linear
 from lora_kernels.modules.weight_reads import note_call, note_read
 from lora_kernels.ops.routed_lora import AdapterBank, AdapterSlots, Routing, routed_lora_linear
@@ -29,6 +30,7 @@ class RoutedLoRALinear(BaseParameters):
         base_layer: the frozen layer.
         bank: its :class:`AdapterBank`.
         active_adapters: asked where ``forward`` gets no routing; None for nobody.
+        place: where the layer is in its model, as ``active_adapters`` is told.
 
     Args:
         in_features: K.
@@ -42,6 +44,8 @@ class RoutedLoRALinear(BaseParameters):
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which and why.
     """
+
+    place = Place()
 
     def __init__(
         self,
@@ -174,7 +178,7 @@ class RoutedLoRALinear(BaseParameters):
 
     def _routing_for(self, x: Tensor) -> Routing | None:
         if self.active_adapters is not None:
-            return self.active_adapters.routing_for(x)
+            return self.active_adapters.routing_for(x, self.place)
         if not len(self.bank):
             return None
         raise RuntimeError(
