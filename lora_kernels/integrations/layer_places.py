@@ -90,21 +90,22 @@ def _apart(name: str, around: list[tuple[str, nn.Module]]) -> str | None:
         for path, module in around
         if hasattr(module, "main_input_name") and _is_config(getattr(module, "config", None))
     ]
-    for path, whole in models:
+    for _, whole in models:
         text = _text_types(whole)
         other = [config for config in _sub_configs(whole.config) if type(config) not in text]
         if other and (type(whole.config) not in text or whole.main_input_name == "input_ids"):
             break
     else:
         return None
-    nearest_path, nearest = models[-1]
+    path, nearest = models[-1]
     if type(nearest.config) in text:
         return None
-    if nearest is not whole:
-        return nearest_path
+    if type(nearest.config) is not type(whole.config):
+        return path
+    # Beside the parts: a projection between them, or the head over the text.
     inside = name[len(path) :].lstrip(".")
-    head = getattr(whole, "get_output_embeddings", None)
-    if callable(head) and head() is whole.get_submodule(inside):
+    head = getattr(nearest, "get_output_embeddings", None)
+    if callable(head) and head() is nearest.get_submodule(inside):
         return None
     return f"{path}.".lstrip(".") + inside.partition(".")[0]
 

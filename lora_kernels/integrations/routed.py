@@ -47,8 +47,8 @@ def route(
     .. math::
         y_m = x_m W^T + b + s_i \cdot D_i(x_m) A_i^T B_i^T \quad i = \text{token m's adapter}
 
-    Works on any model whose ``nn.Linear`` layers take ``[batch, ..., K]`` (or, inside of a forward of
-    the model, the same flattened), such as those of transformers, for serving and for training::
+    Works on any model whose ``nn.Linear`` layers take ``[batch, ..., K]`` (or the same flattened,
+    in a forward of the model), such as those of transformers, for serving and for training::
 
         routed = lora_kernels.route(model)
         routed.load("sql", "adapters/sql")             # PEFT's files
@@ -66,8 +66,8 @@ def route(
             name, or a list of whole names or last parts of names, as in PEFT. None: any linear.
         adapter_dtype: that adapters are kept in; None is fp32 over a half-precision base, else the
             base's.
-        batch_dim: the axis of the layers' inputs that is the batch's: 1 for models whose layers take
-            ``[tokens, batch, K]`` (those of transformers that do so in some layers, there).
+        batch_dim: the axis of the layers' inputs that is the batch's: 1 for models whose layers
+            take ``[tokens, batch, K]`` (in those of transformers, where they do).
 
     Raises:
         TypeError: model is not a module.
@@ -130,8 +130,8 @@ class RoutedModel:
         compiled model names break the graph at every layer; a :class:`Routing` does not.
 
         A batch has a row for each of n names; or n * beams, n * stacked or n * beams * stacked.
-        Inside of ``generate`` it may also have as many beams or returned sequences as that was asked
-        for. Any other number raises.
+        Inside of the model's ``generate`` it may also have the beams or returned sequences that
+        this was asked for. Any other number raises.
 
         Args:
             names: one adapter for everything, whatever the rows; or a list with one per sequence;
@@ -141,7 +141,7 @@ class RoutedModel:
                 ``num_return_sequences`` make them outside of the model's own ``generate``.
             stacked: how often the whole batch is repeated: ``a b a b``, as guidance does, and
                 preference training that stacks its pairs.
-            rows: what holds instead of ``names`` in some modules (and in what is inside of them), by
+            rows: what holds instead of ``names`` in some modules and what is inside of them, by
                 their name: those whose rows are not the text's, such as images, several of which
                 may belong to one text. Values are as for ``names``.
 
@@ -152,7 +152,7 @@ class RoutedModel:
             ValueError: a name is not an adapter's; no module is named by a key of rows.
             TypeError: names are none of the three, or another argument does not fit.
         """
-        for prefix in rows or {}:
+        for prefix in rows if isinstance(rows, Mapping) else ():
             try:
                 self.model.get_submodule(prefix)
             except AttributeError:

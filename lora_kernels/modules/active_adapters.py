@@ -1,4 +1,4 @@
-"""``ActiveAdapters``: which adapters a batch's sequences use, told once for all layers of a model."""
+"""``ActiveAdapters``: which adapters a batch uses, told once for all layers of a model."""
 
 from __future__ import annotations
 

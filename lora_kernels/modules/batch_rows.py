@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 # What the models of transformers call the inputs that are as long as their activations.
@@ -159,7 +158,7 @@ def _unfit(shape: Sequence[int], said: NamedRows, axis: int, forward: Forward | 
 
 
 def forward_of(args: Sequence[Any], kwargs: Mapping[str, Any], axis: int = 0) -> Forward | None:
-    """Rows and tokens of a whole model's inputs: ids ``[B, T]``, or floats ``[B, T, K]``, ``[B, K]``.
+    """Rows and tokens of a model's inputs: ids ``[B, T]``, or floats ``[B, T, K]``, ``[B, K]``.
 
     The first positional tensor counts and what transformers calls its text inputs, or else the
     first tensor by keyword.

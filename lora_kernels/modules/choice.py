@@ -60,9 +60,7 @@ class Part:
             if not isinstance(name, str):
                 raise TypeError(f"{what}: expected names, got a {type(name).__name__}")
             if name != BASE and name not in slots:
-                raise ValueError(
-                    f"{what}: expected {BASE!r} or one of {list(slots)}, got {name!r}"
-                )
+                raise ValueError(f"{what}: expected {BASE!r} or one of {list(slots)}, got {name!r}")
         if self.every_row is None:
             self.names = tuple(names)
 
@@ -154,13 +152,17 @@ class Choice:
         routing = self._made.get((runs, x.device))
         if routing is None or routing.version != self.slots.version:
             with torch.inference_mode(False):  # a training step may follow in the same choice
-                routing = Routing.from_sequences(runs.names, runs.length, self.slots, device=x.device)
+                routing = Routing.from_sequences(
+                    runs.names, runs.length, self.slots, device=x.device
+                )
             self._made[runs, x.device] = routing
         return routing
 
     def _runs(self, part: Part, x: Tensor, axis: int, forward: Forward | None) -> Runs:
         if part.every_row is not None:
             return Runs((part.every_row,), x.shape[:-1].numel())
+        if part is not self.main and x.ndim == 2:  # patches may be packed: no more than rows each
+            return runs_of(x.shape, NamedRows(part.names), axis)
         times = 1 if self.generation is None else self.generation.times
         beams = frozenset({1, self.beams, times, self.beams * times})
         return runs_of(x.shape, NamedRows(part.names, beams, self.stacked), axis, forward)

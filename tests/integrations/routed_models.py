@@ -65,3 +65,22 @@ def alone(name: str) -> nn.Module:
 
 def tokens(*shape: int) -> torch.Tensor:
     return torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(5))
+
+
+def assert_rows(ours, names, ids) -> None:
+    """Logits of a model against those of each row's adapter alone."""
+    for row, name in enumerate(names):
+        torch.testing.assert_close(ours[row], alone(name)(ids[row : row + 1]).logits[0])
+
+
+def written(model, ids, **settings):
+    settings = {"do_sample": False, "max_new_tokens": 6, **settings}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+
+
+def routed_toy(model, *targets, **options):
+    """Two adapters that matter, "one" and "two"."""
+    routed = route(model, **options)
+    for name in ("one", "two"):
+        routed.add(name, rank=2, alpha=2, target_modules=list(targets), init_lora_weights=False)
+    return routed

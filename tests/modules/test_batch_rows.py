@@ -1,4 +1,4 @@
-"""Whose adapter a row takes: never another one's, over all small batches; what is not known raises."""
+"""Whose adapter a row takes: never another one's, over all small batches, or it raises."""
 
 import itertools
 
