@@ -6,7 +6,7 @@ Ranks and alphas by module, as PEFT finds them; writing them back the other way.
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
@@ -26,6 +26,7 @@ _OTHER_KINDS = {
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
 }
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 # These rewrite the base weight when PEFT makes the adapter, so its file alone does not say enough.
 _REWRITE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 _INITIALISATION_ONLY = ("eva_config", "corda_config", "lora_ga_config", "loftq_config")
@@ -63,9 +64,10 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         known = key in _OTHER_KINDS or key in _INITIALISATION_ONLY or key == "use_rslora"
         if variant and not known and value and key not in ("megatron_config", "runtime_config"):
             raise ValueError(f"{where}: {key} = {_short(value)} is not known here")
-    for key in ("rank_pattern", "alpha_pattern"):
+    for key in _PATTERNS:
         if not isinstance(config.get(key) or {}, Mapping):
             raise ValueError(f"{where}: {key}: expected a table, got {_short(config[key])}")
+    _check_targets(config, where)
     for rank in (config.get("r", 8), *(config.get("rank_pattern") or {}).values()):
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ValueError(f"{where}: r: expected an integer of at least 1, got {rank!r}")
@@ -75,6 +77,44 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     p = config.get("lora_dropout") or 0.0
     if isinstance(p, bool) or not isinstance(p, Real) or not 0 <= p < 1:
         raise ValueError(f"{where}: lora_dropout: expected a probability in [0, 1), got {p!r}")
+
+
+def _check_targets(config: Mapping[str, Any], where: str) -> None:
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = config.get(key)
+        listed = isinstance(value, (list, tuple, set, frozenset))
+        names = value if listed else [] if value is None else [value]
+        if not all(isinstance(each, str) for each in names):
+            raise ValueError(
+                f"{where}: {key}: expected a regular expression or a list of names, got "
+                f"{_short(value)}"
+            )
+        for each in names if not listed or key == "layers_pattern" else ():
+            _compiled(each, f"{where}: {key}", each)
+    layers = config.get("layers_to_transform")
+    numbers = layers if isinstance(layers, (list, tuple)) else [layers]
+    if layers is not None and not all(type(number) is int for number in numbers):
+        raise ValueError(
+            f"{where}: layers_to_transform: expected a number or a list of them, got "
+            f"{_short(layers)}"
+        )
+
+
+def asks_for_all_linear(config: Mapping[str, Any]) -> bool:
+    """Whether ``target_modules`` is PEFT's word for all linear layers but the head."""
+    wanted = config.get("target_modules")
+    return isinstance(wanted, str) and wanted.lower() == "all-linear"
+
+
+def idle_patterns(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
+    """Patterns of ranks and alphas that match none of the modules, in words."""
+    modules = list(modules)
+    return [
+        f"{key} {pattern!r}"
+        for key in _PATTERNS
+        for pattern in config.get(key) or {}
+        if not any(_matches(key, pattern, module) for module in modules)
+    ]
 
 
 def rank_and_alpha(config: Mapping[str, Any], module: str) -> tuple[int, float]:
@@ -92,10 +132,13 @@ def targets(config: Mapping[str, Any], module: str) -> bool:
     """Whether PEFT would give the module of that name an adapter.
 
     ``exclude_modules`` first; then ``target_modules``, a regular expression for the whole name or a
-    list of whole names or their last parts; with a list ``layers_to_transform`` may narrow it.
+    list of whole names or their last parts; with a list ``layers_to_transform`` may narrow it. Of
+    "all-linear" the caller has to know which modules these are.
     """
     if _names(config.get("exclude_modules") or [], module):
         return False
+    if asks_for_all_linear(config):
+        return True
     wanted = config.get("target_modules") or []
     if not _names(wanted, module):
         return False
@@ -122,13 +165,20 @@ def _names(wanted, module: str) -> bool:
 
 def _by_pattern(config: Mapping[str, Any], key: str, module: str, default):
     for pattern, value in (config.get(key) or {}).items():
-        try:
-            match = re.match(rf"(.*\.)?({pattern})$", module)
-        except re.error as error:
-            raise ValueError(f"{key}: {pattern!r} is no regular expression: {error}") from None
-        if match:
+        if _matches(key, pattern, module):
             return value
     return default
+
+
+def _matches(key: str, pattern: str, module: str) -> bool:
+    return _compiled(rf"(.*\.)?({pattern})$", key, pattern).match(module) is not None
+
+
+def _compiled(regex: str, what: str, shown: str) -> re.Pattern:
+    try:
+        return re.compile(regex)
+    except re.error as error:
+        raise ValueError(f"{what}: {shown!r} is no regular expression: {error}") from None
 
 
 def _scaling(config: Mapping[str, Any], rank: int, alpha: float) -> float:

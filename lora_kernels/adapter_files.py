@@ -10,8 +10,8 @@ Dimensions: K in_features, N out_features, R rank.
 import json
 import math
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,20 +23,22 @@ from lora_kernels.adapter_config import (
     as_json,
     check_config,
     describes,
+    idle_patterns,
     rank_and_alpha,
     ranks_and_alphas,
     scaling_of,
+    targets,
+)
+from lora_kernels.adapter_directory import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    listed,
+    read_config,
+    read_tensors,
+    write_files,
 )
 from lora_kernels.ops.routed_lora import Adapter, AdapterBank
-
-CONFIG, WEIGHTS, PICKLE = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-)
-_PREFIX = "base_model.model."
-_KEY = re.compile(rf"{re.escape(_PREFIX)}(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class ModuleAdapter(NamedTuple):
@@ -53,7 +55,8 @@ class AdapterFile:
 
     Attributes:
         config: what ``adapter_config.json`` says, as it stands there.
-        modules: the factors and scaling by the name of the linear layer in the base model.
+        modules: the factors and scaling by the name of the linear layer in the base model, of those
+            that the config targets.
         dropout_p: probability of dropping an element of the adapter's input in training.
         base_parameters: parameters of the base model by name. PEFT adds those of embeddings and of
             the head where adapters target them; the adapter belongs to a base that has the same.
@@ -69,7 +72,8 @@ def read_adapter(directory: str | os.PathLike) -> AdapterFile:
     """Read a PEFT adapter directory; tensors are on the CPU, in the file's dtype.
 
     The scaling of a module is PEFT's: ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``,
-    alpha and r after ``alpha_pattern`` and ``rank_pattern``.
+    alpha and r after ``alpha_pattern`` and ``rank_pattern``. Modules that the config does not
+    target are left out with a warning, as by PEFT; another one names patterns that match no module.
 
     Raises:
         ValueError: a file is missing, malformed, or holds what is not plain LoRA of linear layers
@@ -78,9 +82,10 @@ def read_adapter(directory: str | os.PathLike) -> AdapterFile:
         ImportError: safetensors is not installed.
     """
     directory = Path(directory)
-    config = _read_config(directory)
+    config = read_config(directory)
     check_config(config, f"{directory / CONFIG}")
-    factors, base_parameters = _read_tensors(directory)
+    factors, base_parameters = read_tensors(directory)
+    _leave_out(factors, config, directory)
     modules = {}
     for name, sides in factors.items():
         where = f"{directory / WEIGHTS}: {name}"
@@ -102,6 +107,12 @@ def read_adapter(directory: str | os.PathLike) -> AdapterFile:
                 f"lora_B {list(lora_b.shape)}"
             )
         modules[name] = ModuleAdapter(lora_a, lora_b, scaling_of(config, name))
+    if idle := idle_patterns(config, modules):
+        warnings.warn(
+            f"{directory / CONFIG}: no module of the adapter is meant by {listed(idle)}, which has "
+            "no effect, as in PEFT",
+            stacklevel=2,
+        )
     dropout_p = float(config.get("lora_dropout") or 0.0)
     return AdapterFile(config, modules, dropout_p, base_parameters)
 
@@ -118,6 +129,7 @@ def write_adapter(
     Each file is replaced as a whole once it is complete. The directory is made if need be.
 
     Args:
+        directory: where to.
         modules: the adapter by the name of the linear layer in the base model.
         dropout_p: PEFT's ``lora_dropout``.
         config: settings to keep, such as ``task_type``, ``base_model_name_or_path``,
@@ -125,11 +137,15 @@ def write_adapter(
             not give those of ``modules``.
 
     Raises:
-        TypeError, ValueError: modules or config are not plain LoRA of linear layers.
+        TypeError, ValueError: modules or config are not plain LoRA of linear layers, or the config
+            does not target all of the modules.
         ImportError: safetensors is not installed.
     """
     modules = {name: ModuleAdapter(*part) for name, part in modules.items()}
     _check_modules(modules)
+    given = {} if config is None else dict(config)
+    if given.get("target_modules") is None:
+        given.pop("target_modules", None)
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -140,29 +156,34 @@ def write_adapter(
         "init_lora_weights": True,
         "use_rslora": False,
         "target_modules": sorted(modules),
-        **(config or {}),
+        **given,
         "lora_dropout": float(dropout_p),
     }
     kinds = {name: (part.lora_a.shape[0], part.scaling) for name, part in modules.items()}
     if not describes(config, kinds):
         config |= ranks_and_alphas(kinds, bool(config["use_rslora"]))
     check_config(config, "config")
+    if lost := [name for name in modules if not targets(config, name)]:
+        raise ValueError(
+            f"config: its target_modules leave out modules that are written: {listed(sorted(lost))}"
+        )
     tensors = {}
     for name, (lora_a, lora_b, _) in modules.items():
         for side, factor in (("A", lora_a), ("B", lora_b)):
             # A copy: safetensors refuses tensors that share one memory, and a bank's do.
             copy = factor.detach().to("cpu", copy=True).contiguous()
-            tensors[f"{_PREFIX}{name}.lora_{side}.weight"] = copy
+            tensors[f"{PREFIX}{name}.lora_{side}.weight"] = copy
     text = json.dumps(config, indent=2, sort_keys=True, default=as_json)
-    save_file = _safetensors().save_file
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / WEIGHTS, lambda path: save_file(tensors, path, {"format": "pt"}))
-    _replace(directory / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    write_files(Path(directory), text, tensors)
 
 
 def load_adapter(
-    bank: AdapterBank, name: str, directory: str | os.PathLike, module: str | Sequence[str]
+    bank: AdapterBank,
+    name: str,
+    directory: str | os.PathLike,
+    module: str | Sequence[str],
+    *,
+    strict: bool = True,
 ) -> Adapter:
     """Add an adapter to one bank from a PEFT adapter directory.
 
@@ -171,30 +192,34 @@ def load_adapter(
         name: of the new adapter.
         directory: as PEFT's ``save_pretrained`` writes it.
         module: the layer's name in the file; for a sliced bank a list with one name per slice. The
-            adapter has rank 0 in slices whose module is not in the file.
+            adapter has rank 0 in slices whose module the config does not target.
+        strict: whether a module that the config targets and the file does not have is an error; if
+            not, it is a warning and the adapter has rank 0 there.
 
     Returns:
         The adapter. Its factors are copies in the bank's dtype.
 
     Raises:
         TypeError, ValueError: as :func:`read_adapter` and ``bank.add``; none of the modules is in
-            the file, or parameters of the base model are; their scalings differ; a value is not
-            finite in the bank's dtype.
+            the file, or one that the config targets is not, or parameters of the base model are;
+            their scalings differ; a value is not finite in the bank's dtype.
     """
     names = _names_of_slices(bank, module)
     file = read_adapter(directory)
     if file.base_parameters:
         raise ValueError(
             f"{directory}: expected nothing but the adapter, got parameters of the base model too, "
-            f"which a bank cannot compare with its own: {_some(sorted(file.base_parameters))}; "
+            f"which a bank cannot compare with its own: {listed(sorted(file.base_parameters))}; "
             "save with PEFT's save_embedding_layers=False, or load into a model with route()"
         )
     parts = [file.modules.get(each) for each in names]
     found = [part for part in parts if part is not None]
     if not found:
         raise ValueError(
-            f"module: {directory} has none of {names}; it has {_some(sorted(file.modules))}"
+            f"module: {directory} has none of {names}; it has {listed(sorted(file.modules))}"
         )
+    missing = [each for each in names if each not in file.modules and targets(file.config, each)]
+    report_missing(missing, directory, strict)
     scalings = {each: part.scaling for each, part in zip(names, parts, strict=True) if part}
     if len(set(scalings.values())) > 1:
         raise ValueError(
@@ -238,6 +263,19 @@ def modules_of(adapter: Adapter, names: Sequence[str]) -> dict[str, ModuleAdapte
     }
 
 
+def report_missing(missing: Sequence[str], directory: str | os.PathLike, strict: bool) -> None:
+    """Raise, or warn, where a file lacks modules that its config targets."""
+    if not missing:
+        return
+    text = (
+        f"{directory}: the config targets {len(missing)} modules that the file does not have: "
+        f"{listed(sorted(missing))}"
+    )
+    if strict:
+        raise ValueError(f"{text}; with strict=False they stay without the adapter")
+    warnings.warn(f"{text}; they stay without the adapter", stacklevel=3)
+
+
 def check_finite_in(dtype: torch.dtype, part: ModuleAdapter, where: str) -> None:
     """Raise where a factor overflows the dtype it is to be kept in."""
     for side, factor in (("A", part.lora_a), ("B", part.lora_b)):
@@ -245,101 +283,23 @@ def check_finite_in(dtype: torch.dtype, part: ModuleAdapter, where: str) -> None
             raise ValueError(f"{where}: lora_{side} ({factor.dtype}) overflows the bank's {dtype}")
 
 
-# --- files -----------------------------------------------------------------------------------
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+def _leave_out(factors: dict[str, Any], config: Mapping[str, Any], directory: Path) -> None:
+    """Take out of a file's factors what its config does not target, if it says what it does."""
+    if config.get("target_modules") is None:
+        return
+    others = [name for name in factors if not targets(config, name)]
+    if len(others) == len(factors):
         raise ValueError(
-            f"directory: expected a local PEFT adapter directory, there is no {path}"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
-
-
-def _read_tensors(directory: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """``{module: {"A": ..., "B": ...}}`` and the base model's parameters."""
-    path = directory / WEIGHTS
-    if not path.is_file():
-        if (directory / PICKLE).is_file():
-            raise ValueError(
-                f"{directory}: there is only {PICKLE}, a pickle, which can run any code when it is "
-                f"opened and is never read here; save the adapter as {WEIGHTS}"
-            )
-        raise ValueError(f"directory: there is no {path}")
-    safetensors = _safetensors()
-    try:
-        tensors = safetensors.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file: {error}") from None
-    factors: dict[str, dict[str, Tensor]] = {}
-    base_parameters, unknown = {}, []
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            if key.startswith(_PREFIX) and ".lora_" not in key:
-                name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
-                base_parameters[name] = tensor.clone()
-            else:
-                unknown.append(key)
-            continue
-        if tensor.dtype not in _FLOATS:
-            raise ValueError(
-                f"{path}: {key}: expected bfloat16, float16, float32 or float64, got {tensor.dtype}"
-            )
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: {key}: expected finite values, got infinite or NaN ones")
-        # A copy: the file may be mapped into memory, and be written to later.
-        factors.setdefault(match["module"], {})[match["side"]] = tensor.clone()
-    if unknown:
-        raise ValueError(
-            f"{path}: expected {_PREFIX}<module>.lora_A.weight and .lora_B.weight, got "
-            f"{_what(unknown)}: {_some(sorted(unknown))}"
+            f"{directory}: the config targets none of the file's modules: {listed(sorted(others))}"
         )
-    if not factors:
-        raise ValueError(f"{path}: there is no adapter in it")
-    return factors, base_parameters
-
-
-def _what(keys: Iterable[str]) -> str:
-    """The kind of tensors that are no A or B of a linear layer, in words."""
-    kinds = {
-        "lora_magnitude_vector": "DoRA's magnitudes",
-        "lora_embedding_": "an embedding's adapter",
-        ".lora_B.bias": "a bias on lora_B",
-    }
-    found = {kind for key in keys for part, kind in kinds.items() if part in key}
-    return " and ".join(sorted(found)) or "other tensors"
-
-
-def _replace(path: Path, write) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _safetensors():
-    """``load_file``, ``save_file`` and ``SafetensorError``."""
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError("adapter files need safetensors: pip install safetensors") from error
-    from types import SimpleNamespace
-
-    return SimpleNamespace(
-        load_file=safetensors.torch.load_file,
-        save_file=safetensors.torch.save_file,
-        SafetensorError=safetensors.SafetensorError,
-    )
+    for name in others:
+        del factors[name]
+    if others:
+        warnings.warn(
+            f"{directory}: the config does not target {listed(sorted(others))}, which are in the "
+            "file; left out, as by PEFT",
+            stacklevel=3,
+        )
 
 
 # --- arguments -------------------------------------------------------------------------------
@@ -372,8 +332,3 @@ def _names_of_slices(bank: AdapterBank, module: str | Sequence[str]) -> list[str
             f"different, got {names}"
         )
     return names
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest

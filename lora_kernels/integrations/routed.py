@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
-import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lora_kernels.adapter_config import check_config, rank_and_alpha, scaling_of, targets
+from lora_kernels.adapter_config import (
+    asks_for_all_linear,
+    check_config,
+    rank_and_alpha,
+    scaling_of,
+    targets,
+)
 from lora_kernels.adapter_files import (
+    AdapterFile,
     ModuleAdapter,
     check_finite_in,
     modules_of,
     read_adapter,
+    report_missing,
     write_adapter,
 )
 from lora_kernels.integrations.layer_places import place_of
 from lora_kernels.integrations.model_calls import unwatch_calls, watch_calls
+from lora_kernels.integrations.routed_checks import (
+    check_base,
+    check_model,
+    head_of,
+    holder_in,
+    initialise,
+    is_linear,
+)
 from lora_kernels.integrations.weight_readers import never_calls, passes_by
 from lora_kernels.modules.active_adapters import ActiveAdapters
 from lora_kernels.modules.adapter_layer import (
@@ -31,8 +47,6 @@ from lora_kernels.modules.adapter_layer import (
 from lora_kernels.modules.routed_linear import RoutedLoRALinear
 from lora_kernels.modules.weight_reads import passing_by_refused
 from lora_kernels.ops.routed_lora import AdapterSlots, Routing
-
-ALL_LINEAR = "all-linear"
 
 
 def route(
@@ -90,10 +104,10 @@ class RoutedModel:
         adapter_dtype: torch.dtype | None,
         batch_dim: int = 0,
     ) -> None:
-        _check_model(model)
+        check_model(model)
         self.model = model
         self._targets, self._adapter_dtype = target_modules, adapter_dtype
-        self._active = _holder_in(model) or ActiveAdapters(AdapterSlots(), batch_dim)
+        self._active = holder_in(model) or ActiveAdapters(AdapterSlots(), batch_dim)
         if self._active.batch_dim != batch_dim:
             raise ValueError(
                 f"batch_dim: the model is routed with {self._active.batch_dim}, got {batch_dim!r}"
@@ -160,22 +174,35 @@ class RoutedModel:
         context = self._active.use(names, beams=beams, stacked=stacked, rows=rows)
         return passing_by_refused(context, None if rows else names, self._layers)
 
-    def load(self, name: str, directory: str | os.PathLike, *, trainable: bool = False) -> None:
+    def load(
+        self,
+        name: str,
+        directory: str | os.PathLike,
+        *,
+        trainable: bool = False,
+        strict: bool = True,
+    ) -> None:
         """Add an adapter from a PEFT adapter directory, all its modules or none.
 
         Args:
             name: of the new adapter; without dots.
             directory: as PEFT's ``save_pretrained`` writes it.
             trainable: whether its parameters require grad.
+            strict: whether it is an error that the file lacks modules of the model which its config
+                targets; if not, it is a warning. Modules in the file which the config does not
+                target are never applied, with a warning, as PEFT ignores them.
 
         Raises:
             ValueError: the files or the name are not good, or name modules that are absent from the
-                model, of another shape, or not plain linear layers, or hold other values of the
-                base model's parameters than the model has. The model is unchanged then.
+                model, of another shape, or not plain linear layers, or lack some; or they hold
+                other values of the base model's parameters than the model has. The model is
+                unchanged then.
         """
         self._check_name(name)
         file = read_adapter(directory)
-        self._check_base(file.base_parameters, f"{directory}")
+        check_base(self.model, file.base_parameters, f"{directory}")
+        self._check_modules(file.modules)
+        self._check_whole(file, directory, strict)
         self._install(name, file.modules, file.dropout_p, trainable)
         self._configs[name] = file.config
 
@@ -224,14 +251,19 @@ class RoutedModel:
         init = config.get("init_lora_weights", True)
         check_initialisation(init)
         modules = {}
-        for module in self._targeted(config):
+        names = self._targeted(config)
+        if not names:
+            wanted = config.get("target_modules")
+            raise ValueError(f"target_modules: no module of the model is named by {wanted!r}")
+        self._check_modules(names)
+        for module in names:
             layer = self.model.get_submodule(module)
             weight = getattr(layer, "base_layer", layer).weight
             dtype = adapter_dtype_over(weight, self._adapter_dtype)
             rank, _ = rank_and_alpha(config, module)
             lora_a = torch.empty(rank, layer.in_features, dtype=dtype, device=weight.device)
             lora_b = lora_a.new_zeros(layer.out_features, rank)
-            _initialise(lora_a, lora_b, init)
+            initialise(lora_a, lora_b, init)
             modules[module] = ModuleAdapter(lora_a, lora_b, scaling_of(config, module))
         self._install(name, modules, float(config.get("lora_dropout") or 0.0), trainable=True)
         self._configs[name] = config
@@ -257,7 +289,7 @@ class RoutedModel:
             modules |= modules_of(layer.bank[name], [module])
             dropout_p = layer.bank[name].dropout_p
         config = dict(self._configs.get(name, {}))
-        if {module for module in self._names() if targets(config, module)} != modules.keys():
+        if set(self._targeted(config)) != modules.keys():
             for key in ("exclude_modules", "layers_to_transform", "layers_pattern"):
                 config.pop(key, None)
             config["target_modules"] = sorted(modules)
@@ -319,17 +351,23 @@ class RoutedModel:
 
     def _targeted(self, config: Mapping[str, Any]) -> list[str]:
         """Names of the modules that a config asks for."""
-        wanted, names = config.get("target_modules"), self._names()
-        if isinstance(wanted, str) and wanted.lower() == ALL_LINEAR:
-            head = _output_embeddings(self.model)
+        rest = [name for name in self._names() if name or is_linear(self.model)]
+        names = [name for name in rest if targets(config, name)]
+        if asks_for_all_linear(config):
+            head = head_of(self.model, config)
             modules = [(name, self.model.get_submodule(name)) for name in names]
-            names = [name for name, module in modules if _is_linear(module) and module is not head]
-            config = {**config, "target_modules": ".*"}
-        names = [name for name in names if targets(config, name)]
-        if not names:
-            raise ValueError(f"target_modules: no module of the model is named by {wanted!r}")
-        self._check_modules(names)
+            names = [name for name, module in modules if is_linear(module) and module is not head]
         return names
+
+    def _check_whole(self, file: AdapterFile, directory: str | os.PathLike, strict: bool) -> None:
+        """Raise, or warn, where the model has modules for an adapter that its file does not."""
+        if file.config.get("target_modules") is None:
+            text = f"{directory}: the config has no target_modules, which tell if the file is whole"
+            if strict:
+                raise ValueError(f"{text} (strict=False loads what there is)")
+            warnings.warn(text, stacklevel=3)
+        missing = [name for name in self._targeted(file.config) if name not in file.modules]
+        report_missing(missing, directory, strict)
 
     def _check_name(self, name: str) -> None:
         if name in self._active.slots:
@@ -368,26 +406,10 @@ class RoutedModel:
         torch_own = isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
         return f"{'torch.nn.' if torch_own else ''}{type(parent).__name__}"
 
-    def _check_base(self, parameters: Mapping[str, Tensor], where: str) -> None:
-        """Raise unless the model has these very parameters, as far as its dtype can tell."""
-        for name, theirs in parameters.items():
-            path, _, leaf = name.rpartition(".")
-            try:
-                own = getattr(self.model.get_submodule(path), leaf).detach()
-            except AttributeError:
-                own = theirs.new_empty(0)
-            dtype = min(own.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
-            if not torch.equal(own.cpu().to(dtype), theirs.to(dtype)):
-                raise ValueError(
-                    f"{where}: {name} in the file is not the model's: the adapter belongs to "
-                    "another base model, or to one whose vocabulary or head was trained too"
-                )
-
     def _install(
         self, name: str, modules: Mapping[str, ModuleAdapter], dropout_p: float, trainable: bool
     ) -> None:
         """Give every module its part of an adapter, or leave the model as it is."""
-        self._check_modules(modules)
         layers, wrapped, owners = {}, {}, {}
         for module, part in modules.items():
             layer = self.model.get_submodule(module)
@@ -439,43 +461,3 @@ class RoutedModel:
             for name, child in parent._modules.items():
                 if child in others:
                     parent._modules[name] = others[child]
-
-
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    for name, module in model.named_modules():
-        if type(module).__module__.startswith("peft."):
-            raise ValueError(
-                f"model: expected a plain model, got PEFT's {type(module).__name__} at {name!r}; "
-                "take the base model (PEFT's `unload()`), and load the adapters' files"
-            )
-
-
-def _holder_in(model: nn.Module) -> ActiveAdapters | None:
-    """What the layers of a model that is routed already share."""
-    found = [m.active_adapters for m in model.modules() if isinstance(m, RoutedLoRALinear)]
-    holders = {id(holder): holder for holder in found if holder is not None}
-    if len(holders) > 1:
-        raise ValueError("model: its layers with adapters do not share one ActiveAdapters")
-    return next(iter(holders.values()), None)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, RoutedLoRALinear)) or type(module).__name__ == "Conv1D"
-
-
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
-    """The head of a language model, which PEFT leaves out of "all-linear"."""
-    get = getattr(model, "get_output_embeddings", None)
-    return get() if callable(get) else None
-
-
-@torch.no_grad()
-def _initialise(lora_a: Tensor, lora_b: Tensor, init_lora_weights: bool | str) -> None:
-    if init_lora_weights == "gaussian":
-        nn.init.normal_(lora_a, std=1 / lora_a.shape[0])
-    else:
-        nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
-    if init_lora_weights is False:
-        nn.init.kaiming_uniform_(lora_b, a=math.sqrt(5))

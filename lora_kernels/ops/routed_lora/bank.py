@@ -174,13 +174,22 @@ class AdapterBank(nn.Module):
         self.slots.release(name)
         return adapter
 
-    def load(self, name: str, directory: str | os.PathLike, module: str | Sequence[str]) -> Adapter:
+    def load(
+        self,
+        name: str,
+        directory: str | os.PathLike,
+        module: str | Sequence[str],
+        *,
+        strict: bool = True,
+    ) -> Adapter:
         """Add an adapter from a PEFT adapter directory; see :func:`adapter_files.load_adapter`.
 
         Args:
             name: of the new adapter.
             directory: as PEFT's ``save_pretrained`` writes it. Only safetensors are read.
             module: the layer's name in the file; in a sliced bank a list with one per slice.
+            strict: whether it is an error that the file lacks one which its config targets; if not,
+                it is a warning.
 
         Raises:
             TypeError, ValueError: the files are malformed, not finite, of another shape or kind;
@@ -188,7 +197,7 @@ class AdapterBank(nn.Module):
         """
         from lora_kernels.adapter_files import load_adapter
 
-        return load_adapter(self, name, directory, module)
+        return load_adapter(self, name, directory, module, strict=strict)
 
     def save(self, name: str, directory: str | os.PathLike, module: str | Sequence[str]) -> None:
         """Write an adapter of this one layer as a PEFT adapter directory.
