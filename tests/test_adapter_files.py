@@ -214,6 +214,16 @@ REFUSED = {
     "rank text": ({"rank_pattern": {"q": "3"}}, "r: expected an integer of at least 1, got '3'"),
     "patterns": ({"rank_pattern": [3]}, "rank_pattern: expected a table, got [3]"),
     "pattern": ({"rank_pattern": {"(": 3}}, "rank_pattern: '(' is no regular expression"),
+    "targets": ({"target_modules": "(.*"}, "target_modules: '(.*' is no regular expression"),
+    "a target": ({"target_modules": ["q", 3]}, "expected a regular expression or a list of names"),
+    "targets by key": ({"target_modules": {"q": 3}}, "or a list of names, got {'q': 3}"),
+    "excluded": ({"exclude_modules": "q("}, "exclude_modules: 'q(' is no regular expression"),
+    "layers": ({"layers_to_transform": "1"}, "expected a number or a list of them, got '1'"),
+    "layer's name": (
+        {"layers_to_transform": 1, "layers_pattern": ["h", "(l"]},
+        "layers_pattern: '(l' is no regular expression",
+    ),
+    "other targets": ({"target_modules": ["k"]}, "targets none of the file's modules: 0.q"),
     "alpha": ({"lora_alpha": math.inf}, "lora_alpha: expected a finite number, got inf"),
     "dropout": ({"lora_dropout": 1.5}, "lora_dropout: expected a probability in [0, 1), got 1.5"),
     "nan": ({"0.q.lora_B.weight": NAN}, "0.q.lora_B.weight: expected finite values"),
@@ -389,6 +399,49 @@ def test_what_a_bank_cannot_take_leaves_it_unchanged(tmp_path):
         load_adapter(half, "new", tmp_path, "0.q")
 
 
+def test_slices_are_those_that_the_config_targets(tmp_path):
+    """q, k and v in one launch: a slice without an adapter is one that was not to have any."""
+    factors = {"q": (11, 0.5), "k": (5, -1.0), "v": (5, 2.0)}
+    modules = {
+        f"0.{name}": ModuleAdapter(torch.full((2, 13), value), torch.randn(n, 2), 1.0)
+        for name, (n, value) in factors.items()
+    }
+    names = list(modules)
+    write_adapter(tmp_path, modules)
+    bank = AdapterBank(13, [11, 5, 5])
+    assert [pair is not None for pair in bank.load("all", tmp_path, names).factors()] == [True] * 3
+
+    write_adapter(tmp_path, {name: modules[name] for name in ("0.q", "0.v")})
+    assert [pair is not None for pair in bank.load("two", tmp_path, names).factors()] == [
+        True,
+        False,
+        True,
+    ]
+
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["target_modules"] = ["q", "k", "v"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    version = bank.slots.version
+    with pytest.raises(ValueError, match=r"targets 1 modules .* have: 0\.k"):
+        bank.load("part", tmp_path, names)
+    assert "part" not in bank and bank.slots.version == version
+    with pytest.warns(UserWarning, match=r"does not have: 0.k; they stay without the adapter"):
+        adapter = bank.load("part", tmp_path, names, strict=False)
+    assert [pair is not None for pair in adapter.factors()] == [True, False, True]
+
+    config["target_modules"] = ["q", "k"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning) as warned:
+        adapter = load_adapter(bank, "q", tmp_path, names, strict=False)
+    assert "does not target 0.v, which are in the file" in str(warned[0].message)
+    assert [pair is not None for pair in adapter.factors()] == [True, False, False]
+    with (
+        pytest.warns(UserWarning, match="does not target 0.v"),
+        pytest.raises(ValueError, match=r"has none of \['0.v'\]; it has 0.q"),
+    ):
+        load_adapter(AdapterBank(13, 5), "v", tmp_path, "0.v")
+
+
 BAD_MODULES = {
     "none": ({}, "expected at least one"),
     "vectors": ({"q": (torch.ones(3), torch.ones(3), 1.0)}, "expected lora_a [R, K]"),
@@ -404,10 +457,18 @@ def test_what_is_not_written(modules, message, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_config_that_lies_is_not_written(tmp_path):
+LIES = {
+    "dora": ({"use_dora": True}, "config: use_dora = True"),
+    "targets": ({"target_modules": ["k"]}, "leave out modules that are written: q"),
+    "excluded": ({"exclude_modules": "q|v"}, "leave out modules that are written: q"),
+}
+
+
+@pytest.mark.parametrize(("config", "message"), LIES.values(), ids=LIES)
+def test_a_config_that_lies_is_not_written(config, message, tmp_path):
     modules = {"q": (torch.ones(3, 4), torch.ones(4, 3), 1.0)}
-    with pytest.raises(ValueError, match="config: use_dora = True"):
-        write_adapter(tmp_path / "new", modules, config={"use_dora": True})
+    with pytest.raises(ValueError, match=message):
+        write_adapter(tmp_path / "new", modules, config=config)
     assert not (tmp_path / "new").exists()
 
 
