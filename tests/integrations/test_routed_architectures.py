@@ -1,6 +1,7 @@
 """What is known of architectures: which axis is the batch's, and whose rows are the text's."""
 
 import importlib
+import re
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def test_as_many_images_as_names(said):
     names = ["one", "two"]
     with routed.adapters(names), pytest.raises(ValueError) as error:
         model(input_ids=ids, pixel_values=images)
-    assert "vision_tower.encoder.layers.0.self_attn.q_proj: its rows are not" in str(error.value)
+    assert re.search(r"vision_tower\..*q_proj: its rows are not those of", str(error.value))
     assert "rows={'model.vision_tower': ...}" in str(error.value)
     routing = Routing.from_sequences(names, 10, routed.slots)
     with routed.adapters(routing), pytest.raises(ValueError, match="its rows are not"):
