@@ -1,9 +1,11 @@
 """Every test starts from the same seed, on one thread; memory can be poisoned with NaN."""
 
 import os
+from contextlib import ExitStack
 
 import pytest
 import torch
+from gemm_that_reads_gaps import gemm_that_reads_gaps
 from hypothesis import settings
 
 # The same examples on every machine and run. HYPOTHESIS_PROFILE=search draws new ones: read what it
@@ -12,6 +14,12 @@ settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("search", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
+# GEMM_READS_GAPS=1 runs all tests as on a CPU whose GEMMs do.
+_READS_GAPS = os.environ.get("GEMM_READS_GAPS") == "1"
+_FAULT = ExitStack()
+if _READS_GAPS:
+    _FAULT.enter_context(gemm_that_reads_gaps())
+
 # Tiny tensors by the thousand: on a busy machine a second thread is mostly waited for.
 torch.set_num_threads(1)
 
@@ -19,6 +27,16 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(20240607)
+
+
+@pytest.fixture(scope="module", params=["its_gemm", *([] if _READS_GAPS else ["one_reads_gaps"])])
+def both_gemms(request):
+    """torch's products as they are, and as they are on a CPU where they read between the rows."""
+    if request.param == "its_gemm":
+        yield
+        return
+    with gemm_that_reads_gaps():
+        yield
 
 
 @pytest.fixture

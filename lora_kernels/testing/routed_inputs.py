@@ -21,7 +21,7 @@ from lora_kernels.ops.routed_lora import (
     routed_lora,
     routed_lora_linear,
 )
-from lora_kernels.testing.inputs import redrawn
+from lora_kernels.testing.inputs import redrawn, without_gaps
 from lora_kernels.testing.policy import Results, assert_draws_within_policy
 
 
@@ -161,6 +161,13 @@ class RoutedProblem:
         seed = None if self.seed is None else self.seed + number
         return replace(self, seed=seed, adapters=adapters, **changes)
 
+    def tight(self) -> "RoutedProblem":
+        """The same activations and weights without gaps, see :meth:`LoRAProblem.tight`."""
+        tensors = {
+            f.name: t for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **{name: without_gaps(tensor) for name, tensor in tensors.items()})
+
     def double(self) -> "RoutedProblem":
         """The same values in fp64."""
         floats = {
@@ -261,7 +268,7 @@ def run_routed(
     everything = needs is None
     needs = problem.names() if everything else needs
     inputs = {n: getattr(problem, n) for n in ("x", "weight", "bias", "weights", "out")}
-    leaves = {n: None if t is None else t.detach().clone() for n, t in inputs.items()}
+    leaves = {n: None if t is None else t.detach() for n, t in inputs.items()}
     for name in ("x", "bias", "weights", "out"):
         if leaves[name] is not None:
             leaves[name].requires_grad_(name in needs)
@@ -271,8 +278,8 @@ def run_routed(
         if everything and name not in needs:
             unused.append(parameter)
     given = {n: leaves[n] for n in inputs}
-    if "out" in needs and given["out"] is not None:
-        given["out"] = given["out"].clone()  # adding in place into a leaf is an error
+    if given["out"] is not None:
+        given["out"] = given["out"].clone()  # added to in place
     with torch.autocast(problem.x.device.type, dtype=autocast, enabled=autocast is not None):
         y = call_routed(problem, bank, backend, **given)
     wanted = [leaves[name] for name in needs]
@@ -349,7 +356,7 @@ def routed_eager(problem: RoutedProblem) -> dict[str, Tensor]:
 
     Factors of another dtype are cast to x's, as autocast does.
     """
-    p, leaves = problem, {}
+    p, leaves = problem.tight(), {}
 
     def leaf(name: str, tensor: Tensor) -> Tensor:
         leaves[name] = tensor.detach().clone().requires_grad_()

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from lora_kernels import dispatch
+from lora_kernels import dispatch, native
 from lora_kernels.testing import (
     gpu_checks,
     gpu_long_checks,
@@ -63,3 +63,12 @@ def test_body_on_a_cpu(check):
         check("cpu", "composed")
     except gpu_checks.Skip as reason:
         pytest.skip(str(reason))
+
+
+@by_name([
+    check for check in CHECKS + NATIVE
+    if check.on_cpu and ("strides" in check.name or "nan stays" in check.name)
+])  # fmt: skip
+@pytest.mark.parametrize("backend", ["composed", *([] if native.missing() else ["native"])])
+def test_what_lies_between_the_rows_reaches_nobody(backend, check, both_gemms):
+    check("cpu", backend)

@@ -19,6 +19,7 @@ from lora_kernels.testing import (
     oracle_results,
     run_forward_backward,
 )
+from lora_kernels.testing.gaps import vendor_gap
 from lora_kernels.testing.inputs import DIFFERENTIABLE
 
 DTYPES = [torch.float32, torch.float16]
@@ -102,19 +103,15 @@ def test_every_subset_of_gradients(needs, poisoned_memory):
     check(problem, needs=needs)
 
 
-def rearranged(tensor: torch.Tensor, kind: str) -> torch.Tensor:
-    """The same values behind other strides, with NaN wherever nothing should be read."""
-    columns = tensor.shape[-1]
+def rearranged(tensor: torch.Tensor, kind: str, gap: float) -> torch.Tensor:
+    """The same values behind other strides, with ``gap`` wherever nothing should be read."""
+    *leading, columns = tensor.shape
     if kind == "transposed":
         return tensor.mT.contiguous().mT
     if kind == "padded_rows":  # still aligned, when the columns are
-        wide = tensor.new_full((*tensor.shape[:-1], columns + 8), torch.nan)
-        wide[..., :columns] = tensor
-        return wide[..., :columns]
+        return tensor.new_full((*leading, columns + 8), gap)[..., :columns].copy_(tensor)
     if kind == "every_second":
-        wide = tensor.new_full((*tensor.shape[:-1], 2 * columns), torch.nan)
-        wide[..., ::2] = tensor
-        return wide[..., ::2]
+        return tensor.new_full((*leading, 2 * columns), gap)[..., ::2].copy_(tensor)
     if kind == "expanded":  # one row's values for all rows, stride 0
         return tensor[..., :1, :].expand(tensor.shape)
     return tensor
@@ -149,7 +146,10 @@ def test_shapes_strides_and_dtypes(
         leading, in_features, out_features, rank, dtype=dtype, adapter_dtype=adapter_dtype,
         dropout_p=dropout_p, with_output_scale=rank % 2 == 0,
     )  # fmt: skip
-    views = {name: rearranged(getattr(problem, name), kind) for name, kind in strides.items()}
+    # What the base GEMM of hybrid is given as well.
+    shared = ("x", "weight", "dy") if strategy == "hybrid" else ()
+    gaps = {name: vendor_gap(dtype) if name in shared else torch.nan for name in strides}
+    views = {n: rearranged(getattr(problem, n), kind, gaps[n]) for n, kind in strides.items()}
     with tiles.use_cells({"*": {"strategy": strategy}}):
         check(problem.with_(**views))
 
