@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_kernels.modules.choice import Choice, Part, Place
+from lora_kernels.modules.choice import Choice, Generation, Part, Place
 from lora_kernels.ops.routed_lora import AdapterSlots, Routing
 from lora_kernels.ops.routed_lora.slots import BASE
 
@@ -163,7 +163,7 @@ class ActiveAdapters:
         if choice is None:
             yield
             return
-        before, choice.generation = choice.generation, None
+        before, choice.generation = choice.generation, Generation()
         try:
             yield
         finally:

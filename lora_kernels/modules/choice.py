@@ -66,10 +66,11 @@ class Part:
 
 
 class Generation(NamedTuple):
-    """What ``generate`` made of its batch."""
+    """What a running ``generate`` has made of its batch so far."""
 
-    rows: int | None
-    times: int
+    rows: int | None = None
+    times: int = 1
+    expanded: bool = False
 
 
 class Choice:
@@ -77,7 +78,7 @@ class Choice:
 
     Attributes:
         main: what holds for all layers that no other part names.
-        generation: what the running ``generate`` made of its batch; None before it did, or outside.
+        generation: the running ``generate``, the innermost; None outside.
     """
 
     def __init__(
@@ -130,12 +131,14 @@ class Choice:
     def expand(self, rows: int | None, times: int) -> None:
         """The running ``generate`` repeats each of so many rows, so many times."""
         before = self.generation
-        if before is not None and before.rows != rows:
+        if before is None:
+            return
+        if before.expanded and before.rows != rows:
             raise ValueError(
                 f"generate: its batch had {before.rows} rows and now has {rows}; names hold for "
                 "the rows that were there first, so generate with batches of one name each"
             )
-        self.generation = Generation(rows, times)
+        self.generation = Generation(rows, times, expanded=True)
 
     def routing_for(self, part: Part, x: Tensor, axis: int, in_backward: bool) -> Routing:
         """The routing of a layer's input for the names of a part, one object for all layers."""

@@ -91,6 +91,7 @@ def test_beams_end_with_generate(files):
     names, ids = ["two", "one"], tokens(2, 4)
     with routed.adapters(names):
         expected = written(routed.model, ids, num_beams=3)
+        routed.model._expand_inputs_for_generation(expand_size=3, input_ids=ids)  # in none
         with pytest.raises(ValueError, match="expected 2 rows"):
             routed.model(tokens(6, 4))
 
