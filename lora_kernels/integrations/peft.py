@@ -32,6 +32,9 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     Mixed batches (``adapter_names``, an adapter per sequence) are served without gradients as PEFT
     serves them, all adapters in one operation; to train them use :func:`lora_kernels.route`.
 
+    On CPUs, CUDA, MPS and XPU devices; on any other PEFT's own forward serves, and the report says
+    so. A model may be moved at any time.
+
     Adapters added to accelerated layers later are fast at once. Layers that PEFT creates later are
     not, until ``accelerate`` is called again; it can be called any number of times. Call it before
     ``fully_shard``, DDP and ``torch.compile``.
