@@ -16,7 +16,6 @@ from __future__ import annotations
 import dis
 import sys
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -24,9 +23,10 @@ from dataclasses import dataclass, field
 from itertools import count
 from types import CodeType, FrameType
 from typing import NamedTuple
+from weakref import ref
 
-import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from lora_kernels.ops.routed_lora.slots import BASE
 
@@ -68,7 +68,7 @@ class _Read(NamedTuple):
         return self.inside_call or _last_call > since
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Seen:
     """What is known of one layer."""
 
@@ -79,16 +79,17 @@ class _Seen:
     warned: bool = False
 
 
-_seen: weakref.WeakKeyDictionary[nn.Module, _Seen] = weakref.WeakKeyDictionary()
+# By weak references: a WeakKeyDictionary, without what it costs at every call of a layer.
+_seen: dict[ref[nn.Module], _Seen] = {}
 _places: dict[tuple[int, int], _Place] = {}  # they hold their code, whose id is the key's
 
 
 def note_call(layer: nn.Module) -> None:
     """Say that the layer's forward runs."""
     global _last_call
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return
-    seen = _seen_of(layer)
+    seen = _seen.get(ref(layer)) or _new(layer)
     seen.called = _last_call = next(_ticks)
     if seen.reads:
         seen.reads.clear()
@@ -97,13 +98,13 @@ def note_call(layer: nn.Module) -> None:
 def note_read(layer: nn.Module) -> None:
     """Say that ``layer.weight``, a property that calls this, is read; warn if it is the sign."""
     global _last_read
-    if torch.compiler.is_compiling() or _base_alone.get():
+    if is_compiling() or _base_alone.get():
         return
     frame = sys._getframe(2)
     place = _place(frame)
     if not place.computes:
         return
-    seen = _seen_of(layer)
+    seen = _seen.get(ref(layer)) or _new(layer)
     _last_read = now = next(_ticks)
     first = seen.reads.get(place)
     read = seen.reads[place] = _Read(now, _inside_call(frame)) if first is None else first
@@ -122,7 +123,7 @@ def note_read(layer: nn.Module) -> None:
 
 def reader_in_place_of_calls(layer: nn.Module) -> str | None:
     """Who computes with the layer's weight, if nothing has called the layer since."""
-    seen = _seen.get(layer)
+    seen = _seen.get(ref(layer))
     if seen is None or _compiled(layer):
         return None
     if seen.passed_by > seen.called:
@@ -132,13 +133,13 @@ def reader_in_place_of_calls(layer: nn.Module) -> str | None:
 
 def also_read_by(layer: nn.Module) -> str | None:
     """Who has computed with the weight of a layer that has been called since."""
-    seen = _seen.get(layer)
+    seen = _seen.get(ref(layer))
     return seen.reader if seen is not None and 0 < seen.passed_by < seen.called else None
 
 
 def forget(layer: nn.Module) -> None:
     """Drop what is known of a layer."""
-    _seen.pop(layer, None)
+    _seen.pop(ref(layer), None)
 
 
 @contextmanager
@@ -168,7 +169,7 @@ def passing_by_refused(
         return
     passed = {}
     for name, layer in layers().items():
-        seen = _seen.get(layer)
+        seen = _seen.get(ref(layer))
         if seen is None or _compiled(layer):
             continue
         if seen.passed_by > began:
@@ -184,11 +185,8 @@ def passing_by_refused(
         )
 
 
-def _seen_of(layer: nn.Module) -> _Seen:
-    seen = _seen.get(layer)
-    if seen is None:
-        seen = _seen[layer] = _Seen()
-    return seen
+def _new(layer: nn.Module) -> _Seen:
+    return _seen.setdefault(ref(layer, _seen.pop), _Seen())
 
 
 def _passes_by(place: _Place, first: _Read, again: bool, seen: _Seen) -> bool:

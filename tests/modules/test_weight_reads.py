@@ -4,6 +4,7 @@ The forms in which models compute with a weight, and the ordinary reads that mus
 """
 
 import copy
+import gc
 import pickle
 import threading
 import warnings
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import LoRAEmbedding, LoRALinear, RoutedLoRALinear, Routing
-from lora_kernels.modules import ActiveAdapters, adapter_layer, routed_linear
+from lora_kernels.modules import ActiveAdapters, adapter_layer, routed_linear, weight_reads
 
 PASSED_BY = "computes with its weight and does not call it"
 
@@ -292,6 +293,17 @@ def test_copies_and_pickles_hold_nothing_of_it(alarms):
         model.layer = twin
         model(torch.randn(3, 7))
         assert len(alarms()) == 2 + number
+
+
+def test_nothing_is_kept_of_layers_that_are_gone():
+    gc.collect()
+    before = len(weight_reads._seen)
+    for _ in range(3):
+        layer = adapted(7, 5)
+        layer(torch.randn(3, 7))
+        assert len(weight_reads._seen) == before + 1
+        del layer
+    assert len(weight_reads._seen) == before
 
 
 def test_threads(alarms):
