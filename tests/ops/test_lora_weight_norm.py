@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels.ops.lora_weight_norm import composed, lora_weight_norm
 from lora_kernels.ops.lora_weight_norm.reference import lora_weight_norm_reference
-from lora_kernels.testing import assert_within_policy
+from lora_kernels.testing import assert_draws_within_policy, redrawn
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 OP = torch.ops.lora_kernels.lora_weight_norm.default
@@ -42,8 +42,18 @@ def wide_eager(weight, lora_a, lora_b, scaling):
 
 
 def assert_accurate(*arguments):
-    norm = lora_weight_norm(*arguments)
-    assert_within_policy("norm", norm, wide_eager(*arguments), oracle(*arguments))
+    *factors, scaling = arguments
+    assert_draws_accurate(
+        lambda number: (*(redrawn(f, number, str(i)) for i, f in enumerate(factors)), scaling)
+    )
+
+
+def assert_draws_accurate(arguments_of):
+    def draw(number):
+        arguments = arguments_of(number)
+        return tuple({"norm": f(*arguments)} for f in (lora_weight_norm, wide_eager, oracle))
+
+    assert_draws_within_policy(draw)
 
 
 @settings(deadline=None)
@@ -90,10 +100,13 @@ def test_where_weight_and_adapter_nearly_cancel(dtype, remainder):
     The factored sum loses the square of the remainder to rounding; forming the rows loses the
     remainder only, which plain eager torch in fp32 loses as well.
     """
-    _, lora_a, lora_b = draw(300, 200, 16, torch.float32)
-    noise = torch.randn(300, 200) * 200**-0.5
-    weight = (remainder * noise - 2.0 * (lora_b @ lora_a)).to(dtype)
-    assert_accurate(weight, lora_a, lora_b, 2.0)
+
+    def arguments_of(number):
+        noise, lora_a, lora_b = draw(300, 200, 16, torch.float32, seed=number)
+        return (remainder * noise - 2.0 * (lora_b @ lora_a)).to(dtype), lora_a, lora_b, 2.0
+
+    assert_draws_accurate(arguments_of)
+    weight, lora_a, lora_b, _ = arguments_of(0)
 
     def factored():
         w, gram = weight.float(), lora_a @ lora_a.t()
