@@ -8,8 +8,7 @@ import torch
 from gemm_that_reads_gaps import gemm_that_reads_gaps
 from hypothesis import settings
 
-# The same examples on every machine and run. HYPOTHESIS_PROFILE=search draws new ones: read what it
-# finds, a ratio of two maxima over a handful of elements can pass 2 by luck.
+# The same examples on every machine and run. HYPOTHESIS_PROFILE=search draws new ones.
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("search", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
