@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from lora_kernels import lora_linear, lora_weight_norm, native
+from lora_kernels import (
+    AdapterBank,
+    Routing,
+    lora_linear,
+    lora_weight_norm,
+    native,
+    routed_lora,
+    routed_lora_linear,
+)
 from lora_kernels.testing import LoRAProblem
 
 BACKENDS = ["composed", *([] if native.missing() else ["native"])]
@@ -104,6 +112,64 @@ def test_made_in_inference_mode(name, number, backend):
         arguments[other].requires_grad_()
     with pytest.raises(RuntimeError, match=rf"^{name}: it was made in inference mode"):
         lora_linear(**arguments, backend=backend)
+
+
+# --- many adapters ---------------------------------------------------------------------------
+
+
+def bank_of(names: str = "ab") -> AdapterBank:
+    bank = AdapterBank(K, N)
+    for name in names:
+        bank.add(name, torch.randn(R, K), torch.randn(N, R), 0.5)
+    return bank
+
+
+@pytest.mark.parametrize("name", ["lora_a", "lora_b"])
+@pytest.mark.parametrize("broken", ["freed", "lazy zeros"])
+def test_factors_that_a_bank_does_not_take(name, broken):
+    factors = {"lora_a": torch.randn(R, K), "lora_b": torch.randn(N, R)}
+    if broken == "freed":
+        factors[name] = behind_an_offset(factors[name])
+        free(factors[name])
+    else:
+        factors[name] = torch._efficientzerotensor(factors[name].shape)
+    bank = bank_of()
+    with pytest.raises(ValueError, match=rf"^{name}: expected a tensor with memory.*{broken}"):
+        bank.add("c", **factors, scaling=1.0)
+    assert list(bank) == ["a", "b"] and "c" not in bank.slots
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("replaced", [True, False], ids=["other memory", "the bank's storage"])
+@pytest.mark.parametrize("name", ["lora_a", "lora_b"])
+def test_a_bank_whose_memory_was_freed(name, replaced, backend):
+    bank, x = bank_of(), torch.randn(M, K)
+    routing = Routing.from_sequences(["b", "a"], M // 2, bank)
+    parameter = getattr(bank["b"], name)
+    if replaced:
+        parameter.data = behind_an_offset(parameter.data)
+    free(parameter)
+    for _ in range(2):  # and it stays an error
+        with pytest.raises(RuntimeError, match=r"its storage was freed"):
+            routed_lora(x, bank, routing, backend=backend)
+    with pytest.raises(RuntimeError, match=r"its storage was freed"):
+        bank.rebind()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["x", "weight"])
+def test_routed_operands_made_in_inference_mode(name, backend):
+    bank = bank_of()
+    routing = Routing.from_sequences(["b", "a"], M // 2, bank)
+    arguments = {"x": torch.randn(M, K), "weight": torch.randn(N, K)}
+    expected = routed_lora_linear(**arguments, bank=bank, routing=routing, backend=backend)
+    with torch.inference_mode():
+        arguments[name] = arguments[name].clone()
+    with torch.no_grad():
+        y = routed_lora_linear(**arguments, bank=bank, routing=routing, backend=backend)
+    assert torch.equal(y, expected)
+    with pytest.raises(RuntimeError, match=rf"^{name}: it was made in inference mode"):
+        routed_lora_linear(**arguments, bank=bank, routing=routing, backend=backend)
 
 
 def test_a_low_address_alone_is_no_reason(monkeypatch):

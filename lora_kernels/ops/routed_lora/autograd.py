@@ -23,6 +23,7 @@ from lora_kernels.ops.eager import like_rows_of, requires_grad, runs_at_once
 from lora_kernels.ops.routed_lora import compiled, composed, second_order
 from lora_kernels.ops.routed_lora.operands import BankTensors, GradientLayout, RoutingTensors
 from lora_kernels.ops.second_order import missing_edge
+from lora_kernels.ops.tensor_state import name_unsaved
 from lora_kernels.products import product_dtype
 
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
@@ -564,11 +565,22 @@ def _without_gradient(name: str):
 
 def call_differentiable(name: str, tokens: Tensor, *arguments):
     """The op, or its Autograd kernel straight where nothing else has to see the call."""
-    if runs_at_once(tokens) and not torch._C._are_functorch_transforms_active():
+    if not runs_at_once(tokens) or torch._C._are_functorch_transforms_active():
+        return getattr(_OPS, name)(*arguments)
+    try:
         return _DIFFERENTIABLE[name](*arguments)
-    return getattr(_OPS, name)(*arguments)
+    except RuntimeError as error:
+        *_, inputs = _unpack_with_layout(arguments)
+        name_unsaved(error, **dict(zip(_SAVED_INPUTS[name], inputs, strict=False)))
+        raise
 
 
+# The first inputs, as far as they may be saved.
+_SAVED_INPUTS = {
+    "routed_lora": ("x", "weight"),
+    "routed_shrink": ("x", "seed"),
+    "routed_expand": ("h",),
+}
 _DIFFERENTIABLE = {
     "routed_lora": _lora_autograd,
     "routed_shrink": _shrink_autograd,

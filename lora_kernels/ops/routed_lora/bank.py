@@ -20,6 +20,7 @@ from lora_kernels.ops.routed_lora.operands import BankTensors, GradientLayout, T
 from lora_kernels.ops.routed_lora.slots import BASE, AdapterSlots
 from lora_kernels.ops.routed_lora.storage import FactorStorage
 from lora_kernels.ops.routed_lora.tables import SlotTables
+from lora_kernels.ops.tensor_state import check_has_values, has_memory
 
 # What a bank makes must be plain tensors, also under inference_mode: a later step may save them.
 _OUTSIDE_INFERENCE = torch.inference_mode(False)
@@ -269,8 +270,10 @@ class AdapterBank(nn.Module):
         device is another. The bank calls it itself wherever it notices.
 
         Raises:
-            RuntimeError: a parameter has another shape, or is no plain parameter any more.
+            RuntimeError: a parameter has another shape, is no plain parameter any more, or its
+                memory was freed.
         """
+        self._check_memory()
         kinds = {(parameter.dtype, parameter.device) for parameter in self.parameters()}
         if len(kinds) > 1:
             raise RuntimeError(
@@ -299,6 +302,15 @@ class AdapterBank(nn.Module):
             slab.copy_(value)
             parameter.data = slab
         self._derive()
+
+    def _check_memory(self) -> None:
+        """Raise for a parameter whose storage was freed: copying it would crash."""
+        for name, parameter in self.named_parameters():
+            if not has_memory(parameter):
+                raise RuntimeError(
+                    f"{name}: its storage was freed (untyped_storage().resize_(0), as FSDP does), "
+                    "and with it the numbers of the adapter; tell FSDP to ignore the bank"
+                )
 
     @_OUTSIDE_INFERENCE
     def _follow_data(self) -> None:
@@ -366,6 +378,7 @@ class AdapterBank(nn.Module):
                 if parameters.get(name) is not parameter:
                     _refuse(parameters.get(name))
                 if parameter.data_ptr() != address:
+                    self._check_memory()
                     self._follow_data()
                     break
         self._follow_dropout()
@@ -494,6 +507,7 @@ class AdapterBank(nn.Module):
                     raise TypeError(f"{name}: expected a dense tensor, got {factor.layout}")
                 if factor.is_meta and self.device.type != "meta":
                     raise ValueError(f"{name}: expected values, got a tensor on the meta device")
+                check_has_values(name, factor)
             if a.ndim != 2 or a.shape[0] < 1 or a.shape[1] != self.in_features:
                 raise ValueError(
                     f"lora_a: expected [rank >= 1, {self.in_features}], got {list(a.shape)}"
