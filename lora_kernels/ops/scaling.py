@@ -6,6 +6,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.wrappers import check_no_wrapper
+
 
 def check_scaling(scaling: float | Tensor, like_name: str, like: Tensor) -> None:
     """Raise unless it is a number, or a real 0-d tensor on the CPU or on ``like``'s device."""
@@ -13,6 +15,7 @@ def check_scaling(scaling: float | Tensor, like_name: str, like: Tensor) -> None
         if isinstance(scaling, (int, float, torch.SymFloat, Real)):
             return
         raise TypeError(f"scaling: expected a number or a 0-d tensor, got {type(scaling).__name__}")
+    check_no_wrapper("scaling", scaling)
     if scaling.ndim != 0:
         raise ValueError(f"scaling: expected a 0-d tensor, got shape {list(scaling.shape)}")
     if scaling.is_complex():

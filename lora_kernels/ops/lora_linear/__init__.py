@@ -12,6 +12,7 @@ from lora_kernels.ops.lora_linear import autograd, measured
 from lora_kernels.ops.lora_linear.reference import lora_linear_reference
 from lora_kernels.ops.scaling import check_scaling, constant, traced
 from lora_kernels.ops.tensor_state import check_has_values, has_memory
+from lora_kernels.ops.wrappers import check_no_wrapper
 
 __all__ = ["explain", "lora_linear"]
 
@@ -73,7 +74,8 @@ def lora_linear(
     ``torch.func`` transforms and second derivatives of compiled functions are not supported.
 
     Raises:
-        TypeError: an argument is no tensor, or has a dtype that is not supported.
+        TypeError: an argument is no tensor, or has a dtype that is not supported, or is of a class
+            that stands for other tensors (DTensor, a quantised weight).
         ValueError: a shape, device or value does not fit, the named backend cannot serve, or none
             but ``reference`` can (the device is no CPU, CUDA, MPS or XPU).
         NotImplementedError: forward-mode differentiation is active.
@@ -296,6 +298,7 @@ def _check(x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, se
 def _check_floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    check_no_wrapper(name, tensor)
     if tensor.dtype not in FLOATING:
         raise TypeError(
             f"{name}: expected dtype bfloat16, float16, float32 or float64, got {tensor.dtype}"

@@ -8,6 +8,7 @@ from lora_kernels.dtypes import FLOATING
 from lora_kernels.ops.lora_weight_norm import composed  # noqa: F401  (registers the op)
 from lora_kernels.ops.scaling import check_scaling, traced
 from lora_kernels.ops.tensor_state import check_has_values
+from lora_kernels.ops.wrappers import check_no_wrapper
 
 __all__ = ["lora_weight_norm"]
 
@@ -40,7 +41,8 @@ def lora_weight_norm(
         dtype, also under autocast.
 
     Raises:
-        TypeError: an argument is no tensor, or has a dtype that is not supported.
+        TypeError: an argument is no tensor, or has a dtype that is not supported, or is of a class
+            that stands for other tensors (DTensor, a quantised weight).
         ValueError: a shape or a device does not fit.
     """
     _check(weight, lora_a, lora_b, scaling)
@@ -56,6 +58,7 @@ def _check(weight, lora_a, lora_b, scaling) -> None:
     for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        check_no_wrapper(name, tensor)
         if tensor.dtype not in FLOATING:
             raise TypeError(
                 f"{name}: expected dtype bfloat16, float16, float32 or float64, got {tensor.dtype}"

@@ -84,7 +84,8 @@ def routed_lora(
     ``torch.func`` transforms are not supported.
 
     Raises:
-        TypeError: an argument is of the wrong type or dtype.
+        TypeError: an argument is of the wrong type or dtype, or of a class that stands for other
+            tensors (DTensor, a quantised weight).
         ValueError: a shape, device or value does not fit, the routing is out of date, or the named
             backend cannot serve.
         RuntimeError: the bank's parameters were replaced by what it cannot work on.

@@ -21,6 +21,7 @@ from lora_kernels.ops.routed_lora.slots import BASE, AdapterSlots
 from lora_kernels.ops.routed_lora.storage import FactorStorage
 from lora_kernels.ops.routed_lora.tables import SlotTables
 from lora_kernels.ops.tensor_state import check_has_values, has_memory
+from lora_kernels.ops.wrappers import check_no_wrapper
 
 # What a bank makes must be plain tensors, also under inference_mode: a later step may save them.
 _OUTSIDE_INFERENCE = torch.inference_mode(False)
@@ -122,7 +123,8 @@ class AdapterBank(nn.Module):
             The adapter, whose parameters require grad and hold copies in the bank's dtype.
 
         Raises:
-            TypeError, ValueError: an argument does not fit; the bank is unchanged then.
+            TypeError, ValueError: an argument does not fit, such as a DTensor or a quantised weight
+                in a factor's place; the bank is unchanged then.
             RuntimeError: the storage is full and must not move (``rank_capacity``).
         """
         _check_name(name, self)
@@ -503,6 +505,7 @@ class AdapterBank(nn.Module):
                 if not isinstance(factor, Tensor) or factor.dtype not in FLOATING:
                     came = factor.dtype if isinstance(factor, Tensor) else type(factor).__name__
                     raise TypeError(f"{name}: expected a tensor of floating point, got {came}")
+                check_no_wrapper(name, factor)
                 if factor.layout is not torch.strided or factor.is_nested:
                     raise TypeError(f"{name}: expected a dense tensor, got {factor.layout}")
                 if factor.is_meta and self.device.type != "meta":

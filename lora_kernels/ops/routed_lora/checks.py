@@ -7,6 +7,7 @@ from torch.autograd import forward_ad
 from lora_kernels.dtypes import FLOATING
 from lora_kernels.ops.routed_lora.bank import AdapterBank
 from lora_kernels.ops.routed_lora.routing import Routing
+from lora_kernels.ops.wrappers import check_no_wrapper
 
 
 def kind_of(value: object) -> str:
@@ -41,6 +42,7 @@ def check_rows(name: str, rows: int, routing: Routing) -> None:
 def check_h(h: Tensor, bank: AdapterBank, routing: Routing) -> None:
     if not isinstance(h, Tensor) or h.dtype not in FLOATING:
         raise TypeError(f"h: expected a tensor of floating point, got {kind_of(h)}")
+    check_no_wrapper("h", h)
     if h.layout is not torch.strided or h.is_nested:
         raise TypeError("h: expected a dense tensor, got a sparse or nested one")
     check_pair(bank, routing, h.device)
@@ -49,6 +51,7 @@ def check_h(h: Tensor, bank: AdapterBank, routing: Routing) -> None:
 def check_input(x: Tensor, bank: AdapterBank, routing: Routing) -> None:
     if not isinstance(x, Tensor) or x.dtype not in FLOATING:
         raise TypeError(f"x: expected a tensor of floating point, got {kind_of(x)}")
+    check_no_wrapper("x", x)
     if x.layout is not torch.strided or x.is_nested:
         raise TypeError("x: expected a dense tensor, got a sparse or nested one")
     check_pair(bank, routing, x.device)
@@ -60,6 +63,7 @@ def check_input(x: Tensor, bank: AdapterBank, routing: Routing) -> None:
 def check_out_type(out: Tensor) -> None:
     if not isinstance(out, Tensor):
         raise TypeError(f"out: expected a tensor, got {type(out).__name__}")
+    check_no_wrapper("out", out)
     if not torch.compiler.is_compiling() and (out.is_neg() or out._is_zerotensor()):
         raise ValueError(
             "out: expected a tensor of its own values, got a lazily negated or zero one"
@@ -122,6 +126,7 @@ def check_base(weight: Tensor, bias: Tensor | None, bank: AdapterBank, x: Tensor
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        check_no_wrapper(name, tensor)
         if tensor.layout is not torch.strided:
             raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
         if tuple(tensor.shape) != shape:
