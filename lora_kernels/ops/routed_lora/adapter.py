@@ -5,6 +5,7 @@ from numbers import Real
 
 from torch import Tensor, nn
 
+from lora_kernels.initial_values import draw_lora_a_, draw_lora_b_
 from lora_kernels.ops.routed_lora.tables import enter_scaling
 
 
@@ -22,6 +23,7 @@ class Adapter(nn.Module):
         slot: its number in routings.
         ranks: R of each slice.
         start: of its region in the bank's storage.
+        init_lora_weights: what :meth:`reset_parameters` draws, see :class:`LoRALinear`.
     """
 
     def __init__(
@@ -30,7 +32,9 @@ class Adapter(nn.Module):
         super().__init__()
         self.slot, self.ranks, self.start = slot, ranks, start
         self.scaling_entry = scaling
+        self.scaling_on_meta = 0.0  # what the entry cannot hold there
         self.dropout_p = dropout_p
+        self.init_lora_weights: bool | str = True
 
     @property
     def rank(self) -> int:
@@ -56,6 +60,20 @@ class Adapter(nn.Module):
     def scaling(self, value: float | Tensor) -> None:
         check_scaling(value)
         enter_scaling(self.scaling_entry, value)
+        self.keep_scaling(value)
+
+    def keep_scaling(self, value: float | Tensor) -> None:
+        """Remember the scaling of a bank on the meta device until it leaves it."""
+        if self.scaling_entry.is_meta and not (isinstance(value, Tensor) and value.is_meta):
+            self.scaling_on_meta = float(value)
+
+    def reset_parameters(self) -> None:
+        """Give the factors a new adapter's values: A Kaiming-uniform and B zero, so that it changes
+        nothing; other values of PEFT's where ``init_lora_weights`` says so."""
+        for pair in self.factors():
+            if pair is not None:
+                draw_lora_a_(pair[0], self.init_lora_weights)
+                draw_lora_b_(pair[1], self.init_lora_weights)
 
     def factors(self) -> list[tuple[nn.Parameter, nn.Parameter] | None]:
         """``(A, B)`` of each slice; None where the rank is 0."""

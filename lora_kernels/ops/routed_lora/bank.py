@@ -143,6 +143,7 @@ class AdapterBank(nn.Module):
         slot = self.slots.acquire(name)
         entry = self._tables.write(slot, ranks, self._storage.offsets(start, ranks), scaling)
         adapter = Adapter(slot, ranks, start, entry, dropout_p)
+        adapter.keep_scaling(scaling)
         for names, pair, slabs in zip(
             adapter.parameter_names(), pairs, self._storage.slabs(start, ranks), strict=True
         ):
@@ -364,11 +365,12 @@ class AdapterBank(nn.Module):
         for adapter in self.adapters.values():
             offsets = self._storage.offsets(adapter.start, adapter.ranks)
             scaling = adapter.scaling_entry
-            if scaling.is_meta and device.type != "meta":
-                scaling = 0.0  # as to_empty leaves the parameters: to be loaded
+            if scaling.is_meta:
+                scaling = adapter.scaling_on_meta
             adapter.scaling_entry = self._tables.write(
                 adapter.slot, adapter.ranks, offsets, scaling
             )
+            adapter.keep_scaling(scaling)
         self._derive()
 
     # --- for the operation --------------------------------------------------------------------
