@@ -21,15 +21,19 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
 from lora_kernels import dispatch
+from lora_kernels.modules.base_call import (
+    COMPUTED,
+    OWN_FORWARD,
+    bypassed,
+    global_hooks,
+    tensor_of,
+)
 from lora_kernels.ops.eager import runs_at_once
 from lora_kernels.ops.lora_linear import fits_at_once
 
-_COMPUTED = object()
-_OWN_FORWARD = "a forward or a hook of its own (accelerate's offload or device map)"
 _MIXED = "mixed batch (adapter_names)"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -74,7 +78,7 @@ def read_ordinary(layer: LoraLayer, x: Any) -> tuple | None:
     """
     if not runs_at_once(x) or torch._C._are_functorch_transforms_active():
         return None
-    if forward_ad._current_level >= 0 or _global_hooks():
+    if forward_ad._current_level >= 0 or global_hooks():
         return None
     name = layer.active_adapter
     if type(name) is list and len(name) == 1:
@@ -91,7 +95,7 @@ def read_ordinary(layer: LoraLayer, x: Any) -> tuple | None:
     lora_b, dropout = children["lora_B"]._modules[name], children["lora_dropout"]._modules[name]
     if type(lora_b) is not nn.Linear:
         return None
-    if _bypassed(base) or _bypassed(lora_a) or _bypassed(lora_b) or _bypassed(dropout):
+    if bypassed(base) or bypassed(lora_a) or bypassed(lora_b) or bypassed(dropout):
         return None
     dropout_p = 0.0
     if type(dropout) is nn.Dropout:
@@ -103,9 +107,9 @@ def read_ordinary(layer: LoraLayer, x: Any) -> tuple | None:
         return None
 
     of_base, of_a, of_b = base._parameters, lora_a._parameters, lora_b._parameters
-    weight, bias = of_base.get("weight"), of_base.get("bias", _COMPUTED)
+    weight, bias = of_base.get("weight"), of_base.get("bias", COMPUTED)
     a, b, scaling = of_a.get("weight"), of_b.get("weight"), layer.scaling[name]
-    if of_a.get("bias", _COMPUTED) is not None or of_b.get("bias", _COMPUTED) is not None:
+    if of_a.get("bias", COMPUTED) is not None or of_b.get("bias", COMPUTED) is not None:
         return None
     if weight is None or not fits_at_once(x, weight, a, b, scaling, bias, None, dropout_p, None):
         return None
@@ -205,8 +209,8 @@ def read_layer(layer: LoraLayer, names: Sequence[str] | None = None) -> LayerSta
 def _unsupported_layer(layer: LoraLayer) -> str | None:
     own = layer.__dict__
     if "forward" in own or "_hf_hook" in own:
-        return f"the layer has {_OWN_FORWARD}"
-    if _global_hooks():
+        return f"the layer has {OWN_FORWARD}"
+    if global_hooks():
         return "global module hooks are registered"
     base = layer._modules["base_layer"]
     forward = type(base).forward
@@ -214,8 +218,8 @@ def _unsupported_layer(layer: LoraLayer) -> str | None:
         return f"base layer {type(base).__name__} has a forward of its own"
     if layer.fan_in_fan_out != (forward is Conv1D.forward):
         return f"fan_in_fan_out = {layer.fan_in_fan_out} over a {type(base).__name__}"
-    bypassed = _bypassed(base)
-    return f"base_layer has {bypassed}" if bypassed else None
+    left_out = bypassed(base)
+    return f"base_layer has {left_out}" if left_out else None
 
 
 def _unsupported_adapter(layer: LoraLayer, name: str) -> str | None:
@@ -227,42 +231,21 @@ def _unsupported_adapter(layer: LoraLayer, name: str) -> str | None:
         magnitude = children["lora_magnitude_vector"]._modules[name]
         if type(magnitude) is not DoraLinearLayer:
             return f"DoRA of {name!r} is {type(magnitude).__name__}, not DoraLinearLayer"
-        if bypassed := _bypassed(magnitude):
-            return f"lora_magnitude_vector of {name!r} has {bypassed}"
+        if left_out := bypassed(magnitude):
+            return f"lora_magnitude_vector of {name!r} has {left_out}"
         if dora.ENABLE_DORA_CACHING and not magnitude.training:
             return "PEFT's DoRA cache is enabled"
     for role in ("lora_A", "lora_B"):
         module = children[role]._modules[name]
         if type(module).forward is not nn.Linear.forward:
             return f"{role} of {name!r} is {type(module).__name__}, not nn.Linear"
-        if bypassed := _bypassed(module):
-            return f"{role} of {name!r} has {bypassed}"
+        if left_out := bypassed(module):
+            return f"{role} of {name!r} has {left_out}"
     dropout = children["lora_dropout"]._modules[name]
     if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
         return f"lora_dropout of {name!r} is {type(dropout).__name__}, not nn.Dropout"
-    bypassed = _bypassed(dropout)
-    return f"lora_dropout of {name!r} has {bypassed}" if bypassed else None
-
-
-def _global_hooks() -> bool:
-    return bool(
-        nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    )
-
-
-def _bypassed(module: nn.Module) -> str | None:
-    """What would be left out if the module's weights were used without calling the module."""
-    own = module.__dict__
-    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-        return "forward hooks"
-    if own["_backward_hooks"] or own["_backward_pre_hooks"]:
-        return "backward hooks"
-    if "forward" in own or "_hf_hook" in own:
-        return _OWN_FORWARD
-    return None
+    left_out = bypassed(dropout)
+    return f"lora_dropout of {name!r} has {left_out}" if left_out else None
 
 
 # --- tensors: where and what they are --------------------------------------------------------
@@ -270,7 +253,7 @@ def _bypassed(module: nn.Module) -> str | None:
 
 def _read_base(layer: LoraLayer) -> tuple[Tensor, Tensor | None] | str:
     base = layer._modules["base_layer"]
-    weight, bias = _tensor_of(base, "weight"), _tensor_of(base, "bias")
+    weight, bias = tensor_of(base, "weight"), tensor_of(base, "bias")
     if unsupported := _unsupported_parameter(weight) or dispatch.unserved(weight.device):
         return f"base weight: {unsupported}"
     if bias is not None:
@@ -294,13 +277,13 @@ def _read_adapter(layer: LoraLayer, name: str, weight: Tensor) -> ActiveAdapter 
     children = layer._modules
     lora_a_module = children["lora_A"]._modules[name]
     lora_b_module = children["lora_B"]._modules[name]
-    lora_a, lora_b = _tensor_of(lora_a_module, "weight"), _tensor_of(lora_b_module, "weight")
+    lora_a, lora_b = tensor_of(lora_a_module, "weight"), tensor_of(lora_b_module, "weight")
     if unsupported := _unsupported_parameter(lora_a) or _unsupported_parameter(lora_b):
         return f"weights of {name!r}: {unsupported}"
-    lora_bias = _tensor_of(lora_b_module, "bias")
+    lora_bias = tensor_of(lora_b_module, "bias")
     if lora_bias is not None and (unsupported := _unsupported_parameter(lora_bias)):
         return f"lora_B's bias of {name!r}: {unsupported}"
-    if _tensor_of(lora_a_module, "bias") is not None:
+    if tensor_of(lora_a_module, "bias") is not None:
         return f"lora_A of {name!r} has a bias"
     if lora_a.device != weight.device or lora_b.device != weight.device:
         return f"adapter {name!r} is on {lora_a.device}, the base weight on {weight.device}"
@@ -328,7 +311,7 @@ def _read_adapter(layer: LoraLayer, name: str, weight: Tensor) -> ActiveAdapter 
 
     magnitude, own_base = None, False
     if name in layer.lora_variant:
-        magnitude = _tensor_of(children["lora_magnitude_vector"]._modules[name], "weight")
+        magnitude = tensor_of(children["lora_magnitude_vector"]._modules[name], "weight")
         if unsupported := _unsupported_parameter(magnitude):
             return f"lora_magnitude_vector of {name!r}: {unsupported}"
         if magnitude.device != weight.device:
@@ -342,18 +325,10 @@ def _read_adapter(layer: LoraLayer, name: str, weight: Tensor) -> ActiveAdapter 
     return ActiveAdapter(lora_a, lora_b, lora_bias, scaling, dropout_p, magnitude, own_base)
 
 
-def _tensor_of(module: nn.Module, name: str) -> Any:
-    """The tensor under that name, without running code (a parametrization's). FSDP and DataParallel
-    put plain tensors where parameters were."""
-    if name in module._parameters:
-        return module._parameters[name]
-    return module.__dict__.get(name, _COMPUTED)
-
-
 def _unsupported_parameter(parameter: Any) -> str | None:
     """Why the tensor cannot be handed to a kernel."""
     if type(parameter) is not nn.Parameter and type(parameter) is not Tensor:
-        if parameter is _COMPUTED:
+        if parameter is COMPUTED:
             return "computed when it is read (parametrized)"
         return f"a tensor subclass ({type(parameter).__name__})"
     if parameter.dtype not in _FLOATS:

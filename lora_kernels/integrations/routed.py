@@ -27,6 +27,7 @@ from lora_kernels.adapter_files import (
     report_missing,
     write_adapter,
 )
+from lora_kernels.initial_values import draw_lora_a_, draw_lora_b_
 from lora_kernels.integrations.layer_places import place_of
 from lora_kernels.integrations.model_calls import unwatch_calls, watch_calls
 from lora_kernels.integrations.routed_checks import (
@@ -34,16 +35,12 @@ from lora_kernels.integrations.routed_checks import (
     check_model,
     head_of,
     holder_in,
-    initialise,
     is_linear,
 )
 from lora_kernels.integrations.weight_readers import never_calls, passes_by
 from lora_kernels.modules.active_adapters import ActiveAdapters
-from lora_kernels.modules.adapter_layer import (
-    AdapterLayer,
-    adapter_dtype_over,
-    check_initialisation,
-)
+from lora_kernels.modules.adapter_layer import AdapterLayer
+from lora_kernels.modules.checks import adapter_dtype_over, check_initialisation
 from lora_kernels.modules.routed_linear import RoutedLoRALinear
 from lora_kernels.modules.weight_reads import passing_by_refused
 from lora_kernels.ops.routed_lora import AdapterSlots, Routing
@@ -263,7 +260,8 @@ class RoutedModel:
             rank, _ = rank_and_alpha(config, module)
             lora_a = torch.empty(rank, layer.in_features, dtype=dtype, device=weight.device)
             lora_b = lora_a.new_zeros(layer.out_features, rank)
-            initialise(lora_a, lora_b, init)
+            draw_lora_a_(lora_a, init)
+            draw_lora_b_(lora_b, init)
             modules[module] = ModuleAdapter(lora_a, lora_b, scaling_of(config, module))
         self._install(name, modules, float(config.get("lora_dropout") or 0.0), trainable=True)
         self._configs[name] = config

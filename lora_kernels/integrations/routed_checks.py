@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -45,16 +44,6 @@ def head_of(model: nn.Module, config: Mapping[str, Any]) -> nn.Module | None:
         heads = (getattr(model, name, None) for name in ("score", "classifier"))
         head = next((each for each in heads if each is not None), None)
     return head
-
-
-@torch.no_grad()
-def initialise(lora_a: Tensor, lora_b: Tensor, init_lora_weights: bool | str) -> None:
-    if init_lora_weights == "gaussian":
-        nn.init.normal_(lora_a, std=1 / lora_a.shape[0])
-    else:
-        nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
-    if init_lora_weights is False:
-        nn.init.kaiming_uniform_(lora_b, a=math.sqrt(5))
 
 
 def check_base(model: nn.Module, parameters: Mapping[str, Tensor], where: str) -> None:

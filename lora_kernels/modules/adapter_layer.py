@@ -1,43 +1,48 @@
-"""What the drop-in layers share: scaling, merging, state dicts."""
+"""What the drop-in layers share: scaling, merging, initial values, state dicts."""
 
 import copy
 import math
 import sys
 from collections.abc import Mapping
-from numbers import Integral, Real
-from typing import Literal, NamedTuple
+from numbers import Real
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.dtypes import FLOATING
 from lora_kernels.modules.base_parameters import BaseParameters
+from lora_kernels.modules.checks import check_initialisation
+from lora_kernels.modules.merging import (
+    Merge,
+    is_offloaded,
+    kept_parameter,
+    replace_parameter,
+    why_not_merged,
+)
 from lora_kernels.modules.peft_names import in_memory_name, our_names
+from lora_kernels.modules.sharded import is_managed, put_shards_back, whole, write
 from lora_kernels.modules.weight_reads import note_read
 
-_INITIALISATIONS = (True, False, "gaussian")
 _MERGED_FOR_GOOD = "merged"  # key of a state dict whose base weight already holds the adapter
-
-
-class Merge(NamedTuple):
-    """What a merged layer was made from."""
-
-    keep: str  # "device", "cpu" or "none"
-    original: dict[str, nn.Parameter]  # the base layer's parameters that were replaced; or nothing
 
 
 class AdapterLayer(BaseParameters):
     """A frozen ``base_layer`` and one low-rank adapter, which can be merged into it and taken out.
 
-    Subclasses hold the adapter's parameters (``lora_magnitude_vector`` ``[N]`` with DoRA), and say
-    in ``_merged_parameters`` what the base layer's become.
+    Subclasses hold the adapter's parameters (``lora_magnitude_vector`` ``[N]`` with DoRA), draw
+    them in ``_draw``, and say in ``_merged_parameters`` what the base layer's become.
 
     Attributes:
         disable_adapters: set it to compute the base layer alone (a merged layer is unmerged).
     """
 
     def __init__(
-        self, base_layer: nn.Module, rank: int, alpha: float, use_rslora: bool, use_dora: bool
+        self,
+        base_layer: nn.Module,
+        rank: int,
+        alpha: float,
+        use_rslora: bool,
+        use_dora: bool,
     ) -> None:
         super().__init__()
         self.base_layer = _with_own_parameter_table(base_layer).requires_grad_(False)
@@ -112,7 +117,11 @@ class AdapterLayer(BaseParameters):
 
         The new weight is computed in fp32 and rounded once. The frozen parameters are not written:
         others may share them. While merged, forward is the base layer's alone, so that no gradient
-        reaches the adapter, and ``state_dict`` still gives the frozen weight.
+        reaches the adapter, and ``state_dict`` still gives the frozen weight. Hooks on
+        ``base_layer`` then see the merged result.
+
+        Where FSDP has sharded the layer every process has to call it, and the shards, which are
+        FSDP's own, are written in place: a layer whose weight is tied to this one's changes too.
 
         Args:
             keep: where the frozen weight waits for :meth:`unmerge`: on the ``"device"``, in the
@@ -120,26 +129,38 @@ class AdapterLayer(BaseParameters):
 
         Raises:
             ValueError: keep is none of the three, or the merged weight is not finite.
-            RuntimeError: the layer is on the meta device, or cannot be merged.
+            RuntimeError: the layer is on the meta device or offloaded, its weight is quantised or
+                computed when it is read, its base layer has a forward of its own, or it cannot be
+                merged otherwise.
         """
         if keep not in ("device", "cpu", "none"):
             raise ValueError(f"keep: expected 'device', 'cpu' or 'none', got {keep!r}")
         if self._merge is not None:
             return
-        if self.base_layer.weight.is_meta:
-            raise RuntimeError("merge: the layer is on the meta device and has no data to merge")
+        put_shards_back(self)
+        if reason := why_not_merged(self, self._has_own_forward()):
+            raise RuntimeError(f"merge: {reason}")
         # Plain tensors even under inference_mode: a later training step may save them.
         with torch.inference_mode(False), torch.no_grad():
             merged = self._merged_parameters()
-        original = {}
-        for name, tensor in merged.items():
-            frozen = getattr(self.base_layer, name)
-            if keep == "cpu" and frozen.device.type != "cpu":
-                frozen = nn.Parameter(frozen.detach().cpu(), requires_grad=frozen.requires_grad)
-            if keep != "none":
-                original[name] = frozen
-            setattr(self.base_layer, name, nn.Parameter(tensor, requires_grad=False))
+            original = {}
+            for name, tensor in merged.items():
+                if keep != "none":
+                    original[name] = kept_parameter(self.base_layer, name, keep)
+                replace_parameter(self.base_layer, name, nn.Parameter(tensor, requires_grad=False))
         self._merge = Merge(keep, original)
+
+    def _base_alone(self, x: Tensor) -> Tensor:
+        """A forward where the adapter is merged or disabled."""
+        if self.disable_adapters and self._merge is not None:
+            kept = self._merge.original
+            if not (kept and is_managed(self.base_layer)):
+                self.unmerge()
+            else:  # FSDP has gathered the merged weight for this forward
+                like = self.base_layer.weight
+                frozen = {name: whole(value).to(like.dtype) for name, value in kept.items()}
+                return torch.func.functional_call(self.base_layer, frozen, (x,))
+        return self.base_layer(x)
 
     def unmerge(self) -> None:
         """Put the frozen parameters back, bit for bit; an unmerged layer is left as it is.
@@ -156,13 +177,14 @@ class AdapterLayer(BaseParameters):
                 "unmerge: the frozen weight was not kept by merge(keep='none'); merge with "
                 "keep='device' or keep='cpu' to be able to unmerge, or load the weight again"
             )
+        put_shards_back(self)
         device = self.base_layer.weight.device
         for name, frozen in self._merge.original.items():
             if frozen.device != device:
                 frozen = nn.Parameter(
                     frozen.detach().to(device), requires_grad=frozen.requires_grad
                 )
-            setattr(self.base_layer, name, frozen)
+            replace_parameter(self.base_layer, name, frozen)
         self._merge = None
 
     def _set_base_parameter(self, name: str, parameter: nn.Parameter | None) -> None:
@@ -203,8 +225,13 @@ class AdapterLayer(BaseParameters):
         if rows != size:
             raise ValueError(f"{name}: expected {rows}, the rows of the base weight, got {size}")
 
+    def _has_own_forward(self) -> bool:
+        """Whether the base layer's class computes otherwise than from its weight as it is."""
+        raise NotImplementedError
+
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """The adapter's part of ``state_dict()``, with the names of PEFT's files."""
+        put_shards_back(self)
         return {name: parameter.detach() for name, parameter in self._adapter_parameters().items()}
 
     def load_adapter(self, state_dict: Mapping[str, Tensor]) -> None:
@@ -216,6 +243,7 @@ class AdapterLayer(BaseParameters):
 
         Raises:
             ValueError: a tensor is missing, unknown, or has another shape.
+            RuntimeError: the adapter is on the meta device, or offloaded.
         """
         names = our_names(state_dict)
         adapter = {names.get(name, name): tensor for name, tensor in state_dict.items()}
@@ -231,10 +259,45 @@ class AdapterLayer(BaseParameters):
                     f"state_dict: expected {name} of shape {list(parameter.shape)}, "
                     f"got {list(adapter[name].shape)}"
                 )
+        self._check_here("load_adapter")
         self.unmerge()
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(adapter[name])
+        put_shards_back(self)
+        for name, parameter in self._adapter_parameters().items():
+            write(parameter, whole(adapter[name]))
+
+    @torch.no_grad()
+    def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
+        """Give the adapter its initial values, see the class; a merged layer is unmerged first.
+
+        DoRA's magnitude becomes the norm of the adapted weight, so that it changes nothing yet.
+        """
+        check_initialisation(init_lora_weights)
+        if is_offloaded(self):
+            self._check_here("reset_lora_parameters")
+            if self.use_dora:
+                self._frozen_weight()
+        self.unmerge()
+        put_shards_back(self)
+        for name in self._adapter_parameters():
+            self._draw(name, init_lora_weights)
+        self._reset_magnitude()
+
+    def _draw(self, name: str, init_lora_weights: bool | str) -> None:
+        """Give an adapter's parameter its initial values; DoRA's magnitude is left alone."""
+        raise NotImplementedError
+
+    def _reset_magnitude(self) -> None:
+        """DoRA's m becomes ``||W + s B A||``, as soon as all of these have values."""
+        magnitude = self.lora_magnitude_vector
+        if magnitude is None or any(parameter.is_meta for parameter in self.parameters()):
+            return
+        write(magnitude, self._weight_norm())
+
+    def _check_here(self, call: str) -> None:
+        for name, parameter in self._adapter_parameters().items():
+            if parameter.is_meta:
+                place = "offloaded (accelerate)" if is_offloaded(self) else "on the meta device"
+                raise RuntimeError(f"{call}: {name} is {place} and cannot be written")
 
     def peft_state_dict(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """``state_dict()`` with the names of a PEFT layer in memory that holds ``adapter_name``.
@@ -251,10 +314,24 @@ class AdapterLayer(BaseParameters):
         """``||W + s B A||`` ``[N]``, without gradient."""
         raise NotImplementedError
 
+    def _frozen_weight(self) -> Tensor:
+        """The base layer's weight where its values are read, gathered where it is sharded.
+
+        Raises:
+            RuntimeError: it is offloaded.
+        """
+        weight = self.base_layer.weight
+        if weight.is_meta and is_offloaded(self):
+            raise RuntimeError(
+                "base_layer: its weight is offloaded (accelerate) and here only while it is "
+                "called; DoRA needs its norm"
+            )
+        return whole(weight)
+
     def _output_scale(self) -> Tensor:
         """DoRA's ``m / ||W + s B A||`` ``[N]``; a row of zeros stays zero."""
         norm = self._weight_norm()
-        return self.lora_magnitude_vector / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        return whole(self.lora_magnitude_vector) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
     def _adapter_parameters(self) -> dict[str, nn.Parameter]:
         return {
@@ -313,68 +390,3 @@ def _put_back_original(module: AdapterLayer, state_dict, prefix: str, local_meta
         state_dict[f"{prefix}base_layer.{name}"] = frozen.detach()
     if not module._merge.original:
         state_dict[prefix + _MERGED_FOR_GOOD] = torch.ones((), dtype=torch.bool)
-
-
-def check_no_hooks(name: str, module: nn.Module) -> None:
-    """Raise where a module's weights cannot be used without calling it."""
-    own = module.__dict__
-    if (
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-    ):
-        raise ValueError(
-            f"{name}: it has hooks, which the fused forward would not run; remove them, or put "
-            "them on the LoRA layer"
-        )
-
-
-def check_adapter(rank: int, alpha: float, init_lora_weights: bool | str) -> None:
-    """Raise for the first hyperparameter that does not fit."""
-    check_size("rank", rank)
-    if isinstance(alpha, bool) or not isinstance(alpha, Real):
-        raise TypeError(f"alpha: expected a number, got {type(alpha).__name__}")
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha: expected a finite number, got {alpha}")
-    check_initialisation(init_lora_weights)
-
-
-def check_size(name: str, size: int) -> None:
-    if isinstance(size, bool) or not isinstance(size, Integral):
-        raise TypeError(f"{name}: expected an integer, got {type(size).__name__}")
-    if size < 1:
-        raise ValueError(f"{name}: expected at least 1, got {size}")
-
-
-def check_base_layer(name: str, module: nn.Module) -> None:
-    """Raise where ``module.weight`` cannot be shared with, or replaced in, a copy of the module."""
-    if not isinstance(module.weight, nn.Parameter):
-        raise TypeError(
-            f"{name}: expected weight to be a plain Parameter, got "
-            f"{type(module.weight).__name__}; remove its parametrization first"
-        )
-    if "forward" in vars(module):
-        raise ValueError(
-            f"{name}: its forward was replaced on the instance, which would bypass the adapter; "
-            "remove what replaced it first"
-        )
-
-
-def check_initialisation(init_lora_weights: bool | str) -> None:
-    if init_lora_weights not in _INITIALISATIONS:
-        raise ValueError(
-            f"init_lora_weights: expected True, False or 'gaussian', got {init_lora_weights!r}"
-        )
-
-
-def adapter_dtype_over(weight: Tensor, adapter_dtype: torch.dtype | None) -> torch.dtype:
-    """What an adapter is kept in: fp32 over a half-precision base unless said otherwise."""
-    for name, dtype in (("weight", weight.dtype), ("adapter_dtype", adapter_dtype)):
-        if dtype is not None and dtype not in FLOATING:
-            raise TypeError(
-                f"{name}: expected dtype bfloat16, float16, float32 or float64, got {dtype}"
-            )
-    if adapter_dtype is not None:
-        return adapter_dtype
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32

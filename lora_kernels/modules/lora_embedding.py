@@ -1,21 +1,24 @@
 """``LoRAEmbedding``: a frozen ``torch.nn.Embedding`` with a LoRA or DoRA adapter."""
 
 import warnings
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
-from lora_kernels.modules.adapter_layer import (
-    AdapterLayer,
+from lora_kernels.modules.adapter_layer import AdapterLayer
+from lora_kernels.modules.base_call import is_plain_embedding
+from lora_kernels.modules.base_parameters import resize
+from lora_kernels.modules.checks import (
     adapter_dtype_over,
     check_adapter,
     check_base_layer,
-    check_initialisation,
     check_size,
 )
-from lora_kernels.modules.base_parameters import resize
 from lora_kernels.modules.merging import merged_weight
+from lora_kernels.modules.sharded import draw, whole
 from lora_kernels.modules.weight_reads import note_call
 from lora_kernels.ops.lora_weight_norm import lora_weight_norm
 
@@ -30,6 +33,9 @@ class LoRAEmbedding(AdapterLayer):
     B ``[embedding_dim, r]``, ``s = alpha / r`` (``alpha / sqrt(r)`` with rsLoRA). With DoRA every
     feature is scaled by ``m / ||W^T + s B A||``, m trainable and the norm treated as a constant.
     There is no dropout. An ``embed_scale`` on the base layer multiplies the adapter's part too.
+
+    i is the index that ``base_layer`` looks up, also where its class's forward or a hook makes
+    another of it than came (positions that are shifted by two, say).
 
     The looked-up rows of A follow ``padding_idx``, ``max_norm``, ``norm_type`` and
     ``scale_grad_by_freq`` of the base layer, as in PEFT. Their gradient is dense also where the
@@ -113,7 +119,8 @@ class LoRAEmbedding(AdapterLayer):
 
         Raises:
             TypeError: embedding is no ``torch.nn.Embedding`` over a plain parameter.
-            ValueError: its forward was replaced, or its ``embed_scale`` has several elements.
+            ValueError: its forward was replaced on the instance, or its ``embed_scale`` has several
+                elements.
         """
         if not isinstance(embedding, nn.Embedding):
             raise TypeError(
@@ -136,7 +143,7 @@ class LoRAEmbedding(AdapterLayer):
     ) -> None:
         check_adapter(rank, alpha, init_lora_weights)
         dtype = adapter_dtype_over(embedding.weight, adapter_dtype)
-        _check_embed_scale(embedding)
+        _embed_scale_of(embedding)
         super().__init__(embedding, rank, alpha, use_rslora, use_dora)
         self.num_embeddings, self.embedding_dim = embedding.weight.shape
         made = {"device": embedding.weight.device, "dtype": dtype}
@@ -176,37 +183,32 @@ class LoRAEmbedding(AdapterLayer):
         """The base layer's padding index."""
         return self.base_layer.padding_idx
 
-    @torch.no_grad()
-    def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
-        """Give the adapter its initial values, see the class; a merged layer is unmerged first.
-
-        DoRA's magnitude becomes the norm of the adapted weight, so that it changes nothing yet.
-        """
-        check_initialisation(init_lora_weights)
-        self.unmerge()
-        if init_lora_weights:
-            nn.init.zeros_(self.lora_embedding_A)
-        else:
-            nn.init.normal_(self.lora_embedding_A)
-        nn.init.normal_(self.lora_embedding_B)
-        if self.use_dora:
-            self.lora_magnitude_vector.copy_(self._weight_norm())
+    def _draw(self, name: str, init_lora_weights: bool | str) -> None:
+        if name == "lora_embedding_A":
+            zero = bool(init_lora_weights)
+            draw(self.lora_embedding_A, nn.init.zeros_ if zero else nn.init.normal_)
+        elif name == "lora_embedding_B":
+            draw(self.lora_embedding_B, nn.init.normal_)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[...]`` indices to ``[..., embedding_dim]`` in the base layer's dtype.
 
         Raises:
             TypeError: x is no tensor of int32 or int64.
+            ValueError: ``base_layer`` has a forward of its own, or hooks, and does not look its
+                weight up once with ``torch.nn.functional.embedding``; or its ``embed_scale`` has
+                several elements.
         """
         note_call(self)
         if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
             came = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"x: expected a tensor of int32 or int64 indices, got {came}")
-        if self.disable_adapters:
-            self.unmerge()
-        base = self.base_layer(x)
         if self.disable_adapters or self._merge is not None:
-            return base
+            return self._base_alone(x)
+        if is_plain_embedding(self.base_layer):
+            base = self.base_layer(x)
+        else:
+            base, x = self._called_base(x)
         output_scale = self._output_scale() if self.use_dora else None
         hidden = F.embedding(
             x,
@@ -217,7 +219,7 @@ class LoRAEmbedding(AdapterLayer):
             scale_grad_by_freq=self.base_layer.scale_grad_by_freq,
         )  # [..., R]
         hidden = hidden * self._scaling
-        embed_scale = getattr(self.base_layer, "embed_scale", None)
+        embed_scale = _embed_scale_of(self.base_layer)
         if isinstance(embed_scale, Tensor):
             embed_scale = embed_scale.to(hidden.dtype)
         if embed_scale is not None:
@@ -227,10 +229,39 @@ class LoRAEmbedding(AdapterLayer):
             y = y * output_scale
         return y.to(base.dtype)
 
+    def _called_base(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``base_layer(x)``, and the indices that were looked up for it."""
+        found: list[tuple[Tensor, Tensor]] = []
+        with _LookUps(found):
+            base = self.base_layer(x)
+        if len(found) != 1:
+            raise ValueError(
+                f"base_layer: expected the forward of {type(self.base_layer).__name__} to look its "
+                "weight up once with torch.nn.functional.embedding, which tells what to look up in "
+                f"the adapter, got {len(found)} times"
+            )
+        indices, _ = found[0]
+        return base, indices.to(self.lora_embedding_A.device)
+
+    def _has_own_forward(self) -> bool:
+        """Whether the base layer's class looks something else up than the weight as it is."""
+        base = self.base_layer
+        if type(base).forward is nn.Embedding.forward:
+            return False
+        found: list[tuple[Tensor, Tensor]] = []
+        probe = torch.zeros((1, 1), dtype=torch.int64, device=base.weight.device)
+        # A sharded weight cannot be looked up here, but it has been written down by then.
+        with torch.no_grad(), _LookUps(found), suppress(Exception):
+            type(base).forward(base, probe)
+        return len(found) != 1 or found[0][1] is not base.weight
+
     def _weight_norm(self) -> Tensor:
         """``[embedding_dim]``: in W's transpose the features are the rows."""
         return lora_weight_norm(
-            self.base_layer.weight.t(), self.lora_embedding_A, self.lora_embedding_B, self._scaling
+            self._frozen_weight().t(),
+            whole(self.lora_embedding_A),
+            whole(self.lora_embedding_B),
+            self._scaling,
         )
 
     def _merged_parameters(self) -> dict[str, Tensor]:
@@ -241,9 +272,9 @@ class LoRAEmbedding(AdapterLayer):
                 stacklevel=3,
             )
         merged = merged_weight(
-            self.base_layer.weight.t(),
-            self.lora_embedding_A,
-            self.lora_embedding_B,
+            self._frozen_weight().t(),
+            whole(self.lora_embedding_A),
+            whole(self.lora_embedding_B),
             self._scaling,
             self._output_scale() if self.use_dora else None,
         )
@@ -258,10 +289,28 @@ class LoRAEmbedding(AdapterLayer):
         return ", ".join(parts)
 
 
-def _check_embed_scale(embedding: nn.Embedding) -> None:
+class _LookUps(TorchFunctionMode):
+    """Writes down what is looked up, as (indices, table)."""
+
+    def __init__(self, found: list[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.embedding:
+            self.found.append(_indices_and_table(*args, **(kwargs or {})))
+        return function(*args, **(kwargs or {}))
+
+
+def _indices_and_table(input: Tensor, weight: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+    return input, weight
+
+
+def _embed_scale_of(embedding: nn.Embedding) -> float | Tensor | None:
     embed_scale = getattr(embedding, "embed_scale", None)
     if isinstance(embed_scale, Tensor) and embed_scale.numel() != 1:
         raise ValueError(
             "embedding: expected embed_scale to be a number or one element, got shape "
             f"{list(embed_scale.shape)}"
         )
+    return embed_scale

@@ -5,19 +5,20 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lora_kernels.modules.adapter_layer import (
-    AdapterLayer,
+from lora_kernels.initial_values import draw_lora_a_, draw_lora_b_, draw_lora_bias_
+from lora_kernels.modules.adapter_layer import AdapterLayer
+from lora_kernels.modules.base_call import called, check_factor, is_plain_linear
+from lora_kernels.modules.base_parameters import resize
+from lora_kernels.modules.checks import (
     adapter_dtype_over,
     check_adapter,
     check_base_layer,
-    check_initialisation,
-    check_no_hooks,
+    check_linear,
     check_size,
 )
-from lora_kernels.modules.base_parameters import resize
 from lora_kernels.modules.merging import merged_weight
+from lora_kernels.modules.sharded import draw, whole
 from lora_kernels.modules.weight_reads import note_call
 from lora_kernels.ops.lora_linear import lora_linear
 from lora_kernels.ops.lora_weight_norm import lora_weight_norm
@@ -38,6 +39,10 @@ class LoRALinear(AdapterLayer):
     (frozen), ``lora_A.weight``, ``lora_B.weight``, ``lora_B.bias`` with ``lora_bias`` and
     ``lora_magnitude_vector`` with DoRA. A state dict loads into PEFT's layer of the same shape (see
     :meth:`peft_state_dict`) and PEFT's into this one.
+
+    Where ``base_layer`` computes more than ``x W^T + b`` from plain parameters (hooks, a forward
+    of its own, a weight that is quantised or parametrized), which every call looks at, it is called
+    and the adapter's part added to its result.
 
     Args:
         in_features: K.
@@ -106,13 +111,15 @@ class LoRALinear(AdapterLayer):
     ) -> "LoRALinear":
         """Wrap an existing linear layer: its parameters are shared, not copied, and frozen.
 
-        Arguments are those of the constructor. ``linear`` itself is never merged into.
+        Arguments are those of the constructor. ``base_layer`` is a shallow copy of ``linear``, with
+        the forward of its class and its hooks; ``linear`` itself is never merged into.
 
         Raises:
             TypeError: linear is no ``torch.nn.Linear`` over plain parameters.
-            ValueError: linear has hooks or a replaced forward, which would not be run.
+            ValueError: its forward was replaced on the instance.
         """
-        _check_linear(linear)
+        check_linear(linear)
+        check_base_layer("linear", linear)
         layer = cls.__new__(cls)
         layer._wrap(
             linear,
@@ -190,43 +197,35 @@ class LoRALinear(AdapterLayer):
         self.base_layer.out_features = self.lora_B.out_features = out_features
         self.__dict__["out_features"] = out_features
 
-    @torch.no_grad()
-    def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
-        """Give the adapter its initial values, see the class; a merged layer is unmerged first.
-
-        DoRA's magnitude becomes the norm of the adapted weight, so that it changes nothing yet.
-        """
-        check_initialisation(init_lora_weights)
-        self.unmerge()
-        if init_lora_weights == "gaussian":
-            nn.init.normal_(self.lora_A.weight, std=1 / self.rank)
-        else:
-            self.lora_A.reset_parameters()  # Kaiming-uniform with a = sqrt(5)
-        if init_lora_weights:
-            for parameter in self.lora_B.parameters():
-                nn.init.zeros_(parameter)
-        else:
-            self.lora_B.reset_parameters()
-        if self.use_dora:
-            self.lora_magnitude_vector.copy_(self._weight_norm())
+    def _draw(self, name: str, init_lora_weights: bool | str) -> None:
+        if name == "lora_A.weight":
+            draw(self.lora_A.weight, lambda values: draw_lora_a_(values, init_lora_weights))
+        elif name == "lora_B.weight":
+            draw(self.lora_B.weight, lambda values: draw_lora_b_(values, init_lora_weights))
+        elif name == "lora_B.bias":
+            draw(
+                self.lora_B.bias,
+                lambda values: draw_lora_bias_(values, self.rank, init_lora_weights),
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features] -> [..., out_features]`` in x's dtype, or autocast's.
 
         Raises:
-            ValueError: base_layer, lora_A or lora_B has hooks. The layer itself may have them; its
-                parts are not called.
+            ValueError: lora_A or lora_B has hooks or a forward of its own. They are not called;
+                the layer itself and ``base_layer`` may have any.
         """
         note_call(self)
-        if self.disable_adapters:
-            self.unmerge()
         if self.disable_adapters or self._merge is not None:
-            return self.base_layer(x)
-        for name, module in self._modules.items():
-            check_no_hooks(name, module)
+            return self._base_alone(x)
+        parts = self._modules
+        check_factor("lora_A", parts["lora_A"])
+        check_factor("lora_B", parts["lora_B"])
+        dropout_p = self.dropout_p if self.training else 0.0
+        if not is_plain_linear(parts["base_layer"]):
+            return self._with_called_base(x, dropout_p)
         weight, bias = self.base_layer.weight, self._total_bias()
         operands = (weight, self.lora_A.weight, self.lora_B.weight, self._scaling, bias)
-        dropout_p = self.dropout_p if self.training else 0.0
         if not self.use_dora:
             return lora_linear(x, *operands, dropout_p=dropout_p)
         output_scale = self._output_scale()
@@ -237,16 +236,44 @@ class LoRALinear(AdapterLayer):
         y = lora_linear(dropped, *operands, output_scale=output_scale)
         return y + F.linear(x - dropped, weight)
 
+    def _with_called_base(self, x: Tensor, dropout_p: float) -> Tensor:
+        """The adapter's part on top of ``y = base_layer(x)``, whatever that does.
+
+        With DoRA ``y + (c - 1) f(D(x)) + c s D(x) A' B'``, f the base layer without its bias.
+        """
+        c = self._output_scale() if self.use_dora else None
+        y = called(self.base_layer, x, self.out_features)
+        operands = (None, self.lora_A.weight, self.lora_B.weight, self._scaling)
+        if c is None:
+            bias = self.lora_B.bias
+            bias = None if bias is None else (bias * self._scaling).to(x.dtype)
+            delta = lora_linear(x, *operands, bias, dropout_p=dropout_p)
+            return (y + delta).to(y.dtype)
+        base, bias = y, self.base_layer.bias
+        if dropout_p > 0:
+            x = F.dropout(x, dropout_p)
+            base = called(self.base_layer, x, self.out_features)
+        if bias is not None:
+            base = base - bias
+        return (y + (c - 1) * base + c * lora_linear(x, *operands)).to(y.dtype)
+
     def _weight_norm(self) -> Tensor:
         return lora_weight_norm(
-            self.base_layer.weight, self.lora_A.weight, self.lora_B.weight, self._scaling
+            self._frozen_weight(),
+            whole(self.lora_A.weight),
+            whole(self.lora_B.weight),
+            self._scaling,
         )
+
+    def _has_own_forward(self) -> bool:
+        return type(self.base_layer).forward is not nn.Linear.forward
 
     def _total_bias(self) -> Tensor | None:
         """``b + s * lora_B.bias`` in the base layer's dtype."""
         bias, lora_bias = self.base_layer.bias, self.lora_B.bias
         if lora_bias is None:
             return bias
+        bias, lora_bias = None if bias is None else whole(bias), whole(lora_bias)
         total = lora_bias.to(torch.promote_types(lora_bias.dtype, torch.float32)) * self._scaling
         if bias is not None:
             total = total + bias
@@ -262,9 +289,9 @@ class LoRALinear(AdapterLayer):
                 )
             merged["bias"] = self._total_bias()
         merged["weight"] = merged_weight(
-            self.base_layer.weight,
-            self.lora_A.weight,
-            self.lora_B.weight,
+            self._frozen_weight(),
+            whole(self.lora_A.weight),
+            whole(self.lora_B.weight),
             self._scaling,
             self._output_scale() if self.use_dora else None,
         )
@@ -292,20 +319,3 @@ def _check_options(dropout_p, lora_bias, use_dora, init_lora_weights) -> None:
         raise ValueError(
             "lora_bias: expected init_lora_weights=True or False with it, got 'gaussian'"
         )
-
-
-def _check_linear(linear: nn.Linear) -> None:
-    if not isinstance(linear, nn.Linear):
-        raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
-    if isinstance(linear, NonDynamicallyQuantizableLinear):
-        raise TypeError(
-            "linear: it belongs to a torch.nn.MultiheadAttention, which reads its weight and never "
-            "calls it"
-        )
-    if type(linear).forward is not nn.Linear.forward:
-        raise TypeError(
-            f"linear: {type(linear).__name__} has a forward of its own, which the fused forward "
-            "would not run"
-        )
-    check_base_layer("linear", linear)
-    check_no_hooks("linear", linear)

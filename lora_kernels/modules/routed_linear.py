@@ -4,12 +4,23 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.modules.active_adapters import ActiveAdapters
-from lora_kernels.modules.adapter_layer import adapter_dtype_over, check_no_hooks, check_size
+from lora_kernels.modules.base_call import called, check_not_bypassed, is_plain_linear
 from lora_kernels.modules.base_parameters import BaseParameters
+from lora_kernels.modules.checks import (
+    adapter_dtype_over,
+    check_base_parameters,
+    check_linear,
+    check_size,
+)
 from lora_kernels.modules.choice import Place
-from lora_kernels.modules.lora_linear import _check_linear
 from lora_kernels.modules.weight_reads import note_call, note_read
-from lora_kernels.ops.routed_lora import AdapterBank, AdapterSlots, Routing, routed_lora_linear
+from lora_kernels.ops.routed_lora import (
+    AdapterBank,
+    AdapterSlots,
+    Routing,
+    routed_lora,
+    routed_lora_linear,
+)
 
 
 class RoutedLoRALinear(BaseParameters):
@@ -22,6 +33,10 @@ class RoutedLoRALinear(BaseParameters):
     come and go in ``bank``; which of them a batch uses is said by the ``routing`` of the call, or
     for all layers of a model by an :class:`ActiveAdapters` that they share
     (:func:`lora_kernels.route` sets this up).
+
+    Where ``base_layer`` computes more than ``x W^T + b`` from plain parameters (hooks, a forward
+    of its own, a weight that is quantised or parametrized), which every call looks at, it is called
+    and the adapters' part added to its result.
 
     A state dict holds ``base_layer.*`` and ``bank.adapters.<name>.*``; it loads into a layer with
     the same adapters. Scalings and dropout are not in it.
@@ -77,9 +92,15 @@ class RoutedLoRALinear(BaseParameters):
 
         Raises:
             TypeError: linear is no ``torch.nn.Linear`` over plain parameters.
-            ValueError: linear has hooks or a replaced forward, which would not be run.
+            ValueError: its weight is offloaded.
         """
-        _check_linear(linear)
+        check_linear(linear)
+        check_base_parameters("linear", linear)
+        if linear.weight.is_meta and "_hf_hook" in vars(linear):
+            raise ValueError(
+                "linear: its weight is offloaded (accelerate), and does not tell which device the "
+                "adapters belong on; wrap the layer before it is offloaded"
+            )
         layer = cls.__new__(cls)
         layer._wrap(linear, slots, adapter_dtype)
         return layer
@@ -164,17 +185,21 @@ class RoutedLoRALinear(BaseParameters):
         Raises:
             RuntimeError: there are adapters, and neither a routing nor ``active_adapters`` says
                 which ones to use.
-            ValueError: base_layer or the bank has hooks. The layer itself may have them; its parts
-                are not called. Also what :func:`routed_lora_linear` refuses.
+            ValueError: the bank has hooks; it is not called. The layer itself and ``base_layer``
+                may have any. Also what :func:`routed_lora_linear` refuses.
         """
         note_call(self)
-        for name, module in self._modules.items():
-            check_no_hooks(name, module)
+        base = self._modules["base_layer"]
+        check_not_bypassed("bank", self.bank)
         if routing is None:
             routing = self._routing_for(x)
         if routing is None:
-            return self.base_layer(x)
-        return routed_lora_linear(x, self.base_layer.weight, self.bank, routing, self.bias)
+            return base(x)
+        if is_plain_linear(base):
+            return routed_lora_linear(x, base.weight, self.bank, routing, base.bias)
+        # Not added in place: a hook may have kept the base layer's result.
+        y = called(base, x, self.out_features)
+        return (y + routed_lora(x, self.bank, routing)).to(y.dtype)
 
     def _routing_for(self, x: Tensor) -> Routing | None:
         if self.active_adapters is not None:

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
 from lora_kernels.modules import LoRAEmbedding, LoRALinear
@@ -104,17 +105,6 @@ def test_a_refused_option_leaves_the_wrapped_layer_trainable():
     assert linear.weight.requires_grad and embedding.weight.requires_grad
 
 
-class OwnForward(nn.Linear):
-    def forward(self, x):
-        return super().forward(x) * 2
-
-
-def hooked(kind):
-    linear = nn.Linear(8, 6)
-    getattr(linear, kind)(lambda *_: None)
-    return linear
-
-
 def replaced_forward():
     linear = nn.Linear(8, 6)
     linear.forward = lambda x: x
@@ -127,26 +117,15 @@ UNFIT = {
         TypeError,
         "linear: expected a torch.nn.Linear, got Conv1d",
     ),
-    "own_forward": (
-        lambda: OwnForward(8, 6),
+    "lazy": (
+        lambda: nn.LazyLinear(6),
         TypeError,
-        "linear: OwnForward has a forward of its own",
+        "linear: expected a weight, got one that its first forward will make",
     ),
     "parametrized": (
         lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 6)),
         TypeError,
         "linear: expected weight to be a plain Parameter, got Tensor",
-    ),
-    "forward_hook": (
-        lambda: hooked("register_forward_hook"),
-        ValueError,
-        "linear: it has hooks, which the fused forward would not run",
-    ),
-    "pre_hook": (lambda: hooked("register_forward_pre_hook"), ValueError, "linear: it has hooks"),
-    "backward_hook": (
-        lambda: hooked("register_full_backward_hook"),
-        ValueError,
-        "linear: it has hooks",
     ),
     "replaced_forward": (
         replaced_forward,
@@ -226,7 +205,38 @@ def test_merging():
         LoRALinear(8, 6, 2, 4, device="meta").merge()
 
 
-@pytest.mark.parametrize("part", ["base_layer", "lora_A", "lora_B"])
+class OwnForward(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def replace_forward(module):
+    module.forward = lambda x: x
+
+
+ATTACHED = {
+    "class": (
+        lambda module: setattr(module, "__class__", OwnForward),
+        "OwnForward has a forward of its own",
+    ),
+    "forward": (replace_forward, "it has a forward or a hook of its own (accelerate's offload"),
+    "accelerate": (
+        lambda module: add_hook_to_module(module, AlignDevicesHook(offload=True, weights_map={})),
+        "put it on the LoRA layer as a whole (accelerate: preload_module_classes)",
+    ),
+}
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+@pytest.mark.parametrize(("attach", "message"), ATTACHED.values(), ids=ATTACHED)
+def test_what_is_attached_to_a_factor_is_not_skipped_in_silence(part, attach, message):
+    layer = LoRALinear(8, 6, rank=2, alpha=4)
+    attach(getattr(layer, part))
+    with pytest.raises(ValueError, match=f"^{part}: .*{re.escape(message)}"):
+        layer(torch.randn(3, 8))
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook"])
 def test_hooks_on_a_part_are_not_skipped_in_silence(part, register):
     layer = LoRALinear(8, 6, rank=2, alpha=4)
