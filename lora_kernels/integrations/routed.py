@@ -264,6 +264,8 @@ class RoutedModel:
             draw_lora_b_(lora_b, init)
             modules[module] = ModuleAdapter(lora_a, lora_b, scaling_of(config, module))
         self._install(name, modules, float(config.get("lora_dropout") or 0.0), trainable=True)
+        for layer in self._layers_with(name).values():
+            layer.bank[name].init_lora_weights = init
         self._configs[name] = config
 
     def remove(self, name: str) -> None:

@@ -19,6 +19,7 @@ from lora_kernels.modules.merging import (
     replace_parameter,
     why_not_merged,
 )
+from lora_kernels.modules.part_reset import PartReset
 from lora_kernels.modules.peft_names import in_memory_name, our_names
 from lora_kernels.modules.sharded import is_managed, put_shards_back, whole, write
 from lora_kernels.modules.weight_reads import note_read
@@ -43,11 +44,15 @@ class AdapterLayer(BaseParameters):
         alpha: float,
         use_rslora: bool,
         use_dora: bool,
+        init_lora_weights: bool | str,
     ) -> None:
         super().__init__()
+        self._initialised = getattr(base_layer, "_is_hf_initialized", False)
         self.base_layer = _with_own_parameter_table(base_layer).requires_grad_(False)
+        self.base_layer.reset_parameters = PartReset(self, self.base_layer)
         self.rank, self.alpha = rank, alpha
         self.use_rslora, self.use_dora = use_rslora, use_dora
+        self.init_lora_weights = init_lora_weights
         self.disable_adapters = False
         self._merge: Merge | None = None
         self.scaling = alpha / (math.sqrt(rank) if use_rslora else rank)
@@ -282,6 +287,15 @@ class AdapterLayer(BaseParameters):
             self._draw(name, init_lora_weights)
         self._reset_magnitude()
 
+    def reset_parameters(self) -> None:
+        """:meth:`reset_lora_parameters` as the constructor did it, with its ``init_lora_weights``.
+
+        What materialises a model calls this on every module. The parts' own ``reset_parameters``
+        give them the same values, so that the order does not matter; ``base_layer``'s is its
+        class's.
+        """
+        self.reset_lora_parameters(self.init_lora_weights)
+
     def _draw(self, name: str, init_lora_weights: bool | str) -> None:
         """Give an adapter's parameter its initial values; DoRA's magnitude is left alone."""
         raise NotImplementedError
@@ -291,13 +305,32 @@ class AdapterLayer(BaseParameters):
         magnitude = self.lora_magnitude_vector
         if magnitude is None or any(parameter.is_meta for parameter in self.parameters()):
             return
-        write(magnitude, self._weight_norm())
+        # transformers marks what it has loaded.
+        if not getattr(magnitude, "_is_hf_initialized", False):
+            write(magnitude, self._weight_norm())
 
     def _check_here(self, call: str) -> None:
         for name, parameter in self._adapter_parameters().items():
             if parameter.is_meta:
                 place = "offloaded (accelerate)" if is_offloaded(self) else "on the meta device"
                 raise RuntimeError(f"{call}: {name} is {place} and cannot be written")
+
+    @property
+    def _is_hf_initialized(self) -> bool:
+        """Set by transformers when it has drawn the weights of a new module, parts first.
+
+        It does not know our layers: their parts are marked as done, and the layer draws them here.
+        """
+        return self._initialised
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        # Inside of its initialisation alone: others set it to keep the values that there are.
+        drawing = nn.init.zeros_.__module__.startswith("transformers.")
+        if value and drawing and not self._initialised:
+            self.base_layer.requires_grad_(False)  # what it has loaded requires grad
+            self.reset_parameters()
+        self._initialised = value
 
     def peft_state_dict(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """``state_dict()`` with the names of a PEFT layer in memory that holds ``adapter_name``.

@@ -144,7 +144,7 @@ class LoRAEmbedding(AdapterLayer):
         check_adapter(rank, alpha, init_lora_weights)
         dtype = adapter_dtype_over(embedding.weight, adapter_dtype)
         _embed_scale_of(embedding)
-        super().__init__(embedding, rank, alpha, use_rslora, use_dora)
+        super().__init__(embedding, rank, alpha, use_rslora, use_dora, init_lora_weights)
         self.num_embeddings, self.embedding_dim = embedding.weight.shape
         made = {"device": embedding.weight.device, "dtype": dtype}
         self.lora_embedding_A = nn.Parameter(torch.empty(rank, self.num_embeddings, **made))

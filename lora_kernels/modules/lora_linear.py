@@ -18,6 +18,7 @@ from lora_kernels.modules.checks import (
     check_size,
 )
 from lora_kernels.modules.merging import merged_weight
+from lora_kernels.modules.part_reset import PartReset
 from lora_kernels.modules.sharded import draw, whole
 from lora_kernels.modules.weight_reads import note_call
 from lora_kernels.ops.lora_linear import lora_linear
@@ -149,12 +150,15 @@ class LoRALinear(AdapterLayer):
         check_adapter(rank, alpha, init_lora_weights)
         _check_options(dropout_p, lora_bias, use_dora, init_lora_weights)
         dtype = adapter_dtype_over(linear.weight, adapter_dtype)
-        super().__init__(linear, rank, alpha, use_rslora, use_dora)
+        super().__init__(linear, rank, alpha, use_rslora, use_dora, init_lora_weights)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.dropout_p = dropout_p
         made = {"device": linear.weight.device, "dtype": dtype}
         self.lora_A = nn.Linear(self.in_features, rank, bias=False, **made)
         self.lora_B = nn.Linear(rank, self.out_features, bias=lora_bias, **made)
+        for factor in (self.lora_A, self.lora_B):
+            factor.reset_parameters = PartReset(self, factor)
+            factor._is_hf_initialized = True  # not by transformers, which would draw B at random
         magnitude = nn.Parameter(torch.empty(self.out_features, **made)) if use_dora else None
         self.register_parameter("lora_magnitude_vector", magnitude)
         self.reset_lora_parameters(init_lora_weights)

@@ -160,6 +160,32 @@ def check_training_goes_on(mesh) -> None:
         torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
 
 
+ORDERS = {
+    "parents_first": lambda modules: modules,
+    "children_first": lambda modules: modules[::-1],
+    "base_last": lambda modules: [modules[0], *modules[2:], modules[1]],
+}
+
+
+def check_materialising(kind, mesh, init_lora_weights, order) -> None:
+    layer = make(kind, device="meta", init_lora_weights=init_lora_weights)
+    model = nn.Sequential(layer)
+    shard_model(model, mesh)
+    model.to_empty(device="cpu")
+    modules = [module for module in layer.modules() if hasattr(module, "reset_parameters")]
+    for module in ORDERS[order](modules):
+        module.reset_parameters()
+    x = draw_input(layer)
+    y = model(x)
+    alone = make(kind)
+    alone.load_state_dict(values(layer))
+    if init_lora_weights:
+        torch.testing.assert_close(y, alone.base_layer(x), rtol=1e-6, atol=1e-6)
+    if layer.use_dora:
+        torch.testing.assert_close(alone.lora_magnitude_vector.detach(), alone._weight_norm())
+    assert all(torch.isfinite(value).all() for value in values(layer).values())
+
+
 def check_refusals(mesh) -> None:
     for module, wrap in (
         (nn.Linear(K, N), LoRALinear.from_linear),
@@ -198,6 +224,11 @@ def run_process(rank: int, processes: int, rendezvous: str) -> None:
             torch.manual_seed(5)
             check_merging(kind, shard_base, mesh, True, "device")
         check_training_goes_on(mesh)
+        for kind, init, order in itertools.product(
+            ("lora", "dora", "embedding_dora"), (True, False), ORDERS
+        ):
+            torch.manual_seed(5)
+            check_materialising(kind, mesh, init, order)
         check_refusals(mesh)
     finally:
         dist.destroy_process_group()
