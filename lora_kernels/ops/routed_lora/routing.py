@@ -50,8 +50,8 @@ class Routing:
     adapters the tokens use, those have gradients and all others none: their ``.grad`` stays None,
     and an optimizer leaves them alone. With ids on a device, in a captured CUDA graph and in a
     compiled one that is not known: all adapters have gradients, exact zeros for those without
-    tokens. ``adapters=`` bounds them: a list of names, outside of which no token uses an adapter and
-    no parameter has a gradient. It bounds what they cost, but in a compiled graph.
+    tokens. ``adapters=`` bounds them: a list of names, outside of which no token uses an adapter
+    and no parameter has a gradient. It bounds what they cost, but in a compiled graph.
 
     Attributes:
         max_tokens: how many tokens there is room for.
