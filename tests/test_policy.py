@@ -70,6 +70,17 @@ def test_convicted(ratios, draws, message):
     assert kernel.drawn == list(range(draws))
 
 
+def test_of_a_few_elements_the_first_draw_convicts_nobody():
+    def few(*ratios):
+        kernel = Kernel(*ratios)
+        return lambda number: tuple({"y": each["y"][:3]} for each in kernel(number))
+
+    assert_draws_within_policy(few(9.0, 1.0))
+    for ratios in ([9.0, 1.5], [9.0, 1.0, 9.0, 1.0]):
+        with pytest.raises(AssertionError, match="9.00 times eager's"):
+            assert_draws_within_policy(few(*ratios))
+
+
 def test_typical_errors_need_no_bad_first_draw():
     assert_as_accurate(Kernel(1.2))
     assert_as_accurate(Kernel(3.0, 1.0))

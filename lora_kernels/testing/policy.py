@@ -83,8 +83,8 @@ def assert_draws_within_policy(
 
     Draw 0 is enough where all of its results are within :func:`error_bound`. A result that is not
     is drawn 16 times more: the median of its :func:`error_ratio` in these may be at most 1.25, and
-    neither in them nor in draw 0 may the ratio pass 4. Shape, dtype and finiteness are asked of
-    every draw.
+    neither in them nor (with 64 elements or more) in draw 0 may the ratio pass 4. Shape, dtype and
+    finiteness are asked of every draw.
 
     Args:
         draw: called with the number of a draw, returns ours, eager's and the fp64 results by name;
@@ -98,7 +98,7 @@ def assert_draws_within_policy(
     first = _ratios(ours, eager, oracle, list(ours), computed_in)
     failed = {name: ratio for name, ratio in first.items() if not ratio <= _RATIO}
     found: dict[str, list[float]] = {name: [] for name in failed}
-    if all(ratio <= _LARGEST_RATIO for ratio in failed.values()):
+    if not any(_is_too_large(ratio, ours[name]) for name, ratio in failed.items()):
         for number in range(1, _DRAWS + 1) if failed else ():
             for name, ratio in _ratios(*draw(number), list(failed), computed_in).items():
                 found[name].append(ratio)
@@ -109,6 +109,11 @@ def assert_draws_within_policy(
     ]
     assert not complaints, "\n".join(complaints)
     return ours
+
+
+def _is_too_large(ratio: float, result: Tensor) -> bool:
+    """Whether the first draw convicts. Of a few elements eager may have hit all by luck."""
+    return not ratio <= _LARGEST_RATIO and result.numel() >= _FEW_ELEMENTS
 
 
 def assert_as_accurate(draw: Callable[[int], tuple[Results, Results, Results]]) -> None:
