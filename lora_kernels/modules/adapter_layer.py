@@ -35,6 +35,7 @@ class AdapterLayer(BaseParameters):
 
     Attributes:
         disable_adapters: set it to compute the base layer alone (a merged layer is unmerged).
+        init_lora_weights: what :meth:`reset_parameters` draws.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn import Linear
 from torch.nn.modules import module as nn_module
 
 from lora_kernels.ops.eager import PLAIN
@@ -52,7 +53,9 @@ def tensor_of(module: nn.Module, name: str) -> Any:
 
 def is_plain_linear(base: nn.Module) -> bool:
     """Whether ``base(x)`` is ``F.linear`` of its plain parameters and nothing else."""
-    if type(base).forward is not nn.Linear.forward or bypassed(base) or global_hooks():
+    if type(base) is not Linear and type(base).forward is not Linear.forward:
+        return False
+    if bypassed(base) or global_hooks():
         return False
     own = base._parameters
     weight, bias = own.get("weight"), own.get("bias", COMPUTED)
@@ -79,14 +82,15 @@ def called(base: nn.Module, x: Tensor, features: int) -> Tensor:
     return y
 
 
-def check_factor(name: str, module: nn.Linear) -> None:
+def check_factor(name: str, module: Linear) -> None:
     """Raise where lora_A or lora_B would have to be called: the fused forward reads its weight."""
-    if type(module).forward is not nn.Linear.forward:
+    if type(module) is not Linear and type(module).forward is not Linear.forward:
         raise ValueError(
             f"{name}: {type(module).__name__} has a forward of its own, which the fused forward "
             "would not run; leave lora_A and lora_B as they are"
         )
-    check_not_bypassed(name, module)
+    if bypassed(module):
+        check_not_bypassed(name, module)
 
 
 def check_not_bypassed(name: str, module: nn.Module) -> None:

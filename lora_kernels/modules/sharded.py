@@ -22,6 +22,8 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or what a DTensor stands for, gathered."""
+    if type(tensor) in PLAIN:
+        return tensor
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 

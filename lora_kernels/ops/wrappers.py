@@ -19,5 +19,5 @@ def is_wrapper(tensor: Tensor) -> bool:
 
 
 def check_no_wrapper(name: str, tensor: Tensor) -> None:
-    if is_wrapper(tensor):
+    if type(tensor) not in PLAIN and is_wrapper(tensor):
         raise TypeError(f"{name}: expected a plain tensor, got a {type(tensor).__name__}")

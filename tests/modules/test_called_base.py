@@ -236,6 +236,26 @@ def test_a_base_that_was_quantised(routed):
         assert_within_policy(name, value, plain[name], exact[name])
 
 
+@pytest.mark.parametrize("attach", [class_of_its_own, parametrized, forward_hook])
+@pytest.mark.parametrize("kind", ["lora", "dora", "routed"])
+def test_second_derivatives(kind, attach):
+    options = {"use_dora": kind == "dora"}
+    layer = make_routed(torch.float64) if kind == "routed" else make(torch.float64, **options)
+    attach(layer)
+    ours, theirs = (routed_forward, row_by_row) if kind == "routed" else (LoRALinear.forward, pefts)
+    x = torch.randn(4, 5, K, dtype=torch.float64)
+    found = []
+    for forward in (ours, theirs):
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        (force,) = torch.autograd.grad(forward(layer, leaf).sin().sum(), leaf, create_graph=True)
+        force.square().sum().backward()
+        found.append([leaf.grad, *(p.grad for p in layer.parameters() if p.grad is not None)])
+    assert len(found[0]) == len(found[1]) > 2
+    for value, other in zip(*found, strict=True):
+        torch.testing.assert_close(value, other)
+
+
 @pytest.mark.parametrize("wrap", [LoRALinear.from_linear, RoutedLoRALinear.from_linear])
 @pytest.mark.parametrize("kind", ["class", "hook", "quantisation_aware"])
 def test_a_linear_that_does_more_can_be_wrapped(wrap, kind):
