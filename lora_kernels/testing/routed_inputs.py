@@ -112,9 +112,10 @@ class RoutedProblem:
                 dropout_p=dropout if isinstance(dropout, (int, float)) else dropout[slot],
             )
         drops = any(adapter.dropout_p for adapter in adapters.values())
-        # Of similar sizes: a maximum error that hangs on one heavy row would say little.
-        weights = draw(*ids.shape, dtype=torch.float32)
-        weights = weights.sign() * (0.5 + weights.abs().clamp_max(1.0))
+        # Of similar sizes, 0.5 to 1.5: a maximum error that hangs on one heavy row would say little.
+        # No two alike: two pairs of one token would cancel exactly, and leave nothing to compare.
+        weights = draw(*ids.shape, dtype=torch.float64)
+        weights = (weights.sign() * (0.5 + torch.erf(weights.abs() / 2**0.5))).float()
         return RoutedProblem(
             x=draw(rows, in_features),
             weight=draw(columns, in_features, scale=in_features**-0.5) if with_weight else None,
