@@ -381,7 +381,7 @@ def test_what_a_bank_cannot_take_leaves_it_unchanged(tmp_path):
         "expected a name for each of the 1 slices": (bank, "new", ["0.q", "0.k"]),
         "all different": (sliced, "new", ["0.q", "0.q"]),
         "there is an adapter 'held' already": (bank, "held", "1.q"),
-        "name: expected one without dots": (bank, "a.b", "0.q"),
+        "name: expected one that is not": (bank, "keys", "0.q"),
         "lora_b: expected [11, 2]": (bank, "new", "0.k"),
         "has one scaling, and those of": (sliced, "new", ["0.q", "0.k"]),
     }

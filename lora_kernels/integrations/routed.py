@@ -182,7 +182,7 @@ class RoutedModel:
         """Add an adapter from a PEFT adapter directory, all its modules or none.
 
         Args:
-            name: of the new adapter; without dots.
+            name: of the new adapter.
             directory: as PEFT's ``save_pretrained`` writes it.
             trainable: whether its parameters require grad.
             strict: whether it is an error that the file lacks modules of the model which its config
@@ -218,7 +218,7 @@ class RoutedModel:
         """Add a new adapter to be trained, with PEFT's initial values: A Kaiming-uniform, B zero.
 
         Args:
-            name: of the new adapter; without dots.
+            name: of the new adapter.
             config: a ``peft.LoraConfig``, or a dictionary of its settings; or instead of it
             rank, alpha, target_modules, dropout_p, use_rslora, init_lora_weights: PEFT's ``r``,
                 ``lora_alpha``, ``target_modules`` (also ``"all-linear"``), ``lora_dropout``,

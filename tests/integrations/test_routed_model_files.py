@@ -251,14 +251,14 @@ BAD_ADDS = {
         "init_lora_weights: expected True, False or 'gaussian', got 'orthogonal'",
     ),
     "name": (
-        {"name": "a.b", "target_modules": ["q_proj"]},
+        {"name": "keys", "target_modules": ["q_proj"]},
         ValueError,
-        "expected one without dots",
+        "expected one that is not empty",
     ),
     "base": (
         {"name": "__base__", "target_modules": ["q_proj"]},
         ValueError,
-        "that is not '__base__'",
+        "not empty, '__base__' or",
     ),
     "twice": (
         {"name": "one", "target_modules": ["q_proj"]},

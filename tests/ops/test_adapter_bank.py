@@ -466,12 +466,11 @@ def state_of(bank: AdapterBank) -> tuple:
 
 REFUSED = {
     "name_type": ({"name": 3}, TypeError, "name: expected a string, got int"),
-    "name_empty": ({"name": ""}, ValueError, "name: expected one without dots"),
-    "name_dot": ({"name": "a.b"}, ValueError, "name: expected one without dots"),
-    "name_base": ({"name": "__base__"}, ValueError, "name: expected one without dots"),
-    "name_method": ({"name": "keys"}, ValueError, "name: expected one without dots"),
-    "name_attribute": ({"name": "training"}, ValueError, "name: expected one without dots"),
-    "name_private": ({"name": "_modules"}, ValueError, "name: expected one without dots"),
+    "name_empty": ({"name": ""}, ValueError, "name: expected one that is not empty"),
+    "name_base": ({"name": "__base__"}, ValueError, "name: expected one that is not empty"),
+    "name_method": ({"name": "keys"}, ValueError, "name: expected one that is not empty"),
+    "name_attribute": ({"name": "training"}, ValueError, "name: expected one that is not empty"),
+    "name_private": ({"name": "_modules"}, ValueError, "name: expected one that is not empty"),
     "name_twice": ({"name": "a"}, ValueError, "there is an adapter 'a' already"),
     "lora_a_list": ({"lora_a": [[1.0]]}, (TypeError, ValueError), "lora_a: expected"),
     "lora_a_none": ({"lora_a": None}, TypeError, "lora_a: expected a tensor"),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_kernels.dropout import drop_threshold
 from lora_kernels.dtypes import FLOATING
 from lora_kernels.ops.routed_lora.adapter import Adapter, check_dropout, check_scaling
+from lora_kernels.ops.routed_lora.adapters_by_name import AdaptersByName
 from lora_kernels.ops.routed_lora.layouts import GradientLayouts
 from lora_kernels.ops.routed_lora.operands import BankTensors, GradientLayout, Trained
 from lora_kernels.ops.routed_lora.slots import BASE, AdapterSlots
@@ -88,7 +89,7 @@ class AdapterBank(nn.Module):
         self.slice_widths = tuple(widths)
         self.slots = slots if slots is not None else AdapterSlots()
         self.slots.join(self)
-        self.adapters = nn.ModuleDict()
+        self.adapters = AdaptersByName()
         self._storage = FactorStorage(in_features, self.slice_widths, dtype, device)
         self._tables = SlotTables(self.slots.capacity, len(widths), self.device)
         self._max_rank: int | None = None  # set where nothing may grow
@@ -113,7 +114,8 @@ class AdapterBank(nn.Module):
         """Copy an adapter into the bank under a new name.
 
         Args:
-            name: not empty, without dots, not ``"__base__"``.
+            name: not empty, not ``"__base__"``, not an attribute of ModuleDict. In a state dict's
+                keys a dot of it is ``%2E``.
             lora_a: ``[R, K]``; in a sliced bank a list with one ``[R_s, K]`` or None per slice.
             lora_b: ``[N, R]``; in a sliced bank a list with one ``[N_s, R_s]`` or None per slice.
             scaling: s, a number or a 0-d tensor.
@@ -531,12 +533,12 @@ class AdapterBank(nn.Module):
 def _check_name(name: str, bank: AdapterBank) -> None:
     if not isinstance(name, str):
         raise TypeError(f"name: expected a string, got {type(name).__name__}")
-    if not name or "." in name or name == BASE or hasattr(bank.adapters, name):
-        if name in bank:
-            raise ValueError(f"name: there is an adapter {name!r} already; remove it first")
+    if name in bank:
+        raise ValueError(f"name: there is an adapter {name!r} already; remove it first")
+    if name == BASE or not bank.adapters.accepts(name):
         raise ValueError(
-            f"name: expected one without dots that is not {BASE!r} or an attribute of ModuleDict, "
-            f"got {name!r}"
+            f"name: expected one that is not empty, {BASE!r} or an attribute of ModuleDict, got "
+            f"{name!r}"
         )
 
 
