@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any
 
+from lora_kernels.adapter_patterns import Allowance, EndPatterns, compiled, ends, match, short
+
 # Settings of PEFT's LoRA that change what an adapter is, or put more than A and B into its file.
 _OTHER_KINDS = {
     "use_dora": "DoRA",
@@ -27,6 +29,7 @@ _OTHER_KINDS = {
     "monteclora_config": "MonteCLoRA",
 }
 _PATTERNS = ("rank_pattern", "alpha_pattern")
+_HIGHEST_RANK = 2**31 - 1
 # These rewrite the base weight when PEFT makes the adapter, so its file alone does not say enough.
 _REWRITE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 _INITIALISATION_ONLY = ("eva_config", "corda_config", "lora_ga_config", "loftq_config")
@@ -41,45 +44,65 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     kind = config.get("peft_type")
     kind = getattr(kind, "value", kind)
     if kind != "LORA":
-        raise ValueError(f"{where}: expected peft_type 'LORA', got {kind!r}")
+        raise ValueError(f"{where}: expected peft_type 'LORA', got {short(kind)}")
     for key, meaning in _OTHER_KINDS.items():
         if config.get(key) not in (None, False) and config[key] not in ([], {}):
             raise ValueError(
-                f"{where}: {key} = {_short(config[key])}: {meaning} is not served here, only plain "
+                f"{where}: {key} = {short(config[key])}: {meaning} is not served here, only plain "
                 "LoRA of linear layers"
             )
     if config.get("bias", "none") not in (None, "none"):
         raise ValueError(
-            f"{where}: bias = {config['bias']!r}: trained biases of the base model are not served "
-            "here; expected 'none'"
+            f"{where}: bias = {short(config['bias'])}: trained biases of the base model are not "
+            "served here; expected 'none'"
         )
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_REWRITE_THE_BASE):
         raise ValueError(
-            f"{where}: init_lora_weights = {init!r} has changed the base weights; convert the "
+            f"{where}: init_lora_weights = {short(init)} has changed the base weights; convert the "
             "adapter with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
     for key, value in config.items():
         variant = key.startswith("use_") or key.endswith("_config")
         known = key in _OTHER_KINDS or key in _INITIALISATION_ONLY or key == "use_rslora"
         if variant and not known and value and key not in ("megatron_config", "runtime_config"):
-            raise ValueError(f"{where}: {key} = {_short(value)} is not known here")
+            raise ValueError(f"{where}: {key} = {short(value)} is not known here")
+    allowance = Allowance(where)
     for key in _PATTERNS:
-        if not isinstance(config.get(key) or {}, Mapping):
-            raise ValueError(f"{where}: {key}: expected a table, got {_short(config[key])}")
-    _check_targets(config, where)
+        if not isinstance(config.get(key, {}), (Mapping, type(None))):
+            raise ValueError(f"{where}: {key}: expected a table, got {short(config[key])}")
+        if not all(isinstance(pattern, str) for pattern in config.get(key) or {}):
+            raise ValueError(f"{where}: {key}: expected patterns, got {short(config[key])}")
+        EndPatterns(config.get(key) or {}, key, allowance)
+    _check_targets(config, where, allowance)
     for rank in (config.get("r", 8), *(config.get("rank_pattern") or {}).values()):
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"{where}: r: expected an integer of at least 1, got {rank!r}")
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"{where}: r: expected an integer of at least 1, got {short(rank)}")
+        if rank > _HIGHEST_RANK:
+            raise ValueError(f"{where}: r: expected at most {_HIGHEST_RANK}, got {short(rank)}")
     for alpha in (config.get("lora_alpha", 8), *(config.get("alpha_pattern") or {}).values()):
-        if isinstance(alpha, bool) or not isinstance(alpha, Real) or not math.isfinite(alpha):
-            raise ValueError(f"{where}: lora_alpha: expected a finite number, got {alpha!r}")
-    p = config.get("lora_dropout") or 0.0
-    if isinstance(p, bool) or not isinstance(p, Real) or not 0 <= p < 1:
-        raise ValueError(f"{where}: lora_dropout: expected a probability in [0, 1), got {p!r}")
+        if not _is_finite(alpha):
+            raise ValueError(f"{where}: lora_alpha: expected a finite number, got {short(alpha)}")
+    p = config.get("lora_dropout")
+    if p is not None and (not _is_finite(p) or not 0 <= p < 1):
+        raise ValueError(f"{where}: lora_dropout: expected a probability in [0, 1), got {short(p)}")
+    if not isinstance(config.get("use_rslora"), (bool, type(None))):
+        raise ValueError(
+            f"{where}: use_rslora: expected true or false, got {short(config['use_rslora'])}"
+        )
 
 
-def _check_targets(config: Mapping[str, Any], where: str) -> None:
+def _is_finite(number: object) -> bool:
+    """Whether it is a number that a float can hold."""
+    if isinstance(number, bool) or not isinstance(number, Real):
+        return False
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
+
+
+def _check_targets(config: Mapping[str, Any], where: str, allowance: Allowance) -> None:
     for key in ("target_modules", "exclude_modules", "layers_pattern"):
         value = config.get(key)
         listed = isinstance(value, (list, tuple, set, frozenset))
@@ -87,16 +110,20 @@ def _check_targets(config: Mapping[str, Any], where: str) -> None:
         if not all(isinstance(each, str) for each in names):
             raise ValueError(
                 f"{where}: {key}: expected a regular expression or a list of names, got "
-                f"{_short(value)}"
+                f"{short(value)}"
             )
-        for each in names if not listed or key == "layers_pattern" else ():
-            _compiled(each, f"{where}: {key}", each)
+        if key == "layers_pattern":
+            for each in names:
+                compiled(_layer_regex(each), key, each, allowance)
+        elif not listed:
+            for each in names:
+                compiled(each, key, each, allowance)
     layers = config.get("layers_to_transform")
     numbers = layers if isinstance(layers, (list, tuple)) else [layers]
     if layers is not None and not all(type(number) is int for number in numbers):
         raise ValueError(
             f"{where}: layers_to_transform: expected a number or a list of them, got "
-            f"{_short(layers)}"
+            f"{short(layers)}"
         )
 
 
@@ -106,93 +133,100 @@ def asks_for_all_linear(config: Mapping[str, Any]) -> bool:
     return isinstance(wanted, str) and wanted.lower() == "all-linear"
 
 
-def idle_patterns(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
+def idle_patterns(
+    config: Mapping[str, Any], modules: Iterable[str], where: str = "config"
+) -> list[str]:
     """Patterns of ranks and alphas that match none of the modules, in words."""
-    modules = list(modules)
+    allowance, modules = Allowance(where), list(modules)
     return [
-        f"{key} {pattern!r}"
+        f"{key} {short(pattern)}"
         for key in _PATTERNS
-        for pattern in config.get(key) or {}
-        if not any(_matches(key, pattern, module) for module in modules)
+        for pattern in EndPatterns(config.get(key) or {}, key, allowance).idle(modules)
     ]
 
 
-def rank_and_alpha(config: Mapping[str, Any], module: str) -> tuple[int, float]:
-    """r and alpha of a module: the first pattern that matches the end of its name decides."""
-    rank = _by_pattern(config, "rank_pattern", module, config.get("r", 8))
-    return rank, _by_pattern(config, "alpha_pattern", module, config.get("lora_alpha", 8))
+def ranks_and_scalings(
+    config: Mapping[str, Any], modules: Iterable[str], where: str = "config"
+) -> dict[str, tuple[int, float]]:
+    """r of each module, and what PEFT multiplies its ``B A`` by.
 
+    The first pattern that matches the end of a module's name decides.
 
-def scaling_of(config: Mapping[str, Any], module: str) -> float:
-    """What PEFT multiplies a module's ``B A`` by."""
-    return _scaling(config, *rank_and_alpha(config, module))
+    Raises:
+        ValueError: a pattern takes too long to match; ``where`` is the file that is named.
+    """
+    allowance = Allowance(where)
+    tables = [config.get(key) or {} for key in _PATTERNS]
+    ranks, alphas = (
+        EndPatterns(table, key, allowance) for table, key in zip(tables, _PATTERNS, strict=True)
+    )
+    found = {}
+    for module in modules:
+        rank = tables[0].get(ranks.first(module), config.get("r", 8))
+        alpha = tables[1].get(alphas.first(module), config.get("lora_alpha", 8))
+        found[module] = rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return found
 
 
 def targets(config: Mapping[str, Any], module: str) -> bool:
-    """Whether PEFT would give the module of that name an adapter.
+    """Whether PEFT would give the module of that name an adapter; see :func:`targeted`."""
+    return bool(targeted(config, [module]))
+
+
+def targeted(config: Mapping[str, Any], modules: Iterable[str], where: str = "config") -> list[str]:
+    """The modules of those names that PEFT would give an adapter.
 
     ``exclude_modules`` first; then ``target_modules``, a regular expression for the whole name or a
     list of whole names or their last parts; with a list ``layers_to_transform`` may narrow it. Of
     "all-linear" the caller has to know which modules these are.
+
+    Raises:
+        ValueError: a pattern takes too long to match; ``where`` is the file that is named.
     """
-    if _names(config.get("exclude_modules") or [], module):
-        return False
+    allowance = Allowance(where)
+    chosen = _named(config, "exclude_modules", allowance)
+    names = [name for name in modules if not chosen(name)]
     if asks_for_all_linear(config):
-        return True
-    wanted = config.get("target_modules") or []
-    if not _names(wanted, module):
-        return False
-    layers = config.get("layers_to_transform")
-    if isinstance(wanted, str) or module in wanted or layers is None or layers == []:
-        return True
-    # The first number counts: experts inside of a layer are numbered too.
-    patterns = config.get("layers_pattern") or []
-    regexes = [
-        rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\."
-        for pattern in ([patterns] if isinstance(patterns, str) else patterns)
-    ]
-    for regex in regexes or [r".*?\.[^.]*\.(?P<index>\d+)\."]:
-        if match := re.match(regex, module):
-            return int(match["index"]) in ([layers] if isinstance(layers, int) else layers)
-    return False
+        return names
+    chosen = _named(config, "target_modules", allowance)
+    names = [name for name in names if chosen(name)]
+    wanted, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if isinstance(wanted, str) or layers is None or layers == []:
+        return names
+    layers = {layers} if isinstance(layers, int) else set(layers)
+    whole = set(wanted or ())
+    return [name for name in names if name in whole or _layer_of(name, config, allowance) in layers]
 
 
-def _names(wanted, module: str) -> bool:
+def _named(config: Mapping[str, Any], key: str, allowance: Allowance):
+    """Whether a name is one of those that the setting means."""
+    wanted = config.get(key) or []
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, module) is not None
-    return any(module == each or module.endswith(f".{each}") for each in wanted)
+        return lambda name: match(wanted, name, key, wanted, allowance, "fullmatch") is not None
+    wanted = set(wanted)
+    return lambda name: not wanted.isdisjoint(ends(name))
 
 
-def _by_pattern(config: Mapping[str, Any], key: str, module: str, default):
-    for pattern, value in (config.get(key) or {}).items():
-        if _matches(key, pattern, module):
-            return value
-    return default
+def _layer_of(module: str, config: Mapping[str, Any], allowance: Allowance) -> int | None:
+    # The first number counts: experts inside of a layer are numbered too.
+    key, patterns = "layers_pattern", config.get("layers_pattern") or []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if found := match(_layer_regex(pattern), module, key, pattern, allowance):
+            return int(found["idx"])
+    if not patterns and (found := re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", module)):
+        return int(found["idx"])
+    return None
 
 
-def _matches(key: str, pattern: str, module: str) -> bool:
-    return _compiled(rf"(.*\.)?({pattern})$", key, pattern).match(module) is not None
-
-
-def _compiled(regex: str, what: str, shown: str) -> re.Pattern:
-    try:
-        return re.compile(regex)
-    except re.error as error:
-        raise ValueError(f"{what}: {shown!r} is no regular expression: {error}") from None
-
-
-def _scaling(config: Mapping[str, Any], rank: int, alpha: float) -> float:
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _layer_regex(pattern: str) -> str:
+    return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
 
 
 def describes(config: Mapping[str, Any], modules: Mapping[str, tuple[int, float]]) -> bool:
     """Whether the config's ranks and alphas give each module's ``(rank, scaling)``."""
     if "r" not in config or "lora_alpha" not in config:
         return False
-    return all(
-        (rank_and_alpha(config, name)[0], scaling_of(config, name)) == kind
-        for name, kind in modules.items()
-    )
+    return ranks_and_scalings(config, modules) == dict(modules)
 
 
 def ranks_and_alphas(modules: Mapping[str, tuple[int, float]], use_rslora: bool) -> dict[str, Any]:
@@ -232,8 +266,3 @@ def as_json(value: object) -> object:
     if hasattr(value, "value"):  # an enum, such as PEFT's task types
         return value.value
     raise TypeError(f"config: {value!r} cannot be written as JSON")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -24,10 +24,9 @@ from lora_kernels.adapter_config import (
     check_config,
     describes,
     idle_patterns,
-    rank_and_alpha,
     ranks_and_alphas,
-    scaling_of,
-    targets,
+    ranks_and_scalings,
+    targeted,
 )
 from lora_kernels.adapter_directory import (
     CONFIG,
@@ -74,18 +73,27 @@ def read_adapter(directory: str | os.PathLike) -> AdapterFile:
     The scaling of a module is PEFT's: ``alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora``,
     alpha and r after ``alpha_pattern`` and ``rank_pattern``. Modules that the config does not
     target are left out with a warning, as by PEFT; another one names patterns that match no module.
+    An adapter's name inside of the keys (``lora_A.default.weight``) is passed over.
+
+    Beside :func:`write_adapter`, both files are of one save. They may be read several times for
+    that, where a file has changed within the last moments. A config that was edited by hand is
+    taken as it is. Of files that others write, one that has changed while it was read is read
+    again; between the two files another writer cannot be seen.
 
     Raises:
-        ValueError: a file is missing, malformed, or holds what is not plain LoRA of linear layers
-            (the message names it); shapes do not fit each other or the config; a value is not
-            finite.
+        ValueError: a file is missing, cannot be read, is malformed, or holds what is not plain LoRA
+            of linear layers (the message names it); shapes do not fit each other or the config; a
+            value is not finite; a pattern of the config takes more than some seconds to match, or
+            needs the package regex for not doing so; both files are written to all the time.
         ImportError: safetensors is not installed.
     """
     directory = Path(directory)
     config = read_config(directory)
-    check_config(config, f"{directory / CONFIG}")
+    config_file = f"{directory / CONFIG}"
+    check_config(config, config_file)
     factors, base_parameters = read_tensors(directory)
     _leave_out(factors, config, directory)
+    kinds = ranks_and_scalings(config, factors, config_file)
     modules = {}
     for name, sides in factors.items():
         where = f"{directory / WEIGHTS}: {name}"
@@ -94,7 +102,7 @@ def read_adapter(directory: str | os.PathLike) -> AdapterFile:
             raise ValueError(
                 f"{where}: there is no lora_{missing} for its lora_{next(iter(sides))}"
             )
-        rank, _ = rank_and_alpha(config, name)
+        rank, scaling = kinds[name]
         lora_a, lora_b = sides["A"], sides["B"]
         if lora_a.ndim != 2 or lora_b.ndim != 2:
             raise ValueError(
@@ -106,10 +114,10 @@ def read_adapter(directory: str | os.PathLike) -> AdapterFile:
                 f"{where}: expected rank {rank} by the config, got lora_A {list(lora_a.shape)} and "
                 f"lora_B {list(lora_b.shape)}"
             )
-        modules[name] = ModuleAdapter(lora_a, lora_b, scaling_of(config, name))
-    if idle := idle_patterns(config, modules):
+        modules[name] = ModuleAdapter(lora_a, lora_b, scaling)
+    if idle := idle_patterns(config, modules, config_file):
         warnings.warn(
-            f"{directory / CONFIG}: no module of the adapter is meant by {listed(idle)}, which has "
+            f"{config_file}: no module of the adapter is meant by {listed(idle)}, which has "
             "no effect, as in PEFT",
             stacklevel=2,
         )
@@ -126,7 +134,15 @@ def write_adapter(
 ) -> None:
     """Write a directory that ``PeftModel.from_pretrained`` loads to the same numbers.
 
-    Each file is replaced as a whole once it is complete. The directory is made if need be.
+    Each file is replaced as a whole once it is complete, the weights before the config. The digest
+    of the config stands in the weights' metadata, by which :func:`read_adapter` takes both from one
+    save, whichever writers and readers are at work. PEFT ignores it: its ``from_pretrained`` may
+    find the config of before and the new weights, while a save is under way.
+
+    Files have the permissions of any new file, what else is in the directory stays, and the
+    directory is made if need be. A process that is killed in the moment between the two leaves its
+    config as a hidden ``.partial`` file, where :func:`read_adapter` finds it and PEFT does not; a
+    loss of power may lose both files.
 
     Args:
         directory: where to.
@@ -138,7 +154,8 @@ def write_adapter(
 
     Raises:
         TypeError, ValueError: modules or config are not plain LoRA of linear layers, or the config
-            does not target all of the modules.
+            does not target all of the modules; a directory is in a file's place.
+        OSError: a file cannot be written.
         ImportError: safetensors is not installed.
     """
     modules = {name: ModuleAdapter(*part) for name, part in modules.items()}
@@ -163,7 +180,7 @@ def write_adapter(
     if not describes(config, kinds):
         config |= ranks_and_alphas(kinds, bool(config["use_rslora"]))
     check_config(config, "config")
-    if lost := [name for name in modules if not targets(config, name)]:
+    if lost := modules.keys() - set(targeted(config, modules)):
         raise ValueError(
             f"config: its target_modules leave out modules that are written: {listed(sorted(lost))}"
         )
@@ -218,7 +235,7 @@ def load_adapter(
         raise ValueError(
             f"module: {directory} has none of {names}; it has {listed(sorted(file.modules))}"
         )
-    missing = [each for each in names if each not in file.modules and targets(file.config, each)]
+    missing = targeted(file.config, [each for each in names if each not in file.modules])
     report_missing(missing, directory, strict)
     scalings = {each: part.scaling for each, part in zip(names, parts, strict=True) if part}
     if len(set(scalings.values())) > 1:
@@ -287,7 +304,8 @@ def _leave_out(factors: dict[str, Any], config: Mapping[str, Any], directory: Pa
     """Take out of a file's factors what its config does not target, if it says what it does."""
     if config.get("target_modules") is None:
         return
-    others = [name for name in factors if not targets(config, name)]
+    meant = set(targeted(config, factors, f"{directory / CONFIG}"))
+    others = [name for name in factors if name not in meant]
     if len(others) == len(factors):
         raise ValueError(
             f"{directory}: the config targets none of the file's modules: {listed(sorted(others))}"

@@ -14,8 +14,8 @@ from torch import nn
 from lora_kernels.adapter_config import (
     asks_for_all_linear,
     check_config,
-    rank_and_alpha,
-    scaling_of,
+    ranks_and_scalings,
+    targeted,
     targets,
 )
 from lora_kernels.adapter_files import (
@@ -249,6 +249,7 @@ class RoutedModel:
         check_initialisation(init)
         modules = {}
         names = self._targeted(config)
+        kinds = ranks_and_scalings(config, names)
         if not names:
             wanted = config.get("target_modules")
             raise ValueError(f"target_modules: no module of the model is named by {wanted!r}")
@@ -257,12 +258,12 @@ class RoutedModel:
             layer = self.model.get_submodule(module)
             weight = getattr(layer, "base_layer", layer).weight
             dtype = adapter_dtype_over(weight, self._adapter_dtype)
-            rank, _ = rank_and_alpha(config, module)
+            rank, scaling = kinds[module]
             lora_a = torch.empty(rank, layer.in_features, dtype=dtype, device=weight.device)
             lora_b = lora_a.new_zeros(layer.out_features, rank)
             draw_lora_a_(lora_a, init)
             draw_lora_b_(lora_b, init)
-            modules[module] = ModuleAdapter(lora_a, lora_b, scaling_of(config, module))
+            modules[module] = ModuleAdapter(lora_a, lora_b, scaling)
         self._install(name, modules, float(config.get("lora_dropout") or 0.0), trainable=True)
         for layer in self._layers_with(name).values():
             layer.bank[name].init_lora_weights = init
@@ -352,7 +353,7 @@ class RoutedModel:
     def _targeted(self, config: Mapping[str, Any]) -> list[str]:
         """Names of the modules that a config asks for."""
         rest = [name for name in self._names() if name or is_linear(self.model)]
-        names = [name for name in rest if targets(config, name)]
+        names = targeted(config, rest)
         if asks_for_all_linear(config):
             head = head_of(self.model, config)
             modules = [(name, self.model.get_submodule(name)) for name in names]
