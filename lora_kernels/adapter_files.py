@@ -28,15 +28,8 @@ from lora_kernels.adapter_config import (
     ranks_and_scalings,
     targeted,
 )
-from lora_kernels.adapter_directory import (
-    CONFIG,
-    PREFIX,
-    WEIGHTS,
-    listed,
-    read_config,
-    read_tensors,
-    write_files,
-)
+from lora_kernels.adapter_directory import CONFIG, WEIGHTS, read_files, write_files
+from lora_kernels.adapter_tensors import PREFIX, by_module, listed
 from lora_kernels.ops.routed_lora import Adapter, AdapterBank
 
 
@@ -88,10 +81,10 @@ def read_adapter(directory: str | os.PathLike) -> AdapterFile:
         ImportError: safetensors is not installed.
     """
     directory = Path(directory)
-    config = read_config(directory)
+    config, tensors = read_files(directory)
     config_file = f"{directory / CONFIG}"
     check_config(config, config_file)
-    factors, base_parameters = read_tensors(directory)
+    factors, base_parameters = by_module(tensors, f"{directory / WEIGHTS}")
     _leave_out(factors, config, directory)
     kinds = ranks_and_scalings(config, factors, config_file)
     modules = {}
