@@ -27,6 +27,7 @@ from lora_kernels.adapter_files import (
     report_missing,
     write_adapter,
 )
+from lora_kernels.adapter_renaming import Renaming
 from lora_kernels.initial_values import draw_lora_a_, draw_lora_b_
 from lora_kernels.integrations.layer_places import place_of
 from lora_kernels.integrations.model_calls import unwatch_calls, watch_calls
@@ -178,6 +179,7 @@ class RoutedModel:
         *,
         trainable: bool = False,
         strict: bool = True,
+        rename: Mapping[str, str] | None = None,
     ) -> None:
         """Add an adapter from a PEFT adapter directory, all its modules or none.
 
@@ -188,18 +190,26 @@ class RoutedModel:
             strict: whether it is an error that the file lacks modules of the model which its config
                 targets; if not, it is a warning. Modules in the file which the config does not
                 target are never applied, with a warning, as PEFT ignores them.
+            rename: what modules are called in the model, by what they are called in the file, where
+                the adapter was trained in another wrapper: ``{"model.language_model": "model"}``.
+                Both are whole names of modules, and stand for all that is inside of them too; the
+                longest one that fits counts, and "" is all modules. The config goes with the
+                file's names, a later :meth:`save` writes the model's.
 
         Raises:
+            TypeError: rename is no mapping of strings.
             ValueError: the files or the name are not good, or name modules that are absent from the
                 model, of another shape, or not plain linear layers, or lack some; or they hold
-                other values of the base model's parameters than the model has. The model is
-                unchanged then.
+                other values of the base model's parameters than the model has; rename gives two
+                modules one name, or has names that are none of the file's. The model is unchanged
+                then.
         """
         self._check_name(name)
-        file = read_adapter(directory)
+        renaming = Renaming(rename)
+        file = renaming.renamed(read_adapter(directory), f"{directory}")
         check_base(self.model, file.base_parameters, f"{directory}")
         self._check_modules(file.modules)
-        self._check_whole(file, directory, strict)
+        self._check_whole(file, directory, strict, renaming)
         self._install(name, file.modules, file.dropout_p, trainable)
         self._configs[name] = file.config
 
@@ -350,24 +360,28 @@ class RoutedModel:
             names.append(name)
         return names
 
-    def _targeted(self, config: Mapping[str, Any]) -> list[str]:
-        """Names of the modules that a config asks for."""
+    def _targeted(self, config: Mapping[str, Any], renaming: Renaming | None = None) -> list[str]:
+        """Names of the modules that a config asks for, by its own names for them."""
         rest = [name for name in self._names() if name or is_linear(self.model)]
-        names = targeted(config, rest)
+        theirs = renaming.origins(rest) if renaming else dict(zip(rest, rest, strict=True))
+        names = [theirs[name] for name in targeted(config, theirs)]
         if asks_for_all_linear(config):
             head = head_of(self.model, config)
             modules = [(name, self.model.get_submodule(name)) for name in names]
             names = [name for name, module in modules if is_linear(module) and module is not head]
         return names
 
-    def _check_whole(self, file: AdapterFile, directory: str | os.PathLike, strict: bool) -> None:
+    def _check_whole(
+        self, file: AdapterFile, directory: str | os.PathLike, strict: bool, renaming: Renaming
+    ) -> None:
         """Raise, or warn, where the model has modules for an adapter that its file does not."""
         if file.config.get("target_modules") is None:
             text = f"{directory}: the config has no target_modules, which tell if the file is whole"
             if strict:
                 raise ValueError(f"{text} (strict=False loads what there is)")
             warnings.warn(text, stacklevel=3)
-        missing = [name for name in self._targeted(file.config) if name not in file.modules]
+        meant = self._targeted(file.config, renaming)
+        missing = [name for name in meant if name not in file.modules]
         report_missing(missing, directory, strict)
 
     def _check_name(self, name: str) -> None:
