@@ -24,7 +24,7 @@ from lora_kernels.testing.inputs import (
     oracle_results,
     run_forward_backward,
 )
-from lora_kernels.testing.policy import Results, assert_draws_within_policy
+from lora_kernels.testing.policy import Draw, assert_draws_within_policy
 
 
 class Skip(Exception):
@@ -84,7 +84,7 @@ def check_policy(
     """Our result and gradients, after holding each against fp64."""
     definition = functools.partial(lora_linear, backend="reference")
 
-    def draw(number: int) -> tuple[Results, Results, Results]:
+    def draw(number: int) -> Draw:
         drawn = problem.redrawn(number)
         with poisoned_memory():
             ours = run_forward_backward(target.call, drawn, needs, autocast)

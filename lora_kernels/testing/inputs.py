@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.ops.lora_linear.reference import lora_linear_reference
-from lora_kernels.testing.policy import Results, assert_draws_within_policy
+from lora_kernels.testing.policy import Draw, Results, assert_draws_within_policy
 
 
 def without_gaps(tensor: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def check_linear(
 ) -> Results:
     """``function``'s result and gradients, after holding each to the error policy."""
 
-    def draw(number: int) -> tuple[Results, Results, Results]:
+    def draw(number: int) -> Draw:
         drawn = problem.redrawn(number)
         return (
             run_forward_backward(function, drawn, needs),

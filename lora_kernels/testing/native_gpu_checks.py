@@ -22,7 +22,7 @@ from lora_kernels.testing.gaps import vendor_gap
 from lora_kernels.testing.gpu_checks import BF16, FP16, FP32, Check, Skip, Target, poisoned_memory
 from lora_kernels.testing.inputs import oracle_results, run_forward_backward
 from lora_kernels.testing.policy import (
-    Results,
+    Draw,
     assert_draws_within_policy,
     assert_within_policy,
 )
@@ -165,7 +165,7 @@ def routed(label: str, dtype: torch.dtype, adapter_dtype: torch.dtype | None, ta
 def _routed_forward(problem: RoutedProblem, target: Target) -> Tensor:
     """y without gradients, on the CPU, after holding it against fp64."""
 
-    def draw(number: int) -> tuple[Results, Results, Results]:
+    def draw(number: int) -> Draw:
         drawn = problem.redrawn(number)
         there = moved(drawn, target.device)
         bank = there.bank().requires_grad_(False)
@@ -226,7 +226,7 @@ def gemm_tail(label: str, dtype: torch.dtype, transposed: bool, p: float, target
 def _gemm_tail(
     label: str, dtype: torch.dtype, transposed: bool, p: float, with_vectors: bool,
     target: Target, number: int,
-) -> tuple[Results, Results, Results]:  # fmt: skip
+) -> Draw:  # fmt: skip
     """The results of every tile, eager's and fp64's, of one draw."""
     m, d, c, r = GEMM[label]
     generator = torch.Generator(target.device).manual_seed(m + r + 1000 * number)

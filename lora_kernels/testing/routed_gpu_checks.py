@@ -21,7 +21,7 @@ from lora_kernels.ops.routed_lora import (
 )
 from lora_kernels.testing.gaps import vendor_gap
 from lora_kernels.testing.gpu_checks import Check, Skip, Target, poisoned_memory
-from lora_kernels.testing.policy import Results, assert_draws_within_policy
+from lora_kernels.testing.policy import Draw, assert_draws_within_policy
 from lora_kernels.testing.routed_inputs import (
     RoutedProblem,
     call_routed,
@@ -66,7 +66,7 @@ def some_ids(tokens: int, adapters: int, per_token: int = 1, seed: int = 0) -> T
 def check_policy(target: Target, problem: RoutedProblem) -> dict[str, Tensor]:
     """Our result and gradients, after holding each against fp64."""
 
-    def draw(number: int) -> tuple[Results, Results, Results]:
+    def draw(number: int) -> Draw:
         drawn = problem.redrawn(number)
         with poisoned_memory():
             ours = run_routed(moved(drawn, target.device), target.backend)

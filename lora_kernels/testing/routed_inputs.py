@@ -22,7 +22,7 @@ from lora_kernels.ops.routed_lora import (
     routed_lora_linear,
 )
 from lora_kernels.testing.inputs import redrawn, without_gaps
-from lora_kernels.testing.policy import Results, assert_draws_within_policy
+from lora_kernels.testing.policy import Draw, Results, assert_draws_within_policy
 
 
 @dataclass(frozen=True)
@@ -404,7 +404,7 @@ def check_routed(
     known: eager's and the oracle's results, where they are at hand.
     """
 
-    def draw(number: int) -> tuple[Results, Results, Results]:
+    def draw(number: int) -> Draw:
         drawn = problem.redrawn(number)
         ours = run_routed(drawn, backend, needs, **options)
         if known is not None and number == 0:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 import lora_kernels
 from lora_kernels.dropout import draw_seed, keep_mask, keep_scale
 from lora_kernels.testing import assert_draws_within_policy, redrawn, redrawn_model
-from lora_kernels.testing.policy import Results
+from lora_kernels.testing.policy import Draw
 
 LAYERS = ["up", "gate", "down"]
 
@@ -153,7 +153,7 @@ def assert_parity(
     small steps): one that multiplies a rounding by a hundred tells how lucky it was.
     """
 
-    def draw(number: int) -> tuple[Results, Results, Results]:
+    def draw(number: int) -> Draw:
         drawn, other = redrawn_model(plain, number), redrawn_model(fast, number)
         given = redrawn(x.detach(), number).requires_grad_(x.requires_grad)
         oracle = copy.deepcopy(drawn).double()

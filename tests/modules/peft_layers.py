@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lora_kernels.modules.peft_names import in_memory_name
 from lora_kernels.testing import assert_draws_within_policy, redrawn, redrawn_model
-from lora_kernels.testing.policy import Results
+from lora_kernels.testing.policy import Draw
 
 pytest.importorskip("peft")
 from peft import LoraConfig
@@ -60,7 +60,7 @@ def assert_parity(
     twin = peft_twin(layer) if twin is None else twin
     state = torch.get_rng_state()  # what dropout draws from in every draw
 
-    def draw(number: int) -> tuple[Results, Results, Results]:
+    def draw(number: int) -> Draw:
         # A forward with max_norm writes to the weights that are looked up.
         ours, theirs = copy.deepcopy(layer), copy.deepcopy(twin)
         if number:
