@@ -112,8 +112,8 @@ class RoutedProblem:
                 dropout_p=dropout if isinstance(dropout, (int, float)) else dropout[slot],
             )
         drops = any(adapter.dropout_p for adapter in adapters.values())
-        # 0.5 to 1.5: a maximum error that hangs on one heavy row would say little. No two alike: two
-        # pairs of one token would cancel exactly, and leave nothing to compare.
+        # 0.5 to 1.5: a maximum error that hangs on one heavy row would say little. No two alike:
+        # two pairs of one token would cancel exactly, and leave nothing to compare.
         weights = draw(*ids.shape, dtype=torch.float64)
         weights = (weights.sign() * (0.5 + torch.erf(weights.abs() / 2**0.5))).float()
         return RoutedProblem(
