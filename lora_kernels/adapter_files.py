@@ -80,7 +80,7 @@ def read_adapter(directory: str | os.PathLike) -> AdapterFile:
             needs the package regex for not doing so; both files are written to all the time.
         ImportError: safetensors is not installed.
     """
-    directory = Path(directory)
+    directory = path_of(directory)
     config, tensors = read_files(directory)
     config_file = f"{directory / CONFIG}"
     check_config(config, config_file)
@@ -184,7 +184,7 @@ def write_adapter(
             copy = factor.detach().to("cpu", copy=True).contiguous()
             tensors[f"{PREFIX}{name}.lora_{side}.weight"] = copy
     text = json.dumps(config, indent=2, sort_keys=True, default=as_json)
-    write_files(Path(directory), text, tensors)
+    write_files(path_of(directory), text, tensors)
 
 
 def load_adapter(
@@ -214,6 +214,7 @@ def load_adapter(
             the file, or one that the config targets is not, or parameters of the base model are;
             their scalings differ; a value is not finite in the bank's dtype.
     """
+    check_flag("strict", strict)
     names = _names_of_slices(bank, module)
     file = read_adapter(directory)
     if file.base_parameters:
@@ -271,6 +272,17 @@ def modules_of(adapter: Adapter, names: Sequence[str]) -> dict[str, ModuleAdapte
         for name, pair in zip(names, adapter.factors(), strict=True)
         if pair is not None
     }
+
+
+def path_of(directory: str | os.PathLike) -> Path:
+    if not isinstance(directory, (str, os.PathLike)):
+        raise TypeError(f"directory: expected a path, got {type(directory).__name__}")
+    return Path(directory)
+
+
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
 def report_missing(missing: Sequence[str], directory: str | os.PathLike, strict: bool) -> None:

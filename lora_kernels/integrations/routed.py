@@ -22,6 +22,7 @@ from lora_kernels.adapter_files import (
     AdapterFile,
     ModuleAdapter,
     check_finite_in,
+    check_flag,
     modules_of,
     read_adapter,
     report_missing,
@@ -197,13 +198,16 @@ class RoutedModel:
                 file's names, a later :meth:`save` writes the model's.
 
         Raises:
-            TypeError: rename is no mapping of strings.
+            TypeError: directory is no path, trainable or strict no bool, or rename no mapping of
+                strings.
             ValueError: the files or the name are not good, or name modules that are absent from the
                 model, of another shape, or not plain linear layers, or lack some; or they hold
                 other values of the base model's parameters than the model has; rename gives two
                 modules one name, or has names that are none of the file's. The model is unchanged
                 then.
         """
+        check_flag("trainable", trainable)
+        check_flag("strict", strict)
         self._check_name(name)
         renaming = Renaming(rename)
         file = renaming.renamed(read_adapter(directory), f"{directory}")
@@ -450,8 +454,8 @@ class RoutedModel:
             for module, layer in layers.items():
                 lora_a, lora_b, scaling = modules[module]
                 adapter = layer.bank.add(name, lora_a, lora_b, scaling, dropout_p)
-                adapter.requires_grad_(trainable)
                 done.append(layer)
+                adapter.requires_grad_(trainable)
         except BaseException:
             for layer in done:
                 layer.bank.remove(name)

@@ -41,7 +41,7 @@ class ActiveAdapters:
     def __init__(self, slots: AdapterSlots, batch_dim: int = 0) -> None:
         if not isinstance(slots, AdapterSlots):
             raise TypeError(f"slots: expected AdapterSlots, got {type(slots).__name__}")
-        if isinstance(batch_dim, bool) or batch_dim not in (0, 1):
+        if type(batch_dim) is not int or batch_dim not in (0, 1):
             raise ValueError(f"batch_dim: expected 0 or 1, got {batch_dim!r}")
         self.slots, self.batch_dim = slots, batch_dim
         self._forget()

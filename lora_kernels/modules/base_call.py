@@ -6,11 +6,13 @@ another kind of weight. So attributes come from the modules' own dictionaries:
 `nn.Module.__getattr__` would cost ten times as much.
 """
 
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.compiler import is_compiling
 from torch.nn import Linear
 from torch.nn.modules import module as nn_module
 
@@ -22,6 +24,10 @@ OWN_FORWARD = "a forward or a hook of its own (accelerate's offload or device ma
 
 def bypassed(module: nn.Module) -> str | None:
     """What would be left out if the module's weights were used without calling the module."""
+    if is_compiling() and not isinstance(module.forward, MethodType):
+        # Reading the attribute guards the graph against a forward that is set later; looking it up
+        # in the dictionary, which costs less, does not.
+        return OWN_FORWARD
     own = module.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"]:
         return "forward hooks"

@@ -213,8 +213,9 @@ def _place(frame: FrameType) -> _Place:
     key = id(frame.f_code), frame.f_lasti
     place = _places.get(key)
     if place is None:
-        code, owner = frame.f_code, frame.f_locals.get("self")
-        name = code.co_name if owner is None else f"{type(owner).__name__}.{code.co_name}"
+        code = frame.f_code
+        # Not by the frame's locals: to look at them keeps them alive until it returns.
+        name = getattr(code, "co_qualname", code.co_name)
         reader = f"{name} ({frame.f_globals.get('__name__')}, line {frame.f_lineno})"
         place = _places[key] = _Place(code, reader, *_use(code, frame.f_lasti))
     return place
@@ -233,7 +234,9 @@ def _use(code: CodeType, offset: int) -> tuple[bool, bool]:
     before = instructions[max(0, at - 4) : at]
     if any(each.opname == "LOAD_GLOBAL" and each.argval in _QUESTIONS for each in before):
         return False, False
-    then = instructions[at + 1]
+    then, after = instructions[at + 1], instructions[at + 2 : at + 3]
+    if "NONE" in then.opname or "IS_OP" in (then.opname, *(each.opname for each in after)):
+        return False, False
     if then.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
         return True, then.opname == "BINARY_MATRIX_MULTIPLY" or then.argrepr == "@"
     # What a tensor does not have (`quant_state`) was put there to be asked for.

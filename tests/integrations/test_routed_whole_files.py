@@ -211,3 +211,25 @@ def test_all_linear_leaves_a_classifiers_head_out():
     }
     assert modules_with(routed, "new") == expected
     assert isinstance(routed.model.score, nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("trainable", "x"), ("strict", None), ("strict", 1), ("directory", 5), ("directory", None)],
+)
+def test_arguments_of_a_wrong_type_leave_the_model_as_it_was(tmp_path, argument, value):
+    routed = route(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    routed.add("a", rank=2, alpha=4, target_modules=["0", "1"])
+    routed.save("a", tmp_path / "a")
+    arguments = {"directory": tmp_path / "a", argument: value}
+    with pytest.raises(TypeError, match=rf"^{argument}: expected"):
+        routed.load("z", **arguments)
+    assert routed.names == ["a"]
+    assert not any("z" in layer.bank for layer in routed.model)
+    routed.load("z", tmp_path / "a", trainable=True)
+
+
+@pytest.mark.parametrize("value", [1.0, True, 2, "0", torch.tensor([0, 1])], ids=str)
+def test_the_axis_of_the_batch_is_0_or_1(value):
+    with pytest.raises(ValueError, match=r"^batch_dim: expected 0 or 1"):
+        route(nn.Sequential(nn.Linear(8, 8)), batch_dim=value)

@@ -8,6 +8,7 @@ import gc
 import pickle
 import threading
 import warnings
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -17,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels import LoRAEmbedding, LoRALinear, RoutedLoRALinear, Routing
+from lora_kernels import LoRAEmbedding, LoRALinear, RoutedLoRALinear, Routing, route
 from lora_kernels.modules import ActiveAdapters, adapter_layer, routed_linear, weight_reads
 
 PASSED_BY = "computes with its weight and does not call it"
@@ -350,3 +351,45 @@ def test_a_layer_whose_calls_are_compiled(alarms):
     for _ in range(4):
         model(torch.randn(3, 7))
     assert not alarms()
+
+
+def test_a_read_keeps_nothing_of_its_frame_alive():
+    """To look at a frame's locals would keep them until it returns."""
+
+    def main():
+        layer, large = LoRALinear(8, 6, 2, 4.0), torch.zeros(1000)
+        assert layer.weight.dtype == torch.float32
+        alive = weakref.ref(layer), weakref.ref(large)
+        del layer, large
+        gc.collect()
+        assert [each() for each in alive] == [None, None]
+
+    main()
+
+
+class Asks(nn.Module):
+    """Compares the weight of a part that it does not use with None."""
+
+    def __init__(self, unused: nn.Module) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(4, 4), unused
+
+    def forward(self, x):
+        if self.unused.weight is None:
+            raise ValueError
+        if self.unused.weight is not None and x.ndim:
+            x = x + 1
+        missing = self.unused.weight is None
+        return self.used(x) if not missing else x
+
+
+def test_a_comparison_with_none_computes_nothing(recwarn):
+    model = Asks(LoRALinear(4, 4, 2, 4.0, init_lora_weights=False))
+    for _ in range(3):
+        model(torch.randn(2, 4))
+    assert not recwarn.list
+    model = route(Asks(nn.Linear(4, 4)))
+    model.add("a", rank=2, alpha=4, target_modules=["used", "unused"])
+    for _ in range(2):
+        with model.adapters("a"):
+            model.model(torch.randn(2, 4))
