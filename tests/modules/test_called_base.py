@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from lora_kernels import LoRALinear, RoutedLoRALinear, Routing, route
-from lora_kernels.testing import assert_within_policy
+from lora_kernels.testing import assert_draws_within_policy, assert_within_policy, redrawn
 
 NAMES = ["two", "__base__", "one", "two"]
 
@@ -58,14 +58,15 @@ def outcome(layer, x, dy, forward, autocast=None) -> dict:
 
 
 def assert_parity(layer, wide, x, dy, ours, eager, autocast=None):
-    results = outcome(layer, x, dy, ours, autocast)
-    plain = outcome(layer, x, dy, eager, autocast)
-    exact = outcome(wide, x.double(), dy.double(), eager)
-    assert results.keys() == plain.keys() == exact.keys()
-    for name, value in results.items():
-        assert value.dtype == plain[name].dtype
-        assert_within_policy(name, value, plain[name], exact[name], autocast)
-    return results
+    def draw(number):
+        inputs = redrawn(x, number, "x"), redrawn(dy, number, "dy")
+        results = outcome(layer, *inputs, ours, autocast)
+        plain = outcome(layer, *inputs, eager, autocast)
+        exact = outcome(wide, *(tensor.double() for tensor in inputs), eager)
+        assert results.keys() == plain.keys() == exact.keys()
+        return results, plain, exact
+
+    return assert_draws_within_policy(draw, autocast)
 
 
 CASES = {
