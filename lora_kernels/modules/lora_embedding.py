@@ -145,7 +145,7 @@ class LoRAEmbedding(AdapterLayer):
         dtype = adapter_dtype_over(embedding.weight, adapter_dtype)
         _embed_scale_of(embedding)
         super().__init__(embedding, rank, alpha, use_rslora, use_dora, init_lora_weights)
-        self.num_embeddings, self.embedding_dim = embedding.weight.shape
+        self._num_embeddings, self.embedding_dim = embedding.weight.shape
         made = {"device": embedding.weight.device, "dtype": dtype}
         self.lora_embedding_A = nn.Parameter(torch.empty(rank, self.num_embeddings, **made))
         self.lora_embedding_B = nn.Parameter(torch.empty(self.embedding_dim, rank, **made))
@@ -163,11 +163,11 @@ class LoRAEmbedding(AdapterLayer):
                 norm runs over the vocabulary.
             RuntimeError: the layer is merged.
         """
-        return self.__dict__["num_embeddings"]
+        return self._num_embeddings
 
     @num_embeddings.setter
     def num_embeddings(self, value: int) -> None:
-        if value == self.__dict__.setdefault("num_embeddings", value):
+        if value == self._num_embeddings:
             return
         self._check_resizable("num_embeddings", value)
         if self.use_dora:
@@ -176,7 +176,7 @@ class LoRAEmbedding(AdapterLayer):
             )
         resize(self.lora_embedding_A, 1, value)
         self.base_layer.num_embeddings = value
-        self.__dict__["num_embeddings"] = value
+        self._num_embeddings = value
 
     @property
     def padding_idx(self) -> int | None:

@@ -151,7 +151,7 @@ class LoRALinear(AdapterLayer):
         _check_options(dropout_p, lora_bias, use_dora, init_lora_weights)
         dtype = adapter_dtype_over(linear.weight, adapter_dtype)
         super().__init__(linear, rank, alpha, use_rslora, use_dora, init_lora_weights)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features, self._out_features = linear.in_features, linear.out_features
         self.dropout_p = dropout_p
         made = {"device": linear.weight.device, "dtype": dtype}
         self.lora_A = nn.Linear(self.in_features, rank, bias=False, **made)
@@ -176,17 +176,17 @@ class LoRALinear(AdapterLayer):
     def out_features(self) -> int:
         """N. Set it where the base weight has been resized: new rows of B are zero.
 
-        transformers' ``resize_token_embeddings`` does so for a tied head.
+        ``resize_token_embeddings`` of transformers 5.6 and newer does so for a tied head.
 
         Raises:
             ValueError: the base weight has another number of rows.
             RuntimeError: the layer is merged.
         """
-        return self.__dict__["out_features"]
+        return self._out_features
 
     @out_features.setter
     def out_features(self, value: int) -> None:
-        if value != self.__dict__.setdefault("out_features", value):
+        if value != self._out_features:
             self._check_resizable("out_features", value)
             self._resize(value)
 
@@ -199,7 +199,7 @@ class LoRALinear(AdapterLayer):
             resize(self.lora_magnitude_vector, 0, out_features)
             self.lora_magnitude_vector[known:] = self._weight_norm()[known:]
         self.base_layer.out_features = self.lora_B.out_features = out_features
-        self.__dict__["out_features"] = out_features
+        self._out_features = out_features
 
     def _draw(self, name: str, init_lora_weights: bool | str) -> None:
         if name == "lora_A.weight":

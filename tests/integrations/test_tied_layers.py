@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from routed_models import llama
 from safetensors.torch import load_file, load_model
 from torch import nn
@@ -214,6 +216,12 @@ def test_the_base_model_is_in_the_file(tmp_path):
 # --- resizing -----------------------------------------------------------------------------------
 
 
+def resize(model: LlamaForCausalLM, size: int) -> None:
+    model.resize_token_embeddings(size, mean_resizing=False)
+    if Version(transformers.__version__) < Version("5.6"):  # leaves this to the user
+        model.lm_head.out_features = size
+
+
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}], ids=str)
 @pytest.mark.parametrize("size", [MORE, FEWER])
 def test_resizing_with_an_adapted_head(size, options):
@@ -221,7 +229,7 @@ def test_resizing_with_an_adapted_head(size, options):
     before, adapter = logits(model), model.lm_head.adapter_state_dict()
     identities = {name: id(p) for name, p in model.lm_head.named_parameters()}
     model.lm_head(torch.randn(3, 24, dtype=torch.float64)).sum().backward()
-    model.resize_token_embeddings(size, mean_resizing=False)
+    resize(model, size)
     head = model.lm_head
     assert is_tied(model) and head.weight.shape == (size, 24)
     assert head.out_features == head.base_layer.out_features == head.lora_B.out_features == size
@@ -258,9 +266,9 @@ def test_resizing_with_a_merged_head():
     before = logits(model)
     model.lm_head.merge()
     with pytest.raises(RuntimeError, match=r"unmerge\(\), and resize again"):
-        model.resize_token_embeddings(MORE, mean_resizing=False)
+        resize(model, MORE)
     model.lm_head.unmerge()
-    model.resize_token_embeddings(MORE, mean_resizing=False)
+    resize(model, MORE)
     torch.testing.assert_close(logits(model)[..., :VOCABULARY], before)
     assert is_tied(model) and model.config.vocab_size == MORE
 
@@ -270,11 +278,11 @@ def test_resizing_with_an_adapted_embedding():
     model = adapt(tied(torch.float64), "both")
     before, embedding = logits(model), model.model.embed_tokens
     with pytest.raises(TypeError, match="LoRAEmbedding"):
-        model.resize_token_embeddings(MORE, mean_resizing=False)
+        resize(model, MORE)
     assert torch.equal(logits(model), before) and model.config.vocab_size == VOCABULARY
 
     model.set_input_embeddings(embedding.base_layer)
-    model.resize_token_embeddings(MORE, mean_resizing=False)
+    resize(model, MORE)
     embedding.num_embeddings = MORE
     model.set_input_embeddings(embedding)
     assert is_tied(model) and embedding.lora_embedding_A.shape == (4, MORE)
@@ -289,10 +297,10 @@ def test_resizing_a_routed_model():
     for name in ("a", "b"):
         routed.add(name, rank=3, alpha=4, target_modules=["lm_head"], init_lora_weights=False)
     with pytest.raises(RuntimeError, match=r"out_features: .*\['a', 'b'\].*remove them"):
-        model.resize_token_embeddings(MORE, mean_resizing=False)
+        resize(model, MORE)
     for name in routed.names:
         routed.remove(name)
-    model.resize_token_embeddings(MORE, mean_resizing=False)
+    resize(model, MORE)
     routed.add("c", rank=3, alpha=4, target_modules=["lm_head"], init_lora_weights=False)
     assert isinstance(model.lm_head, RoutedLoRALinear) and is_tied(model)
     with routed.adapters("c"):

@@ -108,7 +108,8 @@ def test_doras_norm_needs_the_weight():
         layer(torch.randn(5, K))
     layer = make(use_dora=True)
     quantize_(layer.base_layer, Int8WeightOnlyConfig())
-    with pytest.raises(TypeError, match="weight: expected a plain tensor, got a Int8Tensor"):
+    came = type(layer.base_layer.weight).__name__  # Int8Tensor; an older torchao has another
+    with pytest.raises(TypeError, match=f"weight: expected a plain tensor, got a {came}"):
         layer(torch.randn(5, K))
 
 

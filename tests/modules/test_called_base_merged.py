@@ -23,7 +23,7 @@ UNMERGEABLE = {
     "quantisation_aware": r"base_layer \(FakeQuantizedLinear\) has a forward of its own",
     "parametrized": "base_layer's weight is computed when it is read",
     "offloaded": "the layer's weights are offloaded",
-    "int8": "base_layer's weight is quantised \\(Int8Tensor, torch.float32",
+    "int8": "base_layer's weight is quantised \\(\\w+Tensor, torch.float32",
 }
 
 
