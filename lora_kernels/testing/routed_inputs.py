@@ -114,8 +114,8 @@ class RoutedProblem:
         drops = any(adapter.dropout_p for adapter in adapters.values())
         # 0.5 to 1.5: a maximum error that hangs on one heavy row would say little. No two alike:
         # two pairs of one token would cancel exactly, and leave nothing to compare.
-        weights = draw(*ids.shape, dtype=torch.float64)
-        weights = (weights.sign() * (0.5 + torch.erf(weights.abs() / 2**0.5))).float()
+        weights = draw(*ids.shape, dtype=torch.float32)
+        weights = weights.sign() * (0.5 + torch.erf(weights.abs() / 2**0.5))
         return RoutedProblem(
             x=draw(rows, in_features),
             weight=draw(columns, in_features, scale=in_features**-0.5) if with_weight else None,
