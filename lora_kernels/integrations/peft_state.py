@@ -365,7 +365,8 @@ def _unsupported_input(x: Any, weight: Tensor) -> str | None:
 
 def _unsupported_context() -> str | None:
     """Where a standard torch graph, or a derivative our op does not define, is asked for."""
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    # What torch.compiler.is_exporting() returns; torch 2.9's compiler takes that call for True.
+    if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
         return "tracing or exporting: the graph keeps to torch's own operations"
     if torch._C._are_functorch_transforms_active():
         return "inside a torch.func transform"
