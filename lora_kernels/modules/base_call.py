@@ -57,6 +57,12 @@ def tensor_of(module: nn.Module, name: str) -> Any:
     return module.__dict__.get(name, COMPUTED)
 
 
+def parameter_of(module: nn.Module, name: str) -> Any:
+    """``module.<name>``, where it is a plain parameter at a tenth of the cost."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)
+
+
 def is_plain_linear(base: nn.Module) -> bool:
     """Whether ``base(x)`` is ``F.linear`` of its plain parameters and nothing else."""
     if type(base) is not Linear and type(base).forward is not Linear.forward:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from lora_kernels.initial_values import draw_lora_a_, draw_lora_b_, draw_lora_bias_
 from lora_kernels.modules.adapter_layer import AdapterLayer
-from lora_kernels.modules.base_call import called, check_factor, is_plain_linear
+from lora_kernels.modules.base_call import called, check_factor, is_plain_linear, parameter_of
 from lora_kernels.modules.base_parameters import resize
 from lora_kernels.modules.checks import (
     adapter_dtype_over,
@@ -228,8 +228,10 @@ class LoRALinear(AdapterLayer):
         dropout_p = self.dropout_p if self.training else 0.0
         if not is_plain_linear(parts["base_layer"]):
             return self._with_called_base(x, dropout_p)
-        weight, bias = self.base_layer.weight, self._total_bias()
-        operands = (weight, self.lora_A.weight, self.lora_B.weight, self._scaling, bias)
+        weight = parameter_of(parts["base_layer"], "weight")
+        lora_a = parameter_of(parts["lora_A"], "weight")
+        lora_b = parameter_of(parts["lora_B"], "weight")
+        operands = (weight, lora_a, lora_b, self._scaling, self._total_bias())
         if not self.use_dora:
             return lora_linear(x, *operands, dropout_p=dropout_p)
         output_scale = self._output_scale()
@@ -274,7 +276,9 @@ class LoRALinear(AdapterLayer):
 
     def _total_bias(self) -> Tensor | None:
         """``b + s * lora_B.bias`` in the base layer's dtype."""
-        bias, lora_bias = self.base_layer.bias, self.lora_B.bias
+        parts = self._modules
+        bias = parameter_of(parts["base_layer"], "bias")
+        lora_bias = parameter_of(parts["lora_B"], "bias")
         if lora_bias is None:
             return bias
         bias, lora_bias = None if bias is None else whole(bias), whole(lora_bias)
