@@ -29,10 +29,8 @@ def shrink(
     for adapter in adapters:
         pairs, tokens = _pairs_of(adapter.slot, routing)
         dropped = _dropped(x[tokens], adapter, tokens, seed)
-        parts = [
-            F.linear(dropped, pair[0].to(x.dtype)) for pair in adapter.factors() if pair is not None
-        ]
-        narrow = torch.cat(parts, dim=1).to(dtype)
+        parts = [pair[0].to(x.dtype) for pair in adapter.factors() if pair is not None]
+        narrow = F.linear(dropped, torch.cat(parts)).to(dtype)
         narrow = F.pad(narrow, (0, tensors.width - narrow.shape[1]))
         h = h.index_add(0, pairs, narrow)
     return h
@@ -57,7 +55,9 @@ def expand(
         parts = [
             part.new_zeros((part.shape[0], width))
             if pair is None
-            else F.linear(part, pair[1].to(base.dtype)) * adapter.scaling.to(base.device)
+            # torch 2.9 multiplies one strided column wrongly in bf16, in the backward.
+            else F.linear(part.contiguous(), pair[1].to(base.dtype))
+            * adapter.scaling.to(base.device)
             for part, pair, width in zip(narrow, adapter.factors(), bank.slice_widths, strict=True)
         ]
         delta = torch.cat(parts, dim=1)
