@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from gemm_that_reads_gaps import gemm_that_reads_gaps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -427,6 +428,29 @@ def test_any_history(data, sliced):
 
 
 # --- capacity ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["none", "grown", "moved", "copied"])
+def test_what_lies_behind_a_factor_is_zero(change):
+    """So that a vendor's GEMM which reads on there (oneDNN on AMX) multiplies nothing by NaN."""
+    bank = AdapterBank(K, SLICES, dtype=torch.bfloat16)
+    add(bank, "gone", (3, 1, 3))
+    for parameter in bank.parameters():
+        parameter.data.fill_(torch.nan)
+    bank._storage.tensor.fill_(torch.nan)  # as memory may be that nobody has written
+    bank.remove("gone")
+    add(bank, "here", (1, 2, 3))
+    if change == "grown":
+        add(bank, "wide", (8, 8, 8))
+    elif change == "moved":
+        bank.to(torch.float64).to(torch.bfloat16)
+    elif change == "copied":
+        bank = copy.deepcopy(bank)
+    with gemm_that_reads_gaps():
+        for name in bank:
+            for lora_a, lora_b in bank[name].factors():
+                for left, right in ((lora_b, lora_a), (lora_a, lora_a.t())):
+                    assert (left.detach() @ right.detach()).isfinite().all()
 
 
 @settings(max_examples=40)

@@ -142,6 +142,7 @@ class AdapterBank(nn.Module):
                 "graphs rely on; reserve() raises it, and they must be captured again"
             )
         start = self._allocate(self._storage.region_size(ranks))
+        self._storage.clear_gaps(start, ranks)
         slot = self.slots.acquire(name)
         entry = self._tables.write(slot, ranks, self._storage.offsets(start, ranks), scaling)
         adapter = Adapter(slot, ranks, start, entry, dropout_p)

@@ -16,7 +16,8 @@ class FactorStorage:
     """A flat tensor and which parts of it are free. What it holds is the bank's to know.
 
     Attributes:
-        tensor: ``[size]``, not initialised where nothing was written.
+        tensor: ``[size]``. Zero between the factors: a vendor's GEMM may read on behind one, and
+            count on numbers there (oneDNN on AMX does).
     """
 
     def __init__(
@@ -69,6 +70,13 @@ class FactorStorage:
         pairs = zip(whole_a.split(ranks), b, strict=True)
         return [pair if pair[0].shape[0] else None for pair in pairs]
 
+    @torch.no_grad()
+    def clear_gaps(self, start: int, ranks: tuple[int, ...]) -> None:
+        """Zeros behind the factors of a region, which may have been another adapter's."""
+        sizes = self.factor_sizes(ranks)
+        for offset, size in zip(self.offsets(start, ranks), sizes, strict=True):
+            self.tensor[offset + size : offset + aligned(size)] = 0
+
     def take(self, size: int) -> int | None:
         """The start of a region that is no longer free; None where none is large enough."""
         for index, (start, free) in enumerate(self._free):
@@ -95,11 +103,11 @@ class FactorStorage:
         """Another, larger tensor; the values are not copied."""
         size = aligned(size)
         self.give_back(self.size, size - self.size)
-        self.tensor = torch.empty(size, dtype=self.tensor.dtype, device=self.tensor.device)
+        self.tensor = torch.zeros(size, dtype=self.tensor.dtype, device=self.tensor.device)
 
     def become(self, dtype: torch.dtype, device: torch.device) -> None:
         """Another tensor of that kind; the values are not copied."""
-        self.tensor = torch.empty(self.size, dtype=dtype, device=device)
+        self.tensor = torch.zeros(self.size, dtype=dtype, device=device)
 
     def __getstate__(self) -> dict:
         """Without the values: the parameters carry them."""
@@ -109,7 +117,7 @@ class FactorStorage:
     def __setstate__(self, state: dict) -> None:
         size, dtype, device = state["tensor"]
         self.__dict__.update(state)
-        self.tensor = torch.empty(size, dtype=dtype, device=device)
+        self.tensor = torch.zeros(size, dtype=dtype, device=device)
 
 
 def aligned(size: int) -> int:
