@@ -229,29 +229,27 @@ class RoutedCall:
     """The groups of one routing over one bank, as ``routed_lora``'s kernels take them.
 
     Dimensions: P pairs, H the widest rank of the bank. ``bank`` and ``routing`` are those of
-    :mod:`lora_kernels.ops.routed_lora.operands`; ``in_features`` may be 0 where A is not used. A
-    bank in fp64 is copied to fp32 for the call.
+    :mod:`lora_kernels.ops.routed_lora.operands`; ``in_features`` may be 0 where A is not used.
+    The bank is in one of ``DTYPES``.
     """
 
     def __init__(self, bank, routing, in_features: int, seed: Tensor | None) -> None:
         self.bank, self.routing, self.in_features, self.seed = bank, routing, in_features, seed
         storage, weights = bank.storage, routing.pair_weights
-        storage = storage if storage.dtype in _NUMBER else storage.float()
         if weights is not None:
             weights = weights.detach().to(torch.float32).contiguous()
         thresholds = None
         if seed is not None:
             # Not the bank's table: that may have changed since the forward.
-            by_slot = [0] * bank.scaling.shape[0]
+            thresholds = torch.zeros(bank.scaling.shape[0], dtype=torch.int32, device="cpu")
             for slot, threshold in zip(bank.slots, bank.thresholds, strict=True):
-                by_slot[slot] = threshold
-            thresholds = torch.tensor(by_slot, dtype=torch.int32, device="cpu")
+                thresholds[slot] = threshold
         self._alive = storage, weights, thresholds
         groups = routing.plan.shape[0]
         if groups and routing.plan[-1, 0] < 0:  # filled up, as graphs have it
             groups = int((routing.plan[:, 0] >= 0).sum())
-        # Adapters that lie anywhere (loose.py) are offset from one of them, which is a matrix.
-        reach = storage.numel() if storage.ndim == 1 else 1 << 62
+        # Regions with memory of their own are offset from a matrix, before it or behind.
+        reach = storage.numel() if storage.ndim == 1 else -1
         self._groups = extension().Routed(
             storage.data_ptr(),
             reach,
@@ -318,7 +316,7 @@ class RoutedCall:
                 *_wide(rows), *_packed(mask), *_packed(t), grad.data_ptr(), grad.numel(),
                 layout.table.data_ptr(),
             )  # fmt: skip
-        return grad.to(self.bank.storage.dtype)
+        return grad
 
     def shrink_backward_(self, dx: Tensor, t: Tensor, mask: Tensor | None) -> None:
         """``dx += keep * (t A)``; dx ``[M, K]`` with unit stride in K."""

@@ -38,8 +38,9 @@ Routed::Group Routed::read(const int64_t* plan, int64_t* entries) const {
     int64_t* entry = entries + 3 * index;
     std::copy(row, row + 3, entry);
     const int64_t rank = entry[0], column = entry[1], offset = entry[2];
-    const bool fits = rank >= 0 && column >= 0 && rank <= bank_.width - column && offset >= 0 &&
-                      rank * columns_of(index) <= bank_.numel - offset;
+    const bool inside = bank_.numel < 0 || (offset >= 0 && offset <= bank_.numel &&
+                                            rank * columns_of(index) <= bank_.numel - offset);
+    const bool fits = rank >= 0 && column >= 0 && rank <= bank_.width - column && inside;
     if (rank != 0 && !fits)
       throw std::runtime_error(
           "bank: it was changed while a call read it: slot " + std::to_string(slot) + " has rank " +

@@ -10,7 +10,7 @@ namespace lora {
 
 struct Bank {
   const char* storage;
-  int64_t numel;  // of storage
+  int64_t numel;  // of storage; -1 where factors lie anywhere, before it or behind
   DType dtype;
   const int64_t* table;          // [L + 1, 1 + S, 3]: rank, first column in h, offset in storage
   int64_t slots;                 // L + 1

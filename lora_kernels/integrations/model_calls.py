@@ -57,7 +57,7 @@ class _ForwardHook:
         self.active.begin_forward(args, kwargs, 0 if batch_first else self.active.batch_dim)
 
     def end(self, model: nn.Module, args: tuple, output: Any) -> None:
-        self.active.end_forward()
+        self.active.end_forward(output)
 
 
 def _hook_on(model: nn.Module) -> _ForwardHook | None:

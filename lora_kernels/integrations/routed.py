@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -43,9 +46,19 @@ from lora_kernels.integrations.weight_readers import never_calls, passes_by
 from lora_kernels.modules.active_adapters import ActiveAdapters
 from lora_kernels.modules.adapter_layer import AdapterLayer
 from lora_kernels.modules.checks import adapter_dtype_over, check_initialisation
+from lora_kernels.modules.choice import Choice
 from lora_kernels.modules.routed_linear import RoutedLoRALinear
 from lora_kernels.modules.weight_reads import passing_by_refused
 from lora_kernels.ops.routed_lora import AdapterSlots, Routing
+from lora_kernels.ops.routed_lora.slots import Change, ModelVersion
+
+# What is said of a batch: one for all rows, or one for each; or a routing of the tokens.
+Adapter = str | Mapping[str, float]
+Adapters = Adapter | Sequence[Adapter] | Routing
+
+# What handles on a model share that has no layers with adapters yet.
+_holders: WeakKeyDictionary[nn.Module, ActiveAdapters] = WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 def route(
@@ -106,12 +119,14 @@ class RoutedModel:
         check_model(model)
         self.model = model
         self._targets, self._adapter_dtype = target_modules, adapter_dtype
-        self._active = holder_in(model) or ActiveAdapters(AdapterSlots(), batch_dim)
+        with _lock:
+            self._active = holder_in(model) or _holders.get(model)
+            if self._active is None:
+                self._active = _holders[model] = ActiveAdapters(AdapterSlots(), batch_dim)
         if self._active.batch_dim != batch_dim:
             raise ValueError(
                 f"batch_dim: the model is routed with {self._active.batch_dim}, got {batch_dim!r}"
             )
-        self._configs: dict[str, dict[str, Any]] = {}
         own = {id(p) for layer in self._layers().values() for p in layer.bank.parameters()}
         self._frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
         for parameter in self._frozen:
@@ -129,18 +144,26 @@ class RoutedModel:
 
     def adapters(
         self,
-        names: str | Sequence[str] | Routing,
+        names: Adapters,
         *,
         beams: int = 1,
         stacked: int = 1,
-        rows: Mapping[str, str | Sequence[str] | Routing] | None = None,
+        rows: Mapping[str, Adapters] | None = None,
     ) -> AbstractContextManager[None]:
         """``with routed.adapters(names):`` says which adapters the batches inside use.
 
         Forward, ``generate`` and backward may be called inside, any number of times, with any
-        lengths and padding (a padding token takes its sequence's adapter). With activation
-        checkpointing backward must be called inside too, as it computes the layers again. In a
-        compiled model names break the graph at every layer; a :class:`Routing` does not.
+        lengths and padding (a padding token takes its sequence's adapter). In a compiled model
+        names break the graph at every layer; a :class:`Routing` does not, while one thread alone is
+        inside of such a ``with``.
+
+        It holds for this thread or asyncio task; others may be inside of their own. A ``with`` in
+        the frame of a generator holds while that frame runs: a layer that is called while it is
+        suspended raises. Streams are better served by :meth:`batch`.
+
+        A *batch* is one outermost forward or ``generate`` inside, with its backward: it reads one
+        version of the adapters from its start to its end, whatever is loaded, replaced or removed
+        beside it. Names that were removed before it raise.
 
         A batch has a row for each of n names; or n * beams, n * stacked or n * beams * stacked.
         Inside of the model's ``generate`` it may also have the beams or returned sequences that
@@ -148,8 +171,9 @@ class RoutedModel:
 
         Args:
             names: one adapter for everything, whatever the rows; or a list with one per sequence;
-                ``"__base__"`` is none. Or a :class:`Routing` over all tokens, made for
-                :attr:`slots`, for batches that hold several sequences per row.
+                ``"__base__"`` is none. In place of a name several adapters and their weights,
+                ``{name: weight}``, whose contributions are added up. Or a :class:`Routing` over all
+                tokens, made for :attr:`slots`, for batches that hold several sequences per row.
             beams: neighbouring rows that share a name: ``a a b b``, as beam search and
                 ``num_return_sequences`` make them outside of the model's own ``generate``.
             stacked: how often the whole batch is repeated: ``a b a b``, as guidance does, and
@@ -161,17 +185,58 @@ class RoutedModel:
         Outside of it, a model that has adapters raises a RuntimeError. So does its end, if the
         model has computed with the weight of a layer with adapters and not called the layer.
 
+        With activation checkpointing a backward computes layers again: with the adapters of its own
+        forward where that was one of the whole model or of :meth:`batch`; where it was one of parts
+        of the model, backward must be called inside too. One backward of several batches with
+        different adapters raises then.
+
         Raises:
-            ValueError: a name is not an adapter's; no module is named by a key of rows.
-            TypeError: names are none of the three, or another argument does not fit.
+            ValueError: a name is not an adapter's, or no layer has it; no module is named by a key
+                of rows.
+            TypeError: names are none of these, or another argument does not fit.
         """
+        choice = self._choice(names, beams, stacked, rows)
+        return passing_by_refused(self._active.using(choice), self._layers)
+
+    def batch(
+        self,
+        names: Adapters,
+        *,
+        beams: int = 1,
+        stacked: int = 1,
+        rows: Mapping[str, Adapters] | None = None,
+    ) -> RoutedBatch:
+        """A handle whose calls take their adapters along, for servers, streams and threads::
+
+            handle = routed.batch(["sql", "law"])
+            logits = handle(input_ids).logits
+            tokens = handle.call(model.generate, input_ids, max_new_tokens=20)
+
+        Every call is a batch of its own, and its backward, wherever that is called, belongs to it.
+        A handle may be kept, and called from any thread.
+
+        Args:
+            names, beams, stacked, rows: as for :meth:`adapters`.
+
+        Raises:
+            ValueError, TypeError: as :meth:`adapters`; the calls, where a name was removed since.
+        """
+        choice = self._choice(names, beams, stacked, rows)
+        return RoutedBatch(self.model, self._active, choice, self._layers)
+
+    def _choice(
+        self,
+        names: Adapters,
+        beams: int,
+        stacked: int,
+        rows: Mapping[str, Adapters] | None,
+    ) -> Choice:
         for prefix in rows if isinstance(rows, Mapping) else ():
             try:
                 self.model.get_submodule(prefix)
             except AttributeError:
                 raise ValueError(f"rows: there is no module {prefix!r} in the model") from None
-        context = self._active.use(names, beams=beams, stacked=stacked, rows=rows)
-        return passing_by_refused(context, None if rows else names, self._layers)
+        return Choice(names, self.slots, beams, stacked, rows)
 
     def load(
         self,
@@ -206,16 +271,58 @@ class RoutedModel:
                 modules one name, or has names that are none of the file's. The model is unchanged
                 then.
         """
+        self._check_name(name)
+        file = self._read(directory, trainable, strict, rename)
+        with self.slots.change():
+            self._check_name(name)
+            self._check_modules(file.modules)
+            self._install(name, file.modules, file.dropout_p, trainable, file.config)
+
+    def replace(
+        self,
+        name: str,
+        directory: str | os.PathLike,
+        *,
+        trainable: bool = False,
+        strict: bool = True,
+        rename: Mapping[str, str] | None = None,
+    ) -> None:
+        """Put the adapter of a directory in the place of one that there is, in all layers at once.
+
+        Batches that have begun go on with the one before, those that begin later have the new one;
+        there is none in which a layer has the one and another layer the other. The Parameters are
+        new ones: make optimizers anew.
+
+        Args:
+            name: of the adapter.
+            directory, trainable, strict, rename: as for :meth:`load`.
+
+        Raises:
+            KeyError: there is no such adapter.
+            TypeError, ValueError: as :meth:`load`. The adapter stays as it was then.
+        """
+        self._check_known(name)
+        file = self._read(directory, trainable, strict, rename)
+        with self.slots.change():
+            self._remove(name)
+            self._check_modules(file.modules)
+            self._install(name, file.modules, file.dropout_p, trainable, file.config)
+
+    def _read(
+        self,
+        directory: str | os.PathLike,
+        trainable: bool,
+        strict: bool,
+        rename: Mapping[str, str] | None,
+    ) -> AdapterFile:
         check_flag("trainable", trainable)
         check_flag("strict", strict)
-        self._check_name(name)
         renaming = Renaming(rename)
         file = renaming.renamed(read_adapter(directory), f"{directory}")
         check_base(self.model, file.base_parameters, f"{directory}")
         self._check_modules(file.modules)
         self._check_whole(file, directory, strict, renaming)
-        self._install(name, file.modules, file.dropout_p, trainable)
-        self._configs[name] = file.config
+        return file
 
     def add(
         self,
@@ -259,9 +366,13 @@ class RoutedModel:
             }
         config = dict(config.to_dict() if hasattr(config, "to_dict") else config)
         check_config(config, "config")
-        init = config.get("init_lora_weights", True)
-        check_initialisation(init)
-        modules = {}
+        check_initialisation(config.get("init_lora_weights", True))
+        with self.slots.change():
+            self._check_name(name)
+            self._add(name, config)
+
+    def _add(self, name: str, config: dict[str, Any]) -> None:
+        init, modules = config.get("init_lora_weights", True), {}
         names = self._targeted(config)
         kinds = ranks_and_scalings(config, names)
         if not names:
@@ -278,20 +389,23 @@ class RoutedModel:
             draw_lora_a_(lora_a, init)
             draw_lora_b_(lora_b, init)
             modules[module] = ModuleAdapter(lora_a, lora_b, scaling)
-        self._install(name, modules, float(config.get("lora_dropout") or 0.0), trainable=True)
-        for layer in self._layers_with(name).values():
-            layer.bank[name].init_lora_weights = init
-        self._configs[name] = config
+        dropout_p = float(config.get("lora_dropout") or 0.0)
+        self._install(name, modules, dropout_p, True, config, init)
 
     def remove(self, name: str) -> None:
-        """Take an adapter out of all layers.
+        """Take an adapter out of all layers. Batches that have begun still have it.
 
         Raises:
             KeyError: there is no such adapter.
         """
+        with self.slots.change():
+            self._remove(name)
+
+    def _remove(self, name: str) -> None:
         for layer in self._layers_with(name).values():
             layer.bank.remove(name)
-        self._configs.pop(name, None)
+        if name in self.slots:  # its layers are gone from the model
+            self.slots.forget(name)
 
     def save(self, name: str, directory: str | os.PathLike) -> None:
         """Write an adapter as a PEFT adapter directory, which PEFT and :meth:`load` read.
@@ -299,11 +413,12 @@ class RoutedModel:
         Raises:
             KeyError: there is no such adapter.
         """
-        modules, dropout_p = {}, 0.0
-        for module, layer in self._layers_with(name).items():
-            modules |= modules_of(layer.bank[name], [module])
-            dropout_p = layer.bank[name].dropout_p
-        config = dict(self._configs.get(name, {}))
+        modules, dropout_p, version = {}, 0.0, self.slots.latest
+        for module, layer in self._layers_with(name, version).items():
+            adapter = version.adapter_of(layer.bank, name)
+            modules |= modules_of(adapter, [module])
+            dropout_p = adapter.dropout_p
+        config = dict(version.settings.get(name) or {})
         if set(self._targeted(config)) != modules.keys():
             for key in ("exclude_modules", "layers_to_transform", "layers_pattern"):
                 config.pop(key, None)
@@ -322,15 +437,21 @@ class RoutedModel:
         Raises:
             KeyError: there is no such adapter.
         """
-        layers = self._layers_with(name).values()
-        return [parameter for layer in layers for parameter in layer.bank[name].parameters()]
+        version = self.slots.latest
+        adapters = [
+            version.adapter_of(layer.bank, name)
+            for layer in self._layers_with(name, version).values()
+        ]
+        return [parameter for adapter in adapters for parameter in adapter.parameters()]
 
     def undo(self) -> None:
         """Remove all adapters and put the plain linear layers back, trainable as they were."""
-        for name in self.names:
-            self.remove(name)
-        self._swap({layer: layer.base_layer for layer in self._layers().values()})
-        unwatch_calls(self.model)
+        with self.slots.change() as change:
+            for name in self.names:
+                self._remove(name)
+            self._swap({layer: layer.base_layer for layer in self._layers().values()}, change)
+            unwatch_calls(self.model)
+            _holders.pop(self.model, None)
         for parameter in self._frozen:
             parameter.requires_grad_(True)
 
@@ -349,10 +470,13 @@ class RoutedModel:
             if isinstance(module, RoutedLoRALinear) and module.active_adapters is self._active
         }
 
-    def _layers_with(self, name: str) -> dict[str, RoutedLoRALinear]:
-        if name not in self._active.slots:
-            raise KeyError(f"no adapter {name!r} in the model; there are {self.names}")
-        return {module: each for module, each in self._layers().items() if name in each.bank}
+    def _layers_with(
+        self, name: str, version: ModelVersion | None = None
+    ) -> dict[str, RoutedLoRALinear]:
+        self._check_known(name)
+        version = version or self.slots.latest
+        layers = self._layers().items()
+        return {module: each for module, each in layers if version.adapter_of(each.bank, name)}
 
     def _names(self) -> list[str]:
         """Names of the model's modules, but for what is inside of layers with adapters."""
@@ -389,8 +513,12 @@ class RoutedModel:
         report_missing(missing, directory, strict)
 
     def _check_name(self, name: str) -> None:
-        if name in self._active.slots:
+        if name in self.slots:
             raise ValueError(f"name: there is an adapter {name!r} already; remove it first")
+
+    def _check_known(self, name: str) -> None:
+        if name not in self.slots:
+            raise KeyError(f"no adapter {name!r} in the model; there are {self.names}")
 
     def _check_modules(self, names: Iterable[str]) -> None:
         """Raise for modules that cannot have adapters, naming all of them."""
@@ -426,9 +554,17 @@ class RoutedModel:
         return f"{'torch.nn.' if torch_own else ''}{type(parent).__name__}"
 
     def _install(
-        self, name: str, modules: Mapping[str, ModuleAdapter], dropout_p: float, trainable: bool
+        self,
+        name: str,
+        modules: Mapping[str, ModuleAdapter],
+        dropout_p: float,
+        trainable: bool,
+        config: dict[str, Any],
+        init: bool | str = True,
     ) -> None:
         """Give every module its part of an adapter, or leave the model as it is."""
+        if not modules:
+            raise ValueError(f"name: {name!r} would be an adapter of no layer at all")
         layers, wrapped, owners = {}, {}, {}
         for module, part in modules.items():
             layer = self.model.get_submodule(module)
@@ -449,20 +585,19 @@ class RoutedModel:
                 layer = wrapped[layer]
             check_finite_in(layer.bank.dtype, part, module)
             layers[module] = layer
-        done = []
-        try:
+        with self.slots.change() as change:
             for module, layer in layers.items():
-                lora_a, lora_b, scaling = modules[module]
-                adapter = layer.bank.add(name, lora_a, lora_b, scaling, dropout_p)
-                done.append(layer)
-                adapter.requires_grad_(trainable)
-        except BaseException:
-            for layer in done:
-                layer.bank.remove(name)
-            raise
-        if wrapped:
-            self._swap(wrapped)
-            watch_calls(self.model, self._active)
+                part = modules[module]
+                adapter = layer.bank.add(
+                    name, part.lora_a, part.lora_b, part.scaling, dropout_p, trainable=trainable
+                )
+                adapter.init_lora_weights = init
+            change.draft().settings[name] = config
+            if wrapped:
+                if not self._layers():
+                    change.on_undo(lambda: unwatch_calls(self.model))
+                watch_calls(self.model, self._active)
+                self._swap(wrapped, change)
 
     def _wrapped(self, name: str, linear: nn.Linear) -> RoutedLoRALinear:
         try:
@@ -474,9 +609,41 @@ class RoutedModel:
         layer.active_adapters, layer.place = self._active, place_of(self.model, name)
         return layer
 
-    def _swap(self, others: Mapping[nn.Module, nn.Module]) -> None:
+    def _swap(self, others: Mapping[nn.Module, nn.Module], change: Change) -> None:
         """Put other modules in the places (there may be several) of some."""
         for parent in list(self.model.modules()):
-            for name, child in parent._modules.items():
+            for name, child in list(parent._modules.items()):
                 if child in others:
-                    parent._modules[name] = others[child]
+                    place = parent._modules
+                    change.on_undo(partial(place.__setitem__, name, child))
+                    place[name] = others[child]
+
+
+class RoutedBatch:
+    """Calls of a routed model with adapters that were said before; see :meth:`RoutedModel.batch`.
+
+    Attributes:
+        model: the model that it calls.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        active: ActiveAdapters,
+        choice: Choice,
+        layers: Callable[[], Mapping[str, nn.Module]],
+    ) -> None:
+        self.model = model
+        self._active, self._choice, self._layers = active, choice, layers
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward."""
+        return self.call(self.model, *args, **kwargs)
+
+    def call(self, function: Callable, /, *args: Any, **kwargs: Any) -> Any:
+        """Any function that calls the model, such as its ``generate``, or computes a loss."""
+        with passing_by_refused(nullcontext(), self._layers):
+            return self._active.call(self._choice, function, args, kwargs)
+
+    def __repr__(self) -> str:
+        return f"RoutedBatch({type(self.model).__name__}, {self._choice!r})"

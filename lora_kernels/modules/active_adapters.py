@@ -2,36 +2,83 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from lora_kernels.modules.choice import Choice, Generation, Part, Place
+from lora_kernels.modules.choice import Batch, Choice, Generation, Part, Place
 from lora_kernels.ops.routed_lora import AdapterSlots, Routing
 from lora_kernels.ops.routed_lora.slots import BASE
 
-# What this thread or task has entered, of any model.
-_entered: ContextVar[tuple[Choice, ...]] = ContextVar("entered", default=())
-
-
 _ANYWHERE = Place()
+_SUSPENDS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+
+
+class _Use:
+    """A choice that has been entered, by a ``with`` or by the call of a handle."""
+
+    def __init__(self, active: ActiveAdapters, choice: Choice) -> None:
+        self.active, self.choice = active, choice
+        self.is_open = False
+        self.frame: FrameType | None = None  # the one that entered it
+        self.in_generator = False
+        self._loose: Batch | None = None
+
+    def loose(self) -> Batch:
+        """For a layer that is called outside of a forward of its model: a batch of its own."""
+        version = self.active.slots.current
+        batch = self._loose
+        if batch is None or batch.version is not version:
+            batch = self._loose = Batch(self.choice, version)
+        return batch
+
+    def __enter__(self) -> None:
+        self.frame = _entering_frame(sys._getframe(1))
+        # Its frame may stop in the midst, and others run: then it is theirs no more.
+        self.in_generator = bool(self.frame.f_code.co_flags & _SUSPENDS)
+        if not self.in_generator:
+            _uses.set((*_uses.get(), self))
+        self.is_open = True
+        self.active.opened(self)
+
+    def __exit__(self, *error: object) -> None:
+        self.is_open, self.frame, self._loose = False, None, None
+        _uses.set(tuple(use for use in _uses.get() if use is not self))
+        self.active.closed(self)
+
+
+class _Run(NamedTuple):
+    """A call that a batch is computed in; None where nothing was said of it."""
+
+    active: ActiveAdapters
+    use: _Use | None
+    batch: Batch | None
+
+
+# What this thread or task has entered, and what it is computing, of any model; innermost last.
+_uses: ContextVar[tuple[_Use, ...]] = ContextVar("uses", default=())
+_runs: ContextVar[tuple[_Run, ...]] = ContextVar("runs", default=())
+
+# Batches whose outputs a backward has come by, by the backward.
+_recalled: dict[int, list[tuple[ActiveAdapters, _Use, Batch]]] = {}
 
 
 class ActiveAdapters:
     """Hands the layers of one model the :class:`Routing` of the batch at hand.
 
-    Inside ``with active.use(names):`` every layer that shares this object sees the same choice. A
-    routing is built for each shape of input that comes by, and serves all layers; outside, a layer
-    raises as soon as there are adapters, instead of computing the base model in silence.
-
-    It belongs to one thread or asyncio task at a time. The threads in which autograd runs a
-    backward see its choice too, so that activation checkpointing recomputes inside of ``with`` what
-    it computed there before.
+    Inside ``with active.use(names):`` every layer that shares this object sees the same choice, in
+    this thread or task. A routing is built for each shape of input that comes by, and serves all
+    layers; outside, a layer raises as soon as there are adapters, instead of computing the base
+    model in silence.
 
     Args:
         slots: those of the layers' banks.
@@ -46,20 +93,22 @@ class ActiveAdapters:
         self.slots, self.batch_dim = slots, batch_dim
         self._forget()
 
-    @contextmanager
     def use(
         self,
-        adapters: str | Sequence[str] | Routing,
+        adapters: str | Mapping[str, float] | Sequence[str | Mapping[str, float]] | Routing,
         *,
         beams: int = 1,
         stacked: int = 1,
-        rows: Mapping[str, str | Sequence[str] | Routing] | None = None,
-    ) -> Iterator[None]:
-        """Set the adapters of the batches that are computed inside.
+        rows: Mapping[str, Any] | None = None,
+    ) -> _Use:
+        """A context: the adapters of the batches that are computed inside.
+
+        In the frame of a generator it holds while that frame runs, and not while it is suspended.
 
         Args:
-            adapters: one name for all tokens, or a list with one name per sequence
-                (``"__base__"`` for none), or a routing of the tokens.
+            adapters: one name for all tokens, or a list with one per sequence (``"__base__"`` for
+                none), or a routing of the tokens. Instead of a name several adapters with their
+                weights, ``{name: weight}``.
             beams: how many neighbouring rows each name may have: a batch has n rows for n names,
                 or n * beams.
             stacked: how often the whole batch may be repeated: n * stacked rows, or with beams
@@ -68,20 +117,25 @@ class ActiveAdapters:
 
         Raises:
             ValueError: a name is not an adapter's, or there is none; beams or stacked is below 1.
-            TypeError: adapters or a value in rows is none of the three.
-            RuntimeError: another thread or task is inside.
+            TypeError: adapters or a value in rows is none of these.
         """
-        choice = Choice(adapters, self.slots, beams, stacked, rows or {})
-        with self._lock:
-            self._check_caller()
-            self._choices.append(choice)
-        _entered.set((*_entered.get(), choice))
-        try:
-            yield
-        finally:
-            _entered.set(tuple(other for other in _entered.get() if other is not choice))
-            with self._lock:
-                self._choices = [other for other in self._choices if other is not choice]
+        return self.using(Choice(adapters, self.slots, beams, stacked, rows))
+
+    def using(self, choice: Choice) -> _Use:
+        """:meth:`use` of a choice that was made before."""
+        return _Use(self, choice)
+
+    def call(self, choice: Choice, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """Call a function as one batch."""
+        use = _Use(self, choice)
+        with use:
+            batch = Batch(choice, self.slots.current)
+            with _running(_Run(self, use, batch)):
+                result = function(*args, **kwargs)
+            self._mark(result, use, batch)
+        return result
+
+    # --- what layers ask ----------------------------------------------------------------------
 
     def routing_for(self, x: Tensor, place: Place = _ANYWHERE) -> Routing | None:
         """The routing for a layer's input ``[..., K]``; None where there are no adapters at all.
@@ -94,16 +148,35 @@ class ActiveAdapters:
             RuntimeError: there are adapters, and nobody has said which ones to use.
             ValueError: x's rows are not those of the names, or nothing is said of the layer's.
         """
-        if not self._choices:
+        if torch.compiler.is_compiling() and len(self._open) == 1:
+            part = self._part(self._open[0].choice, place)
+            if part.routing is not None:
+                return part.routing
+        return _outside_of_graphs(self._routing_for, x, place)
+
+    def _routing_for(self, x: Tensor, place: Place) -> Routing | None:
+        in_backward = _in_backward()
+        batches = self._recomputed_batches() if in_backward else [self._batch()]
+        if batches == [None]:
             if not len(self.slots):
                 return None
-            raise RuntimeError(
-                f"the model has adapters {list(self.slots)} and nothing says which of them to use; "
-                "call it inside of `with routed.adapters(names):`, with one name per sequence "
-                f"({BASE!r} for none), and call backward() in there too if activations are "
-                "checkpointed"
+            raise RuntimeError(self._nothing_said())
+        axis = self.batch_dim if place.axis is None else place.axis
+        batch = batches[0]
+        if len(batches) > 1:  # of equal adapters: whose input it was
+            known = (b for b in batches if b.has_computed(b.choice.part_for(place), x, axis))
+            batch = next(known, batch)
+        part = self._part(batch.choice, place)
+        if part.routing is not None:
+            return batch.routing_given(part)
+        if place.axis == 1 and self.batch_dim == 0 and part.rows is not None:
+            raise ValueError(
+                f"{place.name}: this architecture computes [tokens, batch, features] there; pass "
+                "batch_dim=1 to route, or one name or a Routing to adapters"
             )
-        choice = self._choices[-1]
+        return batch.routing_for(part, x, axis, in_backward)
+
+    def _part(self, choice: Choice, place: Place) -> Part:
         part = choice.part_for(place)
         if part is choice.main and place.apart is not None and part.every_row is None:
             raise ValueError(
@@ -111,63 +184,154 @@ class ActiveAdapters:
                 f"adapters(..., rows={{{place.apart!r}: ...}}): one name, a list of them, or a "
                 "Routing over its tokens"
             )
-        if part.routing is not None:
-            if not torch.compiler.is_compiling() and not _in_backward():
-                self._check_caller()
-            return part.routing
-        return _outside_of_graphs(self._routing_by_names, choice, part, x, place)
+        return part
 
-    def _routing_by_names(self, choice: Choice, part: Part, x: Tensor, place: Place) -> Routing:
-        in_backward = _in_backward()
-        if not in_backward:
-            self._check_caller()
-        if place.axis == 1 and self.batch_dim == 0 and part.names is not None:
-            raise ValueError(
-                f"{place.name}: this architecture computes [tokens, batch, features] there; pass "
-                "batch_dim=1 to route, or one name or a Routing to adapters"
-            )
-        axis = self.batch_dim if place.axis is None else place.axis
-        return choice.routing_for(part, x, axis, in_backward)
+    def uses_the_base_alone(self) -> bool:
+        """Whether the choice at hand names no adapter."""
+        use = self._use()
+        return use is not None and use.choice.base_alone
 
-    def _check_caller(self) -> None:
-        if self._choices and self._choices[-1] not in _entered.get():
+    # --- whose choice it is -------------------------------------------------------------------
+
+    def _use(self) -> _Use | None:
+        """The innermost use that the caller is inside of."""
+        own = [use for use in _uses.get() if use.active is self and use.is_open]
+        if self._suspending:  # by frames: a generator's holds while it runs, in whatever thread
+            frames = {id(use.frame): use for use in (*own, *self._suspending)}
+            frame = sys._getframe(1)
+            while frame is not None:
+                if id(frame) in frames:
+                    return frames[id(frame)]
+                frame = frame.f_back
+        return own[-1] if own else None
+
+    def _batch(self) -> Batch | None:
+        """What the caller is computing."""
+        use = self._use()
+        if use is None:
+            return None
+        for run in reversed(_runs.get()):
+            if run.use is use:
+                return run.batch
+        return use.loose()
+
+    def _recomputed_batches(self) -> list[Batch | None]:
+        """What a backward computes again: found by the outputs that it began from, as no context
+        reaches the threads that it runs in."""
+        recalled = _recalled.get(torch._C._current_graph_task_id(), ())
+        found = [batch for active, _, batch in recalled if active is self]
+        if len({batch.choice.means(batch.version) for batch in found}) > 1:
             raise RuntimeError(
-                "another thread or task is inside of this model's `with ...adapters(...)`; its "
-                "choice of adapters is not the caller's, and one batch is computed at a time"
+                "checkpointed activations are computed again for a backward of batches with "
+                "different adapters; call backward() for each of them"
             )
+        if found:
+            return found
+        batch = self._batch()
+        if batch is None and len(self._open) == 1:
+            batch = self._open[0].loose()
+        return [batch]
+
+    def _nothing_said(self) -> str:
+        names = list(self.slots)
+        if self._suspending:
+            return (
+                f"the model has adapters {names}; the `with routed.adapters(...)` that is open was "
+                "entered by a generator that does not run now, and holds inside of it alone: use "
+                "`routed.batch(names)`, whose calls take their adapters along"
+            )
+        return (
+            f"the model has adapters {names} and nothing says which of them to use; call it inside "
+            f"of `with routed.adapters(names):`, with one name per sequence ({BASE!r} for none), "
+            "or as `routed.batch(names)(...)`; if activations are checkpointed, call backward() "
+            "in there too"
+        )
+
+    def opened(self, use: _Use) -> None:
+        with self._lock:
+            self._open = (*self._open, use)
+            self._sort_out()
+
+    def closed(self, use: _Use) -> None:
+        with self._lock:
+            self._open = tuple(other for other in self._open if other is not use)
+            self._sort_out()
+
+    def _sort_out(self) -> None:
+        self._suspending = tuple(use for use in self._open if use.in_generator)
 
     # --- what the model's own calls tell ------------------------------------------------------
 
     def begin_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any], axis: int) -> None:
         """A forward of the whole model begins, the batch on that axis of its inputs."""
-        if self._choices and self._choices[-1].asks_for_rows:
+        if not self._is_traced():
             _outside_of_graphs(self._begin_forward, args, kwargs, axis)
 
     def _begin_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any], axis: int) -> None:
-        if (choice := self._callers_choice()) is not None:
-            choice.begin_forward(args, kwargs, axis)
+        run = self._run()
+        _runs.set((*_runs.get(), run))
+        if run.batch is not None:
+            run.batch.begin_forward(args, kwargs, axis)
 
-    def end_forward(self) -> None:
+    def _run(self) -> _Run:
+        """What a call computes that begins now: the batch of the call around it, or a new one."""
+        if _in_backward():
+            return _Run(self, self._use(), self._recomputed_batches()[0])
+        use = self._use()
+        if use is None:
+            return _Run(self, None, None)
+        for run in reversed(_runs.get()):
+            if run.use is use:
+                return run
+        return _Run(self, use, Batch(use.choice, self.slots.current))
+
+    def end_forward(self, outputs: Any = None) -> None:
         """What was known of the forward that ends holds no longer."""
-        if self._choices and self._choices[-1].asks_for_rows:
-            _outside_of_graphs(self._end_forward)
+        if not self._is_traced():
+            _outside_of_graphs(self._end_forward, outputs)
 
-    def _end_forward(self) -> None:
-        if (choice := self._callers_choice()) is not None:
-            choice.end_forward()
+    def _end_forward(self, outputs: Any) -> None:
+        runs = _runs.get()
+        at = next((i for i in reversed(range(len(runs))) if runs[i].active is self), None)
+        if at is None:
+            return
+        run = runs[at]
+        _runs.set(runs[:at] + runs[at + 1 :])
+        if run.batch is not None:
+            run.batch.end_forward()
+            if not _in_backward():
+                self._mark(outputs, run.use, run.batch)
+
+    def _is_traced(self) -> bool:
+        """Whether the forward is in a graph, which has no use for its rows."""
+        return (
+            torch.compiler.is_compiling()
+            and len(self._open) == 1
+            and not self._open[0].choice.asks_for_rows
+        )
+
+    def _mark(self, outputs: Any, use: _Use | None, batch: Batch) -> None:
+        """Let a backward from these outputs find the batch."""
+        if not torch.is_grad_enabled() or outputs is None or use is None:
+            return
+        for output in pytree.tree_leaves(outputs):
+            if isinstance(output, Tensor) and output.grad_fn is not None:
+                output.grad_fn.register_prehook(_Recall(self, use, batch))
 
     @contextmanager
     def generation(self) -> Iterator[None]:
         """A ``generate`` of the model, which says by :meth:`expand` how many beams there are."""
-        choice = self._callers_choice()
-        if choice is None:
+        run = self._run()
+        if run.batch is None:
             yield
             return
-        before, choice.generation = choice.generation, Generation()
+        batch = run.batch
+        before, batch.generation = batch.generation, Generation()
         try:
-            yield
+            with _running(run):
+                yield
         finally:
-            choice.generation = before
+            batch.generation = before
 
     def expand(self, rows: int | None, times: int) -> None:
         """The running ``generate`` repeats each of so many rows, so many times.
@@ -175,18 +339,12 @@ class ActiveAdapters:
         Raises:
             ValueError: it did before, when there were other rows.
         """
-        if (choice := self._callers_choice()) is not None:
-            choice.expand(rows, times)
-
-    def _callers_choice(self) -> Choice | None:
-        """The innermost choice, if it is this thread's."""
-        choices = self._choices
-        if choices and (choices[-1] in _entered.get() or _in_backward()):
-            return choices[-1]
-        return None
+        if (batch := self._batch()) is not None:
+            batch.expand(rows, times)
 
     def _forget(self) -> None:
-        self._choices: list[Choice] = []
+        self._open: tuple[_Use, ...] = ()  # in any thread
+        self._suspending: tuple[_Use, ...] = ()  # those in frames of generators
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict:
@@ -195,6 +353,51 @@ class ActiveAdapters:
     def __setstate__(self, state: dict) -> None:
         self.slots, self.batch_dim = state["slots"], state.get("batch_dim", 0)
         self._forget()
+
+
+class _Recall:
+    """Stands before a node of autograd's graph, and tells its backward of the batch."""
+
+    def __init__(self, active: ActiveAdapters, use: _Use, batch: Batch) -> None:
+        self.found = active, use, batch
+
+    def __call__(self, gradients: tuple) -> None:
+        task = torch._C._current_graph_task_id()
+        if task not in _recalled:
+            _recalled[task] = []
+            torch.autograd.Variable._execution_engine.queue_callback(
+                lambda: _recalled.pop(task, None)
+            )
+        if self.found not in _recalled[task]:
+            _recalled[task].append(self.found)
+
+
+@contextmanager
+def _running(run: _Run) -> Iterator[None]:
+    _runs.set((*_runs.get(), run))
+    try:
+        yield
+    finally:
+        runs = list(_runs.get())
+        at = max((i for i, other in enumerate(runs) if other is run), default=None)
+        if at is not None:
+            del runs[at]
+        _runs.set(tuple(runs))
+
+
+def _entering_frame(frame: FrameType) -> FrameType:
+    """Whose ``with`` it is: a generator that contextlib drives stands for the frame around it."""
+    while frame.f_back is not None:
+        if not _is_contextlib(frame):
+            suspends = frame.f_code.co_flags & _SUSPENDS
+            if not suspends or not _is_contextlib(frame.f_back):
+                break
+        frame = frame.f_back
+    return frame
+
+
+def _is_contextlib(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__") == "contextlib"
 
 
 def _in_backward() -> bool:

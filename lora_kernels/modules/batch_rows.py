@@ -30,10 +30,14 @@ class Forward(NamedTuple):
     tokens: frozenset[int]  # of one row: the encoder's and the decoder's may differ
 
 
-class Runs(NamedTuple):
-    """Names of neighbouring tokens: token m takes ``names[m // length]``."""
+# A row's adapter by its name, or several with a weight each.
+Row = str | tuple[tuple[str, float], ...]
 
-    names: tuple[str, ...]
+
+class Runs(NamedTuple):
+    """Rows of neighbouring tokens: token m takes ``names[m // length]``."""
+
+    names: tuple[Row, ...]
     length: int
 
 
@@ -47,13 +51,13 @@ class NamedRows:
         stacked: how often the whole batch may be repeated.
     """
 
-    names: tuple[str, ...]
+    names: tuple[Row, ...]
     beams: frozenset[int] = frozenset({1})
     stacked: int = 1
 
-    def layouts(self) -> dict[int, set[tuple[str, ...]]]:
+    def layouts(self) -> dict[int, set[tuple[Row, ...]]]:
         """The names of all rows, by how many rows there are."""
-        layouts: dict[int, set[tuple[str, ...]]] = {}
+        layouts: dict[int, set[tuple[Row, ...]]] = {}
         for beams in self.beams:
             for stacked in {1, self.stacked}:
                 rows = tuple(name for name in self.names for _ in range(beams)) * stacked
@@ -132,7 +136,7 @@ def _is_transposed(lead: tuple[int, ...], axis: int, forward: Forward) -> bool:
     return lead[axis] != forward.rows and lead[axis] in forward.tokens and forward.rows in others
 
 
-def _by_token(runs: Runs) -> tuple[str, ...]:
+def _by_token(runs: Runs) -> tuple[Row, ...]:
     return tuple(name for name in runs.names for _ in range(runs.length))
 
 

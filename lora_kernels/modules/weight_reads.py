@@ -16,9 +16,8 @@ from __future__ import annotations
 import dis
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import count
 from types import CodeType, FrameType
@@ -27,8 +26,6 @@ from weakref import ref
 
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-
-from lora_kernels.ops.routed_lora.slots import BASE
 
 # What a reader may take of a weight without computing with it.
 _METADATA = {
@@ -44,7 +41,6 @@ _MODULE_CALL = nn.Module._call_impl.__code__
 _ENCODER_LAYER = nn.TransformerEncoderLayer.forward.__code__
 _ATTENTION = nn.MultiheadAttention.forward.__code__
 
-_base_alone = ContextVar("base_alone", default=False)  # the batch has no adapters anyway
 _ticks = count(1)  # the order of reads and calls, of all layers
 _last_call = _last_read = 0
 
@@ -98,7 +94,10 @@ def note_call(layer: nn.Module) -> None:
 def note_read(layer: nn.Module) -> None:
     """Say that ``layer.weight``, a property that calls this, is read; warn if it is the sign."""
     global _last_read
-    if is_compiling() or _base_alone.get():
+    if is_compiling():
+        return
+    active = getattr(layer, "active_adapters", None)
+    if active is not None and active.uses_the_base_alone():
         return
     frame = sys._getframe(2)
     place = _place(frame)
@@ -145,26 +144,16 @@ def forget(layer: nn.Module) -> None:
 @contextmanager
 def passing_by_refused(
     context: AbstractContextManager[None],
-    adapters: object,
     layers: Callable[[], Mapping[str, nn.Module]],
 ) -> Iterator[None]:
     """``context``, and then an error if a reader has passed one of ``layers()`` by in it.
-
-    Nothing is passed by where ``adapters`` names the base model alone.
 
     Raises:
         RuntimeError: the layers' names, and who read their weights.
     """
     began = next(_ticks)
-    names = [adapters] if isinstance(adapters, str) else adapters
-    base_alone = isinstance(names, Sequence) and all(name == BASE for name in names)
-    outer = _base_alone.get()
-    _base_alone.set(base_alone)
-    try:
-        with context:
-            yield
-    finally:
-        _base_alone.set(outer)
+    with context:
+        yield
     if _last_read < began:
         return
     passed = {}

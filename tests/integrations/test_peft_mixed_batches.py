@@ -23,7 +23,7 @@ from lora_kernels import dispatch
 from lora_kernels.integrations import peft_layers
 from lora_kernels.integrations.peft_layers import delegated_calls
 from lora_kernels.ops.routed_lora import loose
-from lora_kernels.ops.routed_lora.storage import ALIGNMENT
+from lora_kernels.ops.routed_lora.regions import ALIGNMENT
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 

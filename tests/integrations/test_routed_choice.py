@@ -70,27 +70,30 @@ def test_batches_that_do_not_fit(files):
         pass
 
 
-def test_threads_do_not_share_a_choice(files):
-    routed = routed_with(files)
-    messages = []
+@torch.no_grad()
+def test_threads_have_a_choice_each(files):
+    routed, found = routed_with(files), {}
 
     def elsewhere():
-        for attempt in (lambda: routed.model(tokens(1, 3)), routed.adapters("two").__enter__):
-            try:
-                attempt()
-            except RuntimeError as error:
-                messages.append(str(error))
+        try:
+            routed.model(tokens(1, 3))
+        except RuntimeError as error:
+            found["without"] = str(error)
+        with routed.adapters("two"):
+            found["two"] = routed.model(tokens(1, 3)).logits
 
     with routed.adapters("one"):
         thread = threading.Thread(target=elsewhere)
         thread.start()
         thread.join()
-    assert len(messages) == 2
-    assert all("another thread or task is inside" in message for message in messages)
+        found["one"] = routed.model(tokens(1, 3)).logits
+    assert "nothing says which of them to use" in found["without"]
+    for name in ("one", "two"):
+        torch.testing.assert_close(found[name], alone(name)(tokens(1, 3)).logits)
 
 
 @torch.no_grad()
-def test_tasks_do_not_share_a_choice(files):
+def test_tasks_have_a_choice_each(files):
     routed = routed_with(files)
 
     async def one(entered, leave):
@@ -103,14 +106,15 @@ def test_tasks_do_not_share_a_choice(files):
         entered, leave = asyncio.Event(), asyncio.Event()
         task = asyncio.create_task(one(entered, leave))
         await entered.wait()
-        with pytest.raises(RuntimeError, match="another thread or task"):
+        with pytest.raises(RuntimeError, match="nothing says which"):
             routed.model(tokens(1, 3))
-        with pytest.raises(RuntimeError, match="another thread or task"), routed.adapters("two"):
-            pass
+        with routed.adapters("two"):
+            two = routed.model(tokens(1, 3)).logits
         leave.set()
-        return await task
+        return await task, two
 
-    torch.testing.assert_close(asyncio.run(both()), alone("one")(tokens(1, 3)).logits)
+    for name, logits in zip(("one", "two"), asyncio.run(both()), strict=True):
+        torch.testing.assert_close(logits, alone(name)(tokens(1, 3)).logits)
 
 
 class Flat(nn.Module):

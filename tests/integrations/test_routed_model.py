@@ -1,6 +1,7 @@
 """``route(model)``: a different adapter for every sequence, against PEFT one adapter at a time."""
 
 import copy
+import threading
 
 import peft
 import pytest
@@ -262,18 +263,91 @@ def test_loaded_adapters_are_frozen_unless_asked(files):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_what_a_backward_outside_computes_again_raises(files, use_reentrant):
+def test_a_backward_computes_again_with_the_adapters_of_its_forward(files, use_reentrant):
     routed = routed_with(files, trainable=True)
-    routed.model.train().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    routed.model.train()
     routed.model.enable_input_require_grads()
-    with routed.adapters(NAMES):
-        loss = loss_of(routed.model, tokens(5, 7))
-    with pytest.raises(RuntimeError, match=r"call backward\(\) in there too"):
+    parameters = [p for name in routed.names for p in routed.parameters_of(name)]
+
+    def gradients(backward) -> list[torch.Tensor | None]:
+        for parameter in parameters:
+            parameter.grad = None
+        with routed.adapters(NAMES):
+            loss = loss_of(routed.model, tokens(5, 7))
+        backward(loss)
+        return [parameter.grad for parameter in parameters]
+
+    def in_another(loss):
+        with routed.adapters("one"):
+            routed.model(tokens(5, 7))
+            loss.backward()
+
+    def in_a_thread(loss):
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+
+    expected = gradients(torch.Tensor.backward)
+    routed.model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    for backward in (torch.Tensor.backward, in_another, in_a_thread):
+        for actual, wanted in zip(gradients(backward), expected, strict=True):
+            assert (actual is None) == (wanted is None)
+            if actual is not None:
+                torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_one_backward_of_checkpointed_batches(files, use_reentrant):
+    """Of the same adapters it is right; of others, which a recomputation cannot tell, it raises."""
+    routed = routed_with(files, trainable=True)
+    routed.model.train()
+    routed.model.enable_input_require_grads()
+    handles = [routed.batch(names) for names in (["one", "two"], ["one", "two"], ["two", "one"])]
+
+    def gradients(*pairs) -> list[torch.Tensor]:
+        losses = [handle.call(loss_of, routed.model, ids) for handle, ids in pairs]
+        parameters = routed.parameters_of("one") + routed.parameters_of("two")
+        for parameter in parameters:
+            parameter.grad = None
+        sum(losses).backward()
+        return [parameter.grad for parameter in parameters]
+
+    first, second = tokens(2, 7), tokens(2, 5)
+    same = (handles[0], first), (handles[1], second)
+    expected = gradients(*same)
+    routed.model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    for actual, wanted in zip(gradients(*same), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+    with pytest.raises(RuntimeError, match="batches with different adapters"):
+        gradients((handles[0], first), (handles[2], first))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("change", ["wider", "removed", "replaced"])
+def test_adapters_change_between_a_forward_and_what_its_backward_computes_again(
+    files, use_reentrant, change
+):
+    routed = routed_with(files, trainable=True)
+    routed.model.train()
+    routed.model.enable_input_require_grads()
+    routed.model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    handle, ids = routed.batch(["one", "two"]), tokens(2, 7)
+    parameters = routed.parameters_of("one") + routed.parameters_of("two")
+    for time in ("before", "while"):
+        loss = handle.call(loss_of, routed.model, ids)
+        if time == "while" and change == "wider":
+            routed.add("wide", rank=40, alpha=2, target_modules=["q_proj", "o_proj"])
+        elif time == "while" and change == "removed":
+            routed.remove("two")
+        elif time == "while":
+            routed.replace("two", files / "one")
         loss.backward()
-    with routed.adapters(NAMES):
-        loss = loss_of(routed.model, tokens(5, 7))
-    with routed.adapters("one"), pytest.raises(RuntimeError, match="were not computed inside"):
-        loss.backward()
+        if time == "before":
+            expected = [parameter.grad for parameter in parameters]
+            for parameter in parameters:
+                parameter.grad = None
+    for parameter, gradient in zip(parameters, expected, strict=True):
+        assert torch.equal(parameter.grad, gradient)
 
 
 def test_training_after_inference_mode_in_one_choice(files):

@@ -60,16 +60,17 @@ def definition(bank: AdapterBank, x: torch.Tensor, names: list[str]) -> torch.Te
 
 
 def assert_sound(bank: AdapterBank) -> None:
-    """Every parameter is a slab of the storage, the slabs are apart, and the bank computes them."""
-    storage = bank.tensors().storage
-    assert storage.dtype == bank.dtype and storage.device == bank.device
-    first, last = storage.data_ptr(), storage.data_ptr() + storage.numel() * storage.itemsize
+    """Every parameter is a slab of its region, the slabs are apart, and the bank computes them."""
+    fields = bank.tensors()
+    assert fields.storage.dtype == bank.dtype and fields.storage.device == bank.device
+    inside = [(f.data_ptr(), f.data_ptr() + f.numel() * f.itemsize) for f in fields.factors]
     regions = []
     for parameter in bank.parameters():
         assert type(parameter) is nn.Parameter and parameter.is_contiguous() and parameter.is_leaf
         start = parameter.data_ptr()
         regions.append((start, start + parameter.numel() * parameter.itemsize))
-        assert first <= regions[-1][0] and regions[-1][1] <= last
+        first, last = regions[-1]
+        assert any(start <= first and last <= end for start, end in inside)
     regions.sort()
     assert all(end <= start for (_, end), (start, _) in pairwise(regions))
     for adapter in bank.adapters.values():
@@ -171,7 +172,7 @@ def test_slots_grow_and_every_bank_follows(sliced):
         add(other, name, ranks[name], -0.5)
     version = slots.version
     add(one, "c", ranks["c"], 2.5)
-    assert slots.capacity == 4 and slots.version != version and slots["c"] == 2
+    assert slots.capacity == 4 and slots.version == version and slots["c"] == 2
     assert [one[name].scaling.item() for name in "abc"] == [1.5, 1.5, 2.5]
     assert [other[name].scaling.item() for name in "ab"] == [-0.5, -0.5]
     assert_sound(one)
@@ -221,15 +222,13 @@ def test_growth_keeps_the_parameters(sliced):
 
 
 @both
-def test_a_hole_is_filled_and_nothing_live_moves(sliced):
+def test_nothing_live_moves(sliced):
     bank = filled(sliced)
     ranks = SLICED_RANKS if sliced else RANKS
     where = {n: p.data_ptr() for n, p in bank.named_parameters()}
-    storage, expected = bank.tensors().storage.data_ptr(), values(bank)
+    expected = values(bank)
     removed = bank.remove("a")
-    again = add(bank, "d", ranks["a"])
-    assert bank.tensors().storage.data_ptr() == storage
-    assert again.start == 0, "the hole is taken"
+    add(bank, "d", ranks["a"])
     for name, parameter in bank.named_parameters():
         assert name.startswith("adapters.d") or parameter.data_ptr() == where[name]
     assert_same_values(values(bank), expected, [n for n in expected if n.startswith("adapters.b")])
@@ -397,10 +396,15 @@ def test_data_of_two_adapters_can_be_swapped():
 @given(data=st.data(), sliced=st.booleans())
 def test_any_history(data, sliced):
     """Adding, removing, growing and casting in any order: values stay, slabs are apart."""
-    bank = AdapterBank(K, SLICES if sliced else N, slots=AdapterSlots(capacity=2))
+    # Captured graphs read tables of a fixed size, so a bank reserved for them has room for all.
+    actions = ["add", "add", "remove", "copy", "cast"]
+    reserves = data.draw(st.booleans())
+    actions += ["reserve"] if reserves else []
+    slots = AdapterSlots(capacity=16 if reserves else 2)
+    bank = AdapterBank(K, SLICES if sliced else N, slots=slots)
     expected: dict[str, dict[str, torch.Tensor]] = {}
     for step in range(data.draw(st.integers(1, 12))):
-        action = data.draw(st.sampled_from(["add", "add", "remove", "copy", "cast", "reserve"]))
+        action = data.draw(st.sampled_from(actions))
         if action == "add":
             rank = st.integers(1, 12)
             if sliced:
@@ -416,8 +420,7 @@ def test_any_history(data, sliced):
         elif action == "cast":
             bank = bank.to(data.draw(st.sampled_from([torch.float32, torch.float64])))
         elif action == "reserve":
-            bank.reserve(data.draw(st.integers(1, 20)))
-            bank._max_rank = None
+            bank.reserve(sum(a.rank for a in bank.adapters.values()) + 200)
     assert set(bank) == set(expected)
     for name, factors_of_it in expected.items():
         assert bank[name].scaling.item() == int(name[1:]) - 3.0
@@ -437,8 +440,10 @@ def test_what_lies_behind_a_factor_is_zero(change):
     add(bank, "gone", (3, 1, 3))
     for parameter in bank.parameters():
         parameter.data.fill_(torch.nan)
-    bank._storage.tensor.fill_(torch.nan)  # as memory may be that nobody has written
+    bank.reserve(200)
+    bank.tensors().storage.fill_(torch.nan)  # as memory may be that nobody has written
     bank.remove("gone")
+    gc.collect()
     add(bank, "here", (1, 2, 3))
     if change == "grown":
         add(bank, "wide", (8, 8, 8))
@@ -484,8 +489,8 @@ def test_full_storage_says_so_and_stays_as_it_was():
 
 
 def state_of(bank: AdapterBank) -> tuple:
-    storage = bank._storage
-    return list(bank), list(bank.slots), bank.slots.version, storage.size, list(storage._free)
+    current = bank.slots.current
+    return list(bank), list(bank.slots), current, current.of(bank), [*bank.adapters._modules]
 
 
 REFUSED = {

@@ -275,16 +275,18 @@ def test_gradients_of_weights_of_any_dtype(dtype):
 # --- versions ---------------------------------------------------------------------------------
 
 
-def test_a_version_mismatch_raises_after_removal_and_growth_but_not_after_add():
+def test_a_routing_raises_where_an_adapter_of_its_own_has_gone_and_nowhere_else():
     slots = AdapterSlots(capacity=4)
     bank, x = bank_with(3, slots), torch.randn(3, K)
     routing = Routing.from_tokens([0, 1, 2], bank)
     before = routed_lora(x, bank, routing)
     bank.add("d", torch.randn(50, K), torch.randn(N, 50), 1.0)
     assert torch.equal(routed_lora(x, bank, routing), before)
+    without = Routing.from_tokens([0, -1, 2], bank)
     bank.remove("a1")
     with pytest.raises(ValueError, match="routing: adapters were removed"):
         routed_lora(x, bank, routing)
+    assert torch.equal(routed_lora(x, bank, without)[[0, 2]], before[[0, 2]])
     with pytest.raises(ValueError, match=r"ids: expected -1 or slots of adapters.*got 1"):
         routing.set_tokens_([0, 1, 2])
     routing.set_tokens_([0, 3, 2])
@@ -292,11 +294,31 @@ def test_a_version_mismatch_raises_after_removal_and_growth_but_not_after_add():
     bank.add("e", torch.randn(2, K), torch.randn(N, 2), 1.0)
     routed_lora(x, bank, routing)
     bank.add("f", torch.randn(2, K), torch.randn(N, 2), 1.0)  # the fifth of four
-    with pytest.raises(ValueError, match="routing: adapters were removed, or slots added"):
-        routed_lora(x, bank, routing)
+    assert bank.slots["f"] == 4 and slots.capacity == 8
+    assert torch.equal(routed_lora(x, bank, routing)[[0, 2]], before[[0, 2]])
+    y = routed_lora(x, bank, routing.set_tokens_([0, -1, 2]))
+    assert torch.equal(y[[0, 2]], before[[0, 2]]) and not y[1].any(), "slot 4 is not none"
     with pytest.raises(ValueError, match="there are 8 slots now and were 4"):
-        routing.set_tokens_([0, 3, 2])
+        routing.set_tokens_([0, 4, 2])
     routed_lora(x, bank, Routing.from_tokens([0, 4, 2], bank))
+
+
+@pytest.mark.parametrize("bound", [None, ["a0", "a2"]], ids=["all", "bound"])
+def test_unread_ids_are_out_of_date_when_any_adapter_that_they_might_name_is(bound, monkeypatch):
+    monkeypatch.setattr(routing_module, "is_fake", lambda tensor: True)  # ids are not looked at
+    slots = AdapterSlots()
+    bank, ids = bank_with(3, slots), torch.tensor([0, 2])
+    routing = Routing.from_tokens(ids, bank, adapters=bound)
+    assert routing.trained_slots() == (bound and (0, 2))
+    bank.add("b", torch.randn(2, K), torch.randn(N, 2), 1.0)
+    bank.remove("b")  # came later, and is none of its own
+    routing.check_current()
+    bank.remove("a1")
+    if bound:
+        routing.check_current()
+    else:
+        with pytest.raises(ValueError, match="routing: adapters were removed"):
+            routing.check_current()
 
 
 def test_one_routing_serves_the_banks_of_a_model_until_the_last_removes_a_name():
@@ -340,7 +362,7 @@ def test_nothing_is_read_back_where_ids_are_on_a_device(k):
             routing.set_tokens_(ids[:, 0])
         else:
             routing.set_weighted_(ids, weights)
-        routing._fill(ids.flatten(), 40)
+        routing._fill(slots.current, ids.flatten(), 40)
         assert routing.tensors(with_plan=False).plan.shape == (0, 4)
     check(routing, ids.tolist(), padded(weights, 50) if k > 1 else None)
 
@@ -376,11 +398,11 @@ def test_ids_out_of_range_are_an_error_here_and_none_on_a_device():
         with pytest.raises(ValueError, match=rf"got {wrong}"):
             Routing.from_weighted([[0, 1], [wrong, 2]], [[1.0, 1.0]] * 2, slots)
     routing = Routing.empty(7, slots)
-    routing._fill(torch.tensor([0, 5, -2, 2, 1 << 40, -(1 << 40), 6]), 7)
+    routing._fill(slots.current, torch.tensor([0, 5, -2, 2, 1 << 40, -(1 << 40), 6]), 7)
     check(routing, [[0], [-1], [-1], [2], [-1], [-1], [-1]])
     # A slot that is free has no adapter in any bank: as good as none.
     bank = bank_with(3, slots)
-    routing._fill(torch.tensor([0, 4, 3, 2, -1, 1, 3]), 7)
+    routing._fill(slots.current, torch.tensor([0, 4, 3, 2, -1, 1, 3]), 7)
     y = routed_lora(torch.randn(7, K), bank, routing)
     assert y.any(1).tolist() == [True, False, False, True, False, True, False]
 

@@ -174,8 +174,8 @@ def routed_shrink(
     call = _Call(bank, routing, backend, x)
     seed = call.seed(seed)
     if call.backend == "reference":
-        adapters = bank.adapters_in(call.slots)
-        return reference.shrink(x.reshape(-1, x.shape[-1]), bank, adapters, call.routing, seed)
+        rows = x.reshape(-1, x.shape[-1])
+        return reference.shrink(rows, call.version, call.slots, call.routing, seed)
     return call.differentiable("routed_shrink", x, seed)
 
 
@@ -221,7 +221,7 @@ def routed_expand(
         raise ValueError(f"h: expected {list(expected)} (pairs, widest rank), got {list(h.shape)}")
     if call.backend == "reference":
         base = h.new_zeros((rows, bank.out_features), dtype=dtype)
-        y = reference.expand(h, base, bank, bank.adapters_in(call.slots), call.routing)
+        y = reference.expand(h, base, call.version, call.slots, call.routing)
         return y if out is None else out.add_(y.view(out.shape))
     if out is None or call.needs_gradient(h) or (torch.is_grad_enabled() and out.requires_grad):
         y = call.differentiable("routed_expand", h, rows, dtype)
@@ -240,6 +240,7 @@ def explain(x: Tensor, bank: AdapterBank, routing: Routing, *, backend: str = "a
     """
     (x,) = cast_for_autocast(x)
     check_input(x, bank, routing)
+    routing.check_current()
     choice = dispatch.choose(backend, x.device, x.dtype)
     if choice.backend == "composed" and x.device.type == "cuda":
         return Choice(
@@ -248,7 +249,7 @@ def explain(x: Tensor, bank: AdapterBank, routing: Routing, *, backend: str = "a
             "call cannot be captured in a CUDA graph",
         )
     if choice.backend == "native" and x.device.type == "cuda":
-        tensors = bank.tensors()
+        tensors = bank.version_for(routing.pinned, routing.trained_slots()).tensors()
         reason = native_cuda.unfit_for_decode_routed(
             x, tensors, routing.tensors(with_plan=False), any(tensors.thresholds)
         )
@@ -272,14 +273,18 @@ class _Call:
         if like.device.type == "cuda" and dtype == torch.float32 and result is not None:
             dtype = result  # h is fp32 there, whatever x was: it says nothing about the call
         self.backend = dispatch.choose(backend, like.device, dtype).backend
-        self.module, self.bank = bank, bank.tensors()
+        slots = self.slots = routing.trained_slots()
+        version = self.version = bank.version_for(routing.pinned, slots)
+        routing.check_current()
+        self.bank = version.tensors(slots, routing.capacity)
+        if like.device.type == "cuda" and not torch.compiler.is_compiling():
+            version.note_stream(slots)
         # On a GPU the groups' sizes would have to be waited for; the kernels there need no plan.
         with_plan = self.backend == "composed" or (
             self.backend == "native" and like.device.type == "cpu"
         )
         self.routing: RoutingTensors = routing.tensors(with_plan=with_plan)
-        self.slots = routing.trained_slots()
-        self.layout, self.trained = bank.gradients(self.slots)
+        self.layout, self.trained = version.gradients(slots, routing.capacity)
 
     @property
     def context(self) -> tuple:
@@ -317,11 +322,10 @@ class _Call:
     def reference(self, x: Tensor, weight, bias, seed: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if weight is None:
-            base = rows.new_zeros((rows.shape[0], self.module.out_features))
+            base = rows.new_zeros((rows.shape[0], self.bank.slice_columns[-1]))
             base = base + rows[:0].sum()  # nothing, but a function of x
         else:
             base = torch.nn.functional.linear(rows, weight, bias)
-        adapters = self.module.adapters_in(self.slots)
-        h = reference.shrink(rows, self.module, adapters, self.routing, seed)
-        y = reference.expand(h, base, self.module, adapters, self.routing)
+        h = reference.shrink(rows, self.version, self.slots, self.routing, seed)
+        y = reference.expand(h, base, self.version, self.slots, self.routing)
         return y.view(*x.shape[:-1], y.shape[1])

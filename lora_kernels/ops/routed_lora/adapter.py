@@ -1,12 +1,17 @@
 """One adapter of a bank."""
 
+from __future__ import annotations
+
 import math
+import weakref
 from numbers import Real
 
+import torch
 from torch import Tensor, nn
 
+from lora_kernels.dropout import drop_threshold
 from lora_kernels.initial_values import draw_lora_a_, draw_lora_b_
-from lora_kernels.ops.routed_lora.tables import enter_scaling
+from lora_kernels.ops.routed_lora.tables import scaling_dtype
 
 
 class Adapter(nn.Module):
@@ -22,17 +27,21 @@ class Adapter(nn.Module):
     Attributes:
         slot: its number in routings.
         ranks: R of each slice.
-        start: of its region in the bank's storage.
         init_lora_weights: what :meth:`reset_parameters` draws, see :class:`LoRALinear`.
     """
 
     def __init__(
-        self, slot: int, ranks: tuple[int, ...], start: int, scaling: Tensor, dropout_p: float
+        self,
+        slot: int,
+        ranks: tuple[int, ...],
+        scaling: float | Tensor,
+        dropout_p: float,
+        device: torch.device,
     ) -> None:
         super().__init__()
-        self.slot, self.ranks, self.start = slot, ranks, start
-        self.scaling_entry = scaling
-        self.scaling_on_meta = 0.0  # what the entry cannot hold there
+        self.slot, self.ranks = slot, ranks
+        self._bank: weakref.ref | None = None  # told of what versions of it hold
+        self._scaling = scaling_on(device, scaling)
         self.dropout_p = dropout_p
         self.init_lora_weights: bool | str = True
 
@@ -50,22 +59,52 @@ class Adapter(nn.Module):
     def dropout_p(self, value: float) -> None:
         check_dropout(value)
         self._dropout_p = float(value)
+        self._tell("thresholds")
+
+    @property
+    def threshold(self) -> int:
+        """Below which a lane is dropped; 0 in evaluation mode."""
+        return drop_threshold(self._dropout_p) if self.training else 0
+
+    def train(self, mode: bool = True) -> Adapter:
+        """Dropout on or off."""
+        changes = self.training != mode
+        super().train(mode)
+        if changes:
+            self._tell("thresholds")
+        return self
 
     @property
     def scaling(self) -> Tensor:
-        """What the contribution is multiplied by, a 0-d tensor; set it to a number or a tensor."""
-        return self.scaling_entry
+        """What the contribution is multiplied by, a 0-d tensor; set it to a number or a tensor.
+
+        It is not to be changed in place: a batch under way goes on with what it began with.
+        """
+        return self._scaling
 
     @scaling.setter
     def scaling(self, value: float | Tensor) -> None:
         check_scaling(value)
-        enter_scaling(self.scaling_entry, value)
-        self.keep_scaling(value)
+        self._scaling = scaling_on(self._scaling.device, value)
+        self._tell("scaling")
 
-    def keep_scaling(self, value: float | Tensor) -> None:
-        """Remember the scaling of a bank on the meta device until it leaves it."""
-        if self.scaling_entry.is_meta and not (isinstance(value, Tensor) and value.is_meta):
-            self.scaling_on_meta = float(value)
+    def move_scaling(self, device: torch.device) -> None:
+        """Follow the bank to another device. A number survives the meta device."""
+        if device.type != "meta" and self._scaling.device != device:
+            known = 0.0 if self._scaling.is_meta else self._scaling
+            self._scaling = scaling_on(device, known)
+
+    def _tell(self, what: str) -> None:
+        bank = self._bank() if self._bank is not None else None
+        if bank is not None:
+            bank.adapter_changed(self, what)
+
+    def belong_to(self, bank: nn.Module | None) -> None:
+        """Tell this bank of changes from now on."""
+        self._bank = None if bank is None else weakref.ref(bank)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_bank": None}
 
     def reset_parameters(self) -> None:
         """Give the factors a new adapter's values: A Kaiming-uniform and B zero, so that it changes
@@ -100,6 +139,20 @@ class Adapter(nn.Module):
         ranks = self.ranks[0] if len(self.ranks) == 1 else self.ranks
         dropout = f", dropout_p={self.dropout_p}" if self.dropout_p else ""
         return f"slot={self.slot}, rank={ranks}{dropout}"
+
+
+@torch.no_grad()
+def scaling_on(device: torch.device, scaling: float | Tensor) -> Tensor:
+    """``[]`` on the device, in what its tables have; on the host for the meta device."""
+    if not isinstance(scaling, Tensor):
+        scaling = torch.tensor(float(scaling), dtype=torch.float64, device="cpu")
+    elif device.type == "meta" and scaling.is_meta:
+        return torch.empty((), dtype=torch.float64, device="meta")
+    if device.type == "meta":
+        device = torch.device("cpu")
+    if scaling.device != device:
+        scaling = scaling.cpu()  # in its own dtype: MPS does not copy to fp64
+    return scaling.detach().to(scaling_dtype(device)).to(device).clone()
 
 
 def check_scaling(scaling: float | Tensor) -> None:

@@ -34,6 +34,13 @@ class AdaptersByName(nn.ModuleDict):
     def __setitem__(self, name: str, module: nn.Module) -> None:
         self.add_module(key_of(name), module)
 
+    def replace(self, name: str, module: nn.Module | None) -> None:
+        """Set a name, or with None take it out, without changing what others may be looking at."""
+        modules = {key: each for key, each in self._modules.items() if key != key_of(name)}
+        if module is not None:
+            modules[key_of(name)] = module
+        self.__dict__["_modules"] = modules
+
     def __delitem__(self, name: str) -> None:
         del self._modules[key_of(name)]
 

@@ -21,7 +21,13 @@ from lora_kernels.dropout import GROUP
 from lora_kernels.dtypes import accumulator_dtype
 from lora_kernels.ops.eager import like_rows_of, requires_grad, runs_at_once
 from lora_kernels.ops.routed_lora import compiled, composed, second_order
-from lora_kernels.ops.routed_lora.operands import BankTensors, GradientLayout, RoutingTensors
+from lora_kernels.ops.routed_lora.operands import (
+    BankTensors,
+    GradientLayout,
+    RoutingTensors,
+    in_one_piece,
+)
+from lora_kernels.ops.routed_lora.regions import is_moved_anchor
 from lora_kernels.ops.second_order import missing_edge
 from lora_kernels.ops.tensor_state import name_unsaved
 from lora_kernels.products import product_dtype
@@ -39,6 +45,8 @@ _PARAMETERS = "Tensor[] parameters, int[] parameter_offsets, int[] parameter_slo
 _NUM_BANK, _NUM_ROUTING, _NUM_LAYOUT = (
     len(fields._fields) for fields in (BankTensors, RoutingTensors, GradientLayout)
 )
+
+_STORAGE = BankTensors._fields.index("storage")
 
 for _schema in (
     f"routed_lora({_CONTEXT}, {_LAYOUT}, Tensor x, Tensor? weight, Tensor? bias, Tensor? seed, "
@@ -107,6 +115,10 @@ def _with_values(x: Tensor) -> Tensor:
     return x.resolve_neg()
 
 
+def _is_captured(storage: Tensor) -> bool:
+    return storage.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _or_empty(like: Tensor, tensor: Tensor | None) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
@@ -123,6 +135,15 @@ def _without_autocast(function):
 
     def kernel(*arguments):
         kind = arguments[_NUM_BANK].device.type  # of the routing's tokens
+        storage = arguments[_STORAGE]
+        if storage.ndim == 2 and _is_captured(storage):  # by a compiled graph
+            raise RuntimeError(
+                "a captured CUDA graph holds addresses: call reserve() on the bank before, so that "
+                "what it reads stays where it is"
+            )
+        if is_moved_anchor(storage):  # by who gives an op copies of its arguments
+            bank = in_one_piece(BankTensors(*arguments[:_NUM_BANK]))
+            arguments = (*bank, *arguments[_NUM_BANK:])
         if not torch.is_autocast_enabled(kind):
             return function(*arguments)
         with torch.autocast(kind, enabled=False):
@@ -375,10 +396,10 @@ class _Function(torch.autograd.Function):
     def keep(ctx, saved, bank, routing, layout, places: _Parameters, backend, parameters) -> None:
         # The tokens for their version too: a routing that was filled again must not be read.
         ctx.save_for_backward(*saved, routing.tokens, *places.used(parameters, routing))
-        # Scalings and dropout as they are now: setting others later is not an error, nor used.
-        bank = bank._replace(
-            scaling=bank.scaling.clone(), threshold_table=bank.threshold_table.clone()
-        )
+        if _is_captured(bank.storage):  # only then may the tables hold something else later
+            bank = bank._replace(
+                scaling=bank.scaling.clone(), threshold_table=bank.threshold_table.clone()
+            )
         ctx.context = bank, routing._replace(pair_weights=None), layout
         ctx.places, ctx.parameters, ctx.backend = places, parameters, backend
 

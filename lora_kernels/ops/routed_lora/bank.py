@@ -6,21 +6,22 @@ An adapter's ``nn.Parameter``s are bound to its slabs of the storage by ``p.data
 each has a version counter of its own.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.dropout import drop_threshold
 from lora_kernels.dtypes import FLOATING
 from lora_kernels.ops.routed_lora.adapter import Adapter, check_dropout, check_scaling
 from lora_kernels.ops.routed_lora.adapters_by_name import AdaptersByName
-from lora_kernels.ops.routed_lora.layouts import GradientLayouts
 from lora_kernels.ops.routed_lora.operands import BankTensors, GradientLayout, Trained
-from lora_kernels.ops.routed_lora.slots import BASE, AdapterSlots
-from lora_kernels.ops.routed_lora.storage import FactorStorage
+from lora_kernels.ops.routed_lora.regions import Arena, FactorShapes, anchor
+from lora_kernels.ops.routed_lora.slots import BASE, AdapterSlots, Change, ModelVersion
 from lora_kernels.ops.routed_lora.tables import SlotTables
+from lora_kernels.ops.routed_lora.versions import BankVersion, Bound, Entry, Reserved, table_rows
 from lora_kernels.ops.tensor_state import check_has_values, has_memory
 from lora_kernels.ops.wrappers import check_no_wrapper
 
@@ -62,6 +63,7 @@ class AdapterBank(nn.Module):
         TypeError, ValueError: an argument does not fit; the message says which and why.
     """
 
+    @_OUTSIDE_INFERENCE
     def __init__(
         self,
         in_features: int,
@@ -88,17 +90,19 @@ class AdapterBank(nn.Module):
         self.in_features, self.out_features = in_features, sum(widths)
         self.slice_widths = tuple(widths)
         self.slots = slots if slots is not None else AdapterSlots()
-        self.slots.join(self)
         self.adapters = AdaptersByName()
-        self._storage = FactorStorage(in_features, self.slice_widths, dtype, device)
-        self._tables = SlotTables(self.slots.capacity, len(widths), self.device)
-        self._max_rank: int | None = None  # set where nothing may grow
-        self._derive()
+        self.slots.join(self, self._version_on(anchor(dtype, device)))
         if rank_capacity is not None:
             self.reserve(rank_capacity, max_rank)
         elif max_rank is not None:
             raise ValueError("max_rank: expected None without rank_capacity")
         self.register_load_state_dict_post_hook(_rebind)
+
+    def _version_on(self, storage: Tensor, reserved: Reserved | None = None) -> BankVersion:
+        """One without adapters."""
+        shapes = FactorShapes(self.in_features, self.slice_widths)
+        tables = SlotTables.empty(self.slots.capacity, len(self.slice_widths), storage.device)
+        return BankVersion(self, shapes, storage, tables, [], {}, reserved, trains=False)
 
     # --- adapters -----------------------------------------------------------------------------
 
@@ -110,8 +114,10 @@ class AdapterBank(nn.Module):
         lora_b: Tensor | Sequence[Tensor | None],
         scaling: float | Tensor,
         dropout_p: float = 0.0,
+        *,
+        trainable: bool = True,
     ) -> Adapter:
-        """Copy an adapter into the bank under a new name.
+        """Copy an adapter into the bank under a new name. Batches that have begun don't see it.
 
         Args:
             name: not empty, not ``"__base__"``, not an attribute of ModuleDict. In a state dict's
@@ -120,9 +126,10 @@ class AdapterBank(nn.Module):
             lora_b: ``[N, R]``; in a sliced bank a list with one ``[N_s, R_s]`` or None per slice.
             scaling: s, a number or a 0-d tensor.
             dropout_p: probability in [0, 1) of dropping an element of x in training.
+            trainable: whether its parameters require grad.
 
         Returns:
-            The adapter, whose parameters require grad and hold copies in the bank's dtype.
+            The adapter, whose parameters hold copies in the bank's dtype.
 
         Raises:
             TypeError, ValueError: an argument does not fit, such as a DTensor or a quantised weight
@@ -136,49 +143,93 @@ class AdapterBank(nn.Module):
             raise ValueError("scaling: expected a value, got a tensor on the meta device")
         check_dropout(dropout_p)
         ranks = tuple(0 if pair is None else pair[0].shape[0] for pair in pairs)
-        if self._max_rank is not None and sum(ranks) > self._max_rank:
-            raise RuntimeError(
-                f"add: rank {sum(ranks)} is above max_rank {self._max_rank}, which captured CUDA "
-                "graphs rely on; reserve() raises it, and they must be captured again"
-            )
-        start = self._allocate(self._storage.region_size(ranks))
-        self._storage.clear_gaps(start, ranks)
-        slot = self.slots.acquire(name)
-        entry = self._tables.write(slot, ranks, self._storage.offsets(start, ranks), scaling)
-        adapter = Adapter(slot, ranks, start, entry, dropout_p)
-        adapter.keep_scaling(scaling)
-        for names, pair, slabs in zip(
-            adapter.parameter_names(), pairs, self._storage.slabs(start, ranks), strict=True
-        ):
-            for key, given, slab in zip(names, pair or (), slabs or (), strict=False):
-                with torch.no_grad():
-                    slab.copy_(given)
-                parameter = nn.Parameter(torch.empty(0, dtype=slab.dtype, device=slab.device))
-                parameter.data = slab
-                adapter.register_parameter(key, parameter)
-        self.adapters[name] = adapter.train(self.training)
-        self._derive()
+        with self.slots.change() as change:
+            _check_name(name, self)
+            slot = self.slots.acquire(name)
+            version = self._latest
+            factors = self._region(version, ranks)
+            for pair, slabs in zip(pairs, version.shapes.slabs(factors, ranks), strict=True):
+                for given, slab in zip(pair or (), slabs or (), strict=True):
+                    with torch.no_grad():
+                        slab.copy_(given)
+            adapter = Adapter(slot, ranks, scaling, dropout_p, self.device)
+            adapter.train(self.training)
+            entry = self._entry(version, adapter, factors, trainable)
+            change.set_bank(self, version.with_entry(entry).with_thresholds())
+            adapter.belong_to(self)
+            self._set_module(change, name, adapter)
         return adapter
+
+    def _entry(
+        self,
+        version: BankVersion,
+        adapter: Adapter,
+        factors: list[Tensor],
+        trainable: bool = True,
+    ) -> Entry:
+        """An adapter whose values are in ``factors`` already, its parameters bound to them; they
+        are made where it has none yet."""
+        bound, slabs = [], version.shapes.slabs(factors, adapter.ranks)
+        for names, pair in zip(adapter.parameter_names(), slabs, strict=True):
+            for key, slab in zip(names, pair or (), strict=False):
+                parameter = adapter._parameters.get(key)
+                if parameter is None:
+                    parameter = nn.Parameter(slab.new_empty(0), requires_grad=trainable)
+                    adapter.register_parameter(key, parameter)
+                parameter.data = slab
+                bound.append(Bound(adapter._parameters, key, parameter, slab.data_ptr()))
+        rows = table_rows(adapter.ranks, factors, version.storage)
+        return Entry(adapter.slot, adapter, factors, rows, bound, adapter.rank)
+
+    def _region(self, version: BankVersion, ranks: tuple[int, ...]) -> list[Tensor]:
+        """New factors, of zeros."""
+        size = version.shapes.region_size(ranks)
+        if version.reserved is None:
+            region = torch.zeros(size, dtype=version.dtype, device=version.device)
+            return version.shapes.factors(region, ranks)
+        max_rank, arena = version.reserved.max_rank, version.reserved.arena
+        if sum(ranks) > max_rank:
+            raise RuntimeError(
+                f"add: rank {sum(ranks)} is above max_rank {max_rank}, which captured CUDA graphs "
+                "rely on; reserve() raises it, and they must be captured again"
+            )
+        region = arena.take(size)
+        if region is None:
+            raise RuntimeError(
+                f"add: {size} elements do not fit in what rank_capacity reserved ({arena.size} "
+                f"elements, {arena.largest_free()} of them free in one piece); reserve() makes "
+                "room, which moves the storage: CUDA graphs captured before must be captured again"
+            )
+        return version.shapes.factors(region, ranks)
+
+    def _set_module(self, change: Change, name: str, adapter: Adapter | None) -> None:
+        """Put an adapter among the submodules, or take it out, where others may be looking."""
+        before = self.adapters._modules
+        change.on_undo(lambda: self.adapters.__dict__.update(_modules=before))
+        self.adapters.replace(name, adapter)
 
     @_OUTSIDE_INFERENCE
     def remove(self, name: str) -> Adapter:
-        """Take an adapter out; its region becomes free for others and nothing else moves.
+        """Take an adapter out; nothing else moves.
+
+        Batches that have begun, and their backwards, still have it.
 
         Returns:
-            The adapter, whose parameters keep their values in memory of their own.
+            The adapter, whose parameters keep their values.
         """
-        adapter = self[name]
-        adapter.scaling_entry = adapter.scaling_entry.clone()
-        with torch.no_grad():
-            for parameter in adapter.parameters():
-                parameter.data = parameter.data.clone()
-                # A backward that is still to come would read what is written there next: it raises.
-                torch.autograd.graph.increment_version(parameter)
-        del self.adapters[name]
-        self._storage.give_back(adapter.start, self._storage.region_size(adapter.ranks))
-        self._tables.clear(adapter.slot)
-        self._derive()
-        self.slots.release(name)
+        with self.slots.change() as change:
+            adapter = self[name]
+            version = self._latest
+            change.set_bank(self, version.without(adapter.slot))
+            self._set_module(change, name, None)
+            self.slots.release(name)
+            if version.reserved is not None:  # the region will be another's
+                own = [(parameter, parameter.data) for parameter in adapter.parameters()]
+                change.on_undo(lambda: [setattr(p, "data", data) for p, data in own])
+                for parameter, data in own:
+                    parameter.data = data.clone()
+            change.on_undo(lambda: adapter.belong_to(self))
+            adapter.belong_to(None)
         return adapter
 
     def load(
@@ -219,18 +270,24 @@ class AdapterBank(nn.Module):
         save_adapter(self, name, directory, module)
 
     def __getitem__(self, name: str) -> Adapter:
-        if name not in self.adapters:
-            raise KeyError(f"no adapter {name!r} in this bank; there are {list(self.adapters)}")
-        return self.adapters[name]
+        latest = self.slots.latest
+        slot = latest.names.get(name)
+        entry = None if slot is None else latest.of(self).entry(slot)
+        if entry is None:
+            raise KeyError(f"no adapter {name!r} in this bank; there are {list(self)}")
+        return entry.adapter
 
     def __contains__(self, name: object) -> bool:
-        return name in self.adapters
+        latest = self.slots.latest
+        slot = latest.names.get(name)
+        return slot is not None and latest.of(self).entry(slot) is not None
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.adapters)
+        """The names, in the order in which they came."""
+        return iter(list(self.adapters))
 
     def __len__(self) -> int:
-        return len(self.adapters)
+        return len(self._latest.entries)
 
     def __bool__(self) -> bool:
         return True  # an empty bank is a bank
@@ -239,75 +296,120 @@ class AdapterBank(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self._storage.tensor.device
+        return self._latest.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._storage.tensor.dtype
+        return self._latest.dtype
+
+    @property
+    def _latest(self) -> BankVersion:
+        if torch.compiler.is_compiling():
+            return self.traced_version
+        return self.slots.latest.of(self)
 
     @_OUTSIDE_INFERENCE
     def reserve(self, rank_capacity: int, max_rank: int | None = None) -> None:
-        """Make room now, and refuse to grow unasked; CUDA graphs must be captured again.
+        """Keep all adapters, now and later, in memory that stays where it is: only such a bank can
+        be captured in a CUDA graph. Graphs that were captured before must be captured again.
 
         Args:
             rank_capacity: the sum of the adapters' ranks (over slices) that there is room for.
             max_rank: of one adapter, None for rank_capacity: h gets a column for each, so a smaller
                 number saves memory and, where the widest adapter is far below it, a little time.
 
+        A captured graph sees adapters that were added, replaced or removed, and other scalings,
+        from the next filling of a routing on (``Routing.set_...``, in the stream that replays it).
+
         Raises:
             TypeError, ValueError: an argument is no number of at least 1, or there is an adapter of
                 a higher rank.
         """
         _check_size("rank_capacity", rank_capacity)
-        widest = max([adapter.rank for adapter in self._ordered], default=0)
-        max_rank = max(rank_capacity, widest) if max_rank is None else max_rank
-        _check_size("max_rank", max_rank)
-        if widest > max_rank:
-            raise ValueError(f"max_rank: expected at least {widest}, the widest adapter's rank")
-        self._grow_to(self._storage.size_for(rank_capacity))
-        self._max_rank = max_rank
-        self._derive()
+        with self.slots.change():
+            version = self._latest
+            ranks = [entry.rank for entry in version.entries]
+            widest = max(ranks, default=0)
+            max_rank = max(rank_capacity, widest) if max_rank is None else max_rank
+            _check_size("max_rank", max_rank)
+            if widest > max_rank:
+                raise ValueError(f"max_rank: expected at least {widest}, the widest adapter's rank")
+            # What is there counts, whatever was asked for.
+            size = version.shapes.region_size_for(max(rank_capacity, sum(ranks)))
+            arena = Arena(size, version.dtype, version.device)
+            tables = SlotTables.empty(version.tables.slots, len(self.slice_widths), version.device)
+            self._move_to(arena.tensor, Reserved(arena, tables, max_rank))
+            self.slots.reserve_for(self)
+        self.slots.enter_reserved()
 
     @_OUTSIDE_INFERENCE
     def rebind(self) -> None:
-        """Bind every parameter to its slab again, where something has replaced its data.
+        """Let every parameter lie where the kernels read it, where something has replaced its data.
 
-        Values go into the storage as it is if they fit there, and into a new one if their dtype or
-        device is another. The bank calls it itself wherever it notices.
+        The bank calls it itself wherever it notices.
 
         Raises:
             RuntimeError: a parameter has another shape, is no plain parameter any more, or its
                 memory was freed.
         """
-        self._check_memory()
-        kinds = {(parameter.dtype, parameter.device) for parameter in self.parameters()}
-        if len(kinds) > 1:
-            raise RuntimeError(
-                f"the bank's parameters have different dtypes or devices: {sorted(map(str, kinds))}"
-            )
-        self._become(*(kinds.pop() if kinds else (self.dtype, self.device)))
-        self._bind()
+        with self.slots.change():
+            self._check_memory()
+            version = self._latest
+            kinds = {(parameter.dtype, parameter.device) for parameter in self.parameters()}
+            if len(kinds) > 1:
+                raise RuntimeError(
+                    "the bank's parameters have different dtypes or devices: "
+                    f"{sorted(map(str, kinds))}"
+                )
+            kind = kinds.pop() if kinds else (version.dtype, version.device)
+            self._become(*kind)
+
+    def _become(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Take another dtype or device, or what parameters have become."""
+        version = self._latest
+        storage, reserved = version.storage, version.reserved
+        if (dtype, device) != (version.dtype, version.device):
+            if reserved is None:
+                storage = anchor(dtype, device)
+            else:
+                arena = Arena(reserved.arena.size, dtype, device)
+                tables = SlotTables.empty(version.tables.slots, len(self.slice_widths), device)
+                storage, reserved = arena.tensor, Reserved(arena, tables, reserved.max_rank)
+        self._move_to(storage, reserved)
+
+    def _move_to(self, storage: Tensor, reserved: Reserved | None) -> None:
+        """Make a version anew, from the parameters: those stay that lie in a region as they
+        should, others get one."""
+        with self.slots.change() as change:
+            old = self.slots.latest.of(self)
+            version = self._version_on(storage, reserved)
+            same = old is not None and old.storage is storage
+            entries = []
+            for name, adapter in self.adapters.items():
+                adapter.slot = self.slots[name]
+                adapter.move_scaling(version.device)
+                entry = old.entry(adapter.slot) if same else None
+                if entry is None or entry.adapter is not adapter or not entry.is_in_place():
+                    entry = self._moved(change, version, name, adapter)
+                elif not storage.is_meta:  # shared memory may have moved it as a whole
+                    rows = table_rows(adapter.ranks, entry.factors, storage)
+                    entry = entry._replace(rows=rows)
+                adapter.belong_to(self)
+                entries.append(entry)
+            change.set_bank(self, version.with_entries(entries).with_thresholds())
 
     @torch.no_grad()
-    def _bind(self) -> None:
-        astray = []
-        for name, adapter in self.adapters.items():
-            slabs = self._storage.slabs(adapter.start, adapter.ranks)
-            for pair, slab_pair in zip(adapter.factors(), slabs, strict=True):
-                for parameter, slab in zip(pair or (), slab_pair or (), strict=True):
-                    _check_parameter(name, parameter, slab)
-                    if slab.is_meta or parameter.data_ptr() != slab.data_ptr():
-                        astray.append((parameter, slab))
-        # All values first: some may lie in slabs that others are about to be written to.
-        own = self._storage.tensor.untyped_storage().data_ptr()
-        values = [
-            p.data.clone() if p.data.untyped_storage().data_ptr() == own else p.data
-            for p, _ in astray
-        ]
-        for (parameter, slab), value in zip(astray, values, strict=True):
-            slab.copy_(value)
-            parameter.data = slab
-        self._derive()
+    def _moved(self, change: Change, version: BankVersion, name: str, adapter: Adapter) -> Entry:
+        """An adapter in a region of its own, with the values that its parameters have."""
+        factors = self._region(version, adapter.ranks)
+        slabs = version.shapes.slabs(factors, adapter.ranks)
+        for pair, slab_pair in zip(adapter.factors(), slabs, strict=True):
+            for parameter, slab in zip(pair or (), slab_pair or (), strict=True):
+                _check_parameter(name, parameter, slab)
+                slab.copy_(parameter.data)
+                data = parameter.data
+                change.on_undo(lambda p=parameter, data=data: setattr(p, "data", data))
+        return self._entry(version, adapter, factors)
 
     def _check_memory(self) -> None:
         """Raise for a parameter whose storage was freed: copying it would crash."""
@@ -318,168 +420,137 @@ class AdapterBank(nn.Module):
                     "and with it the numbers of the adapter; tell FSDP to ignore the bank"
                 )
 
-    @_OUTSIDE_INFERENCE
-    def _follow_data(self) -> None:
-        """Somebody has replaced ``p.data``, and may put back what it was before.
-
-        So the old slabs are left to whoever holds them, and all parameters move to a new storage;
-        except where nothing may move: there the new values are copied over the old ones.
-        """
-        if self._max_rank is None:
-            self._storage.become(self.dtype, self.device)
-        self.rebind()
-
-    def _become(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Take another dtype or device: new storage, tables of the same content."""
-        if (dtype, device) != (self.dtype, self.device):
-            self._storage.become(dtype, device)
-        if self._tables.scaling.device != device:
-            self._make_tables(device)
-
-    def _allocate(self, size: int) -> int:
-        start = self._storage.take(size)
-        if start is not None:
-            return start
-        if self._max_rank is not None:
-            raise RuntimeError(
-                f"add: {size} elements do not fit in what rank_capacity reserved "
-                f"({self._storage.size} elements, {self._storage.largest_free()} of them free in "
-                "one piece); reserve() makes room, which moves the storage: CUDA graphs captured "
-                "before must be captured again"
-            )
-        self._grow_to(max(2 * self._storage.size, self._storage.size + size))
-        return self._storage.take(size)
-
-    def _grow_to(self, size: int) -> None:
-        if size > self._storage.size:
-            self._storage.grow(size)
-            self._bind()
-
-    # --- tables -------------------------------------------------------------------------------
-
-    @_OUTSIDE_INFERENCE
-    def fit_tables(self) -> None:
-        """Follow the slots where they have become more."""
-        if self._tables.slots != self.slots.capacity:
-            self._make_tables(self.device)
-
-    def _make_tables(self, device: torch.device) -> None:
-        self._tables = SlotTables(self.slots.capacity, len(self.slice_widths), device)
-        for adapter in self.adapters.values():
-            offsets = self._storage.offsets(adapter.start, adapter.ranks)
-            scaling = adapter.scaling_entry
-            if scaling.is_meta:
-                scaling = adapter.scaling_on_meta
-            adapter.scaling_entry = self._tables.write(
-                adapter.slot, adapter.ranks, offsets, scaling
-            )
-            adapter.keep_scaling(scaling)
-        self._derive()
-
     # --- for the operation --------------------------------------------------------------------
 
+    def version_for(
+        self, model: ModelVersion | None = None, slots: tuple[int, ...] | None = None
+    ) -> BankVersion:
+        """What a batch reads, after a look at whether the parameters that it uses still lie there.
+
+        Args:
+            model: the version that the batch began with; None for the current one.
+            slots: of the adapters that it may use; None for all.
+        """
+        if torch.compiler.is_compiling():
+            return self.traced_version
+        model = self.slots.current if model is None else model
+        version = model.of(self)
+        if version is None:  # the bank came after the batch had begun
+            return self._version_on(anchor(self.dtype, self.device))
+        for entry in version.entries_in(slots):
+            for bound in entry.bound:
+                if not bound.is_in_place():
+                    return self._follow_data(model, slots)
+        return version
+
+    @_OUTSIDE_INFERENCE
+    def _follow_data(self, model: ModelVersion, slots: tuple[int, ...] | None) -> BankVersion:
+        """Somebody has replaced ``p.data``, and may put back what it was before.
+
+        So the old slabs are left to whoever holds them, and the adapter gets another region; except
+        where nothing may move: there the new values are copied over the old ones. Where a change of
+        adapters has moved a parameter, the batch goes on with what it began with.
+        """
+        with self.slots.change() as change:
+            self._check_memory()
+            version, current = model.of(self), self.slots.current.of(self)
+            for entry in version.entries_in(slots):
+                if current.entry(entry.slot) is not entry or entry.is_in_place():
+                    continue
+                for bound in entry.bound:
+                    if bound.kept_in.get(bound.name) is not bound.parameter:
+                        _refuse(bound.kept_in.get(bound.name))
+                name = next(n for n, a in self.adapters.items() if a is entry.adapter)
+                kinds = {(p.dtype, p.device) for p in entry.adapter.parameters()}
+                if kinds != {(version.dtype, version.device)}:
+                    self.rebind()
+                    return self._latest
+                if version.reserved is not None:
+                    moved = self._copied_over(name, entry)
+                else:
+                    moved = self._moved(change, version, name, entry.adapter)
+                version, current = version.with_entry(moved), current.with_entry(moved)
+            model.replace_in_place(self, version)
+            self.slots.current.replace_in_place(self, current)
+            self.traced_version = current
+        return version
+
+    @torch.no_grad()
+    def _copied_over(self, name: str, entry: Entry) -> Entry:
+        version = self._latest
+        slabs = version.shapes.slabs(entry.factors, entry.adapter.ranks)
+        values = [bound.parameter.data.clone() for bound in entry.bound]
+        places = [slab for pair in slabs for slab in pair or ()]
+        for bound, value, slab in zip(entry.bound, values, places, strict=True):
+            _check_parameter(name, bound.parameter, slab)
+            slab.copy_(value)
+        return self._entry(version, entry.adapter, entry.factors)
+
     def tensors(self) -> BankTensors:
-        """The bank as the backends take it, after checking that it still stands as it was built."""
-        if not torch.compiler.is_compiling():
-            for parameters, name, parameter, address in self._bound:
-                if parameters.get(name) is not parameter:
-                    _refuse(parameters.get(name))
-                if parameter.data_ptr() != address:
-                    self._check_memory()
-                    self._follow_data()
-                    break
-        self._follow_dropout()
-        return self._tensors
-
-    def train(self, mode: bool = True) -> "AdapterBank":
-        """Dropout of all adapters on or off."""
-        super().train(mode)
-        self._follow_dropout()
-        return self
-
-    def _derive(self) -> None:
-        """Prepare what calls need, after every change: a call that is being traced only reads."""
-        self._ordered = sorted(self.adapters.values(), key=lambda adapter: adapter.slot)
-        factors, bound = [], []
-        for name, adapter in self.adapters.items():
-            slabs = self._storage.slabs(adapter.start, adapter.ranks)
-            for keys, slab_pair in zip(adapter.parameter_names(), slabs, strict=True):
-                for key, slab in zip(keys, slab_pair or (), strict=False):
-                    parameter = adapter._parameters.get(key)
-                    _check_parameter(name, parameter, slab)
-                    bound.append((adapter._parameters, key, parameter, slab.data_ptr()))
-        for adapter in self._ordered:
-            factors += self._storage.factors(adapter.start, adapter.ranks)
-        columns = [0]
-        for width in self.slice_widths:
-            columns.append(columns[-1] + width)
-        # (where the parameter is kept, its name there, itself, its address)
-        self._bound: list[tuple[dict, str, nn.Parameter, int]] = bound
-        self._tensors = BankTensors(
-            factors=factors,
-            slots=[adapter.slot for adapter in self._ordered],
-            thresholds=[-1] * len(self._ordered),  # not entered yet
-            slice_columns=columns,
-            width=self._max_rank or max([adapter.rank for adapter in self._ordered], default=0),
-            storage=self._storage.tensor,
-            table=self._tables.factors,
-            scaling=self._tables.scaling,
-            threshold_table=self._tables.thresholds,
-        )
-        self._follow_dropout()
-        self._layouts = GradientLayouts(self._ordered, self._storage, self._tables.slots)
-
-    def _follow_dropout(self) -> None:
-        """Enter the dropout of adapters in training mode, where that has changed."""
-        thresholds = [
-            drop_threshold(adapter._dropout_p) if adapter.training else 0
-            for adapter in self._ordered
-        ]
-        if thresholds == self._tensors.thresholds:
-            return
-        by_slot = [0] * (self._tables.slots + 1)
-        for adapter, threshold in zip(self._ordered, thresholds, strict=True):
-            by_slot[adapter.slot] = threshold
-        self._tables.thresholds.copy_(torch.tensor(by_slot, dtype=torch.int32))
-        self._tensors = self._tensors._replace(thresholds=thresholds)
-
-    def adapters_in(self, slots: tuple[int, ...] | None) -> list[Adapter]:
-        """The adapters in ``slots`` (None: all), in the order of their slots."""
-        return self._layouts.adapters(slots)
+        """The bank as the backends take it, with all adapters."""
+        return self.version_for().tensors()
 
     def gradients(self, slots: tuple[int, ...] | None) -> tuple[GradientLayout, Trained]:
-        """Where a backward puts the gradients of the adapters in ``slots`` (None: all).
+        """Where a backward puts the gradients of the adapters in ``slots`` (None: all)."""
+        return self._latest.gradients(slots)
 
-        Returns:
-            The layout, and the parameters that autograd has to see; of nothing without grad mode.
-        """
-        return self._layouts.of(slots) if torch.is_grad_enabled() else self._layouts.nothing
+    @_OUTSIDE_INFERENCE
+    def adapter_changed(self, adapter: Adapter, what: str) -> None:
+        """An adapter's scaling or dropout is another: so is the version."""
+        with self.slots.change() as change:
+            version = self._latest
+            entry = version.entry(adapter.slot)
+            if entry is None or entry.adapter is not adapter:
+                return
+            if what == "scaling":
+                change.set_bank(self, version.with_scaling(adapter.slot))
+            else:
+                change.refresh(self)
+
+    @_OUTSIDE_INFERENCE
+    def train(self, mode: bool = True) -> AdapterBank:
+        """Dropout of all adapters on or off."""
+        with self.slots.change():
+            return super().train(mode)
 
     # --- what moves or copies a module --------------------------------------------------------
 
+    @_OUTSIDE_INFERENCE
     def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        if not len(self.adapters):
-            kind = fn(torch.empty(0, dtype=self.dtype, device=self.device))
-            self._become(kind.dtype, kind.device)
-        self.rebind()
+        with self.slots.change():
+            super()._apply(fn, recurse)
+            if not len(self.adapters):
+                kind = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+                self._become(kind.dtype, kind.device)
+            self.rebind()
         return self
 
     def __getstate__(self) -> dict:
-        left_out = (
-            "_tables",
-            "_tensors",
-            "_ordered",
-            "_bound",
-            "_layouts",
-        )
-        return {name: value for name, value in self.__dict__.items() if name not in left_out}
+        version = self._latest
+        reserved = version.reserved
+        kept = None if reserved is None else (reserved.arena.size, reserved.max_rank)
+        state = {name: value for name, value in self.__dict__.items() if name != "traced_version"}
+        return {**state, "_kind": (version.dtype, version.device, kept)}
 
+    @_OUTSIDE_INFERENCE
     def __setstate__(self, state: dict) -> None:
+        dtype, device, kept = state.pop("_kind")
         super().__setstate__(state)
-        self.slots.join(self)
-        self._make_tables(self.device)
-        self.rebind()
+        kinds = {(p.dtype, p.device) for p in self.parameters()}
+        if len(kinds) == 1:
+            dtype, device = kinds.pop()
+        storage, reserved = anchor(dtype, device), None
+        if kept is not None:
+            size, max_rank = kept
+            arena = Arena(size, dtype, device)
+            tables = SlotTables.empty(self.slots.capacity, len(self.slice_widths), device)
+            storage, reserved = arena.tensor, Reserved(arena, tables, max_rank)
+        with self.slots.change():
+            self.slots.join(self, self._version_on(storage, reserved))
+            self._move_to(storage, reserved)
+        if reserved is not None:
+            self.slots.reserve_for(self)
+            self.slots.enter_reserved()
 
     def extra_repr(self) -> str:
         widths = self.slice_widths[0] if len(self.slice_widths) == 1 else list(self.slice_widths)

@@ -21,7 +21,6 @@ def check_pair(bank: AdapterBank, routing: Routing, device: torch.device) -> Non
         raise TypeError(f"routing: expected a Routing, got {type(routing).__name__}")
     if routing.slots is not bank.slots:
         raise ValueError("routing: expected one made for the bank's slots, got one of other slots")
-    routing.check_current()
     if forward_ad._current_level >= 0:
         raise NotImplementedError("routed_lora: forward-mode differentiation is not defined")
     for name, other in (("bank", bank.device), ("routing", routing.device)):

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from lora_kernels import native
 from lora_kernels.ops.routed_lora import composed
-from lora_kernels.ops.routed_lora.operands import BankTensors, GradientLayout, RoutingTensors
+from lora_kernels.ops.routed_lora.operands import (
+    BankTensors,
+    GradientLayout,
+    RoutingTensors,
+    in_one_piece,
+)
 
 
 def forward(
@@ -51,7 +56,7 @@ def backward(
     """Gradients of x, the factors (flat, see :class:`GradientLayout`), the weights and bias."""
     needs_x, needs_weights, needs_bias = needs
     needs_a, needs_b = layout.trains(bank)
-    call = native.RoutedCall(bank, routing, in_features, seed)
+    call = _call(bank, routing, in_features, seed)
     dy = native.rows_of(dy)
     dx = t = grad_weights = None
     if needs_x:
@@ -63,6 +68,7 @@ def backward(
     if needs_x:
         call.shrink_backward_(dx, t, mask)
     grad = call.gradients(dy if needs_b else None, h, x if needs_a else None, t, mask, layout)
+    grad = grad.to(bank.storage.dtype)
     return dx, grad, grad_weights, dy.sum(0) if needs_bias else None
 
 
@@ -73,7 +79,7 @@ def shrink(
     seed: Tensor | None,  # []
 ) -> tuple[Tensor, Tensor | None]:
     """``(h, mask)`` as :func:`forward` saves them."""
-    call = native.RoutedCall(bank, routing, x.shape[1], seed)
+    call = _call(bank, routing, x.shape[1], seed)
     mask = None if seed is None else call.draw_mask()
     return call.shrink(x, mask, zeros=True), mask
 
@@ -90,14 +96,15 @@ def shrink_backward(
 ) -> tuple[Tensor | None, Tensor]:
     """Gradients of x and of the factors (those of A)."""
     needs_a, _ = layout.trains(bank)
-    call = native.RoutedCall(bank, routing, x.shape[1], seed)
+    call = _call(bank, routing, x.shape[1], seed)
     if seed is not None and mask is None:
         mask = call.draw_mask()
     dx = None
     if needs_x:
         dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
         call.shrink_backward_(dx, t, mask)
-    return dx, call.gradients(None, None, x if needs_a else None, t, mask, layout)
+    grad = call.gradients(None, None, x if needs_a else None, t, mask, layout)
+    return dx, grad.to(bank.storage.dtype)
 
 
 def expand_(
@@ -110,7 +117,7 @@ def expand_(
     if out.dtype not in native.DTYPES:  # chosen by h's dtype, and out has another
         return composed.expand_(out, h, bank, routing)
     with native.unit_stride(out) as rows:
-        native.RoutedCall(bank, routing, 0, None).expand_(rows, h)
+        _call(bank, routing, 0, None).expand_(rows, h)
 
 
 def expand_backward(
@@ -126,12 +133,13 @@ def expand_backward(
         return composed.expand_backward(dy, h, bank, routing, layout, needs)
     needs_h, needs_weights = needs
     _, needs_b = layout.trains(bank)
-    call = native.RoutedCall(bank, routing, 0, None)
+    call = _call(bank, routing, 0, None)
     dy = native.rows_of(dy)
     t = grad_weights = None
     if needs_h or needs_weights:
         t, grad_weights = call.expand_backward(dy, h, needs_weights, zeros=True)
     grad = call.gradients(dy if needs_b else None, h, None, None, None, layout)
+    grad = grad.to(bank.storage.dtype)
     return t if needs_h else None, grad, grad_weights
 
 
@@ -147,9 +155,17 @@ def add_(
         _add(rows, x, bank, routing, seed, False)
 
 
+def _call(
+    bank: BankTensors, routing: RoutingTensors, in_features: int, seed: Tensor | None
+) -> native.RoutedCall:
+    if bank.storage.dtype not in native.DTYPES:
+        bank = in_one_piece(bank, torch.float32)
+    return native.RoutedCall(bank, routing, in_features, seed)
+
+
 def _add(y, x, bank, routing, seed, save) -> tuple[Tensor, Tensor | None]:
     """Add the contribution to y; returns h and the mask."""
-    call = native.RoutedCall(bank, routing, x.shape[1], seed)
+    call = _call(bank, routing, x.shape[1], seed)
     mask = None if seed is None else call.draw_mask()
     h = call.shrink(x, mask, zeros=save)
     call.expand_(y, h)

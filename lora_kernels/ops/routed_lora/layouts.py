@@ -6,12 +6,11 @@ Dimensions: L slots, S slices.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_kernels.ops.routed_lora.adapter import Adapter
 from lora_kernels.ops.routed_lora.operands import GradientLayout, Trained
+from lora_kernels.ops.routed_lora.regions import aligned
 from lora_kernels.ops.routed_lora.routing_arguments import is_fake
-from lora_kernels.ops.routed_lora.storage import FactorStorage, aligned
 
 # Sets of adapters whose layouts are kept: the micro-batches of a step take turns.
 _KEPT = 4
@@ -24,112 +23,106 @@ class _Made(NamedTuple):
 
 
 class GradientLayouts:
-    """The layouts of a bank as it stands; made anew after every change of its adapters.
+    """The layouts of one :class:`BankVersion`, which hands itself to every call."""
 
-    Args:
-        adapters: the bank's, in the order of their slots.
-        storage: where their factors lie.
-        slots: L.
-    """
+    def __init__(self, version) -> None:
+        self._made: dict[tuple, _Made] = {}  # replaced, never changed
+        capacity = version.tables.slots
+        self._nothing = {capacity: _nothing(version, capacity)}
+        # Made now where it will be needed: a call that is being traced only reads.
+        self._whole = _make(version, None, capacity) if version.trains else None
 
-    def __init__(self, adapters: list[Adapter], storage: FactorStorage, slots: int) -> None:
-        self._adapters, self._storage = adapters, storage
-        self._shape = (slots + 1, 1 + len(storage.slice_widths))
-        self._by_slot = {adapter.slot: adapter for adapter in adapters}
-        self._parameters = {adapter.slot: _parameters_of(adapter) for adapter in adapters}
-        self._whole = self._make(adapters, self._needed_of(adapters))
-        self._made: dict[tuple[int, ...], _Made] = {}  # replaced, never changed
-        nowhere = torch.full(self._shape, -1, device=storage.tensor.device)
-        self.nothing = GradientLayout([], [], 0, nowhere), Trained([], [], [])
+    def nothing(self, version, capacity: int) -> tuple[GradientLayout, Trained]:
+        """Of no adapter."""
+        if capacity not in self._nothing:
+            with torch.inference_mode(False):  # it may be a training step's too
+                self._nothing[capacity] = _nothing(version, capacity)
+        return self._nothing[capacity]
 
-    def of(self, slots: tuple[int, ...] | None) -> tuple[GradientLayout, Trained]:
+    def of(
+        self, version, slots: tuple[int, ...] | None, capacity: int
+    ) -> tuple[GradientLayout, Trained]:
         """The layout of the adapters in ``slots`` (None: all), and their parameters."""
         if torch.compiler.is_compiling():
-            return self._of_a_graph(slots)
-        if slots is None:
-            needed = self._needed_of(self._adapters)
-            if needed != self._whole.needed:
-                self._whole = self._make(self._adapters, needed)
-            return self._whole.layout, self._whole.trained
-        made = self._made.get(slots)
-        adapters = self.adapters(slots)
-        needed = self._needed_of(adapters)
-        if made is None or made.needed != needed:
-            made = self._make(adapters, needed)
-            if not _is_captured(self._storage.tensor.device):  # its table is filled by a replay
-                kept = list(self._made.items())[1 - _KEPT :]
-                self._made = dict([*kept, (slots, made)])
+            return self._of_a_graph(version, slots)
+        key = slots, capacity
+        made = self._made.get(key)
+        if made is None or made.needed != _needed_of(version.entries_in(slots)):
+            made = _make(version, slots, capacity)
+            if not _is_captured(version.device):  # its table is filled by a replay
+                self._made = dict([*list(self._made.items())[1 - _KEPT :], (key, made)])
         return made.layout, made.trained
 
-    def _of_a_graph(self, slots: tuple[int, ...] | None) -> tuple[GradientLayout, Trained]:
+    def _of_a_graph(self, version, slots) -> tuple[GradientLayout, Trained]:
         """Without changing anything: a graph guards what it changes, and is compiled once more.
 
         The layout is that of all adapters, whose table is there already.
         """
-        needed, made = self._needed_of(self._adapters), self._whole
-        if needed != made.needed:
-            made = self._make(self._adapters, needed)
+        made = self._whole
+        if made is None or made.needed != _needed_of(version.entries):
+            made = _make(version, None, version.tables.slots)
         if slots is None:
             return made.layout, made.trained
         named = [entry for entry in zip(*made.trained, strict=True) if entry[2] in slots]
         return made.layout, Trained(*([entry[i] for entry in named] for i in range(3)))
 
-    def adapters(self, slots: tuple[int, ...] | None) -> list[Adapter]:
-        """The adapters in ``slots`` that are in this bank."""
-        if slots is None:
-            return self._adapters
-        return [self._by_slot[slot] for slot in slots if slot in self._by_slot]
 
-    def _needed_of(self, adapters: list[Adapter]) -> list[bool]:
-        return [
-            parameter.requires_grad
-            for adapter in adapters
-            for parameter in self._parameters[adapter.slot]
-        ]
-
-    def _make(self, adapters: list[Adapter], needed: list[bool]) -> _Made:
-        offsets, rows, trained, end = [], [], Trained([], [], []), 0
-        for adapter in adapters:
-            pairs = adapter.factors()
-            needs = [any(pair[0].requires_grad for pair in pairs if pair is not None)]
-            needs += [pair is not None and pair[1].requires_grad for pair in pairs]
-            row = []
-            for need, size in zip(needs, self._storage.factor_sizes(adapter.ranks), strict=True):
-                row.append(end if need else -1)
-                end += aligned(size) if need else 0
-            rows.append(row)
-            offsets += row
-            a_offset, *b_offsets = row
-            for pair, b_offset in zip(pairs, b_offsets, strict=True):
-                if pair is None:
-                    continue
-                trained.parameters.extend(pair)
-                trained.offsets.extend([a_offset if pair[0].requires_grad else -1, b_offset])
-                trained.slots.extend([adapter.slot] * 2)
-                if a_offset >= 0:
-                    a_offset += pair[0].numel()
-        slots = [adapter.slot for adapter in adapters]
-        return _Made(needed, GradientLayout(slots, offsets, end, self._table(slots, rows)), trained)
-
-    def _table(self, slots: list[int], rows: list[list[int]]) -> Tensor:
-        device = self._storage.tensor.device
-        if _is_captured(device):
-            # A copy from the host would be replayed, from memory that is another's by then.
-            table = torch.full(self._shape, -1, device=device)
-            for slot, row in zip(slots, rows, strict=True):
-                for factor, offset in enumerate(row):
-                    table[slot, factor].fill_(offset)
-            return table
-        table = torch.full(self._shape, -1, device="cpu")
-        if slots:
-            table[torch.tensor(slots, device="cpu")] = torch.tensor(rows, device="cpu")
-        if device.type == "cuda" and not is_fake(table):
-            table = table.pin_memory()  # or the copy would be waited for
-        return table.to(device, non_blocking=True)
+def _make(version, slots: tuple[int, ...] | None, capacity: int) -> _Made:
+    entries = version.entries_in(slots)
+    offsets, rows, trained, end = [], [], Trained([], [], []), 0
+    for entry in entries:
+        pairs = entry.adapter.factors()
+        needs = [any(pair[0].requires_grad for pair in pairs if pair is not None)]
+        needs += [pair is not None and pair[1].requires_grad for pair in pairs]
+        row = []
+        for need, factor in zip(needs, entry.factors, strict=True):
+            row.append(end if need else -1)
+            end += aligned(factor.numel()) if need else 0
+        rows.append(row)
+        offsets += row
+        a_offset, *b_offsets = row
+        for pair, b_offset in zip(pairs, b_offsets, strict=True):
+            if pair is None:
+                continue
+            trained.parameters.extend(pair)
+            trained.offsets.extend([a_offset if pair[0].requires_grad else -1, b_offset])
+            trained.slots.extend([entry.slot] * 2)
+            if a_offset >= 0:
+                a_offset += pair[0].numel()
+    named = [entry.slot for entry in entries]
+    table = _table(_shape(version, capacity), version.device, named, rows)
+    return _Made(_needed_of(entries), GradientLayout(named, offsets, end, table), trained)
 
 
-def _parameters_of(adapter: Adapter) -> list[nn.Parameter]:
-    return [factor for pair in adapter.factors() if pair is not None for factor in pair]
+def _nothing(version, capacity: int) -> tuple[GradientLayout, Trained]:
+    nowhere = torch.full(_shape(version, capacity), -1, device=version.device)
+    return GradientLayout([], [], 0, nowhere), Trained([], [], [])
+
+
+def _shape(version, capacity: int) -> tuple[int, int]:
+    return capacity + 1, len(version.slice_columns)
+
+
+def _needed_of(entries) -> list[bool]:
+    return [bound.parameter.requires_grad for entry in entries for bound in entry.bound]
+
+
+def _table(
+    shape: tuple[int, int], device: torch.device, slots: list[int], rows: list[list[int]]
+) -> Tensor:
+    if _is_captured(device):
+        # A copy from the host would be replayed, from memory that is another's by then.
+        table = torch.full(shape, -1, device=device)
+        for slot, row in zip(slots, rows, strict=True):
+            for factor, offset in enumerate(row):
+                table[slot, factor].fill_(offset)
+        return table
+    table = torch.full(shape, -1, device="cpu")
+    if slots:
+        table[torch.tensor(slots, device="cpu")] = torch.tensor(rows, device="cpu")
+    if device.type == "cuda" and not is_fake(table):
+        table = table.pin_memory()  # or the copy would be waited for
+    return table.to(device, non_blocking=True)
 
 
 def _is_captured(device: torch.device) -> bool:

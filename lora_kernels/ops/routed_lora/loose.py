@@ -18,9 +18,9 @@ from lora_kernels import dispatch
 from lora_kernels.dtypes import cast_for_autocast
 from lora_kernels.ops.routed_lora.autograd import _call
 from lora_kernels.ops.routed_lora.operands import BankTensors, GradientLayout
+from lora_kernels.ops.routed_lora.regions import ALIGNMENT, anchor
 from lora_kernels.ops.routed_lora.routing import Routing
 from lora_kernels.ops.routed_lora.slots import BASE, AdapterSlots
-from lora_kernels.ops.routed_lora.storage import ALIGNMENT
 from lora_kernels.ops.routed_lora.tables import scaling_dtype
 
 
@@ -83,7 +83,7 @@ def _bank(
     backend, rows, storage = "composed", None, x.new_empty(0)
     chosen = dispatch.choose("auto", x.device, x.dtype).backend
     if chosen != "composed":
-        storage = min(factors, key=Tensor.data_ptr)
+        storage = _anchor(factors[0].dtype, x.device)
         # The Triton kernels count on the bank's alignment.
         rows = _offsets(slots, factors, storage, ALIGNMENT if chosen == "triton" else 1)
         backend = "composed" if rows is None else chosen
@@ -104,10 +104,9 @@ def _bank(
 def _offsets(
     slots: list[int], factors: list[Tensor], storage: Tensor, alignment: int
 ) -> tuple[tuple[int, int, int, int], ...] | None:
-    """``(slot, rank, offset of A, offset of B)`` relative to one of the factors, in its elements.
+    """``(slot, rank, offset of A, offset of B)`` relative to ``storage``, in its elements.
 
-    A device has one address space, so that a pointer into one tensor reaches the others. None where
-    the kernels could not: another dtype, strides, or addresses that are no multiples of
+    None where the kernels could not: another dtype, strides, or addresses that are no multiples of
     ``alignment`` elements.
     """
     unit = alignment * storage.element_size()
@@ -138,6 +137,12 @@ def _routing(ids: tuple[int, ...], length: int, capacity: int, device: torch.dev
             slots.acquire(str(slot))
         tokens = torch.tensor(ids, dtype=torch.int64).repeat_interleave(length)
         return Routing.from_tokens(tokens, slots, device=device)
+
+
+@functools.cache
+def _anchor(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return anchor(dtype, device)
 
 
 @functools.lru_cache(maxsize=_TABLES)

@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from lora_kernels.ops.routed_lora.regions import ALIGNMENT
 
 
 class BankTensors(NamedTuple):
@@ -38,6 +41,23 @@ class BankTensors(NamedTuple):
         """``[A, B_1, ... B_S]`` of the adapter with that index (not slot)."""
         count = 1 + self.num_slices
         return self.factors[adapter * count : (adapter + 1) * count]
+
+
+def in_one_piece(bank: BankTensors, dtype: torch.dtype | None = None) -> BankTensors:
+    """The same adapters in a storage of their own, one factor behind the other.
+
+    Args:
+        bank: whose factors lie anywhere.
+        dtype: of the new storage; None is theirs.
+    """
+    table, factors, end = bank.table.clone(), [], 0
+    for index, slot in enumerate(bank.slots):
+        for row, factor in zip(table[slot], bank.factors_of(index), strict=True):
+            row[2].fill_(end)
+            factors.append(F.pad(factor.flatten(), (0, -factor.numel() % ALIGNMENT)))
+            end += factors[-1].numel()
+    storage = torch.cat([bank.storage.new_zeros(0), *factors])
+    return bank._replace(storage=storage.to(dtype or storage.dtype), table=table)
 
 
 class GradientLayout(NamedTuple):

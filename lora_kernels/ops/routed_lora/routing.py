@@ -1,5 +1,6 @@
 """Which adapters each token of a batch uses."""
 
+import copy
 import os
 from collections.abc import Sequence
 from itertools import pairwise
@@ -19,7 +20,7 @@ from lora_kernels.ops.routed_lora.routing_arguments import (
     slots_in,
     slots_of,
 )
-from lora_kernels.ops.routed_lora.slots import BASE, AdapterSlots
+from lora_kernels.ops.routed_lora.slots import BASE, AdapterSlots, ModelVersion, Pinned
 
 # Pairs per tile of the kernels: the smallest a matrix instruction takes while the batch is small.
 _SMALL_BLOCK, _LARGE_BLOCK = 16, 64
@@ -70,18 +71,21 @@ class Routing:
         pairs_per_token: int,
         device: torch.device,
         adapters: tuple[str, ...] | None = None,
+        version: ModelVersion | None = None,
     ) -> None:
         self.max_tokens, self.pairs_per_token = max_tokens, pairs_per_token
         self.slots = slots
+        # What a batch reads that this routing was made for; None: what is current when it is used.
+        self.pinned = version
+        model = self._model()
         self.device = torch.device(device)
         # Where int64 is not to be relied on the host makes the groups: composed, which alone runs
         # there, reads them on the host in any case.
         on_device = computes_in_64_bits(self.device)
         self._built_on = self.device if on_device else torch.device("cpu")
         self.num_tokens = 0
-        self.version = slots.version
-        self._capacity = slots.capacity
-        pairs, groups = max_tokens * pairs_per_token, slots.capacity + 1
+        self._capacity = model.capacity
+        pairs, groups = max_tokens * pairs_per_token, model.capacity + 1
         self.block = _SMALL_BLOCK if pairs <= _SMALL_BATCH else _LARGE_BLOCK
         num_tiles = pairs // self.block + min(groups, pairs)
 
@@ -93,14 +97,31 @@ class Routing:
         self._order = torch.empty(pairs, dtype=torch.int64, device=self.device)
         self._weight_buffer: Tensor | None = None
         self._weights: Tensor | None = None  # the buffer, or [M, k] as given if it requires grad
+        self._names: dict[str, int] = model.names
         self._plan: Tensor | None = None
         self._padded_plan: Tensor | None = None
         self.adapters = adapters
         self._bound: tuple[int, ...] | None = None  # the slots of ``adapters``
         self._is_bound: Tensor | None = None  # [L + 1] bool: whether a slot is one of them
         self._used: tuple[int, ...] | None = None  # by the tokens, where that is known
-        self._bind_adapters()
-        self._fill(torch.full((0,), -1, dtype=torch.int64, device=self._built_on), 0, used=())
+        self._bind_adapters(model)
+        none = torch.full((0,), -1, dtype=torch.int64, device=self._built_on)
+        self._fill(model, none, 0, used=())
+
+    def _model(self) -> ModelVersion:
+        """The adapters that a filling refers to."""
+        return self.slots.latest if self.pinned is None else self.pinned
+
+    def at(self, version: ModelVersion) -> "Routing":
+        """This filling for a batch that reads that version; it shares the buffers.
+
+        Raises:
+            ValueError: as :meth:`check_current`.
+        """
+        self.check_current(version)
+        pinned = copy.copy(self)
+        pinned.pinned = version
+        return pinned
 
     # --- constructors -------------------------------------------------------------------------
 
@@ -138,7 +159,8 @@ class Routing:
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
         slots = slots_of(bank)
-        adapters = bounding_names(adapters, slots)
+        version = bank.version if isinstance(bank, Pinned) else None
+        adapters = bounding_names(adapters, version or slots.latest)
         if max_tokens * pairs_per_token >= 2**31:
             raise ValueError(
                 f"max_tokens: expected fewer than 2^31 pairs of a token and an adapter, got "
@@ -146,7 +168,8 @@ class Routing:
             )
         if device is None:
             device = getattr(bank, "device", "cpu")
-        return Routing(max_tokens, slots, pairs_per_token, torch.device(device), adapters)
+        device = torch.device(device)
+        return Routing(max_tokens, slots, pairs_per_token, device, adapters, version)
 
     @staticmethod
     def from_tokens(
@@ -243,19 +266,21 @@ class Routing:
         """Fill it again as :meth:`from_tokens` does, with at most ``max_tokens`` tokens."""
         ids = integers("ids", ids).flatten()
         self._check_one_per_token()
-        self._check_room(ids.shape[0])
-        used = self._check_ids(ids)
+        model = self._check_room(ids.shape[0])
+        used = self._check_ids(model, ids)
         self._weights = None
-        self._fill(ids, ids.shape[0], used)
+        self._fill(model, ids, ids.shape[0], used)
         return self
 
     def set_sequences_(self, names: Sequence[str], lengths: int | Sequence[int]) -> "Routing":
         """Fill it again as :meth:`from_sequences` does."""
         lengths = lengths_of(names, lengths)
-        unknown = [name for name in names if name != BASE and name not in self.slots]
+        self._check_one_per_token()
+        model = self._check_room(sum(lengths))
+        unknown = [name for name in names if name != BASE and name not in model.names]
         if unknown:
             raise ValueError(
-                f"names: expected {BASE!r} or one of {sorted(self.slots)}, got {unknown[0]!r}"
+                f"names: expected {BASE!r} or one of {sorted(model.names)}, got {unknown[0]!r}"
             )
         if self.adapters is not None:
             outside = [name for name in names if name != BASE and name not in self.adapters]
@@ -264,14 +289,13 @@ class Routing:
                     f"names: expected {BASE!r} or one of adapters={list(self.adapters)}, which "
                     f"this routing was made with, got {outside[0]!r}"
                 )
-        self._check_one_per_token()
-        self._check_room(sum(lengths))
-        slots = [self.slots[name] for name in names]
+        slots = [model.slot_of(name) for name in names]
         used = slots_in(slot for slot, length in zip(slots, lengths, strict=True) if length)
+        self._check_capacity(model, used)
         ids = torch.tensor(slots, dtype=torch.int64)
         ids = ids.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
         self._weights = None
-        self._fill(ids, ids.shape[0], used)
+        self._fill(model, ids, ids.shape[0], used)
         return self
 
     def set_segments_(
@@ -284,8 +308,8 @@ class Routing:
                 f"offsets: expected one more than ids {list(ids.shape)}, got {list(offsets.shape)}"
             )
         self._check_one_per_token()
-        self._check_room(self.max_tokens)
-        used = self._check_ids(ids)
+        model = self._check_room(self.max_tokens)
+        used = self._check_ids(model, ids)
         if (offsets.device.type == "cpu" or _DEBUG) and not is_fake(offsets):
             steps = offsets.tolist()
             if steps != sorted(steps) or (steps and (steps[0] < 0 or steps[-1] > self.max_tokens)):
@@ -302,7 +326,7 @@ class Routing:
         token = torch.arange(self.max_tokens, device=self._built_on)
         segment = torch.searchsorted(offsets.contiguous(), token, right=True)
         self._weights = None
-        self._fill(padded.gather(0, segment), self.max_tokens, used)
+        self._fill(model, padded.gather(0, segment), self.max_tokens, used)
         return self
 
     def set_weighted_(
@@ -322,9 +346,9 @@ class Routing:
             raise ValueError(
                 f"weights: expected {list(ids.shape)} like ids, got {list(weights.shape)}"
             )
-        self._check_room(ids.shape[0])
-        used = self._check_ids(ids)
-        self._fill(ids.flatten(), ids.shape[0], used)
+        model = self._check_room(ids.shape[0])
+        used = self._check_ids(model, ids)
+        self._fill(model, ids.flatten(), ids.shape[0], used)
         if weights.requires_grad and torch.is_grad_enabled():
             self._weights = weights
             return self
@@ -342,33 +366,44 @@ class Routing:
                 "set_weighted_"
             )
 
-    def _check_room(self, tokens: int) -> None:
-        """Raise unless it can be filled with so many tokens, for the slots as they are now."""
+    def _check_room(self, tokens: int) -> ModelVersion:
+        """Raise unless it can be filled with so many tokens; returns what ids are slots of."""
         if tokens > self.max_tokens:
             raise ValueError(
                 f"ids: expected at most {self.max_tokens} tokens, which this routing was made "
                 f"for, got {tokens}"
             )
-        if self.slots.capacity != self._capacity:
-            raise ValueError(
-                f"routing: there are {self.slots.capacity} slots now and were {self._capacity} "
-                "when this routing was made; make a new one (and capture CUDA graphs again)"
-            )
-        if self.version != self.slots.version:
-            self._bind_adapters()
+        model = self._model()
+        if model.names is not self._names:
+            self._bind_adapters(model)
+        return model
+
+    def _check_capacity(self, model: ModelVersion, used: tuple[int, ...] | None) -> None:
+        """Raise where slots may be used that came after the routing was made."""
+        fits = used is not None and max(used, default=0) < self._capacity
+        if fits or model.capacity == self._capacity:
+            return
+        raise ValueError(
+            f"routing: there are {model.capacity} slots now and were {self._capacity} when this "
+            "routing was made; make a new one (and capture CUDA graphs again)"
+        )
 
     @torch.inference_mode(False)
-    def _bind_adapters(self) -> None:
+    def _bind_adapters(self, model: ModelVersion) -> None:
         """Follow the slots of ``adapters``, in place: a captured graph reads the table."""
         if self.adapters is None:
             return
-        gone = [name for name in self.adapters if name not in self.slots]
+        gone = [name for name in self.adapters if name not in model.names]
         if gone:
             raise ValueError(
                 f"adapters: {gone[0]!r}, which this routing was made with, was removed; make a new "
                 "one"
             )
-        self._bound = slots_in(self.slots[name] for name in self.adapters)
+        bound = slots_in(model.slot_of(name) for name in self.adapters)
+        self._check_capacity(model, bound)
+        if bound == self._bound:
+            return
+        self._bound = bound
         if self._is_bound is None:
             self._is_bound = torch.empty(
                 self._capacity + 1, dtype=torch.bool, device=self._built_on
@@ -378,7 +413,7 @@ class Routing:
         for start, end in runs_of(self._bound):
             self._is_bound[start:end].fill_(True)
 
-    def _check_ids(self, ids: Tensor) -> tuple[int, ...] | None:
+    def _check_ids(self, model: ModelVersion, ids: Tensor) -> tuple[int, ...] | None:
         """Raise for ids that tokens may not have; returns the slots among them.
 
         None, and nothing is checked, where ids cannot be read; None too where they can in debug
@@ -388,10 +423,11 @@ class Routing:
             raise ValueError("ids: expected values, got a tensor on the meta device")
         on_host = ids.device.type == "cpu"
         if not (on_host or _DEBUG) or torch.compiler.is_compiling() or is_fake(ids):
+            self._check_capacity(model, self._bound)
             return None
         found = slots_in(ids.unique().tolist())
-        names = self.slots if self.adapters is None else self.adapters
-        wrong = set(found) - {self.slots[name] for name in names}
+        names = model.names if self.adapters is None else self.adapters
+        wrong = set(found) - {model.slot_of(name) for name in names}
         if wrong:
             allowed = f"slots of adapters, {self.slots}"
             if self.adapters is not None:
@@ -399,17 +435,25 @@ class Routing:
                     f"slots of adapters={list(self.adapters)}, which this routing was made with"
                 )
             raise ValueError(f"ids: expected -1 or {allowed}, got {min(wrong)}")
+        self._check_capacity(model, found)
         return found if on_host else None
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _fill(self, ids: Tensor, num_tokens: int, used: tuple[int, ...] | None = None) -> None:
+    def _fill(
+        self,
+        model: ModelVersion,
+        ids: Tensor,
+        num_tokens: int,
+        used: tuple[int, ...] | None = None,
+    ) -> None:
         """Group the pairs: fixed shapes, no reading back. ids ``[n]`` in the order of the pairs.
 
-        used: the slots among them, where that is known.
+        model: what ids are slots of. used: the slots among them, where that is known.
         """
         pairs, none, device = self._tokens.shape[0], self._capacity, self._built_on
-        self.num_tokens, self.version = num_tokens, self.slots.version
+        self.num_tokens = num_tokens
+        self._names, self._serials, self._changes = model.names, model.serials, model.changes
         self._used = used
         self._plan = self._padded_plan = None
         ids = ids.to(device, torch.int64)
@@ -440,6 +484,8 @@ class Routing:
         self._tiles[:, 1].copy_(torch.where(inside, first, 0))
         if self.device.type == "cpu" and not is_fake(self._tokens):
             self.plan()  # now, and not while a graph is traced
+        if not self._is_captured():
+            self.slots.enter_reserved()
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -493,16 +539,32 @@ class Routing:
             self._padded_plan = torch.nn.functional.pad(self._plan, (0, 0, 0, rows), value=-1)
         return self._plan
 
-    def check_current(self) -> None:
-        """Raise if slots have got another meaning since the routing was filled."""
-        if self.version != self.slots.version:
+    def check_current(self, model: ModelVersion | None = None) -> None:
+        """Raise if one of its own slots has got another meaning since the routing was filled.
+
+        Args:
+            model: what the batch reads; None for what is current.
+        """
+        model = model or self.pinned or self.slots.current
+        if model.changes == self._changes:
+            return
+        own = self._used if self._used is not None else self._bound
+        if own is None:
+            own = tuple(self._names.values())
+        if torch.compiler.is_compiling() or any(
+            model.serials.get(slot, 0) != self._serials.get(slot, 0) for slot in own
+        ):
             raise ValueError(
-                "routing: adapters were removed, or slots added, since it was filled; fill it again"
+                "routing: adapters were removed or replaced since it was filled; fill it again"
             )
 
+    @property
+    def capacity(self) -> int:
+        """How many slots there were when it was made."""
+        return self._capacity
+
     def tensors(self, *, with_plan: bool) -> RoutingTensors:
-        """The routing as the backends take it; raises if the slots have changed since."""
-        self.check_current()
+        """The routing as the backends take it."""
         plan = self.plan() if with_plan else torch.empty((0, 4), dtype=torch.int64)
         return RoutingTensors(
             self._tokens,
@@ -518,5 +580,5 @@ class Routing:
     def __repr__(self) -> str:
         return (
             f"Routing({self.num_tokens} of at most {self.max_tokens} tokens, "
-            f"{self.pairs_per_token} adapters each, {self.slots.capacity} slots, {self.device})"
+            f"{self.pairs_per_token} adapters each, {self._capacity} slots, {self.device})"
         )

@@ -6,7 +6,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.routed_lora.slots import BASE, AdapterSlots
+from lora_kernels.ops.routed_lora.slots import BASE, AdapterSlots, ModelVersion
 
 
 def slots_of(bank) -> AdapterSlots:
@@ -18,7 +18,7 @@ def slots_of(bank) -> AdapterSlots:
     return slots
 
 
-def bounding_names(adapters: Sequence[str] | None, slots: AdapterSlots) -> tuple[str, ...] | None:
+def bounding_names(adapters: Sequence[str] | None, version: ModelVersion) -> tuple[str, ...] | None:
     """``adapters`` as given to a constructor, checked."""
     if adapters is None:
         return None
@@ -28,8 +28,10 @@ def bounding_names(adapters: Sequence[str] | None, slots: AdapterSlots) -> tuple
     for name in adapters:
         if not isinstance(name, str):
             raise TypeError(f"adapters: expected names, got a {type(name).__name__}")
-        if name != BASE and name not in slots:
-            raise ValueError(f"adapters: expected names among {sorted(slots)}, got {name!r}")
+        if name != BASE and name not in version.names:
+            raise ValueError(
+                f"adapters: expected names among {sorted(version.names)}, got {name!r}"
+            )
     return tuple(name for name in dict.fromkeys(adapters) if name != BASE)
 
 

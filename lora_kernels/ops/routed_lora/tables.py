@@ -1,5 +1,9 @@
 """What kernels look up by slot. Row L stands for tokens without an adapter and stays zero."""
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,18 +15,8 @@ def scaling_dtype(device: torch.device) -> torch.dtype:
     return torch.float64 if computes_in_64_bits(device) else torch.float32
 
 
-@torch.no_grad()
-def enter_scaling(entry: Tensor, scaling: float | Tensor) -> None:
-    """Write a number, or a 0-d tensor of any device, into an entry of the table."""
-    if not isinstance(scaling, Tensor):
-        scaling = torch.tensor(float(scaling), dtype=torch.float64, device="cpu")
-    if scaling.device != entry.device:
-        scaling = scaling.cpu()  # in its own dtype: MPS does not copy to fp64
-    entry.copy_(scaling)
-
-
-class SlotTables:
-    """Tables of L + 1 rows on the bank's device; written in place while they have room.
+class SlotTables(NamedTuple):
+    """Tables of L + 1 rows. They are never written again: a change makes others.
 
     Attributes:
         factors: ``[L + 1, 1 + S, 3]`` int64: rank, first column of it in h, offset in the storage;
@@ -31,28 +25,73 @@ class SlotTables:
         thresholds: ``[L + 1]`` int32: q of the dropout.
     """
 
-    def __init__(self, slots: int, slices: int, device: torch.device) -> None:
-        self.factors = torch.zeros((slots + 1, 1 + slices, 3), dtype=torch.int64, device=device)
-        self.scaling = torch.zeros(slots + 1, dtype=scaling_dtype(device), device=device)
-        self.thresholds = torch.zeros(slots + 1, dtype=torch.int32, device=device)
+    factors: Tensor
+    scaling: Tensor
+    thresholds: Tensor
+
+    @staticmethod
+    def empty(slots: int, slices: int, device: torch.device) -> SlotTables:
+        return SlotTables(
+            torch.zeros((slots + 1, 1 + slices, 3), dtype=torch.int64, device=device),
+            torch.zeros(slots + 1, dtype=scaling_dtype(device), device=device),
+            torch.zeros(slots + 1, dtype=torch.int32, device=device),
+        )
 
     @property
     def slots(self) -> int:
         return self.scaling.shape[0] - 1
 
     @torch.no_grad()
-    def write(self, slot: int, ranks: tuple[int, ...], offsets: list[int], scaling) -> Tensor:
-        """Enter an adapter; returns its entry in ``scaling``, a 0-d view."""
-        rows, column = [[sum(ranks), 0, offsets[0]]], 0
-        for rank, offset in zip(ranks, offsets[1:], strict=True):
-            rows.append([rank, column, offset])
-            column += rank
-        self.factors[slot].copy_(torch.tensor(rows))
-        entry = self.scaling[slot]
-        enter_scaling(entry, scaling)
-        return entry
+    def with_adapters(
+        self, rows: dict[int, list[list[int]]], scalings: dict[int, Tensor]
+    ) -> SlotTables:
+        """These with adapters entered, by slot: the rows of their factors, and scalings ``[]``."""
+        factors, scaling = self.factors.clone(), self.scaling.clone()
+        if len(rows) == 1:
+            ((slot, entered),) = rows.items()
+            factors[slot].copy_(torch.tensor(entered, device="cpu"))
+        elif rows:
+            entered = torch.tensor(list(rows.values()), device="cpu").to(factors.device)
+            factors[torch.tensor(list(rows), device=factors.device)] = entered
+        for slot, number in scalings.items():
+            scaling[slot].copy_(number)
+        return self._replace(factors=factors, scaling=scaling)
 
     @torch.no_grad()
-    def clear(self, slot: int) -> None:
-        self.factors[slot] = 0
-        self.scaling[slot] = 0
+    def with_scaling(self, slot: int, scaling: Tensor) -> SlotTables:
+        scalings = self.scaling.clone()
+        scalings[slot].copy_(scaling)
+        return self._replace(scaling=scalings)
+
+    @torch.no_grad()
+    def with_thresholds(self, by_slot: dict[int, int]) -> SlotTables:
+        """These with the thresholds of all slots: 0 where none is given."""
+        numbers = [0] * (self.slots + 1)
+        for slot, threshold in by_slot.items():
+            numbers[slot] = threshold
+        thresholds = torch.tensor(numbers, dtype=torch.int32, device="cpu")
+        return self._replace(thresholds=thresholds.to(self.thresholds.device))
+
+    @torch.no_grad()
+    def without(self, slot: int) -> SlotTables:
+        """These with a row of zeros."""
+        cleared = SlotTables(*(table.clone() for table in self))
+        for table in cleared:
+            table[slot] = 0
+        return cleared
+
+    @torch.no_grad()
+    def resized(self, slots: int) -> SlotTables:
+        """The first rows of these, or all and zeros behind them."""
+        tables = SlotTables.empty(slots, self.factors.shape[1] - 1, self.factors.device)
+        count = min(slots, self.slots)
+        for table, own in zip(tables, self, strict=True):
+            table[:count].copy_(own[:count])
+        return tables
+
+    @torch.no_grad()
+    def copy_(self, others: SlotTables) -> None:
+        """Take the values of others of the same size: for the tables that a captured graph reads,
+        which alone are written again."""
+        for table, other in zip(self, others, strict=True):
+            table.copy_(other)

@@ -1,0 +1,295 @@
+"""The adapters of one bank at one time: made once, never changed, read without a lock.
+
+Dimensions: L slots, S slices, H the widest rank.
+
+A version fixes structure: which adapters there are, in which slots, their ranks, places, scalings
+and dropout. Values of factors are the Parameters', in the regions that the version refers to: these
+live until the last version, batch or backward that reads them is gone.
+"""
+
+from __future__ import annotations
+
+import weakref
+from bisect import bisect_left
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.ops.routed_lora.adapter import Adapter
+from lora_kernels.ops.routed_lora.layouts import GradientLayouts
+from lora_kernels.ops.routed_lora.operands import BankTensors, GradientLayout, Trained
+from lora_kernels.ops.routed_lora.regions import Arena, FactorShapes
+from lora_kernels.ops.routed_lora.tables import SlotTables
+
+
+class Bound(NamedTuple):
+    """A parameter, where its adapter keeps it, and where its memory was."""
+
+    kept_in: dict[str, nn.Parameter]
+    name: str
+    parameter: nn.Parameter
+    address: int
+
+    def is_in_place(self) -> bool:
+        return (
+            self.kept_in.get(self.name) is self.parameter
+            and self.parameter.data_ptr() == self.address
+        )
+
+
+class Entry(NamedTuple):
+    """An adapter as versions hold it.
+
+    Attributes:
+        slot: its number in routings.
+        adapter: the module with its parameters.
+        factors: A of all slices, B of each: views of its region.
+        rows: of the table of factors.
+        bound: its parameters.
+        rank: over all slices.
+    """
+
+    slot: int
+    adapter: Adapter
+    factors: list[Tensor]
+    rows: list[list[int]]
+    bound: list[Bound]
+    rank: int
+
+    def is_in_place(self) -> bool:
+        """Whether nobody has replaced a parameter or its data."""
+        return all(bound.is_in_place() for bound in self.bound)
+
+
+def table_rows(ranks: tuple[int, ...], factors: list[Tensor], storage: Tensor) -> list[list[int]]:
+    """``(rank, first column in h, offset)`` of A of all slices and of B of each.
+
+    Offsets are in elements from where ``storage`` begins.
+    """
+    if storage.is_meta:
+        offsets = [0] * len(factors)
+    else:
+        start, size = storage.data_ptr(), storage.element_size()
+        offsets = [(factor.data_ptr() - start) // size for factor in factors]
+    rows, column = [[sum(ranks), 0, offsets[0]]], 0
+    for rank, offset in zip(ranks, offsets[1:], strict=True):
+        rows.append([rank, column, offset])
+        column += rank
+    return rows
+
+
+class Reserved:
+    """What a captured graph reads of a bank: an arena, and tables that stay where they are.
+
+    The tables take the values of a version in the order of a stream, between replays: where a
+    routing is filled. That version's regions live until they have taken the next one's.
+
+    Attributes:
+        max_rank: no adapter's is above it; h has so many columns.
+    """
+
+    def __init__(self, arena: Arena, tables: SlotTables, max_rank: int) -> None:
+        self.arena, self.tables, self.max_rank = arena, tables, max_rank
+        self._holds: BankVersion | None = None
+
+    def enter(self, version: BankVersion) -> None:
+        """Let the tables hold a version, from here on in the current stream."""
+        if self._holds is version or version.reserved is not self:
+            return
+        self.tables.copy_(version.tables)
+        self.arena.note_reader()
+        self._holds = version
+
+
+class BankVersion:
+    """See the module; made by :class:`AdapterBank`.
+
+    Attributes:
+        shapes: of the factors.
+        dtype, device: of the factors.
+        storage: what offsets count from.
+        entries: in the order of their slots.
+        tables: what kernels look up.
+        thresholds: q of the adapters that drop, by slot.
+        reserved: what captured graphs read; None where they cannot be.
+        trains: whether any parameter required grad when it came.
+        width: H.
+    """
+
+    def __init__(
+        self,
+        bank: nn.Module,
+        shapes: FactorShapes,
+        storage: Tensor,
+        tables: SlotTables,
+        entries: list[Entry],
+        thresholds: dict[int, int],
+        reserved: Reserved | None,
+        trains: bool,
+    ) -> None:
+        self.bank = weakref.ref(bank)
+        self.shapes, self.storage, self.tables = shapes, storage, tables
+        self.entries, self.thresholds, self.reserved = entries, thresholds, reserved
+        self.trains = trains
+        self.slice_columns = shapes.slice_columns
+        if reserved is not None:
+            self.width = reserved.max_rank
+        else:
+            self.width = max([entry.rank for entry in entries], default=0)
+        self._by_slot = {entry.slot: entry for entry in entries}
+        self._everything: BankTensors | None = None
+        self._resized: dict[int, SlotTables] = {}
+        self._layouts = GradientLayouts(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.storage.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.storage.device
+
+    # --- reading ------------------------------------------------------------------------------
+
+    def entry(self, slot: int) -> Entry | None:
+        """The adapter in a slot; None where this bank has none there."""
+        return self._by_slot.get(slot)
+
+    def entries_in(self, slots: tuple[int, ...] | None) -> list[Entry]:
+        """The adapters in ``slots`` (None: all), in the order of their slots."""
+        if slots is None:
+            return self.entries
+        by_slot = self._by_slot
+        return [by_slot[slot] for slot in slots if slot in by_slot]
+
+    def tensors(self, slots: tuple[int, ...] | None = None, capacity: int = 0) -> BankTensors:
+        """The bank as the backends take it.
+
+        Args:
+            slots: those that the batch may use; None for all.
+            capacity: L of the batch's routing, where there are more slots by now; 0 for all.
+
+        Raises:
+            RuntimeError: a CUDA graph is captured, and the bank has no memory reserved for it.
+        """
+        if torch.compiler.is_compiling():
+            return self._tensors(self.entries, self.tables)
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if self.reserved is None:
+                raise RuntimeError(
+                    "a captured CUDA graph holds addresses: call reserve() on the bank before, so "
+                    "that what it reads stays where it is"
+                )
+            return self._tensors(self.entries, self.reserved.tables)
+        if slots is not None or capacity not in (0, self.tables.slots):
+            return self._tensors(self.entries_in(slots), self._tables_of(capacity))
+        if self._everything is None:
+            self._everything = self._tensors(self.entries, self.tables)
+        return self._everything
+
+    def _tables_of(self, capacity: int) -> SlotTables:
+        if capacity in (0, self.tables.slots):
+            return self.tables
+        if capacity not in self._resized:
+            with torch.inference_mode(False):
+                self._resized[capacity] = self.tables.resized(capacity)
+        return self._resized[capacity]
+
+    def _tensors(self, entries: list[Entry], tables: SlotTables) -> BankTensors:
+        return BankTensors(
+            factors=[factor for entry in entries for factor in entry.factors],
+            slots=[entry.slot for entry in entries],
+            thresholds=[self.thresholds.get(entry.slot, 0) for entry in entries],
+            slice_columns=self.slice_columns,
+            width=self.width,
+            storage=self.storage,
+            table=tables.factors,
+            scaling=tables.scaling,
+            threshold_table=tables.thresholds,
+        )
+
+    def gradients(
+        self, slots: tuple[int, ...] | None, capacity: int = 0
+    ) -> tuple[GradientLayout, Trained]:
+        """Where a backward puts the gradients of the adapters in ``slots`` (None: all).
+
+        Returns:
+            The layout, and the parameters that autograd has to see; of nothing without grad mode.
+        """
+        capacity = capacity or self.tables.slots
+        if not torch.is_grad_enabled():
+            return self._layouts.nothing(self, capacity)
+        return self._layouts.of(self, slots, capacity)
+
+    def note_stream(self, slots: tuple[int, ...] | None) -> None:
+        """The current CUDA stream reads the adapters in ``slots``: their memory must not be
+        another's before it has."""
+        if self.reserved is not None:
+            self.reserved.arena.note_reader()
+            return
+        stream = torch.cuda.current_stream(self.device)
+        for tensor in (*self.tables, *(e.factors[0] for e in self.entries_in(slots))):
+            tensor.record_stream(stream)
+
+    # --- the next one -------------------------------------------------------------------------
+
+    def with_entry(self, entry: Entry) -> BankVersion:
+        """This and an adapter, in a free slot or in the place of the one that has it."""
+        at = bisect_left(self.entries, entry.slot, key=_slot_of)
+        after = at + (entry.slot in self._by_slot)
+        return self._next(
+            tables=self.tables.with_adapters(
+                {entry.slot: entry.rows}, {entry.slot: entry.adapter.scaling}
+            ),
+            entries=[*self.entries[:at], entry, *self.entries[after:]],
+            trains=self.trains or any(each.parameter.requires_grad for each in entry.bound),
+        )
+
+    def with_entries(self, entries: list[Entry]) -> BankVersion:
+        """This with these adapters and no others."""
+        entries = sorted(entries, key=_slot_of)
+        rows = {entry.slot: entry.rows for entry in entries}
+        scalings = {entry.slot: entry.adapter.scaling for entry in entries}
+        trains = any(each.parameter.requires_grad for entry in entries for each in entry.bound)
+        tables = self.tables.with_adapters(rows, scalings)
+        return self._next(tables=tables, entries=entries, trains=trains)
+
+    def without(self, slot: int) -> BankVersion:
+        """This less an adapter."""
+        return self._next(
+            tables=self.tables.without(slot),
+            entries=[entry for entry in self.entries if entry.slot != slot],
+            thresholds={s: q for s, q in self.thresholds.items() if s != slot},
+        )
+
+    def with_scaling(self, slot: int) -> BankVersion:
+        """This with the scaling that an adapter has now."""
+        scaling = self._by_slot[slot].adapter.scaling
+        return self._next(tables=self.tables.with_scaling(slot, scaling))
+
+    def with_thresholds(self) -> BankVersion:
+        """This with the dropout that its adapters have now."""
+        now = {entry.slot: q for entry in self.entries if (q := entry.adapter.threshold)}
+        if now == self.thresholds:
+            return self
+        return self._next(tables=self.tables.with_thresholds(now), thresholds=now)
+
+    def with_capacity(self, slots: int) -> BankVersion:
+        """This with tables of so many slots."""
+        return self._next(tables=self.tables.resized(slots))
+
+    def _next(self, **changed) -> BankVersion:
+        same = {
+            "storage": self.storage,
+            "tables": self.tables,
+            "entries": self.entries,
+            "thresholds": self.thresholds,
+            "reserved": self.reserved,
+            "trains": self.trains,
+        }
+        return BankVersion(self.bank(), self.shapes, **same | changed)
+
+
+def _slot_of(entry: Entry) -> int:
+    return entry.slot
