@@ -247,6 +247,11 @@ class ActiveAdapters:
             "in there too"
         )
 
+    @property
+    def is_open(self) -> bool:
+        """Whether somebody is inside of a use, in whatever thread."""
+        return bool(self._open)
+
     def opened(self, use: _Use) -> None:
         with self._lock:
             self._open = (*self._open, use)

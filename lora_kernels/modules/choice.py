@@ -7,6 +7,7 @@ one of them: it reads one version of the model's adapters from its start to the 
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,8 @@ def _row(what: str, said: object) -> Row:
             raise TypeError(
                 f"{what}: expected a number for {name!r}, got a {type(weight).__name__}"
             )
+        if not math.isfinite(weight):
+            raise ValueError(f"{what}: expected a finite number for {name!r}, got {weight}")
     return tuple((name, float(weight)) for name, weight in said.items())
 
 
@@ -134,6 +137,7 @@ class Choice:
         if not isinstance(rows, Mapping):
             raise TypeError(f"rows: expected names by module, got {type(rows).__name__}")
         self.slots, self.beams, self.stacked = slots, int(beams), int(stacked)
+        self._said = adapters
         self.main = Part("adapters", adapters, slots)
         self._parts = {
             prefix: Part(f"rows[{prefix!r}]", said, slots) for prefix, said in rows.items()
@@ -143,6 +147,9 @@ class Choice:
         # Filled once, whatever version reads them; and what a recomputation finds again.
         self._routings: dict[tuple[Runs, torch.device], Routing] = {}
         self._computed: dict[tuple, list[tuple[Runs, weakref.ref[ModelVersion]]]] = {}
+
+    def __repr__(self) -> str:
+        return repr(self._said)
 
     def parts(self) -> Iterator[Part]:
         yield self.main

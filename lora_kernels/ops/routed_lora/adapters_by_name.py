@@ -36,9 +36,10 @@ class AdaptersByName(nn.ModuleDict):
 
     def replace(self, name: str, module: nn.Module | None) -> None:
         """Set a name, or with None take it out, without changing what others may be looking at."""
-        modules = {key: each for key, each in self._modules.items() if key != key_of(name)}
+        modules, key = dict(self._modules), key_of(name)
+        modules.pop(key, None)
         if module is not None:
-            modules[key_of(name)] = module
+            modules[key] = module
         self.__dict__["_modules"] = modules
 
     def __delitem__(self, name: str) -> None:

@@ -155,7 +155,7 @@ class AdapterBank(nn.Module):
             adapter = Adapter(slot, ranks, scaling, dropout_p, self.device)
             adapter.train(self.training)
             entry = self._entry(version, adapter, factors, trainable)
-            change.set_bank(self, version.with_entry(entry).with_thresholds())
+            change.set_bank(self, version.with_entry(entry))
             adapter.belong_to(self)
             self._set_module(change, name, adapter)
         return adapter

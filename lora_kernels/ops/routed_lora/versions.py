@@ -236,12 +236,18 @@ class BankVersion:
 
     def with_entry(self, entry: Entry) -> BankVersion:
         """This and an adapter, in a free slot or in the place of the one that has it."""
-        at = bisect_left(self.entries, entry.slot, key=_slot_of)
-        after = at + (entry.slot in self._by_slot)
+        slot, adapter = entry.slot, entry.adapter
+        at = bisect_left(self.entries, slot, key=_slot_of)
+        after = at + (slot in self._by_slot)
+        thresholds = {s: q for s, q in self.thresholds.items() if s != slot}
+        if adapter.threshold:
+            thresholds[slot] = adapter.threshold
+        tables = self.tables.with_adapters({slot: entry.rows}, {slot: adapter.scaling})
+        if thresholds != self.thresholds:
+            tables = tables.with_thresholds(thresholds)
         return self._next(
-            tables=self.tables.with_adapters(
-                {entry.slot: entry.rows}, {entry.slot: entry.adapter.scaling}
-            ),
+            tables=tables,
+            thresholds=thresholds,
             entries=[*self.entries[:at], entry, *self.entries[after:]],
             trains=self.trains or any(each.parameter.requires_grad for each in entry.bound),
         )

@@ -1,0 +1,461 @@
+"""``routed.batch(names)`` and ``with routed.adapters(names)`` where frames stop, threads and tasks
+take turns, and adapters change beside them: each call has its own adapters, or raises."""
+
+import asyncio
+import contextlib
+import copy
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from routed_models import NAMES, alone, llama, routed_with, tokens
+
+from lora_kernels import Routing, route
+
+pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+
+
+@pytest.fixture
+def routed(files):
+    return routed_with(files)
+
+
+def logits_of(name: str, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return alone(name)(ids).logits
+
+
+def assert_is(name: str, logits: torch.Tensor, ids: torch.Tensor) -> None:
+    torch.testing.assert_close(logits, logits_of(name, ids))
+
+
+# --- handles ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_handle_is_each_adapter_alone(routed):
+    ids, handle = tokens(5, 7), routed.batch(NAMES)
+    for _ in range(2):
+        logits = handle(ids).logits
+        for row, name in enumerate(NAMES):
+            assert_is(name, logits[row : row + 1], ids[row : row + 1])
+    with pytest.raises(RuntimeError, match=r"nothing says which of them to use.*routed\.batch"):
+        routed.model(ids)
+    assert_is("one", routed.batch("one")(ids).logits, ids)
+    routing = Routing.from_sequences(NAMES, 7, routed.slots)
+    torch.testing.assert_close(routed.batch(routing)(ids).logits, logits)
+
+
+def test_a_handle_says_what_it_calls(routed):
+    assert repr(routed.batch(["one", "two"])) == "RoutedBatch(LlamaForCausalLM, ['one', 'two'])"
+    assert repr(routed.batch({"one": 0.5})) == "RoutedBatch(LlamaForCausalLM, {'one': 0.5})"
+
+
+@torch.no_grad()
+def test_a_handle_generates_and_wins_over_the_with_around_it(routed):
+    ids, options = tokens(2, 4), {"max_new_tokens": 5, "do_sample": False, "num_beams": 2}
+    options["attention_mask"] = torch.ones_like(ids)
+    with routed.adapters("last"):
+        generated = routed.batch(["one", "two"]).call(routed.model.generate, ids, **options)
+        assert_is("last", routed.model(ids).logits, ids)
+    for row, name in enumerate(["one", "two"]):
+        options["attention_mask"] = torch.ones_like(ids[:1])
+        expected = alone(name).generate(ids[row : row + 1], **options)[0]
+        assert torch.equal(generated[row], expected)
+
+
+@torch.no_grad()
+def test_one_handle_in_many_threads(routed):
+    handle, found = routed.batch(["one", "two"]), {}
+
+    def call(index):
+        found[index] = [handle(tokens(2, 3 + index % 3)).logits for _ in range(8)]
+
+    threads = [threading.Thread(target=call, args=(index,)) for index in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(6):
+        ids = tokens(2, 3 + index % 3)
+        for logits in found[index]:
+            for row, name in enumerate(["one", "two"]):
+                assert_is(name, logits[row : row + 1], ids[row : row + 1])
+
+
+@pytest.mark.parametrize("change", ["removed", "replaced"])
+def test_a_handle_that_is_kept_follows_its_names(routed, files, change):
+    handle, ids = routed.batch(["one", "__base__"]), tokens(2, 3)
+    with torch.no_grad():
+        handle(ids)
+        if change == "removed":
+            routed.remove("one")
+            with pytest.raises(ValueError, match=r"expected '__base__' or .* got 'one' \(it was"):
+                handle(ids)
+            routed.load("one", files / "two")
+        else:
+            routed.replace("one", files / "two")
+        assert_is("two", handle(ids).logits[:1], ids[:1])
+
+
+def test_arguments_of_a_handle(routed):
+    with pytest.raises(ValueError, match="expected '__base__' or one of"):
+        routed.batch("none")
+    with pytest.raises(ValueError, match="there is no module 'vision' in the model"):
+        routed.batch("one", rows={"vision": "two"})
+    with pytest.raises(TypeError, match="beams: expected an integer"):
+        routed.batch("one", beams=1.5)
+    with pytest.raises(ValueError, match="expected 2 rows on axis 0 for 2 names"):
+        routed.batch(["one", "two"])(tokens(3, 4))
+
+
+# --- weights ---------------------------------------------------------------------------------
+
+
+def weighted(routed, weights: dict[str, float]):
+    """A twin of the model with the sum of the adapters in its weights."""
+    model = llama()
+    for path, layer in routed._layers().items():
+        linear = model.get_submodule(path)
+        for name, weight in weights.items():
+            if name in layer.bank:
+                a, b = layer.bank[name].factors()[0]
+                linear.weight.data += weight * layer.bank[name].scaling * (b @ a)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 7])
+def test_weights_and_scales_of_rows(routed, length):
+    rows = [{"one": 0.25, "two": -1.5}, "last", {"two": 0.5}, "__base__", {}]
+    ids = tokens(5, length)
+    handle = routed.batch(rows)
+    logits = handle(ids).logits
+    with routed.adapters(rows):
+        torch.testing.assert_close(routed.model(ids).logits, logits)
+    for row, weights in enumerate(rows):
+        weights = {weights: 1.0} if isinstance(weights, str) else weights
+        expected = weighted(routed, weights)(ids[row : row + 1]).logits
+        torch.testing.assert_close(logits[row : row + 1], expected)
+    everywhere = routed.batch({"one": 0.25, "two": -1.5})
+    expected = weighted(routed, {"one": 0.25, "two": -1.5})(ids).logits
+    torch.testing.assert_close(everywhere(ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ([{"none": 1.0}], ValueError, "got 'none'"),
+        ([{"one": "1"}], TypeError, "expected a number for 'one', got a str"),
+        ([{"one": True}], TypeError, "expected a number for 'one', got a bool"),
+        ([{"one": float("nan")}], ValueError, "expected a finite number for 'one', got nan"),
+        ([{1: 1.0}], TypeError, "expected names, got a int"),
+        ([{"__base__": 1.0}], ValueError, "'__base__' has no weight"),
+        ([("one", 0.5)], TypeError, "expected names, got a tuple"),
+    ],
+)
+def test_bad_weights(routed, rows, error, message):
+    with pytest.raises(error, match=message):
+        routed.batch(rows)
+
+
+# --- frames that stop -------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def stream(routed, name, ids):
+    with routed.adapters(name):
+        for _ in range(3):
+            yield routed.model(ids).logits
+
+
+def test_two_streams_in_turn(routed):
+    ids = tokens(1, 4)
+    streams = {name: stream(routed, name, ids) for name in ("one", "two", "one")}
+    for _ in range(3):
+        for name, logits in streams.items():
+            assert_is(name, next(logits), ids)
+            with pytest.raises(RuntimeError, match=r"a generator that does not run.*routed\.batch"):
+                routed.model(ids)
+            with routed.adapters("last"):
+                assert_is("last", routed.model(ids).logits, ids)
+            assert_is("two", routed.batch("two")(ids).logits, ids)
+    for logits in streams.values():
+        assert list(logits) == []
+    with pytest.raises(RuntimeError, match="nothing says which"):
+        routed.model(ids)
+
+
+def test_streams_inside_of_a_with_and_the_other_way_round(routed):
+    ids = tokens(1, 4)
+    with routed.adapters("last"):
+        for logits in stream(routed, "one", ids):
+            assert_is("one", logits, ids)
+            assert_is("last", routed.model(ids).logits, ids)
+
+    def outer():
+        with routed.adapters("two"):
+            for logits in stream(routed, "one", ids):
+                assert_is("two", routed.model(ids).logits, ids)
+                yield logits
+
+    for logits in outer():
+        assert_is("one", logits, ids)
+
+
+def test_a_stream_whose_steps_are_run_by_other_threads(routed):
+    """As web servers do: each step of a generator in a thread of a pool."""
+    ids, found = tokens(1, 4), {"one": [], "two": []}
+    streams = {name: stream(routed, name, ids) for name in found}
+    for _ in range(3):
+        for name, logits in streams.items():
+            thread = threading.Thread(target=lambda n=name, s=logits: found[n].append(next(s)))
+            thread.start()
+            thread.join()
+    for name, logits in found.items():
+        assert len(logits) == 3
+        for each in logits:
+            assert_is(name, each, ids)
+
+
+def test_a_stream_that_is_dropped_leaves_nothing_behind(routed):
+    ids = tokens(1, 4)
+    half = stream(routed, "one", ids)
+    next(half)
+    del half
+    gc.collect()
+    assert not routed._active._open
+    with pytest.raises(RuntimeError, match="call it inside of"):
+        routed.model(ids)
+
+
+def test_contextlib_stands_for_the_frame_around_it(routed):
+    ids = tokens(1, 4)
+
+    @contextlib.contextmanager
+    def serving(name):
+        with routed.adapters(name):
+            yield
+
+    @contextlib.contextmanager
+    def nested(name):
+        with serving("last"), serving(name):
+            yield name
+
+    with torch.no_grad():
+        with nested("one"):
+            assert_is("one", routed.model(ids).logits, ids)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(routed.adapters("one"))
+            stack.enter_context(nested("two"))
+            assert_is("two", routed.model(ids).logits, ids)
+        with pytest.raises(RuntimeError, match="nothing says which"):
+            routed.model(ids)
+
+        @serving("two")
+        def decorated():
+            return routed.model(ids).logits
+
+        assert_is("two", decorated(), ids)
+
+        def generator():
+            with nested("one"):
+                yield routed.model(ids).logits
+
+        logits = generator()
+        assert_is("one", next(logits), ids)
+        with pytest.raises(RuntimeError, match="a generator that does not run"):
+            routed.model(ids)
+
+
+@torch.no_grad()
+def test_asynchronous_streams_in_one_task(routed):
+    ids = tokens(1, 4)
+
+    async def steps(name):
+        with routed.adapters(name):
+            for _ in range(2):
+                await asyncio.sleep(0)
+                yield routed.model(ids).logits
+
+    @contextlib.asynccontextmanager
+    async def serving(name):
+        with routed.adapters(name):
+            yield
+
+    async def main():
+        one, two = steps("one"), steps("two")
+        for _ in range(2):
+            assert_is("one", await anext(one), ids)
+            assert_is("two", await anext(two), ids)
+            with pytest.raises(RuntimeError, match="a generator that does not run"):
+                routed.model(ids)
+        await one.aclose()
+        await two.aclose()
+        async with serving("last"):
+            await asyncio.sleep(0)
+            assert_is("last", routed.model(ids).logits, ids)
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(serving("one"))
+            assert_is("one", await asyncio.to_thread(lambda: routed.model(ids).logits), ids)
+
+    asyncio.run(main())
+
+
+# --- versions ---------------------------------------------------------------------------------
+
+
+class Changes(torch.nn.Module):
+    """Stands in a model's midst and lets somebody change adapters during a forward."""
+
+    def __init__(self, inner, change) -> None:
+        super().__init__()
+        self.inner, self.change = inner, change
+
+    def forward(self, *args, **kwargs):
+        result = self.inner(*args, **kwargs)
+        self.change()
+        return result
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["removed", "replaced", "moved", "many"])
+@pytest.mark.parametrize("how", ["with", "handle"])
+def test_a_batch_reads_one_version(routed, files, change, how):
+    ids = tokens(2, 4)
+    expected = routed.batch(["one", "two"])(ids).logits
+
+    def beside():
+        if change == "removed":
+            routed.remove("one")
+        elif change == "replaced":
+            routed.replace("one", files / "last")
+        elif change == "many":
+            for index in range(70):  # more slots than there were
+                routed.load(f"more{index}", files / "two")
+        else:
+            for layer in routed._layers().values():
+                layer.bank["two"].scaling = 100.0
+                layer.bank.reserve(200, 50)
+
+    def in_a_thread():
+        thread = threading.Thread(target=beside)
+        thread.start()
+        thread.join()
+
+    block = routed.model.model.layers[0]
+    block.mlp = Changes(block.mlp, in_a_thread)
+    if how == "with":
+        with routed.adapters(["one", "two"]):
+            logits = routed.model(ids).logits
+            block.mlp = block.mlp.inner
+            if change == "removed":
+                with pytest.raises(ValueError, match=r"got 'one' \(it was removed\)"):
+                    routed.model(ids)
+            elif change == "replaced":
+                assert_is("last", routed.model(ids).logits[:1], ids[:1])
+    else:
+        logits = routed.batch(["one", "two"])(ids).logits
+    assert torch.equal(logits, expected)
+
+
+@torch.no_grad()
+def test_layers_are_not_put_back_under_a_batch(routed):
+    ids = tokens(2, 4)
+    block = routed.model.model.layers[0]
+    block.mlp = Changes(block.mlp, routed.undo)
+    with pytest.raises(RuntimeError, match="undo: a batch is being computed"):
+        routed.batch("one")(ids)
+    with routed.adapters("two"), pytest.raises(RuntimeError, match="undo: a batch is being"):
+        routed.undo()
+    block.mlp = block.mlp.inner
+    assert_is("one", routed.batch("one")(ids).logits, ids)
+    routed.undo()
+    assert_is("__base__", routed.model(ids).logits, ids)
+
+
+@torch.no_grad()
+def test_a_batch_that_began_before_a_layer_had_adapters(files):
+    routed, ids = routed_with(files, "one"), tokens(1, 4)
+    expected = routed.batch("one")(ids).logits
+    block = routed.model.model.layers[0]
+    block.mlp = Changes(block.mlp, lambda: routed.load("last", files / "last"))
+    assert torch.equal(routed.batch("one")(ids).logits, expected)
+
+
+def test_adapters_that_are_gone_are_given_back(routed, files):
+    layer = routed.model.model.layers[0].self_attn.q_proj
+    old = [weakref.ref(routed.model.model.layers[0].self_attn.q_proj.bank["one"])]
+    with routed.adapters("one"), torch.no_grad():
+        routed.model(tokens(1, 3))
+        routed.replace("one", files / "two")
+        routed.model(tokens(1, 3))
+        gc.collect()
+        assert old[0]() is None, "a `with` that stays open keeps nothing"
+    assert layer.bank["one"].ranks == (9,)
+
+
+# --- replacing --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_replaced_in_all_layers_at_once(routed, files):
+    ids = tokens(1, 5)
+    before = routed.names
+    routed.replace("one", files / "two")
+    assert routed.names == before
+    assert_is("two", routed.batch("one")(ids).logits, ids)
+    assert_is("two", routed.batch("two")(ids).logits, ids)
+    routed.replace("one", files / "last", trainable=True)  # of other layers
+    assert_is("last", routed.batch("one")(ids).logits, ids)
+    assert all(parameter.requires_grad for parameter in routed.parameters_of("one"))
+    q_proj = routed.model.model.layers[0].self_attn.q_proj
+    assert "one" not in q_proj.bank and "two" in q_proj.bank
+
+
+def test_a_replacement_that_fails_changes_nothing(routed, files, tmp_path):
+    ids = tokens(1, 5)
+    for directory in (tmp_path, files / "absent"):
+        with pytest.raises((ValueError, OSError)):
+            routed.replace("one", directory)
+    with pytest.raises(KeyError, match="no adapter 'none' in the model"):
+        routed.replace("none", files / "one")
+    with torch.no_grad():
+        assert_is("one", routed.batch("one")(ids).logits, ids)
+
+
+def test_a_routing_of_ones_own_is_out_of_date_where_its_adapter_was_replaced(routed, files):
+    one = Routing.from_sequences(["one"], 3, routed.slots)
+    two = Routing.from_sequences(["two"], 3, routed.slots)
+    routed.replace("one", files / "two")
+    with torch.no_grad():
+        assert_is("two", routed.batch(two)(tokens(1, 3)).logits, tokens(1, 3))
+        with pytest.raises(ValueError, match="removed or replaced since it was filled"):
+            routed.batch(one)(tokens(1, 3))
+
+
+def test_two_handles_on_a_fresh_model_share_its_adapters(files):
+    model = llama()
+    first, second = route(model), route(model)
+    first.load("one", files / "one")
+    second.load("two", files / "two")
+    assert first.names == second.names == ["one", "two"]
+    first.save("two", files.parent / "saved")
+    copied = route(copy.deepcopy(model))
+    with torch.no_grad():
+        for routed in (first, second, copied):
+            for name in ("one", "two"):
+                ids = tokens(1, 4)
+                assert_is(name, routed.batch(name)(ids).logits, ids)
+
+
+def test_a_name_without_layers_is_no_name(routed):
+    routed.model.model.layers = routed.model.model.layers[:0]
+    routed.model.lm_head = torch.nn.Linear(24, 61, bias=False, dtype=torch.float64)
+    gc.collect()
+    with pytest.raises(ValueError, match="no layer of the model has an adapter 'one'"):
+        routed.batch("one")
+    routed.remove("one")
+    assert "one" not in routed.names
