@@ -151,6 +151,26 @@ def test_floor_is_the_frozen_gemms_and_one_pass_over_each_operand():
     assert memory_bound["both"] == pytest.approx(memory_bound["forward"] + memory_bound["backward"])
 
 
+def test_ceilings_of_a_slow_cpu_take_no_minutes(monkeypatch):
+    """bf16 without instructions for it: seconds for one product of the larger size."""
+    clock, sizes = [0.0], []
+
+    def slow(a, b):
+        sizes.append(a.shape[0])
+        clock[0] += (a.shape[0] / 768) ** 3
+
+    def now():
+        clock[0] += 1e-6
+        return clock[0]
+
+    monkeypatch.setattr(machine.torch, "mm", slow)
+    monkeypatch.setattr(machine.time, "perf_counter", now)
+    monkeypatch.setattr(machine, "last_level_cache_bytes", lambda device: 1)
+    limits = machine.ceilings.__wrapped__(torch.device("cpu"), torch.bfloat16)
+    assert sizes == [768] * 3
+    assert limits["flops_per_second"] == pytest.approx(2 * 768**3)
+
+
 def test_ceilings_are_positive(monkeypatch):
     monkeypatch.setattr(torch, "randn", lambda *sizes, device: torch.ones(64, 64))
     limits = machine.ceilings.__wrapped__(torch.device("cpu"), torch.float32)
