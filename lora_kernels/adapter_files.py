@@ -301,6 +301,8 @@ def report_missing(missing: Sequence[str], directory: str | os.PathLike, strict:
 def check_finite_in(dtype: torch.dtype, part: ModuleAdapter, where: str) -> None:
     """Raise where a factor overflows the dtype it is to be kept in; on meta there are no values."""
     for side, factor in (("A", part.lora_a), ("B", part.lora_b)):
+        if torch.finfo(dtype).max >= torch.finfo(factor.dtype).max:
+            continue  # what is finite in its own is finite there
         if not factor.is_meta and not torch.isfinite(factor.to(dtype)).all():
             raise ValueError(f"{where}: lora_{side} ({factor.dtype}) overflows the bank's {dtype}")
 

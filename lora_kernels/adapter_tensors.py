@@ -1,5 +1,6 @@
 """The tensors of a PEFT adapter file by the modules that they belong to."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -53,7 +54,7 @@ def by_module(
                 f"{where}: {key}: expected bfloat16, float16, float32 or float64, got "
                 f"{tensor.dtype}"
             )
-        if not torch.isfinite(tensor).all():
+        if tensor.numel() and not math.isfinite(torch.linalg.vector_norm(tensor, math.inf)):
             raise ValueError(f"{where}: {key}: expected finite values, got infinite or NaN ones")
         adapters.add(match["adapter"])
         factors.setdefault(match["module"], {})[match["side"]] = tensor

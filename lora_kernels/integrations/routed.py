@@ -41,10 +41,10 @@ from lora_kernels.integrations.routed_checks import (
     head_of,
     holder_in,
     is_linear,
+    modules_of_model,
 )
 from lora_kernels.integrations.weight_readers import never_calls, passes_by
 from lora_kernels.modules.active_adapters import ActiveAdapters
-from lora_kernels.modules.adapter_layer import AdapterLayer
 from lora_kernels.modules.checks import adapter_dtype_over, check_initialisation
 from lora_kernels.modules.choice import Choice
 from lora_kernels.modules.routed_linear import RoutedLoRALinear
@@ -481,7 +481,7 @@ class RoutedModel:
     def _layers(self) -> dict[str, RoutedLoRALinear]:
         return {
             name: module
-            for name, module in self.model.named_modules()
+            for name, module in modules_of_model(self.model)
             if isinstance(module, RoutedLoRALinear) and module.active_adapters is self._active
         }
 
@@ -495,13 +495,7 @@ class RoutedModel:
 
     def _names(self) -> list[str]:
         """Names of the model's modules, but for what is inside of layers with adapters."""
-        names, inside = [], None
-        for name, module in self.model.named_modules():
-            if inside is not None and name.startswith(inside):
-                continue
-            inside = f"{name}." if isinstance(module, (RoutedLoRALinear, AdapterLayer)) else None
-            names.append(name)
-        return names
+        return [name for name, _ in modules_of_model(self.model)]
 
     def _targeted(self, config: Mapping[str, Any], renaming: Renaming | None = None) -> list[str]:
         """Names of the modules that a config asks for, by its own names for them."""
@@ -626,7 +620,7 @@ class RoutedModel:
 
     def _swap(self, others: Mapping[nn.Module, nn.Module], change: Change) -> None:
         """Put other modules in the places (there may be several) of some."""
-        for parent in list(self.model.modules()):
+        for _, parent in list(modules_of_model(self.model)):
             for name, child in list(parent._modules.items()):
                 if child in others:
                     place = parent._modules

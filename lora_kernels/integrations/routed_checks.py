@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_kernels.modules.active_adapters import ActiveAdapters
+from lora_kernels.modules.adapter_layer import AdapterLayer
 from lora_kernels.modules.routed_linear import RoutedLoRALinear
 
 
@@ -23,9 +24,26 @@ def check_model(model: nn.Module) -> None:
             )
 
 
+def modules_of_model(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``named_modules``, but for what is inside of layers with adapters: there may be thousands."""
+    seen, rest = set(), [("", model)]
+    while rest:
+        name, module = rest.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield name, module
+        if isinstance(module, (RoutedLoRALinear, AdapterLayer)):
+            continue
+        prefix = f"{name}." if name else ""
+        inside = [(prefix + key, each) for key, each in module._modules.items()]
+        rest += [(path, each) for path, each in reversed(inside) if each is not None]
+
+
 def holder_in(model: nn.Module) -> ActiveAdapters | None:
     """What the layers of a model that is routed already share."""
-    found = [m.active_adapters for m in model.modules() if isinstance(m, RoutedLoRALinear)]
+    layers = (module for _, module in modules_of_model(model))
+    found = [each.active_adapters for each in layers if isinstance(each, RoutedLoRALinear)]
     holders = {id(holder): holder for holder in found if holder is not None}
     if len(holders) > 1:
         raise ValueError("model: its layers with adapters do not share one ActiveAdapters")

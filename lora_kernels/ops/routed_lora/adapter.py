@@ -144,12 +144,12 @@ class Adapter(nn.Module):
 @torch.no_grad()
 def scaling_on(device: torch.device, scaling: float | Tensor) -> Tensor:
     """``[]`` on the device, in what its tables have; on the host for the meta device."""
-    if not isinstance(scaling, Tensor):
-        scaling = torch.tensor(float(scaling), dtype=torch.float64, device="cpu")
-    elif device.type == "meta" and scaling.is_meta:
-        return torch.empty((), dtype=torch.float64, device="meta")
     if device.type == "meta":
+        if isinstance(scaling, Tensor) and scaling.is_meta:
+            return torch.empty((), dtype=torch.float64, device="meta")
         device = torch.device("cpu")
+    if not isinstance(scaling, Tensor):
+        return torch.tensor(float(scaling), dtype=scaling_dtype(device), device=device)
     if scaling.device != device:
         scaling = scaling.cpu()  # in its own dtype: MPS does not copy to fp64
     return scaling.detach().to(scaling_dtype(device)).to(device).clone()

@@ -54,7 +54,9 @@ class FactorShapes(NamedTuple):
         shapes = [(sum(ranks), self.in_features), *zip(self.slice_widths, ranks, strict=True)]
         factors, start, lease = [], 0, getattr(region, "lease", None)
         for rows, columns in shapes:
-            factor = region[start : start + rows * columns].view(rows, columns)
+            factor = region.as_strided(
+                (rows, columns), (columns, 1), region.storage_offset() + start
+            )
             if lease is not None:
                 factor.lease = lease
             factors.append(factor)
@@ -66,6 +68,8 @@ class FactorShapes(NamedTuple):
     ) -> list[tuple[Tensor, Tensor] | None]:
         """Views of each slice's A and B; None where the rank is 0."""
         whole_a, *b = factors
+        if len(b) == 1:
+            return [(whole_a, b[0])]
         pairs = zip(whole_a.split(ranks), b, strict=True)
         return [pair if pair[0].shape[0] else None for pair in pairs]
 

@@ -74,11 +74,11 @@ class SlotTables(NamedTuple):
 
     @torch.no_grad()
     def without(self, slot: int) -> SlotTables:
-        """These with a row of zeros."""
-        cleared = SlotTables(*(table.clone() for table in self))
-        for table in cleared:
-            table[slot] = 0
-        return cleared
+        """These with zeros for an adapter that does not drop."""
+        factors, scaling = self.factors.clone(), self.scaling.clone()
+        factors[slot].zero_()
+        scaling[slot].zero_()
+        return self._replace(factors=factors, scaling=scaling)
 
     @torch.no_grad()
     def resized(self, slots: int) -> SlotTables:

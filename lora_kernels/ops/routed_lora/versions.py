@@ -263,11 +263,12 @@ class BankVersion:
 
     def without(self, slot: int) -> BankVersion:
         """This less an adapter."""
-        return self._next(
-            tables=self.tables.without(slot),
-            entries=[entry for entry in self.entries if entry.slot != slot],
-            thresholds={s: q for s, q in self.thresholds.items() if s != slot},
-        )
+        tables, thresholds = self.tables.without(slot), self.thresholds
+        if slot in thresholds:
+            thresholds = {s: q for s, q in thresholds.items() if s != slot}
+            tables = tables.with_thresholds(thresholds)
+        entries = [entry for entry in self.entries if entry.slot != slot]
+        return self._next(tables=tables, entries=entries, thresholds=thresholds)
 
     def with_scaling(self, slot: int) -> BankVersion:
         """This with the scaling that an adapter has now."""
