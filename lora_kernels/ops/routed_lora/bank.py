@@ -1,9 +1,10 @@
-"""The adapters of one layer in one storage.
+"""The adapters of one layer.
 
 Dimensions: K in_features, N_s out_features of slice s, R_s an adapter's rank there, R their sum.
 
-An adapter's ``nn.Parameter``s are bound to its slabs of the storage by ``p.data = slab``, so that
-each has a version counter of its own.
+An adapter's ``nn.Parameter``s are bound to its slabs of a region of memory by ``p.data = slab``, so
+that each has a version counter of its own. What calls read is a :class:`BankVersion`; every change
+makes the next one.
 """
 
 from __future__ import annotations
@@ -35,16 +36,17 @@ class AdapterBank(nn.Module):
     .. math::
         \Delta y = \sum_i w_i \, s_i \cdot D_i(x) A_i^T B_i^T  \quad \text{over a token's adapters}
 
-    All factors lie in one storage, each in a contiguous slab that is an ``nn.Parameter`` of the
-    adapter's; nothing is padded. Adapters come and go by name (``add``, ``remove``) while others
-    train or serve: nothing live moves, except when the storage has to grow.
+    The factors of an adapter lie in a region of memory of its own, each in a contiguous slab that is
+    an ``nn.Parameter``; nothing is padded. Adapters come and go by name (``add``, ``remove``), from
+    any thread, while others train or serve: nothing live moves, and a call that has begun goes on
+    with what was there then, its backward too.
 
     A *sliced* bank serves layers that read the same x, such as q, k and v: ``out_features`` is a
     list, the result has their columns side by side, an adapter may have another rank in each slice
     and 0 (None instead of factors) in some.
 
     The bank is a module: ``.to``, ``deepcopy``, pickling and ``load_state_dict`` work, and bind the
-    same parameters to a new storage. What would pull the parameters from under the kernels raises
+    same parameters to new regions. What would pull the parameters from under the kernels raises
     when the bank is used: FSDP and ZeRO-3 must be told to ignore it, ``functional_call`` and
     parametrizations are not supported.
 
@@ -56,8 +58,7 @@ class AdapterBank(nn.Module):
         slots: shared by the banks of one model; None makes its own.
         rank_capacity, max_rank: reserve room for adapters whose ranks (over slices) sum to
             rank_capacity and are at most max_rank each (None: no more than the sum), and refuse
-            more: CUDA graphs captured before would not see it. None grows when needed, to twice the
-            size. See :meth:`reserve`.
+            more, which CUDA graphs need that are captured. See :meth:`reserve`.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which and why.
