@@ -21,6 +21,7 @@ from lora_kernels.dropout import GROUP
 from lora_kernels.dtypes import accumulator_dtype
 from lora_kernels.ops.eager import like_rows_of, requires_grad, runs_at_once
 from lora_kernels.ops.routed_lora import compiled, composed, second_order
+from lora_kernels.ops.routed_lora.capture import is_captured
 from lora_kernels.ops.routed_lora.operands import (
     BankTensors,
     GradientLayout,
@@ -115,10 +116,6 @@ def _with_values(x: Tensor) -> Tensor:
     return x.resolve_neg()
 
 
-def _is_captured(storage: Tensor) -> bool:
-    return storage.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
 def _or_empty(like: Tensor, tensor: Tensor | None) -> Tensor:
     return like.new_empty(0) if tensor is None else tensor
 
@@ -136,7 +133,7 @@ def _without_autocast(function):
     def kernel(*arguments):
         kind = arguments[_NUM_BANK].device.type  # of the routing's tokens
         storage = arguments[_STORAGE]
-        if storage.ndim == 2 and _is_captured(storage):  # by a compiled graph
+        if storage.ndim == 2 and is_captured(storage.device):  # by a compiled graph
             raise RuntimeError(
                 "a captured CUDA graph holds addresses: call reserve() on the bank before, so that "
                 "what it reads stays where it is"
@@ -396,7 +393,7 @@ class _Function(torch.autograd.Function):
     def keep(ctx, saved, bank, routing, layout, places: _Parameters, backend, parameters) -> None:
         # The tokens for their version too: a routing that was filled again must not be read.
         ctx.save_for_backward(*saved, routing.tokens, *places.used(parameters, routing))
-        if _is_captured(bank.storage):  # only then may the tables hold something else later
+        if is_captured(bank.storage.device):  # only then may the tables hold something else later
             bank = bank._replace(
                 scaling=bank.scaling.clone(), threshold_table=bank.threshold_table.clone()
             )

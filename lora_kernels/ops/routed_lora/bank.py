@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lora_kernels.dtypes import FLOATING
 from lora_kernels.ops.routed_lora.adapter import Adapter, check_dropout, check_scaling
 from lora_kernels.ops.routed_lora.adapters_by_name import AdaptersByName
+from lora_kernels.ops.routed_lora.capture import is_captured
 from lora_kernels.ops.routed_lora.operands import BankTensors, GradientLayout, Trained
 from lora_kernels.ops.routed_lora.regions import Arena, FactorShapes, anchor
 from lora_kernels.ops.routed_lora.slots import BASE, AdapterSlots, Change, ModelVersion
@@ -36,10 +37,10 @@ class AdapterBank(nn.Module):
     .. math::
         \Delta y = \sum_i w_i \, s_i \cdot D_i(x) A_i^T B_i^T  \quad \text{over a token's adapters}
 
-    The factors of an adapter lie in a region of memory of its own, each in a contiguous slab that is
-    an ``nn.Parameter``; nothing is padded. Adapters come and go by name (``add``, ``remove``), from
-    any thread, while others train or serve: nothing live moves, and a call that has begun goes on
-    with what was there then, its backward too.
+    The factors of an adapter lie in a region of memory of its own, each in a contiguous slab that
+    is an ``nn.Parameter``; nothing is padded. Adapters come and go by name (``add``, ``remove``),
+    from any thread, while others train or serve: nothing live moves, and a call that has begun goes
+    on with what was there then, its backward too.
 
     A *sliced* bank serves layers that read the same x, such as q, k and v: ``out_features`` is a
     list, the result has their columns side by side, an adapter may have another rank in each slice
@@ -135,7 +136,7 @@ class AdapterBank(nn.Module):
         Raises:
             TypeError, ValueError: an argument does not fit, such as a DTensor or a quantised weight
                 in a factor's place; the bank is unchanged then.
-            RuntimeError: the storage is full and must not move (``rank_capacity``).
+            RuntimeError: what was reserved is full (``rank_capacity``).
         """
         _check_name(name, self)
         pairs = self._check_factors(lora_a, lora_b)
@@ -452,6 +453,11 @@ class AdapterBank(nn.Module):
         where nothing may move: there the new values are copied over the old ones. Where a change of
         adapters has moved a parameter, the batch goes on with what it began with.
         """
+        if is_captured(self.device):
+            raise RuntimeError(
+                "an adapter's parameter has other data than when its bank was reserved, and a CUDA "
+                "graph that is captured holds addresses: call rebind() before"
+            )
         with self.slots.change() as change:
             self._check_memory()
             version, current = model.of(self), self.slots.current.of(self)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.routed_lora.capture import is_captured
 from lora_kernels.ops.routed_lora.operands import GradientLayout, Trained
 from lora_kernels.ops.routed_lora.regions import aligned
 from lora_kernels.ops.routed_lora.routing_arguments import is_fake
@@ -49,7 +50,7 @@ class GradientLayouts:
         made = self._made.get(key)
         if made is None or made.needed != _needed_of(version.entries_in(slots)):
             made = _make(version, slots, capacity)
-            if not _is_captured(version.device):  # its table is filled by a replay
+            if not is_captured(version.device):  # its table is filled by a replay
                 self._made = dict([*list(self._made.items())[1 - _KEPT :], (key, made)])
         return made.layout, made.trained
 
@@ -117,7 +118,7 @@ def _needed_of(entries) -> list[bool]:
 def _table(
     shape: tuple[int, int], device: torch.device, slots: list[int], rows: list[list[int]]
 ) -> Tensor:
-    if _is_captured(device):
+    if is_captured(device):
         # A copy from the host would be replayed, from memory that is another's by then.
         table = torch.full(shape, -1, device=device)
         for slot, row in zip(slots, rows, strict=True):
@@ -130,7 +131,3 @@ def _table(
     if device.type == "cuda" and not is_fake(table):
         table = table.pin_memory()  # or the copy would be waited for
     return table.to(device, non_blocking=True)
-
-
-def _is_captured(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

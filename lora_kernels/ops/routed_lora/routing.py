@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.dtypes import computes_in_64_bits
+from lora_kernels.ops.routed_lora.capture import is_captured
 from lora_kernels.ops.routed_lora.operands import RoutingTensors, groups_of
 from lora_kernels.ops.routed_lora.routing_arguments import (
     bounding_names,
@@ -484,7 +485,7 @@ class Routing:
         self._tiles[:, 1].copy_(torch.where(inside, first, 0))
         if self.device.type == "cpu" and not is_fake(self._tokens):
             self.plan()  # now, and not while a graph is traced
-        if not self._is_captured():
+        if not is_captured(self.device):
             self.slots.enter_reserved()
 
     # --- reading ------------------------------------------------------------------------------
@@ -494,12 +495,9 @@ class Routing:
 
         A graph outlives this filling, be it compiled or captured: it serves any other one too.
         """
-        if torch.compiler.is_compiling() or self._used is None or self._is_captured():
+        if torch.compiler.is_compiling() or self._used is None or is_captured(self.device):
             return self._bound
         return self._used
-
-    def _is_captured(self) -> bool:
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def pair_weights(self) -> Tensor | None:
         """``[P]`` in the order of the pairs, or None where every weight is 1."""
@@ -528,7 +526,7 @@ class Routing:
         if torch.compiler.is_compiling() and self._padded_plan is not None:
             return self._padded_plan
         if self._plan is None:
-            if self._is_captured():
+            if is_captured(self.device):
                 raise RuntimeError(
                     "the composed backend reads the sizes of a routing's groups, which cannot be "
                     "captured in a CUDA graph; use backend='triton'"

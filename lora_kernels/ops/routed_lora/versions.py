@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_kernels.ops.routed_lora.adapter import Adapter
+from lora_kernels.ops.routed_lora.capture import is_captured
 from lora_kernels.ops.routed_lora.layouts import GradientLayouts
 from lora_kernels.ops.routed_lora.operands import BankTensors, GradientLayout, Trained
 from lora_kernels.ops.routed_lora.regions import Arena, FactorShapes
@@ -175,7 +176,7 @@ class BankVersion:
         """
         if torch.compiler.is_compiling():
             return self._tensors(self.entries, self.tables)
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if is_captured(self.device):
             if self.reserved is None:
                 raise RuntimeError(
                     "a captured CUDA graph holds addresses: call reserve() on the bank before, so "

@@ -1,0 +1,135 @@
+"""What a captured CUDA graph reads of a bank, replayed without a GPU: the kernels' operands as they
+were when it was captured, at the addresses that they had."""
+
+import gc
+
+import pytest
+import torch
+
+from lora_kernels import native
+from lora_kernels.ops.routed_lora import AdapterBank, AdapterSlots, Routing, routed_lora, versions
+from lora_kernels.ops.routed_lora import bank as bank_module
+from lora_kernels.ops.routed_lora.operands import in_one_piece
+from lora_kernels.ops.routed_lora.regions import is_moved_anchor
+
+K, N = 24, 16
+
+
+def factors(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(rank, K), torch.randn(N, rank)
+
+
+def bank_with(*names: str, reserve: int | None = 64, **options) -> AdapterBank:
+    bank = AdapterBank(K, N, **options)
+    for index, name in enumerate(names):
+        bank.add(name, *factors(1 + index), 0.5 + index)
+    if reserve:
+        bank.reserve(reserve, 8)
+    return bank
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """The operands that a graph would hold."""
+
+    def capture(bank: AdapterBank):
+        with monkeypatch.context() as patched:
+            patched.setattr(versions, "is_captured", lambda device: True)
+            patched.setattr(bank_module, "is_captured", lambda device: True)
+            return bank.version_for().tensors()
+
+    return capture
+
+
+def replayed(operands, routing: Routing, x: torch.Tensor) -> torch.Tensor:
+    y = torch.zeros(x.shape[0], N)
+    call = native.RoutedCall(operands, routing.tensors(with_plan=True), K, None)
+    call.expand_(y, call.shrink(x, None, zeros=True))
+    return y
+
+
+def test_only_reserved_banks_are_captured(captured):
+    with pytest.raises(RuntimeError, match=r"captured CUDA graph holds addresses: call reserve"):
+        captured(bank_with("a", reserve=None))
+    assert captured(bank_with("a")).width == 8
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "again", "scaled", "dropped", "slots"])
+def test_a_replay_follows_where_a_routing_is_filled(captured, change):
+    slots = AdapterSlots(4)
+    bank, x = bank_with("a", "b", slots=slots), torch.randn(4, K)
+    routing = Routing.empty(4, bank).set_sequences_(["a", "b"], 2)
+    operands = captured(bank)
+    tables = operands.table, operands.scaling, operands.threshold_table
+    first = replayed(operands, routing, x)
+    assert torch.equal(first, routed_lora(x, bank, routing, backend="native"))
+    names = ["a", "b"]
+    if change == "added":
+        bank.add("c", *factors(8), 3.0)
+        names = ["c", "b"]
+    elif change == "removed":
+        bank.remove("a")
+        names = ["__base__", "b"]
+    elif change == "again":  # the same name, and its slot
+        bank.remove("a")
+        bank.add("a", *factors(5), -1.0)
+    elif change == "scaled":
+        bank["a"].scaling = 10.0
+    elif change == "dropped":
+        bank["a"].dropout_p = 0.5
+        bank.eval()
+    else:
+        bank.add("c", *factors(2), 1.0)
+        bank.add("d", *factors(2), 1.0)
+        with pytest.raises(RuntimeError, match="there are 4 slots, all of them taken"):
+            bank.add("e", *factors(2), 1.0)
+    assert torch.equal(replayed(operands, routing, x), first), "until a routing is filled"
+    routing.set_sequences_(names, 2)
+    expected = routed_lora(x, bank, routing, backend="native")
+    assert torch.equal(replayed(operands, routing, x), expected)
+    now = captured(bank)
+    for before, after in zip(tables, now[6:9], strict=True):
+        assert before.data_ptr() == after.data_ptr()
+    assert operands.storage.data_ptr() == now.storage.data_ptr()
+
+
+def test_what_a_graph_may_still_read_is_nobody_elses(captured):
+    bank = bank_with("a", reserve=1)
+    routing, x = Routing.empty(2, bank).set_sequences_(["a"], 2), torch.randn(2, K)
+    operands = captured(bank)._replace(factors=[])  # a graph has addresses and no tensors
+    first = replayed(operands, routing, x)
+    free = bank._latest.reserved.arena.largest_free()
+    bank.remove("a")
+    gc.collect()
+    assert bank._latest.reserved.arena.largest_free() == free, "its region is still taken"
+    assert torch.equal(replayed(operands, routing, x), first)
+    routing.set_sequences_(["__base__"], 2)
+    gc.collect()
+    assert bank._latest.reserved.arena.largest_free() > free
+    assert not replayed(operands, routing, x).any()
+
+
+def test_replaced_data_is_not_followed_under_a_capture(captured):
+    bank = bank_with("a")
+    bank["a"].lora_a.data = torch.randn(1, K)
+    with pytest.raises(RuntimeError, match=r"holds addresses: call rebind\(\) before"):
+        captured(bank)
+    bank.rebind()
+    captured(bank)
+
+
+def test_an_operator_that_gets_copies_of_its_arguments():
+    """As torch's own checks give it: the adapters lie elsewhere then, and are found."""
+    bank, x = bank_with("a", "b", reserve=None), torch.randn(4, K)
+    routing = Routing.from_sequences(["a", "b"], 2, bank)
+    fields = bank.tensors()
+    copied = fields._replace(
+        storage=fields.storage.clone(), factors=[factor.clone() for factor in fields.factors]
+    )
+    assert is_moved_anchor(copied.storage) and not is_moved_anchor(fields.storage)
+    single = in_one_piece(copied)
+    assert not is_moved_anchor(single.storage)
+    expected = routed_lora(x, bank, routing, backend="native")
+    for factor in fields.factors:
+        factor.detach().zero_()  # nobody reads them
+    assert torch.equal(replayed(single, routing, x), expected)
