@@ -151,11 +151,15 @@ def anchor(dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
     A device has one address space, so that a pointer into one tensor reaches the others. That it is
     a matrix tells it from an arena, which holds all that its offsets point to.
     """
-    tensor = torch.zeros(1, ALIGNMENT, dtype=dtype, device=device)
-    if not tensor.is_meta:
-        address = tensor.data_ptr()
-        _ANCHORS.add(address)
-        weakref.finalize(tensor, _ANCHORS.discard, address).atexit = False
+    memory = torch.zeros(2 * ALIGNMENT, dtype=dtype, device=device)
+    if memory.is_meta:
+        return memory[:ALIGNMENT].view(1, ALIGNMENT)
+    # At a multiple, as allocations are on a device: so offsets are multiples too.
+    start = -(memory.data_ptr() // memory.element_size()) % ALIGNMENT
+    tensor = memory[start : start + ALIGNMENT].view(1, ALIGNMENT)
+    address = tensor.data_ptr()
+    _ANCHORS.add(address)
+    weakref.finalize(tensor, _ANCHORS.discard, address).atexit = False
     return tensor
 
 

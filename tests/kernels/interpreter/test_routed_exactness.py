@@ -17,7 +17,7 @@ from lora_kernels.ops.routed_lora import (
     routed_shrink,
     tiles,
 )
-from lora_kernels.ops.routed_lora.operands import BankTensors
+from lora_kernels.ops.routed_lora.operands import BankTensors, in_one_piece
 from lora_kernels.testing.routed_inputs import RoutedProblem, call_routed, run_routed
 
 BACKEND = "triton"
@@ -255,7 +255,7 @@ def test_offsets_beyond_2_31(poisoned_memory):
     problem = RoutedProblem.random([1, 0, 1], [2, 5], 24, 16, dtype=torch.float16)
     bank = problem.bank()
     routing = problem.routing(bank).tensors(with_plan=False)
-    tensors, shift = bank.tensors(), 2**31
+    tensors, shift = in_one_piece(bank.tensors()), 2**31
     expected, *_ = launch.forward(problem.x, None, None, tensors, routing, None, False)
     # Not torch.empty: what is filled with NaN is also taken from the machine.
     memory = torch.frombuffer(_reserve(2 * (shift + 2**20)), dtype=torch.float16)
