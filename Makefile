@@ -73,7 +73,8 @@ test-stress: $(VENV)/.dev
 
 # The compiled kernels under the address and undefined-behaviour sanitizers, built beside the others;
 # then the CUDA kernels, which an emulator runs on the CPU: no access outside of a tensor.
-# Threads: a test of their own counts; what the interpreter never gives back is no leak of ours.
+# Threads have a sanitizer and a program of their own in tests/native/test_thread_sanitizer.py; what
+# the interpreter never gives back is no leak of ours.
 SANITIZED := build/sanitize
 PRELOADED = LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) \
 	$$($${CXX:-c++} -print-file-name=libubsan.so)" \
@@ -116,7 +117,8 @@ GPU_REPORT := gpu-report
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py --out $(GPU_REPORT) $(GPU_CHECK_ARGS)
 
-FORMATTED := $(wildcard csrc/*.h csrc/*.cpp csrc/*/* tests/cuda/emulator/*.h tests/cuda/emulator/*.cpp)
+FORMATTED := $(wildcard csrc/*.h csrc/*.cpp csrc/*/* tests/cuda/emulator/*.h tests/cuda/emulator/*.cpp \
+	tests/native/*.h tests/native/*.cpp)
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
