@@ -459,3 +459,68 @@ def test_a_name_without_layers_is_no_name(routed):
         routed.batch("one")
     routed.remove("one")
     assert "one" not in routed.names
+
+
+# --- who looks on -----------------------------------------------------------------------------
+
+
+def test_pollers_beside_changes(routed, files, tmp_path):
+    """Whoever looks through the model, its banks and names sees what there is before or after."""
+    bank = routed.model.model.layers[0].self_attn.q_proj.bank
+    polls = {
+        "named_parameters": lambda: dict(routed.model.named_parameters()),
+        "state_dict": routed.model.state_dict,
+        "names": lambda: (routed.names, repr(routed), repr(routed.slots)),
+        "bank": lambda: [bank[name].rank for name in bank if name in bank],
+        "items": lambda: [adapter.rank for _, adapter in bank.adapters.items()],
+        "tensors": lambda: bank.tensors(),
+        "parameters_of": lambda: routed.parameters_of("one"),
+        "save": lambda: routed.save("one", tmp_path / "saved"),
+        "eval": routed.model.eval,
+    }
+    errors, stop = [], threading.Event()
+
+    def poll(what):
+        while not stop.wait(0.001):
+            try:
+                polls[what]()
+            except Exception as error:
+                errors.append(f"{what}: {type(error).__name__}: {error}")
+
+    threads = [threading.Thread(target=poll, args=(what,)) for what in polls]
+    for thread in threads:
+        thread.start()
+    try:
+        for index in range(12):
+            routed.load(f"more{index % 3}", files / "two")
+            routed.replace("one", files / "one")
+            routed.remove(f"more{index % 3}")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert not errors, errors[:3]
+
+
+def test_memory_of_a_burst_is_given_back(routed, files):
+    def held() -> int:
+        gc.collect()
+        banks = [layer.bank for layer in routed._layers().values()]
+        regions = {
+            factor.untyped_storage().data_ptr(): factor.untyped_storage().nbytes()
+            for bank in banks
+            for factor in bank.tensors().factors
+        }
+        return sum(regions.values())
+
+    before, gone = held(), []
+    for index in range(30):
+        routed.load(f"more{index}", files / "two")
+    assert held() > 5 * before
+    for layer in routed._layers().values():
+        gone += [weakref.ref(factor) for factor in layer.bank.tensors().factors]
+    for index in range(30):
+        routed.remove(f"more{index}")
+    assert held() == before
+    still = {id(f) for layer in routed._layers().values() for f in layer.bank.tensors().factors}
+    assert all(ref() is None or id(ref()) in still for ref in gone)
