@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lora_kernels.modules.batch_rows import forward_of
 from lora_kernels.modules.choice import Batch, Choice, Generation, Part, Place
 from lora_kernels.ops.routed_lora import AdapterSlots, Routing
 from lora_kernels.ops.routed_lora.slots import BASE
@@ -273,10 +274,13 @@ class ActiveAdapters:
             _outside_of_graphs(self._begin_forward, args, kwargs, axis)
 
     def _begin_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any], axis: int) -> None:
-        run = self._run()
-        _runs.set((*_runs.get(), run))
+        run, forward = _Run(self, None, None), forward_of(args, kwargs, axis)
+        try:
+            run = self._run()
+        finally:  # a forward that cannot begin ends all the same
+            _runs.set((*_runs.get(), run))
         if run.batch is not None:
-            run.batch.begin_forward(args, kwargs, axis)
+            run.batch.begin_forward(forward)
 
     def _run(self) -> _Run:
         """What a call computes that begins now: the batch of the call around it, or a new one."""

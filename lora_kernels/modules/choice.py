@@ -12,12 +12,12 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_kernels.modules.batch_rows import Forward, NamedRows, Row, Runs, forward_of, runs_of
+from lora_kernels.modules.batch_rows import Forward, NamedRows, Row, Runs, runs_of
 from lora_kernels.ops.routed_lora import AdapterSlots, Routing
 from lora_kernels.ops.routed_lora.slots import BASE, ModelVersion, Pinned
 
@@ -253,8 +253,8 @@ class Batch:
         self._made: dict[tuple[Runs, torch.device], Routing] = {}
         self._given: dict[Part, Routing] = {}
 
-    def begin_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any], axis: int) -> None:
-        self._forwards.append(forward_of(args, kwargs, axis))
+    def begin_forward(self, forward: Forward | None) -> None:
+        self._forwards.append(forward)
 
     def end_forward(self) -> None:
         if self._forwards:

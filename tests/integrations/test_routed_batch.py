@@ -524,3 +524,23 @@ def test_memory_of_a_burst_is_given_back(routed, files):
     assert held() == before
     still = {id(f) for layer in routed._layers().values() for f in layer.bank.tensors().factors}
     assert all(ref() is None or id(ref()) in still for ref in gone)
+
+
+def test_a_forward_that_cannot_begin_leaves_the_one_around_it_alone(routed):
+    ids = tokens(2, 4)
+    block = routed.model.model.layers[0]
+
+    def inner():
+        with routed.adapters(["one", "two"]):
+            routed.remove("last")
+        with (
+            routed.adapters(["two", "one"]) as _,
+            pytest.raises(ValueError, match="it was removed"),
+        ):
+            routed.remove("one")
+            routed.model(ids)
+
+    with torch.no_grad():
+        expected = routed.batch(["one", "two"])(ids).logits
+        block.mlp = Changes(block.mlp, inner)
+        assert torch.equal(routed.batch(["one", "two"])(ids).logits, expected)

@@ -10,6 +10,7 @@ makes the next one.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -104,7 +105,8 @@ class AdapterBank(nn.Module):
         """One without adapters."""
         shapes = FactorShapes(self.in_features, self.slice_widths)
         tables = SlotTables.empty(self.slots.capacity, len(self.slice_widths), storage.device)
-        return BankVersion(self, shapes, storage, tables, [], {}, reserved, trains=False)
+        bank = weakref.ref(self)
+        return BankVersion(bank, shapes, storage, tables, [], {}, reserved, trains=False)
 
     # --- adapters -----------------------------------------------------------------------------
 

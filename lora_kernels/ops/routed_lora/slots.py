@@ -116,7 +116,8 @@ class Change:
         """The next version, to be written to."""
         if self._draft is None:
             v = self.before
-            self._banks = {id(each.bank()): each for each in v.banks() if each.bank() is not None}
+            alive = ((each.bank(), each) for each in v.banks())
+            self._banks = {id(bank): each for bank, each in alive if bank is not None}
             self._draft = ModelVersion(
                 dict(v.names), dict(v.serials), v.changes, v.capacity, dict(v.settings), self._banks
             )
@@ -296,13 +297,16 @@ class AdapterSlots:
         version = change.draft()
         version.capacity *= 2
         for each in version.banks():
+            bank = each.bank()
+            if bank is None:
+                continue
             if each.reserved is not None:
                 raise RuntimeError(
                     f"there are {version.capacity // 2} slots, all of them taken, and a bank that "
                     "captured CUDA graphs read has tables of that size; make AdapterSlots with a "
                     "larger capacity, or remove an adapter"
                 )
-            change.set_bank(each.bank(), each.with_capacity(version.capacity))
+            change.set_bank(bank, each.with_capacity(version.capacity))
 
     def release(self, name: str) -> None:
         """Free the slot of ``name`` unless a bank still holds an adapter of that name."""

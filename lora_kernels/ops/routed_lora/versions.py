@@ -120,7 +120,7 @@ class BankVersion:
 
     def __init__(
         self,
-        bank: nn.Module,
+        bank: weakref.ref[nn.Module],
         shapes: FactorShapes,
         storage: Tensor,
         tables: SlotTables,
@@ -129,7 +129,7 @@ class BankVersion:
         reserved: Reserved | None,
         trains: bool,
     ) -> None:
-        self.bank = weakref.ref(bank)
+        self.bank = bank
         self.shapes, self.storage, self.tables = shapes, storage, tables
         self.entries, self.thresholds, self.reserved = entries, thresholds, reserved
         self.trains = trains
@@ -296,7 +296,7 @@ class BankVersion:
             "reserved": self.reserved,
             "trains": self.trains,
         }
-        return BankVersion(self.bank(), self.shapes, **same | changed)
+        return BankVersion(self.bank, self.shapes, **same | changed)
 
 
 def _slot_of(entry: Entry) -> int:
