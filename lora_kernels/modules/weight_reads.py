@@ -96,8 +96,8 @@ def note_read(layer: nn.Module) -> None:
     global _last_read
     if is_compiling():
         return
-    active = getattr(layer, "active_adapters", None)
-    if active is not None and active.uses_the_base_alone():
+    active = getattr(layer, "active_adapters", None)  # in PEFT's layers a list of names
+    if hasattr(active, "uses_the_base_alone") and active.uses_the_base_alone():
         return
     frame = sys._getframe(2)
     place = _place(frame)

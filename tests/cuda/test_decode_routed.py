@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lora_kernels import native_cuda
 from lora_kernels.ops.routed_lora import AdapterBank, Routing
+from lora_kernels.ops.routed_lora.operands import in_one_piece
 from lora_kernels.testing import assert_within_policy
 from lora_kernels.testing.routed_inputs import RoutedProblem, routed_eager, routed_oracle
 
@@ -273,7 +274,8 @@ def test_nothing_is_read_outside(in_features, adapter_dtype):
         ids_of(11, 5), SLICED_RANKS, in_features, SLICES, adapter_dtype=adapter_dtype, weighted=True
     )
     bank = problem.bank()
-    tensors, routed = bank.tensors(), problem.routing(bank, 20).tensors(with_plan=False)
+    tensors = in_one_piece(bank.tensors())
+    routed = problem.routing(bank, 20).tensors(with_plan=False)
     end = max(
         offset + rank * (in_features if factor == 0 else SLICES[factor - 1])
         for slot in tensors.table.tolist()

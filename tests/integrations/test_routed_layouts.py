@@ -194,24 +194,38 @@ def test_flat_activations_that_are_computed_again(use_reentrant):
         assert expected.abs().sum() > 0
 
 
-def test_the_same_shape_with_two_meanings_is_not_computed_again():
-    """Six tokens of two rows, then of the batch repeated: kept activations do not say which."""
+def test_the_same_shape_with_two_meanings_is_computed_again_with_its_own():
+    """Six tokens of two rows, then of the batch repeated: kept activations do not say which, the
+    outputs of the model do; where a backward does not begin from them, it raises."""
 
     class Checkpoints(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer = nn.Linear(6, 6)
+            self.layer, self.checkpoints = nn.Linear(6, 6), True
 
         def forward(self, x):
             flat = x.flatten(0, 1)
-            return torch.utils.checkpoint.checkpoint(self.layer, flat, use_reentrant=False)
+            if not self.checkpoints:
+                return 2 * self.layer(flat)
+            return 2 * torch.utils.checkpoint.checkpoint(self.layer, flat, use_reentrant=False)
 
     routed = routed_toy(Checkpoints(), "layer")
+    short, stacked = torch.randn(2, 3, 6, requires_grad=True), torch.randn(6, 1, 6)
+    inputs = short, stacked.requires_grad_()
+
+    def gradients(checkpoints: bool) -> list[torch.Tensor]:
+        routed.model.checkpoints = checkpoints
+        with routed.adapters(["one", "two"], stacked=3):
+            losses = [routed.model(short).square().sum(), routed.model(stacked).square().sum()]
+            return [torch.autograd.grad(loss, x)[0] for loss, x in zip(losses, inputs, strict=True)]
+
+    for actual, expected in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+    inside = []
+    routed.model.checkpoints = True
+    routed.model.layer.register_forward_hook(lambda layer, args, y: inside.append(y))
     with routed.adapters(["one", "two"], stacked=3):
-        short = routed.model(torch.randn(2, 3, 6, requires_grad=True)[:, :3])
-        short.sum().backward()
-        stacked = routed.model(torch.randn(6, 1, 6, requires_grad=True))
+        routed.model(short), routed.model(stacked)
         with pytest.raises(RuntimeError, match="such inputs had different adapters"):
-            stacked.sum().backward()
-    with routed.adapters(["one", "two"], stacked=3):
-        routed.model(torch.randn(6, 1, 6, requires_grad=True)).sum().backward()
+            inside[1].sum().backward()

@@ -277,7 +277,7 @@ class _Call:
         version = self.version = bank.version_for(routing.pinned, slots)
         routing.check_current()
         self.bank = version.tensors(slots, routing.capacity)
-        if like.device.type == "cuda" and not torch.compiler.is_compiling():
+        if version.device.type == "cuda" and not torch.compiler.is_compiling():
             version.note_stream(slots)
         # On a GPU the groups' sizes would have to be waited for; the kernels there need no plan.
         with_plan = self.backend == "composed" or (
