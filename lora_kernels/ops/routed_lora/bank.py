@@ -106,7 +106,7 @@ class AdapterBank(nn.Module):
         shapes = FactorShapes(self.in_features, self.slice_widths)
         tables = SlotTables.empty(self.slots.capacity, len(self.slice_widths), storage.device)
         bank = weakref.ref(self)
-        return BankVersion(bank, shapes, storage, tables, [], {}, reserved, trains=False)
+        return BankVersion(bank, shapes, storage, tables, {}, {}, reserved, trains=False, widest=0)
 
     # --- adapters -----------------------------------------------------------------------------
 
@@ -291,7 +291,7 @@ class AdapterBank(nn.Module):
         return iter(list(self.adapters))
 
     def __len__(self) -> int:
-        return len(self._latest.entries)
+        return len(self._latest)
 
     def __bool__(self) -> bool:
         return True  # an empty bank is a bank

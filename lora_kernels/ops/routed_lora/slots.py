@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from bisect import insort
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +30,7 @@ class ModelVersion:
         serials: how often a slot has lost its meaning, by slot.
         changes: the sum of all serials.
         capacity: how many slots there are.
+        holes: free slots below one that is taken, ascending.
         settings: what was kept with a name, such as its configuration.
     """
 
@@ -38,11 +40,12 @@ class ModelVersion:
         serials: dict[int, int],
         changes: int,
         capacity: int,
+        holes: list[int],
         settings: dict[str, Any],
         banks: dict[int, BankVersion],
     ) -> None:
         self.names, self.serials, self.changes = names, serials, changes
-        self.capacity, self.settings = capacity, settings
+        self.capacity, self.holes, self.settings = capacity, holes, settings
         self._banks = banks
 
     def slot_of(self, name: str) -> int:
@@ -119,7 +122,13 @@ class Change:
             alive = ((each.bank(), each) for each in v.banks())
             self._banks = {id(bank): each for bank, each in alive if bank is not None}
             self._draft = ModelVersion(
-                dict(v.names), dict(v.serials), v.changes, v.capacity, dict(v.settings), self._banks
+                dict(v.names),
+                dict(v.serials),
+                v.changes,
+                v.capacity,
+                list(v.holes),
+                dict(v.settings),
+                self._banks,
             )
         return self._draft
 
@@ -178,7 +187,7 @@ class AdapterSlots:
             raise TypeError(f"capacity: expected an integer, got {type(capacity).__name__}")
         if capacity < 1:
             raise ValueError(f"capacity: expected at least 1, got {capacity}")
-        self.current = ModelVersion({}, {}, 0, capacity, {}, {})
+        self.current = ModelVersion({}, {}, 0, capacity, [], {}, {})
         self._begin()
 
     def _begin(self) -> None:
@@ -231,7 +240,7 @@ class AdapterSlots:
 
     def __getstate__(self) -> dict:
         version = self.latest
-        names = "names", "serials", "changes", "capacity", "settings"
+        names = "names", "serials", "changes", "capacity", "holes", "settings"
         return {name: getattr(version, name) for name in names}
 
     def __setstate__(self, state: dict) -> None:
@@ -286,8 +295,8 @@ class AdapterSlots:
             version = change.version
             if name in version.names:
                 return version.names[name]
-            used, version = {*version.names.values()}, change.draft()
-            slot = next((s for s in range(version.capacity) if s not in used), version.capacity)
+            version = change.draft()
+            slot = version.holes.pop(0) if version.holes else len(version.names)
             if slot == version.capacity:
                 self._double(change)
             version.names[name] = slot
@@ -324,9 +333,10 @@ class AdapterSlots:
             version.settings.pop(name, None)
 
     def end_meaning(self, slot: int) -> None:
-        """A slot will stand for something else: routings that use it are out of date."""
+        """A slot is free: routings that use it are out of date."""
         with self.change() as change:
             version = change.draft()
+            insort(version.holes, slot)
             version.serials[slot] = version.serials.get(slot, 0) + 1
             version.changes += 1
 

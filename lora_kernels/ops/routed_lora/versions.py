@@ -10,7 +10,6 @@ live until the last version, batch or backward that reads them is gone.
 from __future__ import annotations
 
 import weakref
-from bisect import bisect_left
 from typing import NamedTuple
 
 import torch
@@ -110,7 +109,6 @@ class BankVersion:
         shapes: of the factors.
         dtype, device: of the factors.
         storage: what offsets count from.
-        entries: in the order of their slots.
         tables: what kernels look up.
         thresholds: q of the adapters that drop, by slot.
         reserved: what captured graphs read; None where they cannot be.
@@ -124,21 +122,19 @@ class BankVersion:
         shapes: FactorShapes,
         storage: Tensor,
         tables: SlotTables,
-        entries: list[Entry],
+        entries: dict[int, Entry],
         thresholds: dict[int, int],
         reserved: Reserved | None,
         trains: bool,
+        widest: int,
     ) -> None:
         self.bank = bank
         self.shapes, self.storage, self.tables = shapes, storage, tables
-        self.entries, self.thresholds, self.reserved = entries, thresholds, reserved
-        self.trains = trains
+        self._by_slot, self.thresholds, self.reserved = entries, thresholds, reserved
+        self.trains, self._widest = trains, widest
         self.slice_columns = shapes.slice_columns
-        if reserved is not None:
-            self.width = reserved.max_rank
-        else:
-            self.width = max([entry.rank for entry in entries], default=0)
-        self._by_slot = {entry.slot: entry for entry in entries}
+        self.width = widest if reserved is None else reserved.max_rank
+        self._entries: list[Entry] | None = None
         self._everything: BankTensors | None = None
         self._resized: dict[int, SlotTables] = {}
         self._layouts = GradientLayouts(self)
@@ -152,6 +148,18 @@ class BankVersion:
         return self.storage.device
 
     # --- reading ------------------------------------------------------------------------------
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All adapters, in the order of their slots."""
+        if torch.compiler.is_compiling():  # a call that is being traced only reads
+            return self._entries or sorted(self._by_slot.values(), key=_slot_of)
+        if self._entries is None:
+            self._entries = sorted(self._by_slot.values(), key=_slot_of)
+        return self._entries
+
+    def __len__(self) -> int:
+        return len(self._by_slot)
 
     def entry(self, slot: int) -> Entry | None:
         """The adapter in a slot; None where this bank has none there."""
@@ -238,8 +246,6 @@ class BankVersion:
     def with_entry(self, entry: Entry) -> BankVersion:
         """This and an adapter, in a free slot or in the place of the one that has it."""
         slot, adapter = entry.slot, entry.adapter
-        at = bisect_left(self.entries, slot, key=_slot_of)
-        after = at + (slot in self._by_slot)
         thresholds = {s: q for s, q in self.thresholds.items() if s != slot}
         if adapter.threshold:
             thresholds[slot] = adapter.threshold
@@ -249,18 +255,19 @@ class BankVersion:
         return self._next(
             tables=tables,
             thresholds=thresholds,
-            entries=[*self.entries[:at], entry, *self.entries[after:]],
+            entries={**self._by_slot, slot: entry},
             trains=self.trains or any(each.parameter.requires_grad for each in entry.bound),
+            widest=max(self._widest, entry.rank),
         )
 
     def with_entries(self, entries: list[Entry]) -> BankVersion:
         """This with these adapters and no others."""
-        entries = sorted(entries, key=_slot_of)
         rows = {entry.slot: entry.rows for entry in entries}
         scalings = {entry.slot: entry.adapter.scaling for entry in entries}
         trains = any(each.parameter.requires_grad for entry in entries for each in entry.bound)
         tables = self.tables.with_adapters(rows, scalings)
-        return self._next(tables=tables, entries=entries, trains=trains)
+        by_slot = {entry.slot: entry for entry in entries}
+        return self._next(tables=tables, entries=by_slot, trains=trains, widest=_widest(by_slot))
 
     def without(self, slot: int) -> BankVersion:
         """This less an adapter."""
@@ -268,8 +275,10 @@ class BankVersion:
         if slot in thresholds:
             thresholds = {s: q for s, q in thresholds.items() if s != slot}
             tables = tables.with_thresholds(thresholds)
-        entries = [entry for entry in self.entries if entry.slot != slot]
-        return self._next(tables=tables, entries=entries, thresholds=thresholds)
+        entries, widest = dict(self._by_slot), self._widest
+        if entries.pop(slot).rank == widest:
+            widest = _widest(entries)
+        return self._next(tables=tables, entries=entries, thresholds=thresholds, widest=widest)
 
     def with_scaling(self, slot: int) -> BankVersion:
         """This with the scaling that an adapter has now."""
@@ -278,7 +287,7 @@ class BankVersion:
 
     def with_thresholds(self) -> BankVersion:
         """This with the dropout that its adapters have now."""
-        now = {entry.slot: q for entry in self.entries if (q := entry.adapter.threshold)}
+        now = {slot: q for slot, entry in self._by_slot.items() if (q := entry.adapter.threshold)}
         if now == self.thresholds:
             return self
         return self._next(tables=self.tables.with_thresholds(now), thresholds=now)
@@ -291,13 +300,18 @@ class BankVersion:
         same = {
             "storage": self.storage,
             "tables": self.tables,
-            "entries": self.entries,
+            "entries": self._by_slot,
             "thresholds": self.thresholds,
             "reserved": self.reserved,
             "trains": self.trains,
+            "widest": self._widest,
         }
         return BankVersion(self.bank, self.shapes, **same | changed)
 
 
 def _slot_of(entry: Entry) -> int:
     return entry.slot
+
+
+def _widest(entries: dict[int, Entry]) -> int:
+    return max((entry.rank for entry in entries.values()), default=0)
