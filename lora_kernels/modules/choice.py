@@ -251,7 +251,7 @@ class Batch:
         self._found: dict[tuple, Runs] = {}  # by all that decides them
         self._computed: dict[tuple, set[Runs]] = {}  # by the input: a recomputation has no forward
         self._made: dict[tuple[Runs, torch.device], Routing] = {}
-        self._given: dict[Part, Routing] = {}
+        self._given: dict[Part, tuple[int, Routing]] = {}  # and which filling it is
 
     def begin_forward(self, forward: Forward | None) -> None:
         self._forwards.append(forward)
@@ -273,10 +273,12 @@ class Batch:
         self.generation = Generation(rows, times, expanded=True)
 
     def routing_given(self, part: Part) -> Routing:
-        """The routing that a part says, for this version."""
-        if part not in self._given:
-            self._given[part] = part.routing.at(self.version)
-        return self._given[part]
+        """The routing that a part says, as it is filled now, for this version."""
+        filling, (known, routing) = part.routing.filling, self._given.get(part, (None, None))
+        if filling != known:
+            routing = part.routing.at(self.version)
+            self._given[part] = filling, routing
+        return routing
 
     def routing_for(self, part: Part, x: Tensor, axis: int, in_backward: bool) -> Routing:
         """The routing of a layer's input for the names of a part, one object for all layers."""

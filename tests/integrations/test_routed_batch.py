@@ -385,6 +385,55 @@ def test_a_batch_that_began_before_a_layer_had_adapters(files):
     assert torch.equal(routed.batch("one")(ids).logits, expected)
 
 
+@torch.no_grad()
+def test_a_batch_does_not_take_the_routing_of_a_later_one(files):
+    """Of the same handle, in another thread, where the name has a slot that was free before."""
+    routed, ids = routed_with(files, "one"), tokens(2, 4)
+    handle = routed.batch(["one", "__base__"])
+    block = routed.model.model.layers[0]
+    norm = block.input_layernorm
+
+    def beside():
+        block.input_layernorm = norm
+        routed.remove("one")
+        routed.load("two", files / "two")
+        routed.load("one", files / "last")
+        handle(ids)
+
+    block.input_layernorm = Changes(norm, beside)
+    assert_is("one", handle(ids).logits[:1], ids[:1])
+    assert_is("last", handle(ids).logits[:1], ids[:1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["with", "handle"])
+def test_a_routing_that_is_filled_again_in_a_batch(routed, files, how):
+    routing = Routing.from_sequences(["one"], 4, routed.slots)
+    layer = routed.model.model.layers[0].self_attn.q_proj
+    x = torch.randn(4, 24, dtype=torch.float64)
+    expected = [routed.batch(name).call(layer, x) for name in ("one", "two")]
+
+    def steps():
+        found = [layer(x)]
+        routing.set_sequences_(["two"], 4)
+        return [*found, layer(x)]
+
+    def late():
+        layer(x)
+        routed.load("new", files / "two")
+        routing.set_sequences_(["new"], 4)
+        layer(x)
+
+    if how == "with":
+        with routed.adapters(routing):
+            found = steps()
+    else:
+        found = routed.batch(routing).call(steps)
+        with pytest.raises(ValueError, match="adapters that came after the batch had begun"):
+            routed.batch(routing).call(late)
+    assert all(map(torch.equal, found, expected))
+
+
 def test_adapters_that_are_gone_are_given_back(routed, files):
     layer = routed.model.model.layers[0].self_attn.q_proj
     old = [weakref.ref(routed.model.model.layers[0].self_attn.q_proj.bank["one"])]

@@ -544,17 +544,30 @@ class Routing:
             model: what the batch reads; None for what is current.
         """
         model = model or self.pinned or self.slots.current
-        if model.changes == self._changes:
+        compiling = torch.compiler.is_compiling()
+        # With as many changes names have only come: an older version is one that has fewer.
+        if model.changes == self._changes and (
+            compiling or model.names is self._names or len(model.names) >= len(self._names)
+        ):
             return
         own = self._used if self._used is not None else self._bound
         if own is None:
             own = tuple(self._names.values())
-        if torch.compiler.is_compiling() or any(
+        if compiling or any(
             model.serials.get(slot, 0) != self._serials.get(slot, 0) for slot in own
         ):
             raise ValueError(
                 "routing: adapters were removed or replaced since it was filled; fill it again"
             )
+        if not set(own) <= {*model.names.values()}:
+            raise ValueError(
+                "routing: it was filled with adapters that came after the batch had begun"
+            )
+
+    @property
+    def filling(self) -> int:
+        """A number that changes with every filling."""
+        return self._tokens._version
 
     @property
     def capacity(self) -> int:
