@@ -54,6 +54,8 @@ class _Use:
     def __exit__(self, *error: object) -> None:
         self.is_open, self.frame, self._loose = False, None, None
         _uses.set(tuple(use for use in _uses.get() if use is not self))
+        # A forward that was interrupted (KeyboardInterrupt) calls no hook at its end.
+        _runs.set(tuple(run for run in _runs.get() if run.use is not self))
         self.active.closed(self)
 
 
@@ -63,6 +65,7 @@ class _Run(NamedTuple):
     active: ActiveAdapters
     use: _Use | None
     batch: Batch | None
+    is_forward: bool = False  # of the whole model; else it is a handle's or ``generate``
 
 
 # What this thread or task has entered, and what it is computing, of any model; innermost last.
@@ -278,7 +281,7 @@ class ActiveAdapters:
         try:
             run = self._run()
         finally:  # a forward that cannot begin ends all the same
-            _runs.set((*_runs.get(), run))
+            _runs.set((*_runs.get(), run._replace(is_forward=True)))
         if run.batch is not None:
             run.batch.begin_forward(forward)
 
@@ -302,7 +305,7 @@ class ActiveAdapters:
     def _end_forward(self, outputs: Any) -> None:
         runs = _runs.get()
         at = next((i for i in reversed(range(len(runs))) if runs[i].active is self), None)
-        if at is None:
+        if at is None or not runs[at].is_forward:  # another hook raised before it began
             return
         run = runs[at]
         _runs.set(runs[:at] + runs[at + 1 :])

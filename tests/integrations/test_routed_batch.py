@@ -446,6 +446,43 @@ def test_adapters_that_are_gone_are_given_back(routed, files):
     assert layer.bank["one"].ranks == (9,)
 
 
+@torch.no_grad()
+def test_a_forward_that_is_interrupted_leaves_nothing_behind(routed):
+    """Of what is no Exception torch tells no hook."""
+    ids, block = tokens(1, 4), routed.model.model.layers[0]
+    old = weakref.ref(block.self_attn.q_proj.bank["one"])
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    block.mlp = Changes(block.mlp, interrupt)
+    with pytest.raises(KeyboardInterrupt), routed.adapters("one"):
+        routed.model(ids)
+    with pytest.raises(KeyboardInterrupt):
+        routed.batch("one")(ids)
+    routed.remove("one")
+    gc.collect()
+    assert old() is None
+
+
+@torch.no_grad()
+def test_a_call_goes_on_after_another_hook_has_raised(routed, files):
+    ids = tokens(1, 4)
+
+    def refuse(*_):
+        raise ValueError("refused")
+
+    def steps():
+        with pytest.raises(ValueError, match="refused"):
+            routed.model(ids)
+        handle.remove()
+        routed.replace("one", files / "two")
+        return routed.model(ids).logits
+
+    handle = routed.model.register_forward_pre_hook(refuse, prepend=True)
+    assert_is("one", routed.batch("one").call(steps), ids)
+
+
 # --- replacing --------------------------------------------------------------------------------
 
 
