@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -72,8 +73,8 @@ class _Run(NamedTuple):
 _uses: ContextVar[tuple[_Use, ...]] = ContextVar("uses", default=())
 _runs: ContextVar[tuple[_Run, ...]] = ContextVar("runs", default=())
 
-# Batches whose outputs a backward has come by, by the backward.
-_recalled: dict[int, list[tuple[ActiveAdapters, _Use, Batch]]] = {}
+# What a backward has come by, by the backward. Weakly: one that fails does not say when it ends.
+_recalled: dict[int, list[ref[_Recall]]] = {}
 
 
 class ActiveAdapters:
@@ -223,7 +224,8 @@ class ActiveAdapters:
         """What a backward computes again: found by the outputs that it began from, as no context
         reaches the threads that it runs in."""
         recalled = _recalled.get(torch._C._current_graph_task_id(), ())
-        found = [batch for active, _, batch in recalled if active is self]
+        alive = [recall for each in recalled if (recall := each()) is not None]
+        found = [recall.batch for recall in alive if recall.active is self]
         if len({batch.choice.means(batch.version) for batch in found}) > 1:
             raise RuntimeError(
                 "checkpointed activations are computed again for a backward of batches with "
@@ -371,17 +373,21 @@ class _Recall:
     """Stands before a node of autograd's graph, and tells its backward of the batch."""
 
     def __init__(self, active: ActiveAdapters, use: _Use, batch: Batch) -> None:
-        self.found = active, use, batch
+        self.active, self.use, self.batch = active, use, batch
 
     def __call__(self, gradients: tuple) -> None:
         task = torch._C._current_graph_task_id()
         if task not in _recalled:
+            for other, recalls in list(_recalled.items()):
+                if not any(each() for each in recalls):  # it failed, and its graph is gone
+                    _recalled.pop(other, None)
             _recalled[task] = []
             torch.autograd.Variable._execution_engine.queue_callback(
                 lambda: _recalled.pop(task, None)
             )
-        if self.found not in _recalled[task]:
-            _recalled[task].append(self.found)
+        known = (recall.batch for each in _recalled[task] if (recall := each()) is not None)
+        if not any(batch is self.batch for batch in known):
+            _recalled[task].append(ref(self))
 
 
 @contextmanager

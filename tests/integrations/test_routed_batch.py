@@ -483,6 +483,28 @@ def test_a_call_goes_on_after_another_hook_has_raised(routed, files):
     assert_is("one", routed.batch("one").call(steps), ids)
 
 
+def test_a_backward_that_fails_keeps_nothing(routed):
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise MemoryError
+
+    block = routed.model.model.layers[0]
+    old = weakref.ref(block.self_attn.q_proj.bank["one"])
+    x = Fails.apply(torch.randn(1, 4, 24, dtype=torch.float64, requires_grad=True))
+    loss = routed.batch("one")(inputs_embeds=x).logits.sum()
+    with pytest.raises(MemoryError):
+        loss.backward()
+    del loss, x
+    routed.remove("one")
+    gc.collect()
+    assert old() is None
+
+
 # --- replacing --------------------------------------------------------------------------------
 
 
