@@ -57,7 +57,7 @@ class _Use:
         _uses.set(tuple(use for use in _uses.get() if use is not self))
         # A forward that was interrupted (KeyboardInterrupt) calls no hook at its end.
         _runs.set(tuple(run for run in _runs.get() if run.use is not self))
-        self.active.closed(self)
+        self.active.closed()
 
 
 class _Run(NamedTuple):
@@ -259,17 +259,20 @@ class ActiveAdapters:
         return bool(self._open)
 
     def opened(self, use: _Use) -> None:
-        with self._lock:
-            self._open = (*self._open, use)
-            self._sort_out()
+        self._sort_out(use)
 
-    def closed(self, use: _Use) -> None:
-        with self._lock:
-            self._open = tuple(other for other in self._open if other is not use)
-            self._sort_out()
+    def closed(self) -> None:
+        self._sort_out()
 
-    def _sort_out(self) -> None:
-        self._suspending = tuple(use for use in self._open if use.in_generator)
+    def _sort_out(self, *opened: _Use) -> None:
+        with self._lock:
+            self._times_sorted += 1
+            times = None
+            while times != self._times_sorted:  # the garbage collector has closed a generator's
+                times = self._times_sorted
+                others = (use for use in self._open if use not in opened)
+                self._open = tuple(use for use in (*others, *opened) if use.is_open)
+                self._suspending = tuple(use for use in self._open if use.in_generator)
 
     # --- what the model's own calls tell ------------------------------------------------------
 
@@ -359,7 +362,9 @@ class ActiveAdapters:
     def _forget(self) -> None:
         self._open: tuple[_Use, ...] = ()  # in any thread
         self._suspending: tuple[_Use, ...] = ()  # those in frames of generators
-        self._lock = threading.Lock()
+        # The garbage collector may run in its midst, and close the generator that has a use.
+        self._lock = threading.RLock()
+        self._times_sorted = 0
 
     def __getstate__(self) -> dict:
         return {"slots": self.slots, "batch_dim": self.batch_dim}

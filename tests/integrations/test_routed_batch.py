@@ -505,6 +505,32 @@ def test_a_backward_that_fails_keeps_nothing(routed):
     assert old() is None
 
 
+def test_the_garbage_collector_closes_streams_while_others_are_opened(routed):
+    class Request:
+        pass
+
+    def serve():
+        before = gc.get_threshold()
+        gc.set_threshold(1, 1, 1)
+        try:
+            for _ in range(100):
+                request = Request()
+                request.own, request.stream = request, stream(routed, "one", tokens(1, 1))
+                request.stream.send(None)
+                del request
+                with routed.adapters("two"):
+                    pass
+        finally:
+            gc.set_threshold(*before)
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    thread.join(timeout=20)
+    assert not thread.is_alive(), "it waits for itself"
+    gc.collect()
+    assert not routed._active.is_open
+
+
 # --- replacing --------------------------------------------------------------------------------
 
 
