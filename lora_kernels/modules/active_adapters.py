@@ -31,8 +31,7 @@ class _Use:
     def __init__(self, active: ActiveAdapters, choice: Choice) -> None:
         self.active, self.choice = active, choice
         self.is_open = False
-        self.frame: FrameType | None = None  # the one that entered it
-        self.in_generator = False
+        self.frame: FrameType | None = None  # of the generator that entered it
         self._loose: Batch | None = None
 
     def loose(self) -> Batch:
@@ -44,10 +43,9 @@ class _Use:
         return batch
 
     def __enter__(self) -> None:
-        self.frame = _entering_frame(sys._getframe(1))
-        # Its frame may stop in the midst, and others run: then it is theirs no more.
-        self.in_generator = bool(self.frame.f_code.co_flags & _SUSPENDS)
-        if not self.in_generator:
+        # A generator may stop in the midst, and others run: then it is theirs no more.
+        self.frame = _generator_around(sys._getframe(1))
+        if self.frame is None:
             _uses.set((*_uses.get(), self))
         self.is_open = True
         self.active.opened(self)
@@ -202,7 +200,7 @@ class ActiveAdapters:
         """The innermost use that the caller is inside of."""
         own = [use for use in _uses.get() if use.active is self and use.is_open]
         if self._suspending:  # by frames: a generator's holds while it runs, in whatever thread
-            frames = {id(use.frame): use for use in (*own, *self._suspending)}
+            frames = {id(use.frame): use for use in self._suspending}  # of each the innermost
             frame = sys._getframe(1)
             while frame is not None:
                 if id(frame) in frames:
@@ -272,7 +270,7 @@ class ActiveAdapters:
                 times = self._times_sorted
                 others = (use for use in self._open if use not in opened)
                 self._open = tuple(use for use in (*others, *opened) if use.is_open)
-                self._suspending = tuple(use for use in self._open if use.in_generator)
+                self._suspending = tuple(use for use in self._open if use.frame is not None)
 
     # --- what the model's own calls tell ------------------------------------------------------
 
@@ -408,19 +406,18 @@ def _running(run: _Run) -> Iterator[None]:
         _runs.set(tuple(runs))
 
 
-def _entering_frame(frame: FrameType) -> FrameType:
-    """Whose ``with`` it is: a generator that contextlib drives stands for the frame around it."""
-    while frame.f_back is not None:
-        if not _is_contextlib(frame):
-            suspends = frame.f_code.co_flags & _SUSPENDS
-            if not suspends or not _is_contextlib(frame.f_back):
-                break
+def _generator_around(frame: FrameType | None) -> FrameType | None:
+    """The generator whose ``with`` it is, itself or by what it calls: a function that enters and
+    returns, a class with ``__enter__``, or another generator that contextlib drives."""
+    while frame is not None:
+        if frame.f_code.co_flags & _SUSPENDS and not _is_contextlib(frame.f_back):
+            return frame
         frame = frame.f_back
-    return frame
+    return None
 
 
-def _is_contextlib(frame: FrameType) -> bool:
-    return frame.f_globals.get("__name__") == "contextlib"
+def _is_contextlib(frame: FrameType | None) -> bool:
+    return frame is not None and frame.f_globals.get("__name__") == "contextlib"
 
 
 def _in_backward() -> bool:

@@ -231,6 +231,38 @@ def test_a_stream_that_is_dropped_leaves_nothing_behind(routed):
         routed.model(ids)
 
 
+@pytest.mark.parametrize("how", ["class", "function"])
+def test_who_enters_for_a_generator_enters_its_frame(routed, how):
+    ids = tokens(1, 4)
+
+    class Serving:
+        def __init__(self, name):
+            self.context = routed.adapters(name)
+
+        def __enter__(self):
+            self.context.__enter__()
+
+        def __exit__(self, *error):
+            self.context.__exit__(*error)
+
+    def enter(stack, name):
+        stack.enter_context(routed.adapters(name))
+
+    @torch.no_grad()
+    def served(name):
+        with routed.adapters("last"), contextlib.ExitStack() as stack:
+            stack.enter_context(Serving(name)) if how == "class" else enter(stack, name)
+            for _ in range(2):
+                yield routed.model(ids).logits
+
+    streams = {name: served(name) for name in ("one", "two")}
+    for _ in range(2):
+        for name, logits in streams.items():
+            assert_is(name, next(logits), ids)
+            with pytest.raises(RuntimeError, match="a generator that does not run"):
+                routed.model(ids)
+
+
 def test_contextlib_stands_for_the_frame_around_it(routed):
     ids = tokens(1, 4)
 
