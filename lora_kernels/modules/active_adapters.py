@@ -14,6 +14,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.utils import _pytree as pytree
 
 from lora_kernels.modules.batch_rows import forward_of
@@ -329,7 +330,10 @@ class ActiveAdapters:
         """Let a backward from these outputs find the batch."""
         if not torch.is_grad_enabled() or outputs is None or use is None:
             return
-        for output in pytree.tree_leaves(outputs):
+        leaves = pytree.tree_leaves(outputs)
+        for leaf in [leaf for leaf in leaves if not isinstance(leaf, (Tensor, type, Module))]:
+            leaves += pytree.tree_leaves(getattr(leaf, "__dict__", None))  # a dataclass, say
+        for output in leaves:
             if isinstance(output, Tensor) and output.grad_fn is not None:
                 output.grad_fn.register_prehook(_Recall(self, use, batch))
 

@@ -4,13 +4,15 @@ take turns, and adapters change beside them: each call has its own adapters, or 
 import asyncio
 import contextlib
 import copy
+import dataclasses
 import gc
 import threading
 import weakref
 
 import pytest
 import torch
-from routed_models import NAMES, alone, llama, routed_with, tokens
+from routed_models import NAMES, alone, llama, routed_toy, routed_with, tokens
+from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import Routing, route
 
@@ -561,6 +563,29 @@ def test_the_garbage_collector_closes_streams_while_others_are_opened(routed):
     assert not thread.is_alive(), "it waits for itself"
     gc.collect()
     assert not routed._active.is_open
+
+
+def test_a_backward_finds_its_batch_by_outputs_in_an_object(files):
+    @dataclasses.dataclass
+    class Output:
+        logits: torch.Tensor
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(6, 6, dtype=torch.float64)
+
+        def forward(self, x):
+            return Output(checkpoint(lambda x: self.inner(x).tanh(), x, use_reentrant=False))
+
+    routed = routed_toy(Wrapped(), "inner")
+    x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    with routed.adapters("one"):
+        expected = torch.autograd.grad(routed.model(x).logits.square().sum(), x)
+    loss = routed.batch("one")(x).logits.square().sum()
+    with routed.adapters("two"):
+        routed.model(x)
+        torch.testing.assert_close(torch.autograd.grad(loss, x), expected)
 
 
 # --- replacing --------------------------------------------------------------------------------
