@@ -543,14 +543,18 @@ def test_the_garbage_collector_closes_streams_while_others_are_opened(routed):
     class Request:
         pass
 
+    def opened():
+        with routed.adapters("one"):
+            yield
+
     def serve():
         before = gc.get_threshold()
         gc.set_threshold(1, 1, 1)
         try:
-            for _ in range(100):
+            for _ in range(1000):
                 request = Request()
-                request.own, request.stream = request, stream(routed, "one", tokens(1, 1))
-                request.stream.send(None)
+                request.own, request.stream = request, opened()
+                next(request.stream)
                 del request
                 with routed.adapters("two"):
                     pass
