@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -187,3 +188,42 @@ def test_one_name_given_by_two_threads(files):
             expected = routed_with(files, outcomes[-1]).batch(outcomes[-1])(tokens(1, 3)).logits
         torch.testing.assert_close(logits, expected)
     assert len(outcomes) == 10
+
+
+class LetsOthersGoFirst:
+    """A lock whose release gives who waits for it a turn at once, as the system may."""
+
+    def __init__(self, lock) -> None:
+        self.lock, self._is_owned = lock, lock._is_owned
+
+    def __enter__(self):
+        self.lock.acquire()
+
+    def __exit__(self, *error):
+        self.lock.release()
+        time.sleep(0.05)
+
+
+@torch.no_grad()
+def test_a_change_that_fails_is_undone_before_others_have_their_turn(files):
+    routed, ids = routed_with(files, "one"), tokens(1, 3)
+    routed.slots._lock = LetsOthersGoFirst(routed.slots._lock)
+    began = threading.Event()
+
+    def load():
+        began.wait()
+        routed.load("two", files / "two")
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    with pytest.raises(Interrupt), routed.slots.change():
+        routed.load("last", files / "last")
+        began.set()
+        time.sleep(0.2)  # until it waits
+        raise Interrupt
+    thread.join()
+    expected = routed_with(files, "one", "two")
+    assert routed.names == expected.names
+    assert routed.model.state_dict().keys() == expected.model.state_dict().keys()
+    for name in routed.names:
+        torch.testing.assert_close(routed.batch(name)(ids).logits, expected.batch(name)(ids).logits)

@@ -260,20 +260,29 @@ class AdapterSlots:
         change = published = None
         try:
             with self._lock:
-                change = self._change = Change(self.current)
-                yield change
-                published = change.finish()
-                self.current = published
-                change.tell_banks(published)
-                self._change = None
+                try:
+                    change = self._change = Change(self.current)
+                    yield change
+                    published = change.finish()
+                    self.current = published
+                    change.tell_banks(published)
+                    self._change = None
+                except BaseException:  # before another thread has its turn
+                    self._revert(change)
+                    change = None
+                    raise
         except BaseException:
+            # Interrupted behind its end: whoever had a turn since has built on it, and it stays.
             with self._lock:
-                if change is not None:
-                    change.revert()
-                    if published is not None and self.current is published:
-                        self.current = change.before
-                self._change = None
+                if change is not None and self.current is published:
+                    self._revert(change)
             raise
+
+    def _revert(self, change: Change | None) -> None:
+        self._change = None
+        if change is not None:
+            self.current = change.before
+            change.revert()
 
     def join(self, bank: AdapterBank, version: BankVersion) -> None:
         """Count ``bank`` among those whose adapters keep their slots."""
