@@ -152,7 +152,8 @@ class ActiveAdapters:
             RuntimeError: there are adapters, and nobody has said which ones to use.
             ValueError: x's rows are not those of the names, or nothing is said of the layer's.
         """
-        if torch.compiler.is_compiling() and len(self._open) == 1:
+        # A generator's may be one that does not run now: a graph cannot see that.
+        if torch.compiler.is_compiling() and len(self._open) == 1 and not self._suspending:
             part = self._part(self._open[0].choice, place)
             if part.routing is not None:
                 return part.routing

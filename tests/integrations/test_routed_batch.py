@@ -265,6 +265,29 @@ def test_who_enters_for_a_generator_enters_its_frame(routed, how):
                 routed.model(ids)
 
 
+@torch.no_grad()
+def test_a_compiled_model_does_not_take_the_routing_of_a_stream_that_rests(routed):
+    ids, layer = tokens(1, 4), routed.model.model.layers[0].self_attn.q_proj
+    x = torch.randn(1, 4, 24, dtype=torch.float64)
+    expected = routed.batch("one").call(layer, x)
+    compiled = torch.compile(layer, backend="eager")
+    routing = Routing.from_sequences(["one"], 4, routed.slots)
+    assert torch.equal(routed.batch(routing).call(compiled, x), expected)
+
+    def opened():
+        with routed.adapters(routing):
+            while True:
+                yield compiled(x)
+
+    calls = opened()
+    for _ in range(2):
+        assert torch.equal(next(calls), expected)
+        with pytest.raises(RuntimeError, match="a generator that does not run"):
+            compiled(x)
+    calls.close()
+    assert_is("two", routed.batch("two")(ids).logits, ids)
+
+
 def test_contextlib_stands_for_the_frame_around_it(routed):
     ids = tokens(1, 4)
 
