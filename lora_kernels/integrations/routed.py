@@ -488,8 +488,8 @@ class RoutedModel:
     def _layers_with(
         self, name: str, version: ModelVersion | None = None
     ) -> dict[str, RoutedLoRALinear]:
-        self._check_known(name)
         version = version or self.slots.latest
+        self._check_known(name, version)
         layers = self._layers().items()
         return {module: each for module, each in layers if version.adapter_of(each.bank, name)}
 
@@ -525,9 +525,11 @@ class RoutedModel:
         if name in self.slots:
             raise ValueError(f"name: there is an adapter {name!r} already; remove it first")
 
-    def _check_known(self, name: str) -> None:
-        if name not in self.slots:
-            raise KeyError(f"no adapter {name!r} in the model; there are {self.names}")
+    def _check_known(self, name: str, version: ModelVersion | None = None) -> None:
+        names = (version or self.slots.latest).names
+        if name not in names:
+            known = sorted(names, key=names.__getitem__)
+            raise KeyError(f"no adapter {name!r} in the model; there are {known}")
 
     def _check_modules(self, names: Iterable[str]) -> None:
         """Raise for modules that cannot have adapters, naming all of them."""

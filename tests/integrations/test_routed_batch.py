@@ -615,6 +615,23 @@ def test_a_backward_finds_its_batch_by_outputs_in_an_object(files):
         torch.testing.assert_close(torch.autograd.grad(loss, x), expected)
 
 
+def test_a_name_that_comes_back_while_it_is_saved(routed, files, tmp_path, monkeypatch):
+    """Nothing is written of what the version that is saved does not have."""
+    known = type(routed)._check_known
+
+    def comes_back(self, *arguments):
+        if "one" not in self.names:
+            self.load("one", files / "one")
+        known(self, *arguments)
+
+    for read in (lambda: routed.save("one", tmp_path / "one"), lambda: routed.parameters_of("one")):
+        routed.remove("one")
+        with monkeypatch.context() as patched, pytest.raises(KeyError, match="no adapter 'one'"):
+            patched.setattr(type(routed), "_check_known", comes_back)
+            read()
+    assert not (tmp_path / "one").exists()
+
+
 # --- replacing --------------------------------------------------------------------------------
 
 
