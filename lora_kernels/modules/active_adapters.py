@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils import _pytree as pytree
 
-from lora_kernels.modules.batch_rows import forward_of
+from lora_kernels.modules.batch_rows import Forward, forward_of
 from lora_kernels.modules.choice import Batch, Choice, Generation, Part, Place
 from lora_kernels.ops.routed_lora import AdapterSlots, Routing
 from lora_kernels.ops.routed_lora.slots import BASE
@@ -66,6 +66,7 @@ class _Run(NamedTuple):
     use: _Use | None
     batch: Batch | None
     is_forward: bool = False  # of the whole model; else it is a handle's or ``generate``
+    forward: Forward | None = None  # what is known of it
 
 
 # What this thread or task has entered, and what it is computing, of any model; innermost last.
@@ -179,7 +180,8 @@ class ActiveAdapters:
                 f"{place.name}: this architecture computes [tokens, batch, features] there; pass "
                 "batch_dim=1 to route, or one name or a Routing to adapters"
             )
-        return batch.routing_for(part, x, axis, in_backward)
+        forward = next((run.forward for run in reversed(_runs.get()) if run.batch is batch), None)
+        return batch.routing_for(part, x, axis, forward, in_backward)
 
     def _part(self, choice: Choice, place: Place) -> Part:
         part = choice.part_for(place)
@@ -286,9 +288,7 @@ class ActiveAdapters:
         try:
             run = self._run()
         finally:  # a forward that cannot begin ends all the same
-            _runs.set((*_runs.get(), run._replace(is_forward=True)))
-        if run.batch is not None:
-            run.batch.begin_forward(forward)
+            _runs.set((*_runs.get(), run._replace(is_forward=True, forward=forward)))
 
     def _run(self) -> _Run:
         """What a call computes that begins now: the batch of the call around it, or a new one."""
@@ -314,10 +314,8 @@ class ActiveAdapters:
             return
         run = runs[at]
         _runs.set(runs[:at] + runs[at + 1 :])
-        if run.batch is not None:
-            run.batch.end_forward()
-            if not _in_backward():
-                self._mark(outputs, run.use, run.batch)
+        if run.batch is not None and not _in_backward():
+            self._mark(outputs, run.use, run.batch)
 
     def _is_traced(self) -> bool:
         """Whether the forward is in a graph, which has no use for its rows."""
@@ -345,7 +343,7 @@ class ActiveAdapters:
         if run.batch is None:
             yield
             return
-        batch = run.batch
+        run, batch = run._replace(is_forward=False), run.batch
         before, batch.generation = batch.generation, Generation()
         try:
             with _running(run):

@@ -247,18 +247,10 @@ class Batch:
             part.check_names(version)
         self.choice, self.version = choice, version
         self.generation: Generation | None = None
-        self._forwards: list[Forward | None] = []  # of the whole model, the innermost last
         self._found: dict[tuple, Runs] = {}  # by all that decides them
         self._computed: dict[tuple, set[Runs]] = {}  # by the input: a recomputation has no forward
         self._made: dict[tuple[Runs, torch.device], Routing] = {}
         self._given: dict[Part, tuple[int, Routing]] = {}  # and which filling it is
-
-    def begin_forward(self, forward: Forward | None) -> None:
-        self._forwards.append(forward)
-
-    def end_forward(self) -> None:
-        if self._forwards:
-            self._forwards.pop()
 
     def expand(self, rows: int | None, times: int) -> None:
         """The running ``generate`` repeats each of so many rows, so many times."""
@@ -280,9 +272,14 @@ class Batch:
             self._given[part] = filling, routing
         return routing
 
-    def routing_for(self, part: Part, x: Tensor, axis: int, in_backward: bool) -> Routing:
-        """The routing of a layer's input for the names of a part, one object for all layers."""
-        forward = self._forwards[-1] if self._forwards and part is self.choice.main else None
+    def routing_for(
+        self, part: Part, x: Tensor, axis: int, forward: Forward | None, in_backward: bool
+    ) -> Routing:
+        """The routing of a layer's input for the names of a part, one object for all layers.
+
+        forward: the one of the whole model that the layer is called in.
+        """
+        forward = forward if part is self.choice.main else None
         given = (x.shape[:-1], x.device, part, axis)
         if in_backward and forward is None:
             runs, version = self._recomputed(given)

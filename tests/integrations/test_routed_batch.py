@@ -3,6 +3,7 @@ take turns, and adapters change beside them: each call has its own adapters, or 
 
 import asyncio
 import contextlib
+import contextvars
 import copy
 import dataclasses
 import gc
@@ -111,6 +112,46 @@ def test_arguments_of_a_handle(routed):
         routed.batch("one", beams=1.5)
     with pytest.raises(ValueError, match="expected 2 rows on axis 0 for 2 names"):
         routed.batch(["one", "two"])(tokens(3, 4))
+
+
+@torch.no_grad()
+def test_threads_inside_of_one_call_have_a_forward_each(routed):
+    """Whose rows the tokens of a matrix are is known from the forward alone."""
+
+    class Flat(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(6, 6, dtype=torch.float64)
+            self.wait = lambda: None
+
+        def forward(self, x):
+            self.wait()
+            return self.inner(x.flatten(0, 1)).view_as(x)
+
+    routed, barrier, found = routed_toy(Flat(), "inner"), threading.Barrier(2, timeout=30), {}
+    inputs = {rows: torch.randn(rows, 6 // rows, 6, dtype=torch.float64) for rows in (2, 6)}
+    handle = routed.batch(["one", "two"], stacked=3)
+    expected = {rows: handle(x) for rows, x in inputs.items()}
+
+    def steps():
+        def call(rows, x):
+            with torch.no_grad():
+                found[rows] = routed.model(x)
+            barrier.wait()
+
+        threads = [
+            threading.Thread(target=contextvars.copy_context().run, args=(call, *each))
+            for each in inputs.items()
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    routed.model.wait = barrier.wait
+    handle.call(steps)
+    for rows, y in expected.items():
+        assert torch.equal(found[rows], y)
 
 
 # --- weights ---------------------------------------------------------------------------------
