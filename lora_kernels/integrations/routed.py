@@ -652,7 +652,11 @@ class RoutedBatch:
         return self.call(self.model, *args, **kwargs)
 
     def call(self, function: Callable, /, *args: Any, **kwargs: Any) -> Any:
-        """Any function that calls the model, such as its ``generate``, or computes a loss."""
+        """Any function that calls the model, such as its ``generate``, or computes a loss.
+
+        Raises:
+            TypeError: it returned a generator or a coroutine, which would compute later.
+        """
         with passing_by_refused(nullcontext(), self._layers):
             return self._active.call(self._choice, function, args, kwargs)
 

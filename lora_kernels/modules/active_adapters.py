@@ -137,6 +137,11 @@ class ActiveAdapters:
             batch = Batch(choice, self.slots.current)
             with _running(_Run(self, use, batch)):
                 result = function(*args, **kwargs)
+            if _is_later(result):
+                raise TypeError(
+                    f"call: expected a function that has computed when it returns, got a "
+                    f"{type(result).__name__}; call the handle inside of it"
+                )
             self._mark(result, use, batch)
         return result
 
@@ -421,6 +426,11 @@ def _generator_around(frame: FrameType | None) -> FrameType | None:
 
 def _is_contextlib(frame: FrameType | None) -> bool:
     return frame is not None and frame.f_globals.get("__name__") == "contextlib"
+
+
+def _is_later(result: Any) -> bool:
+    """Whether it computes only when somebody asks for more: a generator, or a coroutine."""
+    return inspect.isgenerator(result) or inspect.iscoroutine(result) or inspect.isasyncgen(result)
 
 
 def _in_backward() -> bool:

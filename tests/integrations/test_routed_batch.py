@@ -154,6 +154,19 @@ def test_threads_inside_of_one_call_have_a_forward_each(routed):
         assert torch.equal(found[rows], y)
 
 
+def test_a_handle_calls_nothing_that_computes_later(routed):
+    async def answer():
+        return routed.model(tokens(1, 4))
+
+    with routed.adapters("two"):
+        with pytest.raises(TypeError, match="has computed when it returns, got a generator"):
+            routed.batch("one").call(stream, routed, "one", tokens(1, 4))
+        coroutine = answer()
+        with pytest.raises(TypeError, match="has computed when it returns, got a coroutine"):
+            routed.batch("one").call(lambda: coroutine)
+        coroutine.close()
+
+
 # --- weights ---------------------------------------------------------------------------------
 
 
