@@ -47,7 +47,8 @@ class _Use:
         # A generator may stop in the midst, and others run: then it is theirs no more.
         self.frame = _generator_around(sys._getframe(1))
         if self.frame is None:
-            _uses.set((*_uses.get(), self))
+            # Others may have been closed by another thread or task, which does not reach these.
+            _uses.set((*(use for use in _uses.get() if use.is_open), self))
         self.is_open = True
         self.active.opened(self)
 

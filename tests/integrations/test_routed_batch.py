@@ -415,6 +415,22 @@ def test_asynchronous_streams_in_one_task(routed):
     asyncio.run(main())
 
 
+def test_what_another_thread_closes_is_not_kept(routed):
+    old = []
+    for _ in range(3):
+        stack = contextlib.ExitStack()
+        use = routed._active.use("one")
+        stack.enter_context(use)
+        old.append(weakref.ref(use))
+        del use
+        thread = threading.Thread(target=stack.close)
+        thread.start()
+        thread.join()
+        del stack
+    gc.collect()
+    assert [each() is None for each in old[:-1]] == [True, True]
+
+
 # --- versions ---------------------------------------------------------------------------------
 
 
