@@ -451,24 +451,16 @@ class RoutedModel:
             RuntimeError: some thread is inside of a ``with ...adapters(...)`` or of a call of a
                 handle: the layers would go from under its batch.
         """
-        self._check_idle()
-        with self.slots.change():
+        # Until it is published nobody may come in: a batch would read adapters without layers.
+        with self.slots.alone(), self._active.nobody_inside(), self.slots.change() as change:
             for name in self.names:
                 self._remove(name)
-        self._check_idle()  # whoever came in between read the adapters that were removed
-        with self.slots.change() as change:
             self._swap({layer: layer.base_layer for layer in self._layers().values()}, change)
+            change.on_undo(lambda: watch_calls(self.model, self._active))
             unwatch_calls(self.model)
             _holders.pop(self.model, None)
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-
-    def _check_idle(self) -> None:
-        if self._active.is_open:
-            raise RuntimeError(
-                "undo: a batch is being computed, or a `with ...adapters(...)` is open; call it "
-                "when there is none"
-            )
 
     def __repr__(self) -> str:
         return (

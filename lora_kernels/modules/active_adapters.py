@@ -266,6 +266,17 @@ class ActiveAdapters:
         """Whether somebody is inside of a use, in whatever thread."""
         return bool(self._open)
 
+    @contextmanager
+    def nobody_inside(self) -> Iterator[None]:
+        """Raise if somebody is inside of a use; who comes now has to wait."""
+        with self._lock:
+            if self._open:
+                raise RuntimeError(
+                    "undo: a batch is being computed, or a `with ...adapters(...)` is open; call "
+                    "it when there is none"
+                )
+            yield
+
     def opened(self, use: _Use) -> None:
         self._sort_out(use)
 

@@ -504,6 +504,40 @@ def test_layers_are_not_put_back_under_a_batch(routed):
 
 
 @torch.no_grad()
+def test_who_comes_while_layers_are_put_back_waits(routed, files, monkeypatch):
+    ids, remove, threads, found = tokens(1, 4), type(routed)._remove, [], []
+    handle, undone = routed.batch("one"), threading.Event()
+
+    def call():
+        with routed.adapters("__base__"):
+            undone.wait(timeout=1)
+        with pytest.raises(ValueError, match=r"got 'one' \(it was removed\)"):
+            handle(ids)
+        found.append("call")
+
+    def load():
+        routed.load("new", files / "last")
+        found.append("load")
+
+    def meanwhile(self, *arguments):
+        remove(self, *arguments)
+        if not threads and not self.names:
+            threads.extend(threading.Thread(target=target) for target in (call, load))
+            for thread in threads:
+                thread.start()
+                thread.join(timeout=0.1)
+
+    monkeypatch.setattr(type(routed), "_remove", meanwhile)
+    routed.undo()
+    undone.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == ["call", "load"]
+    assert routed.names == ["new"]
+    assert_is("last", routed.batch("new")(ids).logits, ids)
+
+
+@torch.no_grad()
 def test_a_batch_that_began_before_a_layer_had_adapters(files):
     routed, ids = routed_with(files, "one"), tokens(1, 4)
     expected = routed.batch("one")(ids).logits

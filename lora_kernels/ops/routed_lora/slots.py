@@ -11,7 +11,7 @@ import threading
 import weakref
 from bisect import insort
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -283,6 +283,10 @@ class AdapterSlots:
         if change is not None:
             self.current = change.before
             change.revert()
+
+    def alone(self) -> AbstractContextManager:
+        """No other thread changes adapters inside."""
+        return self._lock
 
     def join(self, bank: AdapterBank, version: BankVersion) -> None:
         """Count ``bank`` among those whose adapters keep their slots."""
