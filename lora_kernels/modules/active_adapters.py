@@ -77,6 +77,9 @@ _runs: ContextVar[tuple[_Run, ...]] = ContextVar("runs", default=())
 # What a backward has come by, by the backward. Weakly: one that fails does not say when it ends.
 _recalled: dict[int, list[ref[_Recall]]] = {}
 
+# What a thread has computed again last: the backward, whose model, and the batches.
+_recomputing: dict[int, tuple[int, ActiveAdapters, list[Batch]]] = {}
+
 
 class ActiveAdapters:
     """Hands the layers of one model the :class:`Routing` of the batch at hand.
@@ -234,6 +237,10 @@ class ActiveAdapters:
         recalled = _recalled.get(torch._C._current_graph_task_id(), ())
         alive = [recall for each in recalled if (recall := each()) is not None]
         found = [recall.batch for recall in alive if recall.active is self]
+        if found:
+            _recomputing[threading.get_ident()] = torch._C._current_graph_task_id(), self, found
+        else:
+            found = self._recomputed_around()
         if len({batch.choice.means(batch.version) for batch in found}) > 1:
             raise RuntimeError(
                 "checkpointed activations are computed again for a backward of batches with "
@@ -245,6 +252,12 @@ class ActiveAdapters:
         if batch is None and len(self._open) == 1:
             batch = self._open[0].loose()
         return [batch]
+
+    def _recomputed_around(self) -> list[Batch]:
+        """What this thread computes again in the backward around this one: a checkpoint inside of
+        a reentrant one has a backward of its own."""
+        task, active, batches = _recomputing.get(threading.get_ident(), (None, None, []))
+        return batches if active is self and task in _recalled else []
 
     def _nothing_said(self) -> str:
         names = list(self.slots)
@@ -405,12 +418,17 @@ class _Recall:
                 if not any(each() for each in recalls):  # it failed, and its graph is gone
                     _recalled.pop(other, None)
             _recalled[task] = []
-            torch.autograd.Variable._execution_engine.queue_callback(
-                lambda: _recalled.pop(task, None)
-            )
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: _forget_backward(task))
         known = (recall.batch for each in _recalled[task] if (recall := each()) is not None)
         if not any(batch is self.batch for batch in known):
             _recalled[task].append(ref(self))
+
+
+def _forget_backward(task: int) -> None:
+    _recalled.pop(task, None)
+    for thread, (other, _, _) in list(_recomputing.items()):
+        if other == task:
+            _recomputing.pop(thread, None)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ one of them: it reads one version of the model's adapters from its start to the 
 from __future__ import annotations
 
 import copy
-import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,7 +99,7 @@ def _row(what: str, said: object) -> Row:
             raise TypeError(
                 f"{what}: expected a number for {name!r}, got a {type(weight).__name__}"
             )
-        if not math.isfinite(weight):
+        if not abs(weight) <= torch.finfo(torch.float32).max:  # which they are kept in
             raise ValueError(f"{what}: expected a finite number for {name!r}, got {weight}")
     return tuple((name, float(weight)) for name, weight in said.items())
 
@@ -201,8 +200,9 @@ class Choice:
         """What it stands for in a version: equal where two compute the same."""
         names = sorted({name for part in self.parts() for name in part.names})
         slots = [version.names.get(name, -1) for name in names]
+        times = [(version.serials.get(slot, 0), version.edits.get(slot, 0)) for slot in slots]
         return (
-            tuple(zip(names, slots, [version.serials.get(slot, 0) for slot in slots], strict=True)),
+            tuple(zip(names, slots, times, strict=True)),
             tuple((part.what, part.every_row, part.rows) for part in self.parts()),
             tuple(id(part.routing) for part in self.parts()),
         )

@@ -322,6 +322,65 @@ def test_one_backward_of_checkpointed_batches(files, use_reentrant):
         gradients((handles[0], first), (handles[2], first))
 
 
+@pytest.mark.parametrize("outer", [True, False])
+@pytest.mark.parametrize("inner", [True, False])
+def test_checkpoints_inside_of_checkpoints(outer, inner):
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.checkpoints = nn.ModuleList(nn.Linear(6, 6) for _ in range(3)), True
+
+        def segment(self, x):
+            for layer in self.layers:
+                x = self.checkpoint(layer, x, inner).tanh()
+            return x
+
+        def checkpoint(self, function, x, use_reentrant):
+            if not self.checkpoints:
+                return function(x)
+            return torch.utils.checkpoint.checkpoint(function, x, use_reentrant=use_reentrant)
+
+        def forward(self, x):
+            return self.checkpoint(self.segment, x, outer).square()
+
+    routed = route(Nested())
+    for name in ("one", "two"):
+        routed.add(name, rank=2, alpha=4, target_modules=["0", "1", "2"], init_lora_weights=False)
+    handle, x = routed.batch("one"), torch.randn(4, 6)
+
+    def gradients(elsewhere: bool) -> list[torch.Tensor]:
+        inputs = x.clone().requires_grad_()
+        loss = handle(inputs).sum()
+        if elsewhere:
+            with routed.adapters("two"):
+                routed.model(x)
+                loss.backward()
+        else:
+            loss.backward()
+        found = [inputs.grad, *(p.grad for p in routed.parameters_of("one"))]
+        routed.model.zero_grad()
+        return found
+
+    routed.model.checkpoints = False
+    expected = gradients(False)
+    routed.model.checkpoints = True
+    for elsewhere in (False, True):
+        for actual, wanted in zip(gradients(elsewhere), expected, strict=True):
+            torch.testing.assert_close(actual, wanted)
+
+
+def test_one_backward_of_batches_that_differ_by_a_scaling(files):
+    routed = routed_with(files, "one", trainable=True)
+    routed.model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    routed.model.enable_input_require_grads()
+    handle, ids = routed.batch("one"), tokens(2, 7)
+    first = handle.call(loss_of, routed.model, ids)
+    for layer in routed._layers().values():
+        layer.bank["one"].scaling = 3.0
+    with pytest.raises(RuntimeError, match="batches with different adapters"):
+        (first + handle.call(loss_of, routed.model, ids)).backward()
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 @pytest.mark.parametrize("change", ["wider", "removed", "replaced"])
 def test_adapters_change_between_a_forward_and_what_its_backward_computes_again(

@@ -118,6 +118,16 @@ def test_replaced_data_is_not_followed_under_a_capture(captured):
     captured(bank)
 
 
+def test_data_that_is_replaced_between_a_forward_and_its_backward_raises():
+    """It is copied over what the backward would read."""
+    bank, x = bank_with("a"), torch.randn(2, K, requires_grad=True)
+    y = routed_lora(x, bank, Routing.from_sequences(["a"], 2, bank))
+    bank["a"].lora_a.data = torch.zeros(1, K)
+    routed_lora(x, bank, Routing.from_sequences(["a"], 2, bank))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_an_operator_that_gets_copies_of_its_arguments():
     """As torch's own checks give it: the adapters lie elsewhere then, and are found."""
     bank, x = bank_with("a", "b", reserve=None), torch.randn(4, K)

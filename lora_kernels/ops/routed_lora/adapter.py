@@ -58,8 +58,7 @@ class Adapter(nn.Module):
     @dropout_p.setter
     def dropout_p(self, value: float) -> None:
         check_dropout(value)
-        self._dropout_p = float(value)
-        self._tell("thresholds")
+        self._set("_dropout_p", float(value), "thresholds")
 
     @property
     def threshold(self) -> int:
@@ -70,7 +69,7 @@ class Adapter(nn.Module):
         """Dropout on or off."""
         changes = self.training != mode
         super().train(mode)
-        if changes:
+        if changes and self._dropout_p:
             self._tell("thresholds")
         return self
 
@@ -85,14 +84,23 @@ class Adapter(nn.Module):
     @scaling.setter
     def scaling(self, value: float | Tensor) -> None:
         check_scaling(value)
-        self._scaling = scaling_on(self._scaling.device, value)
-        self._tell("scaling")
+        self._set("_scaling", scaling_on(self._scaling.device, value), "scaling")
 
     def move_scaling(self, device: torch.device) -> None:
         """Follow the bank to another device. A number survives the meta device."""
         if device.type != "meta" and self._scaling.device != device:
             known = 0.0 if self._scaling.is_meta else self._scaling
             self._scaling = scaling_on(device, known)
+
+    def _set(self, name: str, value: object, what: str) -> None:
+        """Set an attribute that versions hold, or neither."""
+        before = getattr(self, name, value)
+        setattr(self, name, value)
+        try:
+            self._tell(what)
+        except BaseException:
+            setattr(self, name, before)
+            raise
 
     def _tell(self, what: str) -> None:
         bank = self._bank() if self._bank is not None else None

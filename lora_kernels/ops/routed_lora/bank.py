@@ -493,6 +493,8 @@ class AdapterBank(nn.Module):
         for bound, value, slab in zip(entry.bound, values, places, strict=True):
             _check_parameter(name, bound.parameter, slab)
             slab.copy_(value)
+            # A backward that is still to come would read the new values: it raises.
+            torch.autograd.graph.increment_version(bound.parameter)
         return self._entry(version, entry.adapter, entry.factors)
 
     def tensors(self) -> BankTensors:
@@ -511,6 +513,8 @@ class AdapterBank(nn.Module):
             entry = version.entry(adapter.slot)
             if entry is None or entry.adapter is not adapter:
                 return
+            edits = change.draft().edits
+            edits[adapter.slot] = edits.get(adapter.slot, 0) + 1
             if what == "scaling":
                 change.set_bank(self, version.with_scaling(adapter.slot))
             else:

@@ -29,6 +29,7 @@ class ModelVersion:
         names: slots by name.
         serials: how often a slot has lost its meaning, by slot.
         changes: the sum of all serials.
+        edits: how often an adapter's scaling or dropout was changed, by slot.
         capacity: how many slots there are.
         holes: free slots below one that is taken, ascending.
         settings: what was kept with a name, such as its configuration.
@@ -39,13 +40,14 @@ class ModelVersion:
         names: dict[str, int],
         serials: dict[int, int],
         changes: int,
+        edits: dict[int, int],
         capacity: int,
         holes: list[int],
         settings: dict[str, Any],
         banks: dict[int, BankVersion],
     ) -> None:
         self.names, self.serials, self.changes = names, serials, changes
-        self.capacity, self.holes, self.settings = capacity, holes, settings
+        self.edits, self.capacity, self.holes, self.settings = edits, capacity, holes, settings
         self._banks = banks
 
     def slot_of(self, name: str) -> int:
@@ -125,6 +127,7 @@ class Change:
                 dict(v.names),
                 dict(v.serials),
                 v.changes,
+                dict(v.edits),
                 v.capacity,
                 list(v.holes),
                 dict(v.settings),
@@ -187,7 +190,7 @@ class AdapterSlots:
             raise TypeError(f"capacity: expected an integer, got {type(capacity).__name__}")
         if capacity < 1:
             raise ValueError(f"capacity: expected at least 1, got {capacity}")
-        self.current = ModelVersion({}, {}, 0, capacity, [], {}, {})
+        self.current = ModelVersion({}, {}, 0, {}, capacity, [], {}, {})
         self._begin()
 
     def _begin(self) -> None:
@@ -240,7 +243,7 @@ class AdapterSlots:
 
     def __getstate__(self) -> dict:
         version = self.latest
-        names = "names", "serials", "changes", "capacity", "holes", "settings"
+        names = "names", "serials", "changes", "edits", "capacity", "holes", "settings"
         return {name: getattr(version, name) for name in names}
 
     def __setstate__(self, state: dict) -> None:
