@@ -171,6 +171,11 @@ class ActiveAdapters:
 
     def _routing_for(self, x: Tensor, place: Place) -> Routing | None:
         in_backward = _in_backward()
+        runs, uses = _runs.get(), _uses.get()
+        if runs and uses and runs[-1].use is uses[-1] and not in_backward and not self._suspending:
+            run = runs[-1]  # nearly always: a layer in a forward of its model
+            if run.active is self and run.batch is not None and run.use.is_open:
+                return self._routing_in(run.batch, x, place, run.forward, False)
         batches = self._recomputed_batches() if in_backward else [self._batch()]
         if batches == [None]:
             if not len(self.slots):
@@ -181,6 +186,12 @@ class ActiveAdapters:
         if len(batches) > 1:  # of equal adapters: whose input it was
             known = (b for b in batches if b.has_computed(b.choice.part_for(place), x, axis))
             batch = next(known, batch)
+        forward = next((run.forward for run in reversed(_runs.get()) if run.batch is batch), None)
+        return self._routing_in(batch, x, place, forward, in_backward)
+
+    def _routing_in(
+        self, batch: Batch, x: Tensor, place: Place, forward: Forward | None, in_backward: bool
+    ) -> Routing:
         part = self._part(batch.choice, place)
         if part.routing is not None:
             return batch.routing_given(part)
@@ -189,7 +200,7 @@ class ActiveAdapters:
                 f"{place.name}: this architecture computes [tokens, batch, features] there; pass "
                 "batch_dim=1 to route, or one name or a Routing to adapters"
             )
-        forward = next((run.forward for run in reversed(_runs.get()) if run.batch is batch), None)
+        axis = self.batch_dim if place.axis is None else place.axis
         return batch.routing_for(part, x, axis, forward, in_backward)
 
     def _part(self, choice: Choice, place: Place) -> Part:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import NamedTuple
@@ -71,9 +71,8 @@ class Part:
         else:
             self.rows = rows = tuple(_row(what, each) for each in said)
         self.names = frozenset(name for row in rows for name, _ in _pairs(row))
-        self.check_names(slots.latest, gone="")
 
-    def check_names(self, version: ModelVersion, gone: str = " (it was removed)") -> None:
+    def check_names(self, version: ModelVersion, gone: str) -> None:
         for name in self.names:
             if name not in version.names:
                 known = sorted(version.names, key=version.names.__getitem__)
@@ -143,12 +142,21 @@ class Choice:
         }
         self.asks_for_rows = any(part.rows is not None for part in self.parts())
         self.base_alone = all(part.routing is None and not part.names for part in self.parts())
+        self._checked: Callable[[], ModelVersion | None] = lambda: None
+        self.check(slots.latest, gone="")
         # Filled once, whatever version reads them; and what a recomputation finds again.
         self._routings: dict[tuple[Runs, torch.device], Routing] = {}
         self._computed: dict[tuple, list[tuple[Runs, weakref.ref[ModelVersion]]]] = {}
 
     def __repr__(self) -> str:
         return repr(self._said)
+
+    def check(self, version: ModelVersion, gone: str = " (it was removed)") -> None:
+        """Raise where a name is no adapter's in a version, or no layer has it."""
+        if self._checked() is not version:
+            for part in self.parts():
+                part.check_names(version, gone)
+            self._checked = weakref.ref(version)
 
     def parts(self) -> Iterator[Part]:
         yield self.main
@@ -243,11 +251,10 @@ class Batch:
     """
 
     def __init__(self, choice: Choice, version: ModelVersion) -> None:
-        for part in choice.parts():
-            part.check_names(version)
+        choice.check(version)
         self.choice, self.version = choice, version
         self.generation: Generation | None = None
-        self._found: dict[tuple, Runs] = {}  # by all that decides them
+        self._found: dict[tuple, Routing] = {}  # by all that decides them
         self._computed: dict[tuple, set[Runs]] = {}  # by the input: a recomputation has no forward
         self._made: dict[tuple[Runs, torch.device], Routing] = {}
         self._given: dict[Part, tuple[int, Routing]] = {}  # and which filling it is
@@ -287,15 +294,20 @@ class Batch:
                 return self.choice.routing_of(runs, x.device, version)
         else:
             key = (*given, forward, self.generation)
-            runs = self._found.get(key)
-            if runs is None:
-                runs = self._found[key] = self._runs(part, x, axis, forward)
-                self._computed.setdefault(given, set()).add(runs)
-                self.choice.remember(given, runs, self.version)
-        routing = self._made.get((runs, x.device))
+            if (routing := self._found.get(key)) is not None:
+                return routing
+            runs = self._runs(part, x, axis, forward)
+            self._computed.setdefault(given, set()).add(runs)
+            self.choice.remember(given, runs, self.version)
+            routing = self._found[key] = self._routing(runs, x.device)
+            return routing
+        return self._routing(runs, x.device)
+
+    def _routing(self, runs: Runs, device: torch.device) -> Routing:
+        routing = self._made.get((runs, device))
         if routing is None:
-            routing = self.choice.routing_of(runs, x.device, self.version)
-            self._made[runs, x.device] = routing
+            routing = self.choice.routing_of(runs, device, self.version)
+            self._made[runs, device] = routing
         return routing
 
     def _runs(self, part: Part, x: Tensor, axis: int, forward: Forward | None) -> Runs:

@@ -274,7 +274,7 @@ class _Call:
             dtype = result  # h is fp32 there, whatever x was: it says nothing about the call
         self.backend = dispatch.choose(backend, like.device, dtype).backend
         slots = self.slots = routing.trained_slots()
-        version = self.version = bank.version_for(routing.pinned, slots)
+        version = self.version = bank.version_for(routing.pinned, slots, routing.capacity)
         routing.check_current()
         self.bank = version.tensors(slots, routing.capacity)
         if version.device.type == "cuda" and not torch.compiler.is_compiling():

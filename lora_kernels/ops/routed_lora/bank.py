@@ -427,13 +427,17 @@ class AdapterBank(nn.Module):
     # --- for the operation --------------------------------------------------------------------
 
     def version_for(
-        self, model: ModelVersion | None = None, slots: tuple[int, ...] | None = None
+        self,
+        model: ModelVersion | None = None,
+        slots: tuple[int, ...] | None = None,
+        capacity: int = 0,
     ) -> BankVersion:
         """What a batch reads, after a look at whether the parameters that it uses still lie there.
 
         Args:
             model: the version that the batch began with; None for the current one.
             slots: of the adapters that it may use; None for all.
+            capacity: how many slots its routing knows; 0 for all.
         """
         if torch.compiler.is_compiling():
             return self.traced_version
@@ -441,10 +445,9 @@ class AdapterBank(nn.Module):
         version = model.of(self)
         if version is None:  # the bank came after the batch had begun
             return self._version_on(anchor(self.dtype, self.device))
-        for entry in version.entries_in(slots):
-            for bound in entry.bound:
-                if not bound.is_in_place():
-                    return self._follow_data(model, slots)
+        for kept_in, name, parameter, address in version.part(slots, capacity).bound:
+            if kept_in.get(name) is not parameter or parameter.data_ptr() != address:
+                return self._follow_data(model, slots)
         return version
 
     @_OUTSIDE_INFERENCE

@@ -106,8 +106,6 @@ class Routing:
         self._is_bound: Tensor | None = None  # [L + 1] bool: whether a slot is one of them
         self._used: tuple[int, ...] | None = None  # by the tokens, where that is known
         self._bind_adapters(model)
-        none = torch.full((0,), -1, dtype=torch.int64, device=self._built_on)
-        self._fill(model, none, 0, used=())
 
     def _model(self) -> ModelVersion:
         """The adapters that a filling refers to."""
@@ -151,6 +149,20 @@ class Routing:
             TypeError, ValueError: an argument does not fit, or ``adapters`` names one that there
                 is not.
         """
+        routing = Routing._with_room(max_tokens, bank, pairs_per_token, adapters, device)
+        none = torch.full((0,), -1, dtype=torch.int64, device=routing._built_on)
+        routing._fill(routing._model(), none, 0, used=())
+        return routing
+
+    @staticmethod
+    def _with_room(
+        max_tokens: int,
+        bank,
+        pairs_per_token: int,
+        adapters: Sequence[str] | None,
+        device: torch.device | str | None,
+    ) -> "Routing":
+        """One that is to be filled."""
         for name, value, least in (
             ("max_tokens", max_tokens, 0),
             ("pairs_per_token", pairs_per_token, 1),
@@ -187,7 +199,7 @@ class Routing:
         """
         ids = integers("ids", ids)
         device = device_for(ids, bank, device)
-        return Routing.empty(ids.numel(), bank, adapters=adapters, device=device).set_tokens_(ids)
+        return Routing._with_room(ids.numel(), bank, 1, adapters, device).set_tokens_(ids)
 
     @staticmethod
     def from_sequences(
@@ -205,7 +217,7 @@ class Routing:
             lengths: tokens of each sequence, or one number for all.
         """
         lengths = lengths_of(names, lengths)
-        routing = Routing.empty(sum(lengths), bank, adapters=adapters, device=device)
+        routing = Routing._with_room(sum(lengths), bank, 1, adapters, device)
         return routing.set_sequences_(names, lengths)
 
     @staticmethod
@@ -237,7 +249,7 @@ class Routing:
             num_tokens = int(offsets[-1]) if offsets.numel() else 0
         ids = integers("ids", ids)
         device = device_for(ids, bank, device)
-        routing = Routing.empty(num_tokens, bank, adapters=adapters, device=device)
+        routing = Routing._with_room(num_tokens, bank, 1, adapters, device)
         return routing.set_segments_(ids, offsets)
 
     @staticmethod
@@ -258,7 +270,7 @@ class Routing:
         if ids.ndim != 2 or ids.shape[1] < 1:
             raise ValueError(f"ids: expected [tokens, adapters per token], got {list(ids.shape)}")
         device = device_for(ids, bank, device)
-        routing = Routing.empty(ids.shape[0], bank, ids.shape[1], adapters=adapters, device=device)
+        routing = Routing._with_room(ids.shape[0], bank, ids.shape[1], adapters, device)
         return routing.set_weighted_(ids, weights)
 
     # --- filling ------------------------------------------------------------------------------

@@ -79,6 +79,22 @@ def table_rows(ranks: tuple[int, ...], factors: list[Tensor], storage: Tensor) -
     return rows
 
 
+class Part(NamedTuple):
+    """Some adapters of a version.
+
+    Attributes:
+        bound: their parameters.
+        tensors: as the backends take them.
+    """
+
+    bound: list[Bound]
+    tensors: BankTensors
+
+
+# Sets of adapters whose parts are kept: the micro-batches of a step take turns.
+_KEPT = 4
+
+
 class Reserved:
     """What a captured graph reads of a bank: an arena, and tables that stay where they are.
 
@@ -135,7 +151,7 @@ class BankVersion:
         self.slice_columns = shapes.slice_columns
         self.width = widest if reserved is None else reserved.max_rank
         self._entries: list[Entry] | None = None
-        self._everything: BankTensors | None = None
+        self._parts: dict[tuple, Part] = {}  # replaced, never changed
         self._resized: dict[int, SlotTables] = {}
         self._layouts = GradientLayouts(self)
 
@@ -191,11 +207,18 @@ class BankVersion:
                     "that what it reads stays where it is"
                 )
             return self._tensors(self.entries, self.reserved.tables)
-        if slots is not None or capacity not in (0, self.tables.slots):
-            return self._tensors(self.entries_in(slots), self._tables_of(capacity))
-        if self._everything is None:
-            self._everything = self._tensors(self.entries, self.tables)
-        return self._everything
+        return self.part(slots, capacity).tensors
+
+    def part(self, slots: tuple[int, ...] | None, capacity: int = 0) -> Part:
+        """The adapters in ``slots`` (None: all), for a routing of so many slots."""
+        key = slots, capacity
+        part = self._parts.get(key)
+        if part is None:
+            entries = self.entries_in(slots)
+            bound = [bound for entry in entries for bound in entry.bound]
+            part = Part(bound, self._tensors(entries, self._tables_of(capacity)))
+            self._parts = dict([*list(self._parts.items())[1 - _KEPT :], (key, part)])
+        return part
 
     def _tables_of(self, capacity: int) -> SlotTables:
         if capacity in (0, self.tables.slots):
