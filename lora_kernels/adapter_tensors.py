@@ -35,6 +35,7 @@ def by_module(
     """
     factors: dict[str, dict[str, Tensor]] = {}
     base_parameters, unknown, adapters = {}, [], set()
+    found: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if len(key) > _LONGEST_KEY:
             raise ValueError(
@@ -54,10 +55,10 @@ def by_module(
                 f"{where}: {key}: expected bfloat16, float16, float32 or float64, got "
                 f"{tensor.dtype}"
             )
-        if tensor.numel() and not math.isfinite(torch.linalg.vector_norm(tensor, math.inf)):
-            raise ValueError(f"{where}: {key}: expected finite values, got infinite or NaN ones")
+        found[key] = tensor
         adapters.add(match["adapter"])
         factors.setdefault(match["module"], {})[match["side"]] = tensor
+    _check_finite(found, where)
     if unknown:
         raise ValueError(
             f"{where}: expected {PREFIX}<module>.lora_A.weight and .lora_B.weight, got "
@@ -71,6 +72,20 @@ def by_module(
             f"{where}: expected one adapter, got keys lora_A.<adapter>.weight with {listed(names)}"
         )
     return factors, base_parameters
+
+
+def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Few calls for all: where threads serve beside it, each is waited for."""
+    for dtype in {tensor.dtype for tensor in tensors.values()}:
+        some = {key: t for key, t in tensors.items() if t.dtype == dtype and t.numel()}
+        if not some:
+            continue
+        largest = torch.stack(torch._foreach_norm(list(some.values()), math.inf)).tolist()
+        for key, value in zip(some, largest, strict=True):
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"{where}: {key}: expected finite values, got infinite or NaN ones"
+                )
 
 
 def _what(keys: Iterable[str]) -> str:

@@ -46,16 +46,17 @@ class SlotTables(NamedTuple):
         self, rows: dict[int, list[list[int]]], scalings: dict[int, Tensor]
     ) -> SlotTables:
         """These with adapters entered, by slot: the rows of their factors, and scalings ``[]``."""
-        factors, scaling = self.factors.clone(), self.scaling.clone()
-        if len(rows) == 1:
-            ((slot, entered),) = rows.items()
-            factors[slot].copy_(torch.tensor(entered, device="cpu"))
-        elif rows:
-            entered = torch.tensor(list(rows.values()), device="cpu").to(factors.device)
-            factors[torch.tensor(list(rows), device=factors.device)] = entered
-        for slot, number in scalings.items():
-            scaling[slot].copy_(number)
-        return self._replace(factors=factors, scaling=scaling)
+        if not rows:
+            return self
+        device, slots = self.factors.device, list(rows)
+        index = torch.tensor(slots, device=device)
+        entered = torch.tensor(list(rows.values()), device=device)
+        numbers = [scalings[slot] for slot in slots]
+        numbers = numbers[0].view(1) if len(numbers) == 1 else torch.stack(numbers)
+        return self._replace(
+            factors=self.factors.index_copy(0, index, entered),
+            scaling=self.scaling.index_copy(0, index, numbers.to(self.scaling)),
+        )
 
     @torch.no_grad()
     def with_scaling(self, slot: int, scaling: Tensor) -> SlotTables:
@@ -75,10 +76,11 @@ class SlotTables(NamedTuple):
     @torch.no_grad()
     def without(self, slot: int) -> SlotTables:
         """These with zeros for an adapter that does not drop."""
-        factors, scaling = self.factors.clone(), self.scaling.clone()
-        factors[slot].zero_()
-        scaling[slot].zero_()
-        return self._replace(factors=factors, scaling=scaling)
+        index = torch.tensor([slot], device=self.factors.device)
+        return self._replace(
+            factors=self.factors.index_fill(0, index, 0),
+            scaling=self.scaling.index_fill(0, index, 0),
+        )
 
     @torch.no_grad()
     def resized(self, slots: int) -> SlotTables:
