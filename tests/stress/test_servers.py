@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from servers import LOADS_PER_SECOND, Server
+from servers import Server
 
 from lora_kernels.ops.routed_lora import slots
 
@@ -22,12 +22,17 @@ def test_answers_beside_a_loader(server):
     quiet = server.run(min(3.0, SECONDS), changes=False)
     assert not quiet.wrong
     report = server.run(SECONDS)
-    print(f"quiet: {quiet.rate:.0f} answers a second; beside changes: {report}")
+    later = server.run(min(3.0, SECONDS), changes=False)
+    rate = (quiet.answers + later.answers) / (quiet.seconds + later.seconds)
+    print(
+        f"quiet: {rate:.0f} answers a second; beside changes {report.rate:.0f}, "
+        f"{report.loads / report.seconds:.1f} loads: {report}"
+    )
     assert not report.wrong, report.wrong[:5]
     assert report.loads and report.replaced and report.removed
     if ALONE:
-        assert report.loads / report.seconds >= 0.8 * LOADS_PER_SECOND >= 20
-        assert report.rate >= 0.5 * quiet.rate
+        assert report.loads / report.seconds >= 20
+        assert report.rate >= 0.5 * rate
     if not SANITIZED:
         assert report.memory < 8 << 20
 
