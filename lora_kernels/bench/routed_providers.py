@@ -177,6 +177,7 @@ def ours(inputs: RoutedInputs, case: RoutedCase, backend: str = "auto") -> Route
         added = bank.add(f"adapter{adapter}", a, b, inputs.scaling[adapter])
         leaves += [factor for pair in added.factors() for factor in pair]
     bank.requires_grad_(case.train).train(case.train)
+    bank.reserve()  # a GPU's calls are captured
     names = [f"adapter{i}" for i in case.adapter_of_row[:: case.tokens]]
     routing = Routing.from_sequences(names, case.tokens, bank)
 

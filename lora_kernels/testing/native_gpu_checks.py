@@ -186,6 +186,7 @@ def routed_graph(target: Target) -> None:
                              with_weight=False), "cuda",
     )  # fmt: skip
     bank = problem.bank().requires_grad_(False)
+    bank.reserve()
     routing = Routing.empty(48, bank).set_tokens_(problem.ids[:, 0])
     out = torch.empty_like(problem.dy)
 

@@ -237,6 +237,7 @@ def captured_graph_replays_other_routings(target: Target) -> None:
             RoutedProblem.random(some_ids(tokens, 6), RANKS, 264, 136, dtype=BF16), "cuda"
         )
         bank = problem.bank()
+        bank.reserve()
         routing = Routing.empty(tokens, bank).set_tokens_(problem.ids[:, 0].cuda())
         x = problem.x.clone().requires_grad_()
         leaves = [x, *bank.parameters()]

@@ -54,6 +54,16 @@ def test_only_reserved_banks_are_captured(captured):
     assert captured(bank_with("a")).width == 8
 
 
+def test_reserved_for_what_there_is(captured):
+    bank = bank_with("a", "b", "c", reserve=None)
+    bank.reserve()
+    assert captured(bank).width == 3
+    with pytest.raises(RuntimeError, match="rank 4 is above max_rank 3"):
+        bank.add("d", *factors(4), 1.0)
+    with pytest.raises(ValueError, match="rank_capacity: expected at least 1, got 0"):
+        AdapterBank(K, N).reserve()
+
+
 @pytest.mark.parametrize("change", ["added", "removed", "again", "scaled", "dropped", "slots"])
 def test_a_replay_follows_where_a_routing_is_filled(captured, change):
     slots = AdapterSlots(4)

@@ -313,12 +313,13 @@ class AdapterBank(nn.Module):
         return self.slots.latest.of(self)
 
     @_OUTSIDE_INFERENCE
-    def reserve(self, rank_capacity: int, max_rank: int | None = None) -> None:
+    def reserve(self, rank_capacity: int | None = None, max_rank: int | None = None) -> None:
         """Keep all adapters, now and later, in memory that stays where it is: only such a bank can
         be captured in a CUDA graph. Graphs that were captured before must be captured again.
 
         Args:
-            rank_capacity: the sum of the adapters' ranks (over slices) that there is room for.
+            rank_capacity: the sum of the adapters' ranks (over slices) that there is room for; None
+                for what there is now, the widest adapter's included.
             max_rank: of one adapter, None for rank_capacity: h gets a column for each, so a smaller
                 number saves memory and, where the widest adapter is far below it, a little time.
 
@@ -329,11 +330,14 @@ class AdapterBank(nn.Module):
             TypeError, ValueError: an argument is no number of at least 1, or there is an adapter of
                 a higher rank.
         """
-        _check_size("rank_capacity", rank_capacity)
         with self.slots.change():
             version = self._latest
             ranks = [entry.rank for entry in version.entries]
             widest = max(ranks, default=0)
+            if rank_capacity is None:
+                rank_capacity = sum(ranks)
+                max_rank = widest if max_rank is None else max_rank
+            _check_size("rank_capacity", rank_capacity)
             max_rank = max(rank_capacity, widest) if max_rank is None else max_rank
             _check_size("max_rank", max_rank)
             if widest > max_rank:
