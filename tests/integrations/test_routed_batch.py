@@ -883,3 +883,24 @@ def test_a_forward_that_cannot_begin_leaves_the_one_around_it_alone(routed):
         expected = routed.batch(["one", "two"])(ids).logits
         block.mlp = Changes(block.mlp, inner)
         assert torch.equal(routed.batch(["one", "two"])(ids).logits, expected)
+
+
+def test_a_copy_beside_a_change_is_whole_or_an_error(routed, files, monkeypatch):
+    layers = list(routed._layers().values())
+    copied = copy.deepcopy(routed.model)
+    for change in (lambda: routed.load("new", files / "two"), lambda: routed.remove("new")):
+        state = type(layers[2].bank).__getstate__
+
+        def beside(bank, change=change, state=state):
+            if bank is layers[2].bank:
+                monkeypatch.undo()
+                change()
+            return state(bank)
+
+        monkeypatch.setattr(type(layers[2].bank), "__getstate__", beside)
+        with pytest.raises(RuntimeError, match="copied while adapters were loaded, changed or rem"):
+            copy.deepcopy(routed.model)
+    ids = tokens(1, 3)
+    with torch.no_grad():
+        for model in (copied, copy.deepcopy(routed.model), copy.deepcopy(copied)):
+            assert_is("one", route(model).batch("one")(ids).logits, ids)

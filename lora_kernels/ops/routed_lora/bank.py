@@ -550,12 +550,17 @@ class AdapterBank(nn.Module):
         reserved = version.reserved
         kept = None if reserved is None else (reserved.arena.size, reserved.max_rank)
         state = {name: value for name, value in self.__dict__.items() if name != "traced_version"}
-        return {**state, "_kind": (version.dtype, version.device, kept)}
+        return {**state, "_kind": (version.dtype, version.device, kept, self.slots.latest.number)}
 
     @_OUTSIDE_INFERENCE
     def __setstate__(self, state: dict) -> None:
-        dtype, device, kept = state.pop("_kind")
+        dtype, device, kept, number = state.pop("_kind")
         super().__setstate__(state)
+        if number != self.slots.number_copied:
+            raise RuntimeError(
+                "the model was copied while adapters were loaded, changed or removed beside it: "
+                "the copy would have parts of both; copy it again"
+            )
         kinds = {(p.dtype, p.device) for p in self.parameters()}
         if len(kinds) == 1:
             dtype, device = kinds.pop()

@@ -33,6 +33,7 @@ class ModelVersion:
         capacity: how many slots there are.
         holes: free slots below one that is taken, ascending.
         settings: what was kept with a name, such as its configuration.
+        number: of the version.
     """
 
     def __init__(
@@ -45,10 +46,11 @@ class ModelVersion:
         holes: list[int],
         settings: dict[str, Any],
         banks: dict[int, BankVersion],
+        number: int = 0,
     ) -> None:
         self.names, self.serials, self.changes = names, serials, changes
         self.edits, self.capacity, self.holes, self.settings = edits, capacity, holes, settings
-        self._banks = banks
+        self._banks, self.number = banks, number
 
     def slot_of(self, name: str) -> int:
         """The slot of ``name``; -1 for ``"__base__"``."""
@@ -132,6 +134,7 @@ class Change:
                 list(v.holes),
                 dict(v.settings),
                 self._banks,
+                v.number + 1,
             )
         return self._draft
 
@@ -191,6 +194,7 @@ class AdapterSlots:
         if capacity < 1:
             raise ValueError(f"capacity: expected at least 1, got {capacity}")
         self.current = ModelVersion({}, {}, 0, {}, capacity, [], {}, {})
+        self.number_copied = 0  # of the version that this is a copy of
         self._begin()
 
     def _begin(self) -> None:
@@ -243,11 +247,12 @@ class AdapterSlots:
 
     def __getstate__(self) -> dict:
         version = self.latest
-        names = "names", "serials", "changes", "edits", "capacity", "holes", "settings"
+        names = "names", "serials", "changes", "edits", "capacity", "holes", "settings", "number"
         return {name: getattr(version, name) for name in names}
 
     def __setstate__(self, state: dict) -> None:
         self.current = ModelVersion(**state, banks={})
+        self.number_copied = self.current.number
         self._begin()
 
     # --- changing -----------------------------------------------------------------------------
