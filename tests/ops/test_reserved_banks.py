@@ -2,6 +2,7 @@
 were when it was captured, at the addresses that they had."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,6 +137,19 @@ def test_data_that_is_replaced_between_a_forward_and_its_backward_raises():
     routed_lora(x, bank, Routing.from_sequences(["a"], 2, bank))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_memory_is_kept_for_every_stream_that_reads_it(monkeypatch):
+    """Once for each: the allocator looks at what is enqueued when the memory is given back."""
+    noted, streams = [], {number: SimpleNamespace(stream_id=number) for number in (0, 7)}
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, s: noted.append((t.data_ptr(), s)))
+    version = bank_with("a", "b", reserve=None).version_for()
+    for number in (0, 7, 0, 7):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _, n=number: streams[n])
+        version.note_stream((1,))
+    (entry,) = version.entries_in((1,))
+    read = [*version.tables, entry.factors[0]]
+    assert noted == [(each.data_ptr(), streams[number]) for number in (0, 7) for each in read]
 
 
 def test_an_operator_that_gets_copies_of_its_arguments():

@@ -152,6 +152,7 @@ class BankVersion:
         self.width = widest if reserved is None else reserved.max_rank
         self._entries: list[Entry] | None = None
         self._parts: dict[tuple, Part] = {}  # replaced, never changed
+        self._noted: set[tuple[int, int | None]] = set()  # streams, and slots that they read
         self._resized: dict[int, SlotTables] = {}
         self._layouts = GradientLayouts(self)
 
@@ -261,8 +262,12 @@ class BankVersion:
             self.reserved.arena.note_reader()
             return
         stream = torch.cuda.current_stream(self.device)
-        for tensor in (*self.tables, *(e.factors[0] for e in self.entries_in(slots))):
-            tensor.record_stream(stream)
+        for entry in (None, *self.entries_in(slots)):
+            key = stream.stream_id, None if entry is None else entry.slot
+            if key not in self._noted:
+                self._noted.add(key)
+                for tensor in self.tables if entry is None else entry.factors[:1]:
+                    tensor.record_stream(stream)
 
     # --- the next one -------------------------------------------------------------------------
 
