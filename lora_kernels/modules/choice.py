@@ -21,6 +21,7 @@ from lora_kernels.ops.routed_lora import AdapterSlots, Routing
 from lora_kernels.ops.routed_lora.slots import BASE, ModelVersion, Pinned
 
 _KEPT = 64  # shapes of inputs that routings are kept for
+_MANY = 1024  # those that one batch keeps
 
 
 @dataclass(frozen=True)
@@ -296,6 +297,10 @@ class Batch:
             key = (*given, forward, self.generation)
             if (routing := self._found.get(key)) is not None:
                 return routing
+            if (
+                len(self._found) >= _MANY
+            ):  # in a `with` that stays open, layers called by themselves
+                self._found, self._computed, self._made = {}, {}, {}
             runs = self._runs(part, x, axis, forward)
             self._computed.setdefault(given, set()).add(runs)
             self.choice.remember(given, runs, self.version)
