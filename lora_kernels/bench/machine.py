@@ -17,8 +17,9 @@ def versions() -> dict[str, str | None]:
     """Installed versions; None for what is not installed."""
     # Triton has been published under several names; all of them are imported as triton.
     spellings = {"triton": ("triton", "pytorch-triton", "triton-windows")}
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("torch", "triton", "transformers", "peft"):
+    # What torch says of itself names its build (+cpu, +cu128), its package's metadata may not.
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for name in ("triton", "transformers", "peft"):
         known = (_version(spelling) for spelling in spellings.get(name, (name,)))
         found[name] = next(filter(None, known), None)
     return found
