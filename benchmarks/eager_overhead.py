@@ -1,12 +1,13 @@
 """Time of eager calls, of two source trees in turn: what a change costs.
 
-    python benchmarks/eager_overhead.py OLD NEW [--what layer|mixed] [--rounds 60]
+    python benchmarks/eager_overhead.py OLD NEW [--what layer|host|mixed] [--rounds 60]
 
 OLD and NEW are checkouts with the compiled extension beside the package. A process of each runs the
 same calls, one thread, turn by turn; a figure is the median over the rounds of (microseconds of a
 call, the lower quartile within a round), and the difference the median of the rounds' differences.
 
-layer: 64 tokens, 96 to 48, rank 8, bf16, forward and backward: little but host time. mixed: batches
+layer: 64 tokens, 96 to 48, rank 8, bf16, forward and backward: little but host time, where the CPU
+multiplies bf16. host: 2 tokens in fp32, little but host time everywhere. mixed: batches
 of many adapters over one layer of 1024 x 1024 and through a routed model, fp32, rank 16.
 """
 
@@ -17,27 +18,28 @@ import subprocess
 import sys
 from statistics import median, quantiles
 
-CALLS = {"layer": 200, "mixed": 30}
+CALLS = {"layer": 200, "host": 200, "mixed": 30}
 
 
-def layer_calls() -> dict:
+def layer_calls(tokens: int, dtype: str) -> dict:
     import torch
     from peft import LoraConfig, get_peft_model
     from torch import nn
 
     from lora_kernels import LoRALinear, accelerate, lora_linear
 
-    x = torch.randn(64, 96).bfloat16().requires_grad_()
-    linear = nn.Linear(96, 48, bias=False).bfloat16().requires_grad_(False)
-    a, b = (torch.randn(s).bfloat16().requires_grad_() for s in ((8, 96), (48, 8)))
-    layer = LoRALinear.from_linear(linear, rank=8, alpha=16, adapter_dtype=torch.bfloat16)
-    model = nn.ModuleDict({"q": nn.Linear(96, 48, bias=False).bfloat16()})
+    made = {"dtype": getattr(torch, dtype)}
+    x = torch.randn(tokens, 96, **made).requires_grad_()
+    linear = nn.Linear(96, 48, bias=False, **made).requires_grad_(False)
+    a, b = (torch.randn(s, **made).requires_grad_() for s in ((8, 96), (48, 8)))
+    layer = LoRALinear.from_linear(linear, rank=8, alpha=16, adapter_dtype=made["dtype"])
+    model = nn.ModuleDict({"q": nn.Linear(96, 48, bias=False, **made)})
     model = get_peft_model(
         model, LoraConfig(r=8, lora_alpha=16, target_modules=["q"]), autocast_adapter_dtype=False
     )
     accelerate(model)
     peft_layer = model.base_model.model["q"]
-    scaling, dy = torch.tensor(2.0, dtype=torch.float64), torch.randn(64, 48).bfloat16()
+    scaling, dy = torch.tensor(2.0, dtype=torch.float64), torch.randn(tokens, 48, **made)
     calls = {
         "frozen": lambda: linear(x),
         "function, number": lambda: lora_linear(x, linear.weight, a, b, 2.0),
@@ -103,7 +105,11 @@ def worker(what: str) -> None:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    calls = {"layer": layer_calls, "mixed": mixed_calls}[what]()
+    calls = {
+        "layer": lambda: layer_calls(64, "bfloat16"),
+        "host": lambda: layer_calls(2, "float32"),
+        "mixed": mixed_calls,
+    }[what]()
     for _ in sys.stdin:
         figures = {}
         for name, call in calls.items():
