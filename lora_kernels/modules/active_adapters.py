@@ -146,7 +146,7 @@ class ActiveAdapters:
                     f"call: expected a function that has computed when it returns, got a "
                     f"{type(result).__name__}; call the handle inside of it"
                 )
-            self._mark(result, use, batch)
+            self._mark(result, batch)
         return result
 
     # --- what layers ask ----------------------------------------------------------------------
@@ -285,11 +285,6 @@ class ActiveAdapters:
             "in there too"
         )
 
-    @property
-    def is_open(self) -> bool:
-        """Whether somebody is inside of a use, in whatever thread."""
-        return bool(self._open)
-
     @contextmanager
     def nobody_inside(self) -> Iterator[None]:
         """Raise if somebody is inside of a use; who comes now has to wait."""
@@ -356,7 +351,7 @@ class ActiveAdapters:
         run = runs[at]
         _runs.set(runs[:at] + runs[at + 1 :])
         if run.batch is not None and not _in_backward():
-            self._mark(outputs, run.use, run.batch)
+            self._mark(outputs, run.batch)
 
     def _is_traced(self) -> bool:
         """Whether the forward is in a graph, which has no use for its rows."""
@@ -366,16 +361,16 @@ class ActiveAdapters:
             and not self._open[0].choice.asks_for_rows
         )
 
-    def _mark(self, outputs: Any, use: _Use | None, batch: Batch) -> None:
+    def _mark(self, outputs: Any, batch: Batch) -> None:
         """Let a backward from these outputs find the batch."""
-        if not torch.is_grad_enabled() or outputs is None or use is None:
+        if not torch.is_grad_enabled() or outputs is None:
             return
         leaves = pytree.tree_leaves(outputs)
         for leaf in [leaf for leaf in leaves if not isinstance(leaf, (Tensor, type, Module))]:
             leaves += pytree.tree_leaves(getattr(leaf, "__dict__", None))  # a dataclass, say
         for output in leaves:
             if isinstance(output, Tensor) and output.grad_fn is not None:
-                output.grad_fn.register_prehook(_Recall(self, use, batch))
+                output.grad_fn.register_prehook(_Recall(self, batch))
 
     @contextmanager
     def generation(self) -> Iterator[None]:
@@ -419,8 +414,8 @@ class ActiveAdapters:
 class _Recall:
     """Stands before a node of autograd's graph, and tells its backward of the batch."""
 
-    def __init__(self, active: ActiveAdapters, use: _Use, batch: Batch) -> None:
-        self.active, self.use, self.batch = active, use, batch
+    def __init__(self, active: ActiveAdapters, batch: Batch) -> None:
+        self.active, self.batch = active, batch
 
     def __call__(self, gradients: tuple) -> None:
         task = torch._C._current_graph_task_id()

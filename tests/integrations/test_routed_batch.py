@@ -693,7 +693,7 @@ def test_the_garbage_collector_closes_streams_while_others_are_opened(routed):
     thread.join(timeout=20)
     assert not thread.is_alive(), "it waits for itself"
     gc.collect()
-    assert not routed._active.is_open
+    assert not routed._active._open
 
 
 def test_a_backward_finds_its_batch_by_outputs_in_an_object(files):

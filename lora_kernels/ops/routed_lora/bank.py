@@ -317,14 +317,14 @@ class AdapterBank(nn.Module):
         """Keep all adapters, now and later, in memory that stays where it is: only such a bank can
         be captured in a CUDA graph. Graphs that were captured before must be captured again.
 
+        A captured graph sees adapters that were added, replaced or removed, and other scalings,
+        from the next filling of a routing on (``Routing.set_...``, in the stream that replays it).
+
         Args:
             rank_capacity: the sum of the adapters' ranks (over slices) that there is room for; None
                 for what there is now, the widest adapter's included.
             max_rank: of one adapter, None for rank_capacity: h gets a column for each, so a smaller
                 number saves memory and, where the widest adapter is far below it, a little time.
-
-        A captured graph sees adapters that were added, replaced or removed, and other scalings,
-        from the next filling of a routing on (``Routing.set_...``, in the stream that replays it).
 
         Raises:
             TypeError, ValueError: an argument is no number of at least 1, or there is an adapter of
