@@ -105,7 +105,7 @@ class Toolkit:
 
     @property
     def described(self) -> str:
-        """What the extension was built for, as lora_kernels/native_cuda.py reads it."""
+        """What the extension was built for, as lora_kernels/runtime/cuda_extension.py reads it."""
         return " ".join([f"cuda_{self.version}", *map("sm_{}".format, self.archs),
                          f"compute_{self.ptx}"])  # fmt: skip
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from lora_kernels import AdapterBank, AdapterSlots, Routing, route, routed_lora_linear
-from lora_kernels.bench.machine import meta
+from lora_kernels.measuring.machine import meta
 
 WIDTH, RANK, NAMES = 2048, 8, [f"n{index}" for index in range(8)]
 

@@ -1,4 +1,4 @@
-// The dtypes of tensors, numbered as lora_kernels/native.py does.
+// The dtypes of tensors, numbered as lora_kernels/runtime/cpu_extension.py does.
 #pragma once
 
 #include <cstdint>

@@ -5,12 +5,12 @@ Importing this package needs torch and nothing else: no GPU, no Triton, no PEFT,
 
 from typing import TYPE_CHECKING
 
-from lora_kernels.explanation import explain
 from lora_kernels.integrations.routed import route
-from lora_kernels.modules import LoRAEmbedding, LoRALinear, RoutedLoRALinear
-from lora_kernels.ops.lora_linear import lora_linear
-from lora_kernels.ops.lora_weight_norm import lora_weight_norm
-from lora_kernels.ops.routed_lora import (
+from lora_kernels.nn import LoRAEmbedding, LoRALinear, RoutedLoRALinear
+from lora_kernels.ops import explain
+from lora_kernels.ops.linear import lora_linear
+from lora_kernels.ops.norm import lora_weight_norm
+from lora_kernels.ops.routed import (
     AdapterBank,
     AdapterSlots,
     Routing,

@@ -43,8 +43,8 @@ def main(argv: list[str] | None = None) -> int:
 def doctor() -> list[str]:
     """What a user in trouble, or a bug report, needs to know; as lines of text."""
     import lora_kernels
-    from lora_kernels import native, native_cuda
-    from lora_kernels.bench import machine
+    from lora_kernels.measuring import machine
+    from lora_kernels.runtime import cpu_extension, cuda_extension
 
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
@@ -52,8 +52,8 @@ def doctor() -> list[str]:
     lines += [
         f"{name:<13} {version or 'not installed'}" for name, version in machine.versions().items()
     ]
-    lines.append(f"{'extension':<13} {native.status()}")
-    first, *more = native_cuda.status().splitlines()
+    lines.append(f"{'extension':<13} {cpu_extension.status()}")
+    first, *more = cuda_extension.status().splitlines()
     lines += [f"{'CUDA kernels':<13} {first}", *(" " * 14 + line for line in more)]
     override = os.environ.get("LORA_KERNELS_BACKEND")
     lines.append(f"LORA_KERNELS_BACKEND  {override or 'not set: auto decides'}")
@@ -65,7 +65,7 @@ def doctor() -> list[str]:
 
 
 def _describe(device: torch.device) -> str:
-    from lora_kernels.bench import machine
+    from lora_kernels.measuring import machine
 
     if device.type == "cpu":
         features = " ".join(machine.cpu_features()) or "none of those asked for"
@@ -78,7 +78,7 @@ def _describe(device: torch.device) -> str:
 
 
 def _backends(device: torch.device) -> list[str]:
-    from lora_kernels import dispatch
+    from lora_kernels.runtime import dispatch
 
     reasons = {name: dispatch.unavailable(name, device) for name in dispatch.BACKENDS}
     return [f"  {name:<10} {reason or 'available'}" for name, reason in reasons.items()]

@@ -14,14 +14,14 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lora_kernels.adapter_files import (
+from lora_kernels.files.adapters import (
     ModuleAdapter,
     load_adapter,
     read_adapter,
     save_adapter,
     write_adapter,
 )
-from lora_kernels.ops.routed_lora import AdapterBank, AdapterSlots, Routing, routed_lora
+from lora_kernels.ops.routed import AdapterBank, AdapterSlots, Routing, routed_lora
 
 
 class Block(nn.Module):

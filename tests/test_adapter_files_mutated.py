@@ -12,8 +12,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_kernels import adapter_directory, adapter_patterns
-from lora_kernels.adapter_files import ModuleAdapter, read_adapter, write_adapter
+from lora_kernels.files import directory as adapter_directory
+from lora_kernels.files import patterns as adapter_patterns
+from lora_kernels.files.adapters import ModuleAdapter, read_adapter, write_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEYS = [

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lora_kernels import adapter_patterns, route
-from lora_kernels.adapter_config import check_config, idle_patterns, ranks_and_scalings, targeted
-from lora_kernels.adapter_files import ModuleAdapter, read_adapter, write_adapter
-from lora_kernels.adapter_patterns import Allowance, EndPatterns, match
+from lora_kernels import route
+from lora_kernels.files import patterns as adapter_patterns
+from lora_kernels.files.adapters import ModuleAdapter, read_adapter, write_adapter
+from lora_kernels.files.config import check_config, idle_patterns, ranks_and_scalings, targeted
+from lora_kernels.files.patterns import Allowance, EndPatterns, match
 
 CONFIG = "adapter_config.json"
 STRANGE = r"([a-z_.0-9]+)+!"

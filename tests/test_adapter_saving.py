@@ -15,8 +15,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lora_kernels import adapter_directory
-from lora_kernels.adapter_files import ModuleAdapter, read_adapter, write_adapter
+from lora_kernels.files import directory as adapter_directory
+from lora_kernels.files.adapters import ModuleAdapter, read_adapter, write_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -58,7 +58,7 @@ def in_threads(*loops) -> list[BaseException]:
 
 SAVER = """
 import sys, torch
-from lora_kernels.adapter_files import write_adapter
+from lora_kernels.files.adapters import write_adapter
 number = 1
 print("ready", flush=True)
 while True:
@@ -103,7 +103,7 @@ def test_a_reader_never_mixes_two_saves_of_several_writers(tmp_path):
 
 KILLED = """
 import os, sys, torch
-from lora_kernels.adapter_files import write_adapter
+from lora_kernels.files.adapters import write_adapter
 replace = os.replace
 def killed(source, target):
     replace(source, target)

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 import lora_kernels
-from lora_kernels import dispatch
-from lora_kernels.bench import machine, measure, memory, op, providers, step
-from lora_kernels.bench.measure import Spread
+from lora_kernels.bench import memory, op, providers, step
+from lora_kernels.measuring import machine
+from lora_kernels.measuring import timing as measure
+from lora_kernels.measuring.timing import Spread
+from lora_kernels.runtime import dispatch
 
 # ---- time
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from lora_kernels.__main__ import main
-from lora_kernels.bench import cells, grid, layer, measure, op, providers, report
-from lora_kernels.ops.lora_linear import tiles
+from lora_kernels.bench import cells, grid, layer, op, providers, report
+from lora_kernels.measuring import timing as measure
+from lora_kernels.ops.linear.triton import tiles
 
 PROVIDERS = "--providers=frozen,naive,composed"
 SMALL = ["bench", "grid", "--device=cpu", "--shrink=512", "--no-memory", "--reps=2"]

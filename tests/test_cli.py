@@ -142,7 +142,7 @@ def test_bench_without_peft_names_the_extra(kind, monkeypatch, capsys, tmp_path)
 
 @pytest.mark.parametrize("load", [0.1, 7.0, None])
 def test_bench_warns_of_a_busy_machine(load, monkeypatch, tmp_path, capsys):
-    from lora_kernels.bench import machine
+    from lora_kernels.measuring import machine
 
     monkeypatch.setattr(machine, "load", lambda: load)
     argv = ["bench", *TINY_OP, "--providers=frozen", "--no-memory"]

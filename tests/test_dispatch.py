@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lora_kernels import dispatch, native
+from lora_kernels.runtime import cpu_extension as native
+from lora_kernels.runtime import dispatch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_kernels.dropout import (
+from lora_kernels.runtime.dropout import (
     _pack_lanes,
     _philox_words,
     draw_seed,
@@ -179,7 +179,7 @@ def test_a_key_that_stays_on_the_device_gives_the_same_words(seed):
 
 @pytest.mark.parametrize("stream", [0, 5])
 def test_the_mask_of_chosen_rows_is_those_rows_of_the_mask(stream, monkeypatch):
-    monkeypatch.setattr("lora_kernels.dropout._CPU_CHUNK", 16)  # several chunks
+    monkeypatch.setattr("lora_kernels.runtime.dropout._CPU_CHUNK", 16)  # several chunks
     seed = torch.tensor(-0x1234_5678_9ABC)
     rows = torch.tensor([7, 0, 7, 30, 12, 1, 2, 3, 29], dtype=torch.int32)
     whole = packed_keep_mask(seed, 0.3, 31, 51, stream)

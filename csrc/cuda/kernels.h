@@ -45,7 +45,7 @@ struct DecodeLinear {
 void decode_linear(const DecodeLinear& call, Place place);
 
 // y (+)= w s (x A^T) B^T for every pair, shrink and expand of all slices in one launch. The tables
-// are those of lora_kernels.ops.routed_lora.operands; a token has at most one pair.
+// are those of lora_kernels.ops.routed.tensors; a token has at most one pair.
 constexpr int64_t MAX_SLICES = 8;
 struct DecodeRouted {
   DType dtype;         // of x and y: bf16 or f16

@@ -1,4 +1,4 @@
-// The dropout generator of lora_kernels/dropout.py: Philox4x32 with 7 rounds.
+// The dropout generator of lora_kernels/runtime/dropout.py: Philox4x32 with 7 rounds.
 #pragma once
 
 #include "cuda/device.cuh"

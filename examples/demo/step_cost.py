@@ -24,8 +24,8 @@ import lora_kernels
 from demo.progress import Advance, quieten
 from demo.settings import Settings
 from demo.train import adapter_optimizer, add_adapter, loss_of
-from lora_kernels.bench.measure import Clock, Laps, interleave, ratios
 from lora_kernels.bench.memory import STABLE_MALLOC, peak_of
+from lora_kernels.measuring.timing import Clock, Laps, interleave, ratios
 
 FROZEN, PEFT, OURS = "frozen model", "PEFT", "PEFT + accelerate"
 PROVIDERS = (FROZEN, PEFT, OURS)

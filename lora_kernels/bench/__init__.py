@@ -1,8 +1,6 @@
 """The harness behind `python -m lora_kernels bench` and `tune`; nothing else imports it.
 
-measure.py    interleaved repetitions, laps, medians, ratios
 memory.py     bytes saved for backward, peak memory of a step
-machine.py    what was measured on: versions, device, ceilings
 providers.py  who competes, in the op and in the training step
 op.py         one lora_linear call, forward and backward
 step.py       one training step of a Llama

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from lora_kernels.bench import kernel, layer, machine, measure, op, report, routed, step
+from lora_kernels.bench import kernel, layer, op, report, routed, step
 from lora_kernels.bench.memory import STABLE_MALLOC
+from lora_kernels.measuring import machine, timing
 
 CASES = {"op": op, "step": step, "layer": layer, "routed": routed, "kernel": kernel}
 
@@ -55,7 +56,7 @@ def measure_case(
 
     progress = Progress(reps, len(contestants))
     runs = {name: contestant.run for name, contestant in contestants.items()}
-    laps = measure.interleave(runs, reps, progress.ran) if runs else {}
+    laps = timing.interleave(runs, reps, progress.ran) if runs else {}
     del runs, contestants
 
     if kind == "routed":
@@ -92,7 +93,7 @@ class Progress:
         self._done = 0
         self._began = time.perf_counter()
 
-    def ran(self, rep: int, name: str, laps: measure.Laps) -> None:
+    def ran(self, rep: int, name: str, laps: timing.Laps) -> None:
         self._done += 1
         if self._done % self._runs_per_rep:
             return

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lora_kernels.bench import grid, machine, op, report, routed, step
+from lora_kernels.bench import grid, op, report, routed, step
 from lora_kernels.bench.case import CASES, measure_case, say
 from lora_kernels.bench.providers import (
     OP_PROVIDERS,
@@ -20,6 +20,7 @@ from lora_kernels.bench.providers import (
     default_providers,
 )
 from lora_kernels.bench.routed_providers import ROUTED_PROVIDERS
+from lora_kernels.measuring import machine
 
 PROVIDERS = {"op": OP_PROVIDERS, "step": STEP_PROVIDERS, "routed": ROUTED_PROVIDERS}
 

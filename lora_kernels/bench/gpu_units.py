@@ -22,11 +22,12 @@ from pathlib import Path
 
 import torch
 
-from lora_kernels import dispatch
-from lora_kernels.bench import cells, kernel, layer, machine, op
+from lora_kernels.bench import cells, kernel, layer, op
 from lora_kernels.bench.case import measure_case
 from lora_kernels.bench.gpu_check import AGAIN, ROOT, append, read_part
 from lora_kernels.bench.providers import OP_PROVIDERS
+from lora_kernels.measuring import machine
+from lora_kernels.runtime import dispatch
 from lora_kernels.testing import (
     LoRAProblem,
     gpu_checks,
@@ -188,7 +189,7 @@ def build(dry_run: bool) -> list[dict]:
     rows = [{"schema": 1, "kind": "build", "seconds": round(time.monotonic() - began, 1)}]
     # This process has looked for the extension before it was built.
     code = (
-        "import torch; from lora_kernels import native_cuda as n; print(n.status());"
+        "import torch; from lora_kernels.runtime import cuda_extension as n; print(n.status());"
         "print('missing:', n.missing(torch.device('cuda', 0)))"
     )
     asked = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

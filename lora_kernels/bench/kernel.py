@@ -14,15 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_kernels import dispatch, lora_linear, native_cuda
-from lora_kernels.bench import machine
+from lora_kernels import lora_linear
 from lora_kernels.bench.memory import SavedStorage
 from lora_kernels.bench.providers import Unavailable, forced_strategy
 from lora_kernels.bench.replay import Replayed
 from lora_kernels.bench.step import DTYPES
-from lora_kernels.dropout import drop_threshold, keep_mask
-from lora_kernels.ops.lora_linear import tiles
-from lora_kernels.ops.lora_linear.operands import Dropout
+from lora_kernels.measuring import machine
+from lora_kernels.ops.linear.triton import tiles
+from lora_kernels.ops.linear.triton.operands import Dropout
+from lora_kernels.runtime import cuda_extension, dispatch
+from lora_kernels.runtime.dropout import drop_threshold, keep_mask
 from lora_kernels.testing import error_bound
 
 MAX_SETS = 64
@@ -121,7 +122,7 @@ def composed_gemm(inputs: KernelInputs, case: KernelCase) -> Tensor:
 def triton_gemm(strategy: str, inputs: KernelInputs, case: KernelCase) -> Tensor:
     if reason := dispatch.unavailable("triton", inputs.left.device, case.torch_dtype):
         raise Unavailable(reason)
-    from lora_kernels.ops.lora_linear.gemm import gemm_with_tail
+    from lora_kernels.ops.linear.triton.gemm import gemm_with_tail
 
     right, tail = inputs.right(case)
     out = inputs.left.new_empty((case.m, right.shape[1]))
@@ -143,11 +144,11 @@ def triton_gemm(strategy: str, inputs: KernelInputs, case: KernelCase) -> Tensor
 
 def native_gemm(tile: tuple[int, int], inputs: KernelInputs, case: KernelCase) -> Tensor:
     device = inputs.left.device
-    if reason := native_cuda.missing(device) or native_cuda.missing_gemm_tail(device):
+    if reason := cuda_extension.missing(device) or cuda_extension.missing_gemm_tail(device):
         raise Unavailable(reason)
     right, tail = inputs.right(case)
     out = inputs.left.new_empty((case.m, right.shape[1]))
-    native_cuda.gemm_tail(
+    cuda_extension.gemm_tail(
         inputs.left, right, inputs.narrow, tail, out, drop=inputs.drop(case),
         tile_columns=tile[0], cluster=tile[1],
     )  # fmt: skip
@@ -167,7 +168,7 @@ GEMM_PROVIDERS: dict[str, Callable[[KernelInputs, KernelCase], Tensor]] = {
     "triton-fused": functools.partial(triton_gemm, "fused"),
     **{
         f"native {columns}x{cluster}": functools.partial(native_gemm, (columns, cluster))
-        for columns, cluster in native_cuda.TILES
+        for columns, cluster in cuda_extension.TILES
     },
 }
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_kernels.bench import measure
 from lora_kernels.bench.memory import PeakMemory, SavedStorage, peak_of, saved_for_backward
 from lora_kernels.bench.providers import forced_strategy, naive_formula, naive_fp32_formula
 from lora_kernels.bench.step import DTYPES
+from lora_kernels.measuring import timing
 
 # linear(x, weight, lora_a, lora_b, scaling, dropout_p)
 Linear = Callable[[Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
@@ -170,8 +170,8 @@ class LayerStep:
         )
         self._x.requires_grad_()
 
-    def run(self) -> measure.Laps:
-        clock = measure.Clock(self.device)
+    def run(self) -> timing.Laps:
+        clock = timing.Clock(self.device)
         with self._around():
             clock.start()
             y = self._layer(self._x)

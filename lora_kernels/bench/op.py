@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from lora_kernels.bench import machine, measure
 from lora_kernels.bench.memory import (
     PeakMemory,
     SavedStorage,
@@ -21,6 +20,7 @@ from lora_kernels.bench.memory import (
 )
 from lora_kernels.bench.providers import OP_PROVIDERS, Call, MissingExtra, OpInputs, naive_formula
 from lora_kernels.bench.step import DTYPES
+from lora_kernels.measuring import machine, timing
 from lora_kernels.testing import error_bound
 
 MAX_SETS = 64
@@ -99,13 +99,13 @@ class Op:
         self.timing = "events" if self.device.type == "cuda" else "wall clock"
 
     def warm_up(self) -> None:
-        self._forward_and_backward(measure.Clock(self.device))
+        self._forward_and_backward(timing.Clock(self.device))
         if self.device.type == "cuda":
             self._capture()
 
-    def run(self) -> measure.Laps:
+    def run(self) -> timing.Laps:
         """Seconds per call, over all sets."""
-        clock = measure.Clock(self.device)
+        clock = timing.Clock(self.device)
         if self._graphs:
             forward, backward = self._graphs
             clock.start()
@@ -143,7 +143,7 @@ class Op:
         rank_sized = saved.dim() == 2 and saved.shape[1] == rank
         return f"h {describe(saved)}" if rank_sized else describe(saved)
 
-    def _forward_and_backward(self, clock: measure.Clock) -> None:
+    def _forward_and_backward(self, clock: timing.Clock) -> None:
         with self._around():
             for call, inputs in zip(self._calls, self._sets, strict=True):
                 clock.start()
@@ -160,7 +160,7 @@ class Op:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                self._forward_and_backward(measure.Clock(self.device))
+                self._forward_and_backward(timing.Clock(self.device))
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -243,7 +243,7 @@ def forward_and_backward(call: Call, inputs: OpInputs) -> None:
         torch.autograd.grad(call.forward(), call.leaves, inputs.dy)
 
 
-def floor(case: OpCase, ceilings: dict[str, float]) -> measure.Laps:
+def floor(case: OpCase, ceilings: dict[str, float]) -> timing.Laps:
     """The time nothing can beat: the frozen GEMMs at the measured ceilings, and the passes over
     x (forward), dy and x (backward) that the adapter's products need."""
     size = case.torch_dtype.itemsize

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_kernels.launching import limits_of
-from lora_kernels.ops.lora_linear import tiles
+from lora_kernels.ops.linear.triton import tiles
+from lora_kernels.runtime.device_limits import limits_of
 
 if TYPE_CHECKING:
     from lora_kernels.bench.op import OpCase
@@ -314,7 +314,7 @@ def _left_to_peft(report) -> str | None:
 @contextlib.contextmanager
 def _forced_backend(backend: str):
     """What LORA_KERNELS_BACKEND does, which is read only once per process."""
-    from lora_kernels import dispatch
+    from lora_kernels.runtime import dispatch
 
     before = dispatch.PROCESS_DEFAULT
     dispatch.PROCESS_DEFAULT = backend

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from lora_kernels.bench import measure
+from lora_kernels.measuring import timing
 
 
 class Replayed:
@@ -27,9 +27,9 @@ class Replayed:
         if self.device.type == "cuda":
             self._capture()
 
-    def run(self) -> measure.Laps:
+    def run(self) -> timing.Laps:
         """Seconds per call."""
-        clock = measure.Clock(self.device)
+        clock = timing.Clock(self.device)
         clock.start()
         if self._graph:
             self._graph.replay()

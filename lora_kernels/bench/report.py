@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from lora_kernels.bench.measure import Laps, Spread, by_quantity, ratios
+from lora_kernels.measuring.timing import Laps, Spread, by_quantity, ratios
 
 SCHEMA = 1
 QUANTITIES = {

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_kernels.bench import machine, measure
 from lora_kernels.bench.memory import PeakMemory, SavedStorage, peak_of, saved_for_backward
 from lora_kernels.bench.providers import MissingExtra
 from lora_kernels.bench.replay import Replayed
 from lora_kernels.bench.step import DTYPES
+from lora_kernels.measuring import machine, timing
 from lora_kernels.testing import error_bound
 
 MAX_SETS = 16
@@ -238,7 +238,7 @@ def prepare(case: RoutedCase, names: list[str]) -> tuple[dict[str, Routed], dict
     return layers, skipped
 
 
-def with_parts(case: RoutedCase, laps: dict[str, list[measure.Laps]]) -> None:
+def with_parts(case: RoutedCase, laps: dict[str, list[timing.Laps]]) -> None:
     """Adds each repetition's `part` to the laps."""
     frozen = laps.get("frozen")
     for name, taken in laps.items():

@@ -161,12 +161,7 @@ def _accelerated(model: nn.Module):
 
 
 def ours(inputs: RoutedInputs, case: RoutedCase, backend: str = "auto") -> RoutedCall:
-    from lora_kernels.ops.routed_lora import (
-        AdapterBank,
-        Routing,
-        routed_lora,
-        routed_lora_linear,
-    )
+    from lora_kernels.ops.routed import AdapterBank, Routing, routed_lora, routed_lora_linear
 
     bank = AdapterBank(
         case.k, list(case.slices), dtype=case.torch_adapter_dtype, device=case.device
@@ -191,7 +186,7 @@ def ours(inputs: RoutedInputs, case: RoutedCase, backend: str = "auto") -> Route
 
 def fused(inputs: RoutedInputs, case: RoutedCase) -> RoutedCall:
     """Our kernels with the base GEMM and the routed tail in one."""
-    from lora_kernels.ops.routed_lora import tiles
+    from lora_kernels.ops.routed.triton import tiles
 
     call = ours(inputs, case, "triton")
     return replace(call, around=functools.partial(tiles.use_strategy, "fused"))
@@ -199,7 +194,7 @@ def fused(inputs: RoutedInputs, case: RoutedCase) -> RoutedCall:
 
 def single(inputs: RoutedInputs, case: RoutedCase) -> RoutedCall:
     """One adapter of the mean rank for all tokens: what routing is measured against."""
-    from lora_kernels.ops.lora_linear import lora_linear
+    from lora_kernels.ops.linear import lora_linear
 
     rank = round(sum(case.rank_of(i) for i in range(case.adapters)) / case.adapters)
     shapes = ((rank, case.k), (case.n, rank))

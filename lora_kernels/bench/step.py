@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.bench import measure
 from lora_kernels.bench.memory import PeakMemory, SavedStorage, peak_of, saved_for_backward
 from lora_kernels.bench.providers import STEP_PROVIDERS, Contestant, MissingExtra
+from lora_kernels.measuring import timing
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -93,8 +93,8 @@ class Step:
         with self._contestant.around_forward():
             return self._contestant.model(input_ids=self._ids, labels=self._ids).loss
 
-    def run(self) -> measure.Laps:
-        clock = measure.Clock(self.device)
+    def run(self) -> timing.Laps:
+        clock = timing.Clock(self.device)
         with self._contestant.around_step():
             clock.start()
             loss = self.loss()

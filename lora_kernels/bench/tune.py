@@ -22,13 +22,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_kernels import dispatch, native_cuda
-from lora_kernels.bench import cells, machine, measure, op
+from lora_kernels.bench import cells, op
 from lora_kernels.bench.case import say
 from lora_kernels.bench.providers import Call, OpInputs, our_op
-from lora_kernels.launching import limits_of
-from lora_kernels.ops.lora_linear import tiles
-from lora_kernels.ops.lora_linear.reference import lora_linear_reference
+from lora_kernels.measuring import machine, timing
+from lora_kernels.ops.linear.reference import lora_linear_reference
+from lora_kernels.ops.linear.triton import tiles
+from lora_kernels.runtime import cuda_extension, dispatch
+from lora_kernels.runtime.device_limits import limits_of
 from lora_kernels.testing import LoRAProblem, error_bound, oracle_results, run_forward_backward
 
 DIRECTIONS = ("forward", "backward")
@@ -56,7 +57,7 @@ RANK_GRADIENT_TILES = (
     {"num_warps": 4},
 )
 NATIVE_TILES = tuple(
-    {"tile_columns": columns, "cluster": cluster} for columns, cluster in native_cuda.TILES
+    {"tile_columns": columns, "cluster": cluster} for columns, cluster in cuda_extension.TILES
 )
 
 
@@ -193,7 +194,7 @@ def runs_native(case: op.OpCase) -> bool:
 
 
 def runs_gemm_tail(case: op.OpCase) -> bool:
-    return native_cuda.missing_gemm_tail(torch.device(case.device)) is None
+    return cuda_extension.missing_gemm_tail(torch.device(case.device)) is None
 
 
 def finalists(tiles_found: dict[str, dict], native: bool) -> dict[str, Candidate]:
@@ -263,7 +264,7 @@ def seconds_of(
             say(f"  {name} does not run: {type(error).__name__}: {str(error)[:200]}")
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # but a broken context is everybody's
-    laps = measure.interleave({name: each.run for name, each in ops.items()}, reps)
+    laps = timing.interleave({name: each.run for name, each in ops.items()}, reps)
     return {
         direction: {
             name: statistics.median(lap[direction] for lap in taken) for name, taken in laps.items()

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_kernels.modules.active_adapters import ActiveAdapters
+from lora_kernels.nn.active_adapters import ActiveAdapters
 
 
 def watch_calls(model: nn.Module, active: ActiveAdapters) -> None:

@@ -14,14 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from lora_kernels.adapter_config import (
-    asks_for_all_linear,
-    check_config,
-    ranks_and_scalings,
-    targeted,
-    targets,
-)
-from lora_kernels.adapter_files import (
+from lora_kernels.adapters.initial_values import draw_lora_a_, draw_lora_b_
+from lora_kernels.files.adapters import (
     AdapterFile,
     ModuleAdapter,
     check_finite_in,
@@ -31,8 +25,14 @@ from lora_kernels.adapter_files import (
     report_missing,
     write_adapter,
 )
-from lora_kernels.adapter_renaming import Renaming
-from lora_kernels.initial_values import draw_lora_a_, draw_lora_b_
+from lora_kernels.files.config import (
+    asks_for_all_linear,
+    check_config,
+    ranks_and_scalings,
+    targeted,
+    targets,
+)
+from lora_kernels.files.renaming import Renaming
 from lora_kernels.integrations.layer_places import place_of
 from lora_kernels.integrations.model_calls import unwatch_calls, watch_calls
 from lora_kernels.integrations.routed_checks import (
@@ -44,13 +44,13 @@ from lora_kernels.integrations.routed_checks import (
     modules_of_model,
 )
 from lora_kernels.integrations.weight_readers import never_calls, passes_by
-from lora_kernels.modules.active_adapters import ActiveAdapters
-from lora_kernels.modules.checks import adapter_dtype_over, check_initialisation
-from lora_kernels.modules.choice import Choice
-from lora_kernels.modules.routed_linear import RoutedLoRALinear
-from lora_kernels.modules.weight_reads import passing_by_refused
-from lora_kernels.ops.routed_lora import AdapterSlots, Routing
-from lora_kernels.ops.routed_lora.slots import Change, ModelVersion
+from lora_kernels.nn.active_adapters import ActiveAdapters
+from lora_kernels.nn.checks import adapter_dtype_over, check_initialisation
+from lora_kernels.nn.choice import Choice
+from lora_kernels.nn.routed_linear import RoutedLoRALinear
+from lora_kernels.nn.weight_reads import passing_by_refused
+from lora_kernels.ops.routed import AdapterSlots, Routing
+from lora_kernels.ops.routed.bank.slots import Change, ModelVersion
 
 # What is said of a batch: one for all rows, or one for each; or a routing of the tokens.
 Adapter = str | Mapping[str, float]

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.modules.active_adapters import ActiveAdapters
-from lora_kernels.modules.adapter_layer import AdapterLayer
-from lora_kernels.modules.routed_linear import RoutedLoRALinear
+from lora_kernels.nn.active_adapters import ActiveAdapters
+from lora_kernels.nn.adapter_layer import AdapterLayer
+from lora_kernels.nn.routed_linear import RoutedLoRALinear
 
 
 def check_model(model: nn.Module) -> None:

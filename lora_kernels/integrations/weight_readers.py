@@ -1,6 +1,6 @@
 """Modules whose own code computes with the weight of a linear layer inside them.
 
-An adapter on such a layer changes nothing there. `lora_kernels.modules.weight_reads` notices it
+An adapter on such a layer changes nothing there. `lora_kernels.nn.weight_reads` notices it
 while a model runs; what is known of torch and transformers is said before.
 """
 

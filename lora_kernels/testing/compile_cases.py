@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from lora_kernels.launching import DeviceLimits
-from lora_kernels.ops.lora_linear import gemm, launch, tiles
-from lora_kernels.ops.routed_lora import grids
-from lora_kernels.ops.routed_lora import launch as routed_launch
-from lora_kernels.ops.routed_lora import tiles as routed_tiles
-from lora_kernels.ops.routed_lora.operands import BankTensors, GradientLayout, RoutingTensors
+from lora_kernels.ops.linear.triton import gemm, launch, tiles
+from lora_kernels.ops.routed import triton as routed_launch
+from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout, RoutingTensors
+from lora_kernels.ops.routed.triton import launch as routed_grids
+from lora_kernels.ops.routed.triton import tiles as routed_tiles
+from lora_kernels.runtime.device_limits import DeviceLimits
 from lora_kernels.testing.compile_only import Launch, Resources, compile_launch, record_launches
 
 # As cudaDeviceProp has them: A100, H200, B200.
@@ -84,7 +84,7 @@ class RoutedCall:
     num_slots: int = 64
     strategy: str = "hybrid"
 
-    modules = (grids,)
+    modules = (routed_grids,)
 
     def run(self) -> None:
         """On meta tensors: nothing is computed, only launched."""

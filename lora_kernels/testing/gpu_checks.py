@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lora_kernels import lora_linear
-from lora_kernels.dropout import keep_mask
-from lora_kernels.ops.lora_linear import tiles
+from lora_kernels.ops.linear.triton import tiles
+from lora_kernels.runtime.dropout import keep_mask
 from lora_kernels.testing.gaps import vendor_gap
 from lora_kernels.testing.inputs import (
     DIFFERENTIABLE,

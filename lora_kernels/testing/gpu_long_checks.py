@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lora_kernels import lora_linear
-from lora_kernels.dropout import _pack_lanes, _philox_words, drop_threshold
-from lora_kernels.ops.lora_linear.reference import lora_linear_reference
+from lora_kernels.ops.linear.reference import lora_linear_reference
+from lora_kernels.runtime.dropout import _pack_lanes, _philox_words, drop_threshold
 from lora_kernels.testing.gpu_checks import BF16, FP16, FP32, Check, Skip, Target
 from lora_kernels.testing.inputs import LoRAProblem, oracle_results, run_forward_backward
 from lora_kernels.testing.policy import assert_within_policy

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.ops.lora_linear.reference import lora_linear_reference
+from lora_kernels.ops.linear.reference import lora_linear_reference
 from lora_kernels.testing.policy import Draw, Results, assert_draws_within_policy
 
 

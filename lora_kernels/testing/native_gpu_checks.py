@@ -12,20 +12,17 @@ import itertools
 import torch
 from torch import Tensor
 
-from lora_kernels import lora_linear, native_cuda
-from lora_kernels.dropout import keep_mask
-from lora_kernels.launching import padded_rows
-from lora_kernels.ops.lora_linear.operands import Dropout
-from lora_kernels.ops.routed_lora import Routing, routed_lora
+from lora_kernels import lora_linear
+from lora_kernels.ops.linear.triton.operands import Dropout
+from lora_kernels.ops.routed import Routing, routed_lora
+from lora_kernels.runtime import cuda_extension
+from lora_kernels.runtime.device_limits import padded_rows
+from lora_kernels.runtime.dropout import keep_mask
 from lora_kernels.testing import gpu_checks
 from lora_kernels.testing.gaps import vendor_gap
 from lora_kernels.testing.gpu_checks import BF16, FP16, FP32, Check, Skip, Target, poisoned_memory
 from lora_kernels.testing.inputs import oracle_results, run_forward_backward
-from lora_kernels.testing.policy import (
-    Draw,
-    assert_draws_within_policy,
-    assert_within_policy,
-)
+from lora_kernels.testing.policy import Draw, assert_draws_within_policy, assert_within_policy
 from lora_kernels.testing.routed_gpu_checks import moved, some_ids
 from lora_kernels.testing.routed_inputs import (
     RoutedProblem,
@@ -254,12 +251,12 @@ def _gemm_tail(
 
     vectors = {"bias": bias, "output_scale": scale} if with_vectors else {}
     ours = {}
-    for tile_columns, cluster in (*native_cuda.TILES, (0, 0)):
+    for tile_columns, cluster in (*cuda_extension.TILES, (0, 0)):
         found = []
         for _ in range(2):
             with poisoned_memory():
                 out = left.new_empty((m, c))
-            native_cuda.gemm_tail(
+            cuda_extension.gemm_tail(
                 left, right, tail_left, tail_right, out, drop=drop, tile_columns=tile_columns,
                 cluster=cluster, **vectors,
             )  # fmt: skip
@@ -289,7 +286,7 @@ def small_calls() -> None:
         there = moved(problem, "cuda")
         with torch.no_grad():
             call_routed(there, there.bank().requires_grad_(False), "native", out=there.out)
-    if native_cuda.missing_gemm_tail(torch.device("cuda", 0)) is None:
+    if cuda_extension.missing_gemm_tail(torch.device("cuda", 0)) is None:
         for transposed, p in ((True, 0.0), (False, 0.0), (False, 0.3)):
             gemm_tail("edges", BF16, transposed, p, target)
     torch.cuda.synchronize()
@@ -324,7 +321,7 @@ def checks() -> list[Check]:
 
 
 def _where_there_is_one(label, dtype, transposed, p, target: Target) -> None:
-    if reason := native_cuda.missing_gemm_tail(torch.device(target.device, 0)):
+    if reason := cuda_extension.missing_gemm_tail(torch.device(target.device, 0)):
         raise Skip(reason)
     gemm_tail(label, dtype, transposed, p, target)
 

@@ -12,13 +12,8 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.routed_lora import (
-    AdapterSlots,
-    Routing,
-    routed_lora,
-    routed_lora_linear,
-    tiles,
-)
+from lora_kernels.ops.routed import AdapterSlots, Routing, routed_lora, routed_lora_linear
+from lora_kernels.ops.routed.triton import tiles
 from lora_kernels.testing.gaps import vendor_gap
 from lora_kernels.testing.gpu_checks import Check, Skip, Target, poisoned_memory
 from lora_kernels.testing.policy import Draw, assert_draws_within_policy

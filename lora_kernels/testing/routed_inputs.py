@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels import native
-from lora_kernels.dropout import drop_threshold, keep_mask, keep_scale
-from lora_kernels.ops.routed_lora import (
+from lora_kernels.ops.routed import (
     AdapterBank,
     AdapterSlots,
     Routing,
     routed_lora,
     routed_lora_linear,
 )
+from lora_kernels.runtime import cpu_extension
+from lora_kernels.runtime.dropout import drop_threshold, keep_mask, keep_scale
 from lora_kernels.testing.inputs import redrawn, without_gaps
 from lora_kernels.testing.policy import Draw, Results, assert_draws_within_policy
 
@@ -238,13 +238,13 @@ class AsOnADevice(TorchDispatchMode):
 
 
 # Those that run on a CPU, each tested alike.
-BACKENDS = ["reference", "composed", *([] if native.missing() else ["native"])]
+BACKENDS = ["reference", "composed", *([] if cpu_extension.missing() else ["native"])]
 
 
 def call_routed(problem: RoutedProblem, bank: AdapterBank, backend: str, **changes) -> Tensor:
     """``routed_lora_linear``, or ``routed_lora`` where the problem has no weight."""
     p = problem.with_(**{n: v for n, v in changes.items() if n != "routing"})
-    if backend == "native" and p.x.dtype not in native.DTYPES:
+    if backend == "native" and p.x.dtype not in cpu_extension.DTYPES:
         backend = "composed"  # serves what the compiled kernels do not take
     routing = changes.get("routing") or p.routing(bank)
     if p.weight is None:

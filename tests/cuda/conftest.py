@@ -7,7 +7,7 @@ import sysconfig
 import pytest
 from emulator.build import ROOT, build, compiler
 
-from lora_kernels import native
+from lora_kernels.runtime import cpu_extension as native
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ from pathlib import Path
 import cubins
 import pytest
 
-from lora_kernels import native, native_cuda
+from lora_kernels.runtime import cpu_extension as native
+from lora_kernels.runtime import cuda_extension as native_cuda
 
 ROOT = cubins.ROOT
 needs_nvcc = pytest.mark.skipif(cubins.nvcc() is None, reason="nvcc is not installed")

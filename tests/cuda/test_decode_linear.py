@@ -6,8 +6,8 @@ from guarded import guarded, survives
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_kernels import native_cuda
-from lora_kernels.ops.lora_linear.reference import lora_linear_reference
+from lora_kernels.ops.linear.reference import lora_linear_reference
+from lora_kernels.runtime import cuda_extension as native_cuda
 from lora_kernels.testing import LoRAProblem, assert_within_policy
 
 DTYPES = [torch.bfloat16, torch.float16]

@@ -5,9 +5,9 @@ import torch
 from guarded import guarded, survives
 from torch import Tensor
 
-from lora_kernels import native_cuda
-from lora_kernels.ops.routed_lora import AdapterBank, Routing
-from lora_kernels.ops.routed_lora.operands import in_one_piece
+from lora_kernels.ops.routed import AdapterBank, Routing
+from lora_kernels.ops.routed.tensors import in_one_piece
+from lora_kernels.runtime import cuda_extension as native_cuda
 from lora_kernels.testing import assert_within_policy
 from lora_kernels.testing.routed_inputs import RoutedProblem, routed_eager, routed_oracle
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_kernels import native_cuda
-from lora_kernels.dropout import keep_mask
-from lora_kernels.ops.lora_linear.operands import Dropout
+from lora_kernels.ops.linear.triton.operands import Dropout
+from lora_kernels.runtime import cuda_extension as native_cuda
+from lora_kernels.runtime.dropout import keep_mask
 from lora_kernels.testing import assert_within_policy
 from lora_kernels.testing.inputs import without_gaps
 

@@ -13,12 +13,17 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_kernels import dispatch, explain, lora_linear, native, native_cuda
+from lora_kernels import explain, lora_linear
 from lora_kernels.__main__ import doctor
-from lora_kernels.launching import DeviceLimits
-from lora_kernels.ops.lora_linear import autograd, measured, tiles
-from lora_kernels.ops.lora_linear.reference import lora_linear_reference
-from lora_kernels.ops.routed_lora import autograd as routed_autograd
+from lora_kernels.ops.linear import op as autograd
+from lora_kernels.ops.linear import tuned as measured
+from lora_kernels.ops.linear.reference import lora_linear_reference
+from lora_kernels.ops.linear.triton import tiles
+from lora_kernels.ops.routed import op as routed_autograd
+from lora_kernels.runtime import cpu_extension as native
+from lora_kernels.runtime import cuda_extension as native_cuda
+from lora_kernels.runtime import dispatch
+from lora_kernels.runtime.device_limits import DeviceLimits
 from lora_kernels.testing import (
     LoRAProblem,
     assert_within_policy,
@@ -189,9 +194,10 @@ def fake(*shape: int, dtype: torch.dtype = BF16, device: str = "cuda") -> torch.
 
 
 def test_the_modules_that_serve(built):
-    from lora_kernels.ops.lora_linear import compiled, cuda
-    from lora_kernels.ops.routed_lora import compiled as routed_compiled
-    from lora_kernels.ops.routed_lora import cuda as routed_cuda
+    from lora_kernels.ops.linear import cpu as compiled
+    from lora_kernels.ops.linear import cuda
+    from lora_kernels.ops.routed import cpu as routed_compiled
+    from lora_kernels.ops.routed import cuda as routed_cuda
 
     built()
     x = fake(3, 8)
@@ -206,7 +212,7 @@ def test_the_modules_that_serve(built):
 
 def test_the_second_half_takes_what_the_first_returns(built, monkeypatch):
     """h is fp32, which no CUDA kernel takes as x; what counts is the result's dtype."""
-    from lora_kernels.ops import routed_lora as module
+    from lora_kernels.ops import routed as module
 
     built()
     problem = RoutedProblem.random(some_ids(9, 2), (3, 16), 72, 40, dtype=BF16, with_weight=False)
@@ -222,7 +228,8 @@ def test_the_second_half_takes_what_the_first_returns(built, monkeypatch):
 
 
 def test_routed_cuda_is_a_whole_backend():
-    from lora_kernels.ops.routed_lora import cuda, launch
+    from lora_kernels.ops.routed import cuda
+    from lora_kernels.ops.routed import triton as launch
 
     for name in (
         "forward", "backward", "shrink", "shrink_backward", "expand_", "expand_backward", "add_",
@@ -293,8 +300,8 @@ def test_explain_names_the_kernels(tokens, options, capability, said, built):
 @pytest.fixture
 def no_triton(monkeypatch):
     """What would go to Triton's kernels raises, by name."""
-    from lora_kernels.ops.lora_linear import gemm, launch
-    from lora_kernels.ops.routed_lora import launch as routed_launch
+    from lora_kernels.ops.linear.triton import gemm, launch
+    from lora_kernels.ops.routed import triton as routed_launch
 
     def left(name):
         def refuse(*args, **kwargs):
@@ -309,7 +316,7 @@ def no_triton(monkeypatch):
 
 
 def forward(problem: LoRAProblem):
-    from lora_kernels.ops.lora_linear import cuda
+    from lora_kernels.ops.linear import cuda
 
     p = problem
     y, h, mask, unscaled = cuda.forward(
@@ -444,8 +451,8 @@ def a_cell(**changes) -> tiles.Cell:
 
 
 def test_the_gemm_takes_what_it_can_and_leaves_the_rest(emulated, no_triton):
-    from lora_kernels.ops.lora_linear import cuda
-    from lora_kernels.ops.lora_linear.operands import Dropout
+    from lora_kernels.ops.linear import cuda
+    from lora_kernels.ops.linear.triton.operands import Dropout
 
     drop = Dropout(torch.tensor(3), 0.5, 40, 48)
     vector = torch.ones(48, dtype=FP16)
@@ -462,7 +469,7 @@ def test_the_gemm_takes_what_it_can_and_leaves_the_rest(emulated, no_triton):
         a, b, e, f, found = operands
         keep = 1.0
         if "drop" in options and options["drop"].on:
-            from lora_kernels.dropout import keep_mask
+            from lora_kernels.runtime.dropout import keep_mask
 
             keep = keep_mask(drop.seed, 0.5, 40, 48).double()
         exact = a.double() @ b.double() + keep * (e.double() @ f.double())
@@ -491,7 +498,7 @@ def test_the_gemm_takes_what_it_can_and_leaves_the_rest(emulated, no_triton):
 
 @pytest.mark.parametrize("tile", native_cuda.TILES, ids=str)
 def test_the_gemm_takes_the_tile_of_the_table(tile, emulated, no_triton, monkeypatch):
-    from lora_kernels.ops.lora_linear import cuda
+    from lora_kernels.ops.linear import cuda
 
     taken = []
     gemm_tail = emulated.cuda_gemm_tail
@@ -518,7 +525,7 @@ def test_default_tiles():
 
 
 def routed_forward(problem: RoutedProblem, save: bool = False):
-    from lora_kernels.ops.routed_lora import cuda
+    from lora_kernels.ops.routed import cuda
 
     bank = problem.bank().requires_grad_(False)
     tensors = bank.tensors()
@@ -608,7 +615,7 @@ def test_what_routed_leaves_to_triton(emulated, no_triton):
 
 def test_a_refilled_routing_is_read_when_the_kernel_runs(emulated, no_triton):
     """Nothing of a routing is read on the host: what a captured graph relies on."""
-    from lora_kernels.ops.routed_lora import Routing, cuda
+    from lora_kernels.ops.routed import Routing, cuda
 
     problem = RoutedProblem.random(some_ids(20, 3), (3, 16, 8), 40, 24, dtype=BF16,
                                    with_weight=False)  # fmt: skip

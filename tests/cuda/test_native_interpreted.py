@@ -11,9 +11,11 @@ import os
 import pytest
 import torch
 
-from lora_kernels import lora_linear, native, native_cuda
-from lora_kernels.ops.lora_linear import autograd
-from lora_kernels.ops.routed_lora import autograd as routed_autograd
+from lora_kernels import lora_linear
+from lora_kernels.ops.linear import op as autograd
+from lora_kernels.ops.routed import op as routed_autograd
+from lora_kernels.runtime import cpu_extension as native
+from lora_kernels.runtime import cuda_extension as native_cuda
 from lora_kernels.testing import LoRAProblem, check_linear
 from lora_kernels.testing.routed_gpu_checks import some_ids
 from lora_kernels.testing.routed_inputs import RoutedProblem, check_routed
@@ -27,8 +29,8 @@ FP16, FP32 = torch.float16, torch.float32
 @pytest.fixture(autouse=True)
 def calls(emulated, monkeypatch):
     """native as on a GPU, and how often each CUDA kernel was called."""
-    from lora_kernels.ops.lora_linear import cuda
-    from lora_kernels.ops.routed_lora import cuda as routed_cuda
+    from lora_kernels.ops.linear import cuda
+    from lora_kernels.ops.routed import cuda as routed_cuda
 
     counts = {}
 

@@ -11,14 +11,14 @@ from pretended import DEVICE, KEY
 from torch import Tensor, nn
 
 import lora_kernels
-from lora_kernels import dispatch, dropout
-from lora_kernels.integrations.peft_layers import delegated_calls
+from lora_kernels.integrations.peft.layers import delegated_calls
 from lora_kernels.integrations.routed import RoutedModel
-from lora_kernels.ops import routed_lora
-from lora_kernels.ops.lora_linear import autograd as linear_autograd
-from lora_kernels.ops.lora_linear.reference import lora_linear_reference
-from lora_kernels.ops.lora_weight_norm import lora_weight_norm
-from lora_kernels.ops.routed_lora import autograd as routed_autograd
+from lora_kernels.ops import routed as routed_lora
+from lora_kernels.ops.linear import op as linear_autograd
+from lora_kernels.ops.linear.reference import lora_linear_reference
+from lora_kernels.ops.norm import lora_weight_norm
+from lora_kernels.ops.routed import op as routed_autograd
+from lora_kernels.runtime import dispatch, dropout
 from lora_kernels.testing import (
     LoRAProblem,
     assert_draws_within_policy,

@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import backend_registration
 
 import lora_kernels
-from lora_kernels import dispatch, dropout
-from lora_kernels.integrations.peft_state import read_call
-from lora_kernels.ops.lora_linear import explain
+from lora_kernels.integrations.peft.state import read_call
+from lora_kernels.ops.linear import explain
+from lora_kernels.runtime import dispatch, dropout
 
 OPS = [op for op in torch._C._dispatch_get_all_op_names() if op.startswith("lora_kernels::")]
 

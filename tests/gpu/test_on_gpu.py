@@ -8,13 +8,9 @@ import os
 import pytest
 import torch
 
-from lora_kernels import dispatch, native
-from lora_kernels.testing import (
-    gpu_checks,
-    gpu_long_checks,
-    native_gpu_checks,
-    routed_gpu_checks,
-)
+from lora_kernels.runtime import cpu_extension as native
+from lora_kernels.runtime import dispatch
+from lora_kernels.testing import gpu_checks, gpu_long_checks, native_gpu_checks, routed_gpu_checks
 
 # Read when the first CUDA context is made: poisoned memory switches deterministic algorithms on.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -4,10 +4,10 @@ accelerated layer's glance at itself is held against the full reading."""
 import pytest
 from routed_models import CONFIGS, llama, peft_alone
 
-from lora_kernels.dtypes import cast_for_autocast
-from lora_kernels.integrations import peft_layers
-from lora_kernels.integrations.peft_state import ActiveAdapter, LayerState, read_call, read_ordinary
-from lora_kernels.ops.lora_linear import _check
+from lora_kernels.integrations.peft import layers as peft_layers
+from lora_kernels.integrations.peft.state import ActiveAdapter, LayerState, read_call, read_ordinary
+from lora_kernels.ops.linear import _check
+from lora_kernels.runtime.dtypes import cast_for_autocast
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lora_kernels
-from lora_kernels.dropout import draw_seed, keep_mask, keep_scale
+from lora_kernels.runtime.dropout import draw_seed, keep_mask, keep_scale
 from lora_kernels.testing import assert_draws_within_policy, redrawn, redrawn_model
 from lora_kernels.testing.policy import Draw
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_kernels import LoRALinear, Routing, accelerate, route
-from lora_kernels.integrations.peft_layers import Linear
+from lora_kernels.integrations.peft.layers import Linear
 
 PASSED_BY = "computes with its weight and does not call it"
 
@@ -297,7 +297,7 @@ def test_undo_and_copies(alarms):
 
 def test_peft_reads_nothing(tmp_path, monkeypatch):
     """Merging, DoRA, PiSSA, delta weights, saving: nothing of PEFT's reads the layer's weight."""
-    from lora_kernels.integrations import peft_layers
+    from lora_kernels.integrations.peft import layers as peft_layers
 
     reads = []
     monkeypatch.setattr(peft_layers, "note_read", reads.append)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import lora_kernels
-from lora_kernels.integrations.peft_layers import delegated_calls
+from lora_kernels.integrations.peft.layers import delegated_calls
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:.*weight_norm")
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lora_kernels
-from lora_kernels import dispatch
-from lora_kernels.integrations import peft_layers
-from lora_kernels.integrations.peft_layers import delegated_calls
-from lora_kernels.ops.routed_lora import loose
-from lora_kernels.ops.routed_lora.regions import ALIGNMENT
+from lora_kernels.integrations.peft import layers as peft_layers
+from lora_kernels.integrations.peft.layers import delegated_calls
+from lora_kernels.ops.routed import unpacked as loose
+from lora_kernels.ops.routed.bank.storage import ALIGNMENT
+from lora_kernels.runtime import dispatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 

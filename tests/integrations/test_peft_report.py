@@ -13,9 +13,9 @@ from peft_models import accelerated, build, inputs, lora_config, lora_layers
 from torch import nn
 
 import lora_kernels
-from lora_kernels.integrations import peft as integration
-from lora_kernels.integrations import peft_layers
-from lora_kernels.integrations.peft_state import read_call, read_ordinary
+from lora_kernels.integrations.peft import acceleration as integration
+from lora_kernels.integrations.peft import layers as peft_layers
+from lora_kernels.integrations.peft.state import read_call, read_ordinary
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:Already unmerged")
 
@@ -136,7 +136,7 @@ def test_the_report_does_not_keep_the_model():
 
 
 def test_nothing_is_left_of_layers_that_are_gone():
-    from lora_kernels.integrations.peft_layers import _delegated_calls
+    from lora_kernels.integrations.peft.layers import _delegated_calls
 
     gc.collect()
     before = len(_delegated_calls)

@@ -23,7 +23,7 @@ from peft_models import (
 from torch import nn
 
 import lora_kernels
-from lora_kernels.integrations import peft_layers
+from lora_kernels.integrations.peft import layers as peft_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:.*Already unmerged")
 

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from lora_kernels import RoutedLoRALinear, Routing, route
-from lora_kernels.adapter_files import read_adapter
+from lora_kernels.files.adapters import read_adapter
 from lora_kernels.testing import assert_within_policy
 
 pytestmark = pytest.mark.filterwarnings(

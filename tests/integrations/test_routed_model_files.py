@@ -14,8 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import lora_kernels
 from lora_kernels import RoutedLoRALinear, route
-from lora_kernels.adapter_config import targets
-from lora_kernels.adapter_files import read_adapter, write_adapter
+from lora_kernels.files.adapters import read_adapter, write_adapter
+from lora_kernels.files.config import targets
 from lora_kernels.testing import assert_within_policy
 
 pytestmark = pytest.mark.filterwarnings(

@@ -10,7 +10,7 @@ from routed_models import llama, peft_alone, tokens
 from torch import nn
 
 from lora_kernels import RoutedLoRALinear, route
-from lora_kernels.adapter_files import read_adapter, write_adapter
+from lora_kernels.files.adapters import read_adapter, write_adapter
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Setting `save_embedding_layers`",

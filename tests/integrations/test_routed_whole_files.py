@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from lora_kernels import RoutedLoRALinear, route
-from lora_kernels.adapter_files import read_adapter
+from lora_kernels.files.adapters import read_adapter
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Setting `save_embedding_layers`", "ignore:Found missing adapter keys"

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 import lora_kernels
-from lora_kernels.integrations.peft_layers import delegated_calls
+from lora_kernels.integrations.peft.layers import delegated_calls
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import lora_kernels
-from lora_kernels.integrations.peft_layers import delegated_calls
+from lora_kernels.integrations.peft.layers import delegated_calls
 from lora_kernels.testing import assert_as_accurate, assert_within_policy, redrawn_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -15,7 +15,7 @@ from peft_models import assert_parity, lora_layers, with_defined_dropout
 from torch import Tensor, nn
 
 import lora_kernels
-from lora_kernels.integrations.peft_layers import delegated_calls
+from lora_kernels.integrations.peft.layers import delegated_calls
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

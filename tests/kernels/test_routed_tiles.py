@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_kernels.launching import DeviceLimits, cdiv
-from lora_kernels.ops.routed_lora import tiles
-from lora_kernels.ops.routed_lora.tiles import Cell
+from lora_kernels.ops.routed.triton import tiles
+from lora_kernels.ops.routed.triton.tiles import Cell
+from lora_kernels.runtime.device_limits import DeviceLimits, cdiv
 
 A100 = DeviceLimits("A100", 80, 108, 166_912)
 RTX_4090 = DeviceLimits("RTX 4090", 89, 128, 101_376)

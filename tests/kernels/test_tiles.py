@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_kernels.ops.lora_linear import tiles
-from lora_kernels.ops.lora_linear.tiles import Cell, DeviceLimits
+from lora_kernels.ops.linear.triton import tiles
+from lora_kernels.ops.linear.triton.tiles import Cell, DeviceLimits
 
 A100 = DeviceLimits("A100", 80, 108, 166_912)
 RTX_4090 = DeviceLimits("RTX 4090", 89, 128, 101_376)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.modules.peft_names import in_memory_name
+from lora_kernels.nn.peft_names import in_memory_name
 from lora_kernels.testing import assert_draws_within_policy, redrawn, redrawn_model
 from lora_kernels.testing.policy import Draw
 

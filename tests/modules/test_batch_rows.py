@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from lora_kernels.modules.batch_rows import Forward, NamedRows, forward_of, runs_of
+from lora_kernels.nn.batch_rows import Forward, NamedRows, forward_of, runs_of
 
 NAMES = ("a", "b", "c")
 

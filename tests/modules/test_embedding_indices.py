@@ -12,7 +12,7 @@ from torchao.quantization.qat import IntxFakeQuantizeConfig
 from torchao.quantization.qat.embedding import FakeQuantizedEmbedding
 from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 
-from lora_kernels.modules import LoRAEmbedding
+from lora_kernels.nn import LoRAEmbedding
 from lora_kernels.testing import assert_within_policy
 
 NUM, DIM, RANK = 23, 32, 5

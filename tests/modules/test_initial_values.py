@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel
 
 from lora_kernels import AdapterBank, LoRALinear, RoutedLoRALinear, Routing, route
-from lora_kernels.modules import LoRAEmbedding
+from lora_kernels.nn import LoRAEmbedding
 
 K, N, RANK = 19, 13, 4
 

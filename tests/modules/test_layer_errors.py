@@ -7,7 +7,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 
-from lora_kernels.modules import LoRAEmbedding, LoRALinear
+from lora_kernels.nn import LoRAEmbedding, LoRALinear
 
 HALF_KNOWN = "expected dtype bfloat16, float16, float32 or float64, got"
 

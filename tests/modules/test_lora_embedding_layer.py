@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lora_kernels.modules import LoRAEmbedding
+from lora_kernels.nn import LoRAEmbedding
 from lora_kernels.testing import assert_within_policy
 
 from peft_layers import Embedding, LoraConfig, assert_parity, peft_twin  # isort: skip

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels.dropout import draw_seed, keep_mask, keep_scale
-from lora_kernels.modules import LoRALinear
+from lora_kernels.nn import LoRALinear
+from lora_kernels.runtime.dropout import draw_seed, keep_mask, keep_scale
 from lora_kernels.testing import (
     assert_draws_within_policy,
     assert_within_policy,

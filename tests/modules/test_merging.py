@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels.modules import LoRAEmbedding, LoRALinear
-from lora_kernels.modules.merging import merged_weight
-from lora_kernels.ops.lora_weight_norm import composed
+from lora_kernels.nn import LoRAEmbedding, LoRALinear
+from lora_kernels.nn.merging import merged_weight
+from lora_kernels.ops.norm import composed
 from lora_kernels.testing import assert_within_policy
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

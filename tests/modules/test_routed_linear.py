@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_kernels import AdapterSlots, LoRALinear, RoutedLoRALinear, Routing
-from lora_kernels.modules import ActiveAdapters
+from lora_kernels.nn import ActiveAdapters
 from lora_kernels.testing import assert_within_policy
 
 K, N = 13, 11

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_kernels.dropout import draw_seed, keep_mask, keep_scale
-from lora_kernels.modules import LoRAEmbedding, LoRALinear
+from lora_kernels.nn import LoRAEmbedding, LoRALinear
+from lora_kernels.runtime.dropout import draw_seed, keep_mask, keep_scale
 from lora_kernels.testing import assert_draws_within_policy
 
 import peft_layers  # isort: skip

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from lora_kernels.modules import LoRAEmbedding, LoRALinear
+from lora_kernels.nn import LoRAEmbedding, LoRALinear
 
 K, N, RANK = 18, 13, 3  # of which two processes cannot have equal parts
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lora_kernels.modules import LoRAEmbedding, LoRALinear
-from lora_kernels.modules.peft_names import in_memory_name, our_names
+from lora_kernels.nn import LoRAEmbedding, LoRALinear
+from lora_kernels.nn.peft_names import in_memory_name, our_names
 from lora_kernels.testing import assert_within_policy
 
 from peft_layers import LoraConfig, peft_twin  # isort: skip

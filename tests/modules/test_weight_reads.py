@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import LoRAEmbedding, LoRALinear, RoutedLoRALinear, Routing, route
-from lora_kernels.modules import ActiveAdapters, adapter_layer, routed_linear, weight_reads
+from lora_kernels.nn import ActiveAdapters, adapter_layer, routed_linear, weight_reads
 
 PASSED_BY = "computes with its weight and does not call it"
 

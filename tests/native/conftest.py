@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_kernels import native
+from lora_kernels.runtime import cpu_extension as native
 
 
 def pytest_collection_modifyitems(items):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lora_kernels import dropout, native
+from lora_kernels.runtime import cpu_extension as native
+from lora_kernels.runtime import dropout
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [F32, BF16, F16]

@@ -7,8 +7,9 @@ import textwrap
 import pytest
 import torch
 
-from lora_kernels import AdapterBank, Routing, native
-from lora_kernels.dropout import draw_seed
+from lora_kernels import AdapterBank, Routing
+from lora_kernels.runtime import cpu_extension as native
+from lora_kernels.runtime.dropout import draw_seed
 
 COLUMNS, WIDTHS = 24, (10, 7)
 

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_kernels import lora_linear, native
-from lora_kernels.ops.lora_linear import fits
+from lora_kernels import lora_linear
+from lora_kernels.ops.linear import fits
+from lora_kernels.runtime import cpu_extension as native
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 M, K, N, R = 5, 24, 16, 3

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from lora_kernels import native
+from lora_kernels.runtime import cpu_extension as native
 from lora_kernels.testing import LoRAProblem, run_forward_backward
 from lora_kernels.testing.routed_inputs import RoutedProblem, run_routed
 

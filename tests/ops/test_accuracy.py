@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from lora_kernels import lora_linear, native
-from lora_kernels.ops.lora_linear.reference import lora_linear_reference
+from lora_kernels import lora_linear
+from lora_kernels.ops.linear.reference import lora_linear_reference
+from lora_kernels.runtime import cpu_extension as native
 from lora_kernels.testing import (
     LoRAProblem,
     assert_as_accurate,

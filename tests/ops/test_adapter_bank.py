@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lora_kernels.ops.routed_lora import AdapterBank, AdapterSlots, Routing, routed_lora
+from lora_kernels.ops.routed import AdapterBank, AdapterSlots, Routing, routed_lora
 
 K, N = 21, 17
 SLICES = (5, 7, 11)

@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
-from lora_kernels import native
-from lora_kernels.ops.routed_lora import AdapterBank, Routing, routed_lora_linear
+from lora_kernels.ops.routed import AdapterBank, Routing, routed_lora_linear
+from lora_kernels.runtime import cpu_extension as native
 
 K, N, TOKENS, SECONDS = 256, 256, 64, 1.5
 BACKENDS = ["composed", *([] if native.missing() else ["native"])]

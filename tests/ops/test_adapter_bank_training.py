@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_kernels.ops.routed_lora import (
+from lora_kernels.ops.routed import (
     AdapterBank,
     AdapterSlots,
     Routing,

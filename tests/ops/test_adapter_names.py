@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_kernels.ops.routed_lora import AdapterBank, Routing, routed_lora
-from lora_kernels.ops.routed_lora.adapters_by_name import key_of, name_of
+from lora_kernels.ops.routed import AdapterBank, Routing, routed_lora
+from lora_kernels.ops.routed.bank.adapters_by_name import key_of, name_of
 
 K, N = 13, 11
 KEYS = {

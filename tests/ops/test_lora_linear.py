@@ -7,10 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_kernels import lora_linear, native
-from lora_kernels.dropout import drop_threshold, keep_mask, keep_scale, packed_keep_mask
-from lora_kernels.ops.lora_linear import compiled, composed
-from lora_kernels.ops.lora_linear.reference import lora_linear_reference
+from lora_kernels import lora_linear
+from lora_kernels.ops.linear import composed
+from lora_kernels.ops.linear import cpu as compiled
+from lora_kernels.ops.linear.reference import lora_linear_reference
+from lora_kernels.runtime import cpu_extension as native
+from lora_kernels.runtime.dropout import drop_threshold, keep_mask, keep_scale, packed_keep_mask
 from lora_kernels.testing import (
     LoRAProblem,
     assert_within_policy,
@@ -197,7 +199,7 @@ def test_shapes_strides_and_dtypes(
 @pytest.mark.parametrize("elements", [64, 7], ids=["two_rows_or_one", "less_than_a_row"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_rows_in_several_chunks(dropout_p, elements, monkeypatch, poisoned_memory):
-    monkeypatch.setattr("lora_kernels.products._CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr("lora_kernels.ops.narrow.products._CHUNK_ELEMENTS", elements)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         check(LoRAProblem.random(
             (50,), 33, 41, 5, dtype=dtype, dropout_p=dropout_p, with_output_scale=True

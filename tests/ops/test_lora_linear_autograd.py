@@ -415,7 +415,7 @@ def test_autocast_around_the_backward_changes_nothing(scaled):
 
 @pytest.mark.parametrize("needed", ["x", "lora_a", "lora_b", "bias", "output_scale"])
 def test_the_backward_is_asked_for_what_is_needed_alone(needed, monkeypatch):
-    from lora_kernels.ops.lora_linear import composed
+    from lora_kernels.ops.linear import composed
 
     asked = []
     backward = composed.backward

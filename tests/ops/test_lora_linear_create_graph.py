@@ -9,12 +9,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import lora_linear
-from lora_kernels.ops.lora_linear.reference import lora_linear_reference
-from lora_kernels.testing import (
-    LoRAProblem,
-    assert_draws_within_policy,
-    assert_within_policy,
-)
+from lora_kernels.ops.linear.reference import lora_linear_reference
+from lora_kernels.testing import LoRAProblem, assert_draws_within_policy, assert_within_policy
 
 
 def tanh_problem(**changes):
@@ -167,7 +163,7 @@ def test_autocast_around_a_backward_with_a_graph_changes_nothing():
 
 
 def test_the_ordinary_backward_is_left_to_its_kernels(monkeypatch):
-    from lora_kernels.ops.lora_linear import autograd
+    from lora_kernels.ops.linear import op as autograd
 
     problem = LoRAProblem.random((9,), 21, 13, 3)
     monkeypatch.setattr(autograd, "_differentiable_backward", None)

@@ -9,7 +9,7 @@ import torch
 from torch.autograd import forward_ad
 
 from lora_kernels import explain, lora_linear
-from lora_kernels.ops.lora_linear import _check, fits, fits_at_once
+from lora_kernels.ops.linear import _check, fits, fits_at_once
 
 
 def arguments():

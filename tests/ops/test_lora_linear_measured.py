@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lora_kernels import dispatch, explain
-from lora_kernels.ops.lora_linear import measured, tiles
+from lora_kernels import explain
+from lora_kernels.ops.linear import tuned as measured
+from lora_kernels.ops.linear.triton import tiles
+from lora_kernels.runtime import dispatch
 
 H200 = tiles.DeviceLimits("NVIDIA H200", 90, 132, 232_448)
 FORWARD = "forward/bfloat16/M8192/K4096/N1024/R16/p0"
@@ -160,7 +162,7 @@ def test_the_op_asks_once_per_direction(monkeypatch):
     In fp64, which is not the compiled kernels': a call on a CPU that they serve asks nobody.
     """
     from lora_kernels import lora_linear
-    from lora_kernels.ops.lora_linear import autograd
+    from lora_kernels.ops.linear import op as autograd
 
     asked = []
     choose = measured.choose
@@ -169,7 +171,7 @@ def test_the_op_asks_once_per_direction(monkeypatch):
         asked.append((direction, tuple(args[0].shape)))
         return choose(backend, direction, *args)
 
-    monkeypatch.setattr(autograd.measured, "choose", spy)
+    monkeypatch.setattr(autograd.tuned, "choose", spy)
     x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
     lora_a, lora_b = torch.randn(2, 8), torch.randn(6, 2)
     lora_linear(x, torch.randn(6, 8).double(), lora_a, lora_b, 1.0).sum().backward()

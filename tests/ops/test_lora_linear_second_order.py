@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels import lora_linear
-from lora_kernels.ops.lora_linear.reference import lora_linear_reference
+from lora_kernels.ops.linear.reference import lora_linear_reference
 from lora_kernels.testing import (
     LoRAProblem,
     assert_draws_within_policy,
@@ -131,7 +131,7 @@ def test_any_forward_by_the_error_policy(
 
     def function(scaling, seed, **rest):
         if ordinary:  # with the seed that it draws
-            monkeypatch.setattr("lora_kernels.ops.lora_linear.draw_seed", lambda _, s=seed: s)
+            monkeypatch.setattr("lora_kernels.ops.linear.draw_seed", lambda _, s=seed: s)
             scaling, seed = scaling.item(), None
         return lora_linear(scaling=scaling, seed=seed, **rest)
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels.ops.lora_weight_norm import composed, lora_weight_norm
-from lora_kernels.ops.lora_weight_norm.reference import lora_weight_norm_reference
+from lora_kernels.ops.norm import composed, lora_weight_norm
+from lora_kernels.ops.norm.reference import lora_weight_norm_reference
 from lora_kernels.testing import assert_draws_within_policy, redrawn
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lora_kernels import native
-from lora_kernels.ops.routed_lora import AdapterBank, AdapterSlots, Routing, routed_lora, versions
-from lora_kernels.ops.routed_lora import bank as bank_module
-from lora_kernels.ops.routed_lora.operands import in_one_piece
-from lora_kernels.ops.routed_lora.regions import is_moved_anchor
+from lora_kernels.ops.routed import AdapterBank, AdapterSlots, Routing, routed_lora
+from lora_kernels.ops.routed.bank import bank as bank_module
+from lora_kernels.ops.routed.bank import versions
+from lora_kernels.ops.routed.bank.storage import is_moved_anchor
+from lora_kernels.ops.routed.tensors import in_one_piece
+from lora_kernels.runtime import cpu_extension as native
 
 K, N = 24, 16
 

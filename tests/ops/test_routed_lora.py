@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from lora_kernels.ops.routed_lora import Routing
+from lora_kernels.ops.routed import Routing
 from lora_kernels.testing import assert_within_policy
 from lora_kernels.testing.routed_inputs import (
     BACKENDS,
@@ -229,7 +229,7 @@ def test_same_bits_from_run_to_run(backend, kind):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("elements", [64, 7], ids=["two_rows_or_one", "less_than_a_row"])
 def test_rows_in_several_chunks(dropout, elements, monkeypatch, poisoned_memory):
-    monkeypatch.setattr("lora_kernels.products._CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr("lora_kernels.ops.narrow.products._CHUNK_ELEMENTS", elements)
     for dtype in (torch.float32, torch.float16):
         problem = RoutedProblem.random(
             ids_of("unsorted", 2, 200), [5, 3], 33, 70, dtype=dtype, dropout=dropout

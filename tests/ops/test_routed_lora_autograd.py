@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels.ops.routed_lora import (
+from lora_kernels.ops.routed import (
     AdapterBank,
     Routing,
     explain,

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from lora_kernels.ops.routed_lora import (
+from lora_kernels.ops.routed import (
     Routing,
     routed_expand,
     routed_lora,

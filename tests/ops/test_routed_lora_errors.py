@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from lora_kernels.ops.routed_lora import (
+from lora_kernels.ops.routed import (
     AdapterBank,
     Routing,
     explain,

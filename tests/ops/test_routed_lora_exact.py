@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lora_kernels.ops.routed_lora import (
+from lora_kernels.ops.routed import (
     Routing,
     composed,
     routed_expand,

@@ -5,17 +5,17 @@ import torch
 import torch._dynamo.testing
 from torch.utils.checkpoint import checkpoint
 
-from lora_kernels.ops.routed_lora import (
+from lora_kernels.ops.routed import (
     AdapterBank,
     AdapterSlots,
     Routing,
-    layouts,
     routed_expand,
     routed_lora,
     routed_lora_linear,
     routed_shrink,
 )
-from lora_kernels.ops.routed_lora import routing as routing_module
+from lora_kernels.ops.routed import routing as routing_module
+from lora_kernels.ops.routed.bank import layouts
 from lora_kernels.testing.routed_inputs import BACKENDS, AsOnADevice
 
 K, N = 13, 9

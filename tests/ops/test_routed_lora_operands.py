@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lora_kernels.ops.lora_linear import lora_linear
-from lora_kernels.ops.routed_lora import AdapterBank, Routing, routed_lora, routed_lora_linear
+from lora_kernels.ops.linear import lora_linear
+from lora_kernels.ops.routed import AdapterBank, Routing, routed_lora, routed_lora_linear
 from lora_kernels.testing.routed_inputs import BACKENDS
 
 K, N = 45, 32

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import route
-from lora_kernels.ops.routed_lora import (
+from lora_kernels.ops.routed import (
     AdapterBank,
     Routing,
     routed_expand,
@@ -19,12 +19,7 @@ from lora_kernels.ops.routed_lora import (
     routed_shrink,
 )
 from lora_kernels.testing import assert_within_policy
-from lora_kernels.testing.routed_inputs import (
-    BACKENDS,
-    AsOnADevice,
-    RoutedProblem,
-    call_routed,
-)
+from lora_kernels.testing.routed_inputs import BACKENDS, AsOnADevice, RoutedProblem, call_routed
 
 NOT_SAVED = "x, which was not saved because every lora_a is frozen"
 ALL = ("x", "weights", "bias", "lora_a", "lora_b")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_kernels.ops.routed_lora import AdapterBank, AdapterSlots, Routing, routed_lora
-from lora_kernels.ops.routed_lora import routing as routing_module
+from lora_kernels.ops.routed import AdapterBank, AdapterSlots, Routing, routed_lora
+from lora_kernels.ops.routed import routing as routing_module
 
 K, N = 9, 7
 

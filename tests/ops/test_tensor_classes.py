@@ -18,7 +18,7 @@ from lora_kernels import (
     routed_lora,
     routed_lora_linear,
 )
-from lora_kernels.ops.routed_lora import routed_expand, routed_shrink
+from lora_kernels.ops.routed import routed_expand, routed_shrink
 
 M, K, N, R = 4, 24, 13, 3
 

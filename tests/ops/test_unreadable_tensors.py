@@ -8,10 +8,10 @@ from lora_kernels import (
     Routing,
     lora_linear,
     lora_weight_norm,
-    native,
     routed_lora,
     routed_lora_linear,
 )
+from lora_kernels.runtime import cpu_extension as native
 from lora_kernels.testing import LoRAProblem
 
 BACKENDS = ["composed", *([] if native.missing() else ["native"])]
@@ -174,7 +174,7 @@ def test_routed_operands_made_in_inference_mode(name, backend):
 
 def test_a_low_address_alone_is_no_reason(monkeypatch):
     """In processes whose heap begins low, the storage itself is asked."""
-    from lora_kernels.ops import tensor_state
+    from lora_kernels.runtime import tensor_state
 
     monkeypatch.setattr(tensor_state, "_LOWEST", 1 << 62)
     tensor = behind_an_offset(torch.ones(3, 4))

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lora_kernels import route
-from lora_kernels.adapter_files import ModuleAdapter, write_adapter
+from lora_kernels.files.adapters import ModuleAdapter, write_adapter
 
 LAYERS, WIDTH, RANK, FILES = 12, 256, 8, 4
 LOADS_PER_SECOND = 22.0  # of which 20 must come to an end

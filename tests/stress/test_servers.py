@@ -5,7 +5,7 @@ import os
 import pytest
 from servers import Server
 
-from lora_kernels.ops.routed_lora import slots
+from lora_kernels.ops.routed.bank import slots
 
 # Under the suite 10 seconds beside other tests; `make test-stress` has the machine for itself.
 SECONDS = float(os.environ.get("STRESS_SECONDS", "10"))

@@ -6,14 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_kernels.testing.compile_cases import (
-    BF16,
-    CALLS,
-    DEVICES,
-    Call,
-    launches_of,
-    resources_of,
-)
+from lora_kernels.testing.compile_cases import BF16, CALLS, DEVICES, Call, launches_of, resources_of
 from lora_kernels.testing.compile_only import compile_launch, compile_launch_for_amd
 
 CASES = [

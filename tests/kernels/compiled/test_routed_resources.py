@@ -15,11 +15,7 @@ from lora_kernels.testing.compile_cases import (
     launches_of,
     resources_of,
 )
-from lora_kernels.testing.compile_only import (
-    Resources,
-    compile_launch,
-    compile_launch_for_amd,
-)
+from lora_kernels.testing.compile_only import Resources, compile_launch, compile_launch_for_amd
 
 CASES = [
     pytest.param(call, capability, id=f"{name}-sm_{capability}")

@@ -3,7 +3,7 @@
 import pytest
 
 from lora_kernels.bench import layer, op, tune
-from lora_kernels.ops.lora_linear import tiles
+from lora_kernels.ops.linear.triton import tiles
 
 STRATEGIES = ["triton-hybrid", "triton-fused"]
 

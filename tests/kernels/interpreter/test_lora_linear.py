@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from lora_kernels import explain, lora_linear
-from lora_kernels.launching import precision
-from lora_kernels.ops.lora_linear import tiles
-from lora_kernels.ops.lora_linear.reference import lora_linear_reference
+from lora_kernels.ops.linear.reference import lora_linear_reference
+from lora_kernels.ops.linear.triton import tiles
+from lora_kernels.runtime.device_limits import precision
 from lora_kernels.testing import (
     LoRAProblem,
     assert_draws_within_policy,

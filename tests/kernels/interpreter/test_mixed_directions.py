@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lora_kernels import lora_linear
-from lora_kernels.dispatch import Choice
-from lora_kernels.ops.lora_linear import measured
-from lora_kernels.ops.lora_linear.reference import lora_linear_reference
+from lora_kernels.ops.linear import tuned as measured
+from lora_kernels.ops.linear.reference import lora_linear_reference
+from lora_kernels.runtime.dispatch import Choice
 from lora_kernels.testing import (
     LoRAProblem,
     assert_within_policy,

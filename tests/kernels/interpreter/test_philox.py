@@ -1,12 +1,12 @@
-"""The mask in registers has the bits of ``lora_kernels.dropout.keep_mask``."""
+"""The mask in registers has the bits of ``lora_kernels.runtime.dropout.keep_mask``."""
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from lora_kernels.dropout import drop_threshold, keep_mask
-from lora_kernels.kernels.philox import keep_tile, zero_dropped_tile
+from lora_kernels.ops.narrow.triton.philox import keep_tile, zero_dropped_tile
+from lora_kernels.runtime.dropout import drop_threshold, keep_mask
 
 BLOCK_ROWS, BLOCK_COLUMNS = 16, 32
 
@@ -75,7 +75,7 @@ def test_groups_past_32_bits():
     """Row 2^30 of 40 columns starts at group 5 * 2^30, which needs the second counter word."""
     first_row, columns, seed = 2**30 - 3, 40, torch.tensor(11)
     actual = tile_of(seed, 0.5, columns, first_row, long=True)
-    from lora_kernels.dropout import _pack_lanes, _philox_words
+    from lora_kernels.runtime.dropout import _pack_lanes, _philox_words
 
     for row in range(BLOCK_ROWS):
         first_group = (first_row + row) * 5

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lora_kernels.dropout import keep_mask, keep_scale
-from lora_kernels.launching import limits_of, padded_rows
-from lora_kernels.ops.lora_linear import gemm, launch, operands, tiles
+from lora_kernels.ops.linear.triton import gemm, launch, operands, tiles
+from lora_kernels.runtime.device_limits import limits_of, padded_rows
+from lora_kernels.runtime.dropout import keep_mask, keep_scale
 from lora_kernels.testing import assert_within_policy
 from lora_kernels.testing.inputs import without_gaps
 

@@ -7,17 +7,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lora_kernels.dropout import keep_mask, keep_scale
-from lora_kernels.ops.routed_lora import (
-    AdapterBank,
-    Routing,
-    launch,
-    routed_expand,
-    routed_lora,
-    routed_shrink,
-    tiles,
-)
-from lora_kernels.ops.routed_lora.operands import BankTensors, in_one_piece
+from lora_kernels.ops.routed import AdapterBank, Routing, routed_expand, routed_lora, routed_shrink
+from lora_kernels.ops.routed import triton as launch
+from lora_kernels.ops.routed.tensors import BankTensors, in_one_piece
+from lora_kernels.ops.routed.triton import tiles
+from lora_kernels.runtime.dropout import keep_mask, keep_scale
 from lora_kernels.testing.routed_inputs import RoutedProblem, call_routed, run_routed
 
 BACKEND = "triton"

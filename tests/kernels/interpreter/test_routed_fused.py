@@ -3,13 +3,9 @@
 import pytest
 import torch
 
-from lora_kernels.ops.routed_lora import grids, tiles
-from lora_kernels.testing.routed_inputs import (
-    RoutedProblem,
-    call_routed,
-    check_routed,
-    run_routed,
-)
+from lora_kernels.ops.routed.triton import launch as grids
+from lora_kernels.ops.routed.triton import tiles
+from lora_kernels.testing.routed_inputs import RoutedProblem, call_routed, check_routed, run_routed
 
 ROWS = 270  # more than 256: tiles of 64 pairs
 KINDS = [(torch.float32, None), (torch.float16, torch.float32), (torch.float16, None)]

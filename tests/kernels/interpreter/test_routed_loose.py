@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lora_kernels import dispatch
-from lora_kernels.ops.routed_lora import loose
+from lora_kernels.ops.routed import unpacked as loose
+from lora_kernels.runtime import dispatch
 from lora_kernels.testing import assert_within_policy
 
 K, N = 23, 37

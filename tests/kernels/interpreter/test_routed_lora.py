@@ -8,14 +8,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_kernels.ops.routed_lora import (
+from lora_kernels.ops.routed import (
     Routing,
     routed_expand,
     routed_lora,
     routed_lora_linear,
     routed_shrink,
-    tiles,
 )
+from lora_kernels.ops.routed.triton import tiles
 from lora_kernels.testing import assert_within_policy
 from lora_kernels.testing.routed_inputs import (
     AsOnADevice,

@@ -1,0 +1,1 @@
+"""The adapter as a value, and the initial values of its factors."""

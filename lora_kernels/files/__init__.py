@@ -1,0 +1,1 @@
+"""Adapter files: PEFT's directories read and written. Operations do not know this package."""

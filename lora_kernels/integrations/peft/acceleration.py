@@ -1,0 +1,295 @@
+"""``accelerate(model)``: our forward in the LoRA layers of a PEFT model, the rest as it was."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lora_kernels.integrations.weight_readers import never_calls, passes_by
+
+TESTED_PEFT = "0.21"
+
+
+def accelerate(model: nn.Module) -> AccelerationReport:
+    r"""Give the LoRA layers of a PEFT model the fused forward :func:`lora_kernels.lora_linear`.
+
+    .. math::
+        y = x W^T + b + \sum_i s_i \cdot D_i(x) A_i^T B_i^T
+
+    The model is changed in place, by the class of its LoRA layers only: parameters, names, state
+    dicts, hooks, ``isinstance``, ``repr``, merging, switching, adding, deleting and saving adapters
+    stay PEFT's. At every call a layer looks at its own state, and either computes the sum above (or
+    DoRA's version of it) in one operation, or calls PEFT's own forward where that would do anything
+    else. Nothing is approximated: the result is PEFT's within rounding; with dropout it has the
+    same distribution, drawn from other random bits. fp32 adapters over a half-precision base are
+    computed in the base's dtype, as PEFT computes them under autocast.
+
+    Mixed batches (``adapter_names``, an adapter per sequence) are served without gradients as PEFT
+    serves them, all adapters in one operation; to train them use :func:`lora_kernels.route`.
+
+    On CPUs, CUDA, MPS and XPU devices; on any other PEFT's own forward serves, and the report says
+    so. A model may be moved at any time.
+
+    Adapters added to accelerated layers later are fast at once. Layers that PEFT creates later are
+    not, until ``accelerate`` is called again; it can be called any number of times. Call it before
+    ``fully_shard``, DDP and ``torch.compile``.
+
+    Gradients can be differentiated again (``create_graph=True``: gradient penalties, forces). Over
+    a frozen lora_A the gradient of lora_B cannot, with respect to the layer's input: that raises a
+    RuntimeError that says so, because the input was not saved; ``report.undo()`` gives PEFT's own.
+
+    Args:
+        model: a ``PeftModel``, or any module with layers of ``peft.tuners.lora`` in it.
+
+    Returns:
+        An :class:`AccelerationReport`. ``print`` it to see which layers are fast, which are not,
+        and why.
+
+    Raises:
+        ImportError: PEFT is not installed, or lacks the classes that ours extend.
+        TypeError: ``model`` is not a module.
+        ValueError: there is no LoRA layer in ``model``.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    layers = _import_layers()
+    layers = _lora_layers(model)
+    if not layers:
+        raise ValueError(_no_lora_layer(model))
+    for name, layer in layers.items():
+        if type(layer) is layers.PeftLinear and not _uncalled(name, model):
+            layer.__class__ = layers.Linear
+    return AccelerationReport(weakref.ref(model)).refresh()
+
+
+@dataclass(repr=False)
+class AccelerationReport:
+    """What became of each LoRA layer of a model; ``print`` shows it as a table.
+
+    Names are those of ``model.named_modules()``. The lists are as of the last :meth:`refresh`:
+    hooks, offloading or another dtype can send a layer that was fast back to PEFT's forward.
+
+    Attributes:
+        fast: names of the layers that our forward serves. Where the adapters are disabled or merged
+            there is nothing to fuse, and PEFT runs the base layer.
+        delegated: name of each other LoRA layer, and why PEFT's own forward serves it.
+        uncalled: name of each layer that the model does not call, and who computes with its weight
+            instead: its adapters have no effect, as in PEFT. Known of some models from the start,
+            of others after they have run; compiled code is not seen.
+        notes: name of a fast layer, and what to know about it.
+        delegated_calls: name of an accelerated layer, and how many calls so far PEFT's forward has
+            served, by reason; calls inside ``torch.compile`` are not counted.
+        peft_version: the PEFT that was found.
+    """
+
+    _model: weakref.ref[nn.Module]
+    fast: list[str] = field(default_factory=list)
+    delegated: dict[str, str] = field(default_factory=dict)
+    uncalled: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    delegated_calls: dict[str, dict[str, int]] = field(default_factory=dict)
+    peft_version: str = ""
+
+    def refresh(self) -> AccelerationReport:
+        """Look at the model again, as it stands now, and return the report."""
+        import peft
+
+        layers = _import_layers()
+        model = self._live_model()
+        self.peft_version = peft.__version__
+        self.fast, self.delegated, self.uncalled = [], {}, {}
+        self.notes, self.delegated_calls = {}, {}
+        for name, layer in _lora_layers(model).items():
+            state = _not_ours(name, layer, model) or layers.read_layer(layer)
+            note = _note(layer, state)
+            if isinstance(state, str) and note is None:
+                self.delegated[name] = state
+            elif _adapts(state) and (reader := _reader_instead(name, layer, model)):
+                self.uncalled[name] = reader
+            else:
+                self.fast.append(name)
+                if notes := [each for each in (note, _also_read(name, layer, model)) if each]:
+                    self.notes[name] = "; ".join(notes)
+        for name, layer in _lora_layers(model).items():
+            if calls := layers.delegated_calls(layer):
+                self.delegated_calls[name] = calls
+        return self
+
+    def undo(self) -> None:
+        """Give every LoRA layer of the model its PEFT class back. Doing it twice is harmless.
+
+        Raises:
+            RuntimeError: ``fully_shard`` has built classes of its own on top of ours. Nothing is
+                changed then.
+        """
+        layers = _import_layers()
+        ours = {
+            name: layer
+            for name, layer in _lora_layers(self._live_model()).items()
+            if isinstance(layer, layers.Linear)
+        }
+        for name, layer in ours.items():
+            if type(layer) is not layers.Linear:
+                raise RuntimeError(
+                    f"cannot undo: since accelerate, the class of {name} has become "
+                    f"{_class_name(layer)} (fully_shard does this); undo before sharding"
+                )
+        for layer in ours.values():
+            layer.__class__ = layers.PeftLinear
+            layers.forget_calls(layer)
+
+    def __str__(self) -> str:
+        total = len(self.fast) + len(self.delegated) + len(self.uncalled)
+        title = f"{len(self.fast)} of {total} LoRA layers take the fused forward"
+        title += f" (PEFT {self.peft_version}"
+        if not self.peft_version.startswith(f"{TESTED_PEFT}."):
+            title += f", tested with {TESTED_PEFT}"
+        rows = Counter((_pattern(name), "fused") for name in self.fast)
+        for name, reason in self.delegated.items():
+            rows[_pattern(name), f"PEFT: {reason}"] += 1
+        for name, reader in self.uncalled.items():
+            rows[_pattern(name), f"none: {reader} computes with its weight, without adapters"] += 1
+        lines = [title + ")", "", *_table(rows)]
+        for note, count in Counter(self.notes.values()).items():
+            lines.append(f"note on {count} of them: {note}")
+        calls = Counter()
+        for counts in self.delegated_calls.values():
+            calls.update(counts)
+        for reason, count in calls.items():
+            lines.append(f"calls that PEFT's forward has served: {count}: {reason}")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        uncalled = f", {len(self.uncalled)} not called" if self.uncalled else ""
+        return (
+            f"AccelerationReport({len(self.fast)} fast, {len(self.delegated)} delegated{uncalled})"
+        )
+
+    def _live_model(self) -> nn.Module:
+        model = self._model()
+        if model is None:
+            raise RuntimeError("the model of this report no longer exists")
+        return model
+
+
+def _import_layers():
+    """The module of our layer classes. They extend PEFT's: this is where PEFT gets imported."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("accelerate() needs PEFT: pip install peft") from error
+    try:
+        from lora_kernels.integrations.peft import layers
+    except ImportError as error:
+        raise ImportError(
+            f"accelerate() was written for PEFT {TESTED_PEFT}, and PEFT {peft.__version__} lacks "
+            f"what it extends: {error}"
+        ) from error
+    return layers
+
+
+def _lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+    lora_layer = _import_layers().LoraLayer
+    return {name: m for name, m in model.named_modules() if isinstance(m, lora_layer)}
+
+
+def _not_ours(name: str, layer: nn.Module, model: nn.Module) -> str | None:
+    """Why the layer does not have our class; None if it has."""
+    layers = _import_layers()
+    if isinstance(layer, layers.Linear):
+        return None
+    if type(layer) is not layers.PeftLinear:
+        sharded = type(layer).__name__.startswith("FSDP")
+        hint = ": call accelerate before fully_shard" if sharded else ""
+        return f"{_class_name(layer)} is not PEFT's lora.Linear{hint}"
+    if _uncalled(name, model):
+        return "lora.MultiheadAttention reads its weights and never calls it"
+    return "new or undone: call accelerate again"
+
+
+def _uncalled(name: str, model: nn.Module) -> bool:
+    """Whether the layer is the output projection inside a ``lora.MultiheadAttention``."""
+    owner = model.get_submodule(name.rpartition(".")[0].removesuffix("base_layer").rstrip("."))
+    return isinstance(owner, _import_layers().MultiheadAttention)
+
+
+def _adapts(state) -> bool:
+    return isinstance(state, str) or bool(state.adapters)
+
+
+def _reader_instead(name: str, layer: nn.Module, model: nn.Module) -> str | None:
+    """Who computes with the weight of a layer that is not called; None for a layer that is."""
+    if reader := _import_layers().reader_in_place_of_calls(layer):
+        return reader
+    path, _, child = name.rpartition(".")
+    parent = model.get_submodule(path)
+    return type(parent).__name__ if never_calls(parent, child) else None
+
+
+def _also_read(name: str, layer: nn.Module, model: nn.Module) -> str | None:
+    """A note for a layer that is called at times, and at times passed by."""
+    path, _, child = name.rpartition(".")
+    parent = model.get_submodule(path)
+    reader = _import_layers().also_read_by(layer)
+    if reader is None and passes_by(parent, child):
+        reader = type(parent).__name__
+    if reader is None:
+        return None
+    return (
+        f"{reader} also computes with its weight instead of calling it (torch's and Mamba's fused "
+        "paths do): without adapters then, as in PEFT"
+    )
+
+
+def _note(layer: nn.Module, state) -> str | None:
+    """What to know about a fast layer; None also for a layer that is not."""
+    if isinstance(state, str):
+        # FSDP makes the weights whole before the layer is called: only the call can tell.
+        if "(DTensor)" in state and getattr(layer, "_is_fsdp_managed_module", False):
+            return "sharded by FSDP between its calls: fused in a call if whole by then"
+        return None
+    for adapter in state.adapters:
+        for tensor in (adapter.lora_a, adapter.lora_b):
+            if state.weight.element_size() < min(tensor.element_size(), 4):
+                adapters, base = _short(tensor.dtype), _short(state.weight.dtype)
+                return (
+                    f"{adapters} adapters over a {base} base: computed in {base}, "
+                    "as PEFT does under autocast"
+                )
+    return None
+
+
+def _no_lora_layer(model: nn.Module) -> str:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    others = {_class_name(m) for m in model.modules() if isinstance(m, BaseTunerLayer)}
+    found = f" (layers of other PEFT methods: {', '.join(sorted(others))})" if others else ""
+    return (
+        "model: expected a model with LoRA layers, such as peft.get_peft_model(model, "
+        f"LoraConfig(...)) returns, got {type(model).__name__} without one{found}"
+    )
+
+
+def _class_name(instance: object) -> str:
+    return f"{type(instance).__module__}.{type(instance).__qualname__}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _pattern(name: str) -> str:
+    """One name for a layer of every block: ``layers.*.q_proj`` for ``layers.0.q_proj`` and on."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def _table(rows: Counter[tuple[str, str]]) -> list[str]:
+    cells = [("layers", "module", "forward")]
+    cells += [(str(count), module, forward) for (module, forward), count in rows.items()]
+    counts, modules = (max(len(row[column]) for row in cells) for column in (0, 1))
+    return [f"{row[0]:>{counts}}  {row[1]:<{modules}}  {row[2]}" for row in cells]

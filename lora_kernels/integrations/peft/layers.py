@@ -1,0 +1,199 @@
+"""Our forward inside PEFT's LoRA layer, chosen anew at every call.
+
+`Linear` carries the name of the PEFT class that it extends, so that repr, pickles and anything that
+looks at `type(layer).__name__` see what they saw before.
+
+Dimensions: K in_features, N out_features.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraLayer, MultiheadAttention
+from torch import Tensor
+
+from lora_kernels.integrations.peft.state import (
+    ActiveAdapter,
+    LayerState,
+    MixedState,
+    read_call,
+    read_layer,
+    read_ordinary,
+)
+from lora_kernels.nn.weight_reads import (
+    also_read_by,
+    forget,
+    note_call,
+    note_read,
+    reader_in_place_of_calls,
+)
+from lora_kernels.ops.linear import lora_linear, lora_linear_unchecked
+from lora_kernels.ops.norm import lora_weight_norm
+from lora_kernels.ops.routed.unpacked import LooseAdapter, routed_linear_loose
+
+__all__ = [
+    "Linear",
+    "LoraLayer",
+    "MultiheadAttention",
+    "PeftLinear",
+    "also_read_by",
+    "delegated_calls",
+    "forget_calls",
+    "fused_forward",
+    "mixed_forward",
+    "read_layer",
+    "reader_in_place_of_calls",
+]
+
+# How often, and why, PEFT's own forward served an accelerated layer. Kept apart from the layers, so
+# that nothing of ours is copied, pickled or saved with them.
+_delegated_calls: weakref.WeakKeyDictionary[torch.nn.Module, Counter[str]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class Linear(PeftLinear):
+    """PEFT's `lora.Linear`, whose forward is `lora_linear` wherever that is the same function, and
+    `routed_lora_linear` where a batch names an adapter per sequence (`adapter_names`)."""
+
+    @property
+    def weight(self) -> Tensor:
+        """PEFT's: the base layer's. Computing with it passes the adapters by, with a warning."""
+        if not self._disable_adapters and not self.merged_adapters:
+            note_read(self)
+        return super().weight
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        note_call(self)
+        if not args and not kwargs:
+            operands = read_ordinary(self, x)
+            if operands is not None:
+                return lora_linear_unchecked(x, *operands)
+        state = read_call(self, x, args, kwargs)
+        if isinstance(state, str):
+            if not torch.compiler.is_compiling():
+                _delegated_calls.setdefault(self, Counter())[state] += 1
+            return super().forward(x, *args, **kwargs)
+        if not state.adapters:
+            return super().forward(x, *args, **kwargs)
+        if isinstance(state, MixedState):
+            self._check_forward_args(x, adapter_names=state.names)
+            return mixed_forward(x, state)
+        return fused_forward(x, state)
+
+
+def delegated_calls(layer: torch.nn.Module) -> dict[str, int]:
+    """How many calls of the layer PEFT's own forward has served, by reason; compiled ones aside."""
+    return dict(_delegated_calls.get(layer, ()))
+
+
+def forget_calls(layer: torch.nn.Module) -> None:
+    _delegated_calls.pop(layer, None)
+    forget(layer)
+
+
+def fused_forward(
+    x: Tensor,  # [..., K]
+    state: LayerState,
+) -> Tensor:  # [..., N], the dtype of the base layer's result
+    """The active adapters in PEFT's order, the first in one operation with the base layer."""
+    weight, bias, adapters = state
+    first, *others = adapters if len(adapters) == 1 else _join(adapters)
+    if first.magnitude is None:
+        y = _lora(x, weight, bias, first)
+    elif first.dropout_p == 0.0:
+        c = _dora_scale(weight, first)
+        y = lora_linear(x, weight, first.lora_a, first.lora_b, first.scaling, bias, output_scale=c)
+    else:
+        y, others = F.linear(x, weight, bias), [first, *others]
+    dtype = y.dtype
+    for adapter in others:
+        if adapter.magnitude is None:
+            y = y + _lora(x, None, None, adapter)
+        else:
+            y = _add_dora(y, x, weight, bias, adapter)
+    return y.to(dtype)
+
+
+def mixed_forward(
+    x: Tensor,  # [S, ..., K], a row for each name
+    state: MixedState,
+) -> Tensor:  # [S, ..., N], the dtype of the base layer's result
+    """Every row with the adapter it names; no gradients, no adapter is copied."""
+    weight, bias, adapters, names = state
+    loose = {name: LooseAdapter(a.lora_a, a.lora_b, a.scaling) for name, a in adapters.items()}
+    return routed_linear_loose(x, weight, bias, loose, names)
+
+
+def _lora(x: Tensor, weight: Tensor | None, bias: Tensor | None, adapter: ActiveAdapter) -> Tensor:
+    lora_a, lora_b, lora_bias, scaling, dropout_p, *_ = adapter
+    if lora_bias is not None:
+        lora_bias = lora_bias * scaling
+        bias = (lora_bias if bias is None else bias + lora_bias).to(x.dtype)
+    return lora_linear(x, weight, lora_a, lora_b, scaling, bias, dropout_p=dropout_p)
+
+
+def _add_dora(
+    y: Tensor,  # [..., N], the result so far, with the bias
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor | None,  # [N]
+    adapter: ActiveAdapter,
+) -> Tensor:  # [..., N], in the wider dtype of y and the magnitude, as in PEFT
+    """``y + (c - 1) base + c s B A D(x)``; base is y without its bias, or ``W D(x)``."""
+    c = _dora_scale(weight, adapter)
+    if adapter.dropout_p > 0.0:
+        # In A's dtype, as in PEFT: a half-precision 1 / (1 - p) is off by the same in every row.
+        x = F.dropout(x.to(adapter.lora_a.dtype), adapter.dropout_p).to(x.dtype)
+    if adapter.own_base:
+        base = F.linear(x, weight)
+    elif bias is None:
+        base = y
+    else:
+        base = y - bias
+    return y + (c - 1) * base + c * _lora(x, None, None, adapter._replace(dropout_p=0.0))
+
+
+def _dora_scale(weight: Tensor, adapter: ActiveAdapter) -> Tensor:
+    """``c = m / ||W + s B A||`` by rows; the norm is a constant to the gradient."""
+    norm = lora_weight_norm(weight, adapter.lora_a, adapter.lora_b, adapter.scaling)
+    return adapter.magnitude / norm
+
+
+def _join(adapters: list[ActiveAdapter]) -> list[ActiveAdapter]:
+    """Neighbours without DoRA and without active dropout become one adapter of their joined ranks.
+
+    Only DoRA makes the order matter; without it the adapters that can be joined come first.
+    """
+    if all(adapter.magnitude is None for adapter in adapters):
+        adapters = sorted(adapters, key=_stands_alone)
+    joined = []
+    for stands_alone, group in groupby(adapters, key=_stands_alone):
+        members = list(group)
+        joined.extend(members if stands_alone or len(members) == 1 else [_joined(members)])
+    return joined
+
+
+def _stands_alone(adapter: ActiveAdapter) -> bool:
+    return adapter.magnitude is not None or adapter.dropout_p > 0.0
+
+
+def _joined(adapters: list[ActiveAdapter]) -> ActiveAdapter:
+    lora_a = torch.cat([adapter.lora_a for adapter in adapters])
+    # In fp32, so that the scaling costs a half-precision B no rounding of its own.
+    scaled = [adapter.scaling * _at_least_fp32(adapter.lora_b) for adapter in adapters]
+    lora_b = torch.cat(scaled, dim=1)
+    biases = [a.scaling * a.lora_bias for a in adapters if a.lora_bias is not None]
+    lora_bias = sum(biases[1:], biases[0]) if biases else None
+    return ActiveAdapter(lora_a, lora_b, lora_bias, 1.0, 0.0, None, False)
+
+
+def _at_least_fp32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype is torch.float64 else tensor.float()

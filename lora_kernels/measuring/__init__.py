@@ -1,0 +1,1 @@
+"""Measuring on the user's machine: what it is, and interleaved timing."""

@@ -1,0 +1,485 @@
+"""``ActiveAdapters``: which adapters a batch uses, told once for all layers of a model."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import FrameType
+from typing import Any, NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.utils import _pytree as pytree
+
+from lora_kernels.nn.batch_rows import Forward, forward_of
+from lora_kernels.nn.choice import Batch, Choice, Generation, Part, Place
+from lora_kernels.ops.routed import AdapterSlots, Routing
+from lora_kernels.ops.routed.bank.slots import BASE
+
+_ANYWHERE = Place()
+_SUSPENDS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+
+
+class _Use:
+    """A choice that has been entered, by a ``with`` or by the call of a handle."""
+
+    def __init__(self, active: ActiveAdapters, choice: Choice) -> None:
+        self.active, self.choice = active, choice
+        self.is_open = False
+        self.frame: FrameType | None = None  # of the generator that entered it
+        self._loose: Batch | None = None
+
+    def loose(self) -> Batch:
+        """For a layer that is called outside of a forward of its model: a batch of its own."""
+        version = self.active.slots.current
+        batch = self._loose
+        if batch is None or batch.version is not version:
+            batch = self._loose = Batch(self.choice, version)
+        return batch
+
+    def __enter__(self) -> None:
+        # A generator may stop in the midst, and others run: then it is theirs no more.
+        self.frame = _generator_around(sys._getframe(1))
+        if self.frame is None:
+            # Others may have been closed by another thread or task, which does not reach these.
+            _uses.set((*(use for use in _uses.get() if use.is_open), self))
+        self.is_open = True
+        self.active.opened(self)
+
+    def __exit__(self, *error: object) -> None:
+        self.is_open, self.frame, self._loose = False, None, None
+        _uses.set(tuple(use for use in _uses.get() if use is not self))
+        # A forward that was interrupted (KeyboardInterrupt) calls no hook at its end.
+        _runs.set(tuple(run for run in _runs.get() if run.use is not self))
+        self.active.closed()
+
+
+class _Run(NamedTuple):
+    """A call that a batch is computed in; None where nothing was said of it."""
+
+    active: ActiveAdapters
+    use: _Use | None
+    batch: Batch | None
+    is_forward: bool = False  # of the whole model; else it is a handle's or ``generate``
+    forward: Forward | None = None  # what is known of it
+
+
+# What this thread or task has entered, and what it is computing, of any model; innermost last.
+_uses: ContextVar[tuple[_Use, ...]] = ContextVar("uses", default=())
+_runs: ContextVar[tuple[_Run, ...]] = ContextVar("runs", default=())
+
+# What a backward has come by, by the backward. Weakly: one that fails does not say when it ends.
+_recalled: dict[int, list[ref[_Recall]]] = {}
+
+# What a thread has computed again last: the backward, whose model, and the batches.
+_recomputing: dict[int, tuple[int, ActiveAdapters, list[Batch]]] = {}
+
+
+class ActiveAdapters:
+    """Hands the layers of one model the :class:`Routing` of the batch at hand.
+
+    Inside ``with active.use(names):`` every layer that shares this object sees the same choice, in
+    this thread or task. A routing is built for each shape of input that comes by, and serves all
+    layers; outside, a layer raises as soon as there are adapters, instead of computing the base
+    model in silence.
+
+    Args:
+        slots: those of the layers' banks.
+        batch_dim: the axis of the layers' inputs that is the batch's, 0 or 1.
+    """
+
+    def __init__(self, slots: AdapterSlots, batch_dim: int = 0) -> None:
+        if not isinstance(slots, AdapterSlots):
+            raise TypeError(f"slots: expected AdapterSlots, got {type(slots).__name__}")
+        if type(batch_dim) is not int or batch_dim not in (0, 1):
+            raise ValueError(f"batch_dim: expected 0 or 1, got {batch_dim!r}")
+        self.slots, self.batch_dim = slots, batch_dim
+        self._forget()
+
+    def use(
+        self,
+        adapters: str | Mapping[str, float] | Sequence[str | Mapping[str, float]] | Routing,
+        *,
+        beams: int = 1,
+        stacked: int = 1,
+        rows: Mapping[str, Any] | None = None,
+    ) -> _Use:
+        """A context: the adapters of the batches that are computed inside.
+
+        In the frame of a generator it holds while that frame runs, and not while it is suspended.
+
+        Args:
+            adapters: one name for all tokens, or a list with one per sequence (``"__base__"`` for
+                none), or a routing of the tokens. Instead of a name several adapters with their
+                weights, ``{name: weight}``.
+            beams: how many neighbouring rows each name may have: a batch has n rows for n names,
+                or n * beams.
+            stacked: how often the whole batch may be repeated: n * stacked rows, or with beams
+                n * beams * stacked.
+            rows: instead of ``adapters`` for the layers of some modules, by their name.
+
+        Raises:
+            ValueError: a name is not an adapter's, or there is none; beams or stacked is below 1.
+            TypeError: adapters or a value in rows is none of these.
+        """
+        return self.using(Choice(adapters, self.slots, beams, stacked, rows))
+
+    def using(self, choice: Choice) -> _Use:
+        """:meth:`use` of a choice that was made before."""
+        return _Use(self, choice)
+
+    def call(self, choice: Choice, function: Callable, args: tuple, kwargs: dict) -> Any:
+        """Call a function as one batch."""
+        use = _Use(self, choice)
+        with use:
+            batch = Batch(choice, self.slots.current)
+            with _running(_Run(self, use, batch)):
+                result = function(*args, **kwargs)
+            if _is_later(result):
+                raise TypeError(
+                    f"call: expected a function that has computed when it returns, got a "
+                    f"{type(result).__name__}; call the handle inside of it"
+                )
+            self._mark(result, batch)
+        return result
+
+    # --- what layers ask ----------------------------------------------------------------------
+
+    def routing_for(self, x: Tensor, place: Place = _ANYWHERE) -> Routing | None:
+        """The routing for a layer's input ``[..., K]``; None where there are no adapters at all.
+
+        Args:
+            x: the input.
+            place: where the layer is.
+
+        Raises:
+            RuntimeError: there are adapters, and nobody has said which ones to use.
+            ValueError: x's rows are not those of the names, or nothing is said of the layer's.
+        """
+        # A generator's may be one that does not run now: a graph cannot see that.
+        if torch.compiler.is_compiling() and len(self._open) == 1 and not self._suspending:
+            part = self._part(self._open[0].choice, place)
+            if part.routing is not None:
+                return part.routing
+        return _outside_of_graphs(self._routing_for, x, place)
+
+    def _routing_for(self, x: Tensor, place: Place) -> Routing | None:
+        in_backward = _in_backward()
+        runs, uses = _runs.get(), _uses.get()
+        if runs and uses and runs[-1].use is uses[-1] and not in_backward and not self._suspending:
+            run = runs[-1]  # nearly always: a layer in a forward of its model
+            if run.active is self and run.batch is not None and run.use.is_open:
+                return self._routing_in(run.batch, x, place, run.forward, False)
+        batches = self._recomputed_batches() if in_backward else [self._batch()]
+        if batches == [None]:
+            if not len(self.slots):
+                return None
+            raise RuntimeError(self._nothing_said())
+        axis = self.batch_dim if place.axis is None else place.axis
+        batch = batches[0]
+        if len(batches) > 1:  # of equal adapters: whose input it was
+            known = (b for b in batches if b.has_computed(b.choice.part_for(place), x, axis))
+            batch = next(known, batch)
+        forward = next((run.forward for run in reversed(_runs.get()) if run.batch is batch), None)
+        return self._routing_in(batch, x, place, forward, in_backward)
+
+    def _routing_in(
+        self, batch: Batch, x: Tensor, place: Place, forward: Forward | None, in_backward: bool
+    ) -> Routing:
+        part = self._part(batch.choice, place)
+        if part.routing is not None:
+            return batch.routing_given(part)
+        if place.axis == 1 and self.batch_dim == 0 and part.rows is not None:
+            raise ValueError(
+                f"{place.name}: this architecture computes [tokens, batch, features] there; pass "
+                "batch_dim=1 to route, or one name or a Routing to adapters"
+            )
+        axis = self.batch_dim if place.axis is None else place.axis
+        return batch.routing_for(part, x, axis, forward, in_backward)
+
+    def _part(self, choice: Choice, place: Place) -> Part:
+        part = choice.part_for(place)
+        if part is choice.main and place.apart is not None and part.every_row is None:
+            raise ValueError(
+                f"{place.name}: its rows are not those of the text; say whose they are with "
+                f"adapters(..., rows={{{place.apart!r}: ...}}): one name, a list of them, or a "
+                "Routing over its tokens"
+            )
+        return part
+
+    def uses_the_base_alone(self) -> bool:
+        """Whether the choice at hand names no adapter."""
+        use = self._use()
+        return use is not None and use.choice.base_alone
+
+    # --- whose choice it is -------------------------------------------------------------------
+
+    def _use(self) -> _Use | None:
+        """The innermost use that the caller is inside of."""
+        own = [use for use in _uses.get() if use.active is self and use.is_open]
+        if self._suspending:  # by frames: a generator's holds while it runs, in whatever thread
+            frames = {id(use.frame): use for use in self._suspending}  # of each the innermost
+            frame = sys._getframe(1)
+            while frame is not None:
+                if id(frame) in frames:
+                    return frames[id(frame)]
+                frame = frame.f_back
+        return own[-1] if own else None
+
+    def _batch(self) -> Batch | None:
+        """What the caller is computing."""
+        use = self._use()
+        if use is None:
+            return None
+        for run in reversed(_runs.get()):
+            if run.use is use:
+                return run.batch
+        return use.loose()
+
+    def _recomputed_batches(self) -> list[Batch | None]:
+        """What a backward computes again: found by the outputs that it began from, as no context
+        reaches the threads that it runs in."""
+        recalled = _recalled.get(torch._C._current_graph_task_id(), ())
+        alive = [recall for each in recalled if (recall := each()) is not None]
+        found = [recall.batch for recall in alive if recall.active is self]
+        if found:
+            _recomputing[threading.get_ident()] = torch._C._current_graph_task_id(), self, found
+        else:
+            found = self._recomputed_around()
+        if len({batch.choice.means(batch.version) for batch in found}) > 1:
+            raise RuntimeError(
+                "checkpointed activations are computed again for a backward of batches with "
+                "different adapters; call backward() for each of them"
+            )
+        if found:
+            return found
+        batch = self._batch()
+        if batch is None and len(self._open) == 1:
+            batch = self._open[0].loose()
+        return [batch]
+
+    def _recomputed_around(self) -> list[Batch]:
+        """What this thread computes again in the backward around this one: a checkpoint inside of
+        a reentrant one has a backward of its own."""
+        task, active, batches = _recomputing.get(threading.get_ident(), (None, None, []))
+        return batches if active is self and task in _recalled else []
+
+    def _nothing_said(self) -> str:
+        names = list(self.slots)
+        if self._suspending:
+            return (
+                f"the model has adapters {names}; the `with routed.adapters(...)` that is open was "
+                "entered by a generator that does not run now, and holds inside of it alone: use "
+                "`routed.batch(names)`, whose calls take their adapters along"
+            )
+        return (
+            f"the model has adapters {names} and nothing says which of them to use; call it inside "
+            f"of `with routed.adapters(names):`, with one name per sequence ({BASE!r} for none), "
+            "or as `routed.batch(names)(...)`; if activations are checkpointed, call backward() "
+            "in there too"
+        )
+
+    @contextmanager
+    def nobody_inside(self) -> Iterator[None]:
+        """Raise if somebody is inside of a use; who comes now has to wait."""
+        with self._lock:
+            if self._open:
+                raise RuntimeError(
+                    "undo: a batch is being computed, or a `with ...adapters(...)` is open; call "
+                    "it when there is none"
+                )
+            yield
+
+    def opened(self, use: _Use) -> None:
+        self._sort_out(use)
+
+    def closed(self) -> None:
+        self._sort_out()
+
+    def _sort_out(self, *opened: _Use) -> None:
+        with self._lock:
+            self._times_sorted += 1
+            times = None
+            while times != self._times_sorted:  # the garbage collector has closed a generator's
+                times = self._times_sorted
+                others = (use for use in self._open if use not in opened)
+                self._open = tuple(use for use in (*others, *opened) if use.is_open)
+                self._suspending = tuple(use for use in self._open if use.frame is not None)
+
+    # --- what the model's own calls tell ------------------------------------------------------
+
+    def begin_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any], axis: int) -> None:
+        """A forward of the whole model begins, the batch on that axis of its inputs."""
+        if not self._is_traced():
+            _outside_of_graphs(self._begin_forward, args, kwargs, axis)
+
+    def _begin_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any], axis: int) -> None:
+        run, forward = _Run(self, None, None), forward_of(args, kwargs, axis)
+        try:
+            run = self._run()
+        finally:  # a forward that cannot begin ends all the same
+            _runs.set((*_runs.get(), run._replace(is_forward=True, forward=forward)))
+
+    def _run(self) -> _Run:
+        """What a call computes that begins now: the batch of the call around it, or a new one."""
+        if _in_backward():
+            return _Run(self, self._use(), self._recomputed_batches()[0])
+        use = self._use()
+        if use is None:
+            return _Run(self, None, None)
+        for run in reversed(_runs.get()):
+            if run.use is use:
+                return run
+        return _Run(self, use, Batch(use.choice, self.slots.current))
+
+    def end_forward(self, outputs: Any = None) -> None:
+        """What was known of the forward that ends holds no longer."""
+        if not self._is_traced():
+            _outside_of_graphs(self._end_forward, outputs)
+
+    def _end_forward(self, outputs: Any) -> None:
+        runs = _runs.get()
+        at = next((i for i in reversed(range(len(runs))) if runs[i].active is self), None)
+        if at is None or not runs[at].is_forward:  # another hook raised before it began
+            return
+        run = runs[at]
+        _runs.set(runs[:at] + runs[at + 1 :])
+        if run.batch is not None and not _in_backward():
+            self._mark(outputs, run.batch)
+
+    def _is_traced(self) -> bool:
+        """Whether the forward is in a graph, which has no use for its rows."""
+        return (
+            torch.compiler.is_compiling()
+            and len(self._open) == 1
+            and not self._open[0].choice.asks_for_rows
+        )
+
+    def _mark(self, outputs: Any, batch: Batch) -> None:
+        """Let a backward from these outputs find the batch."""
+        if not torch.is_grad_enabled() or outputs is None:
+            return
+        leaves = pytree.tree_leaves(outputs)
+        for leaf in [leaf for leaf in leaves if not isinstance(leaf, (Tensor, type, Module))]:
+            leaves += pytree.tree_leaves(getattr(leaf, "__dict__", None))  # a dataclass, say
+        for output in leaves:
+            if isinstance(output, Tensor) and output.grad_fn is not None:
+                output.grad_fn.register_prehook(_Recall(self, batch))
+
+    @contextmanager
+    def generation(self) -> Iterator[None]:
+        """A ``generate`` of the model, which says by :meth:`expand` how many beams there are."""
+        run = self._run()
+        if run.batch is None:
+            yield
+            return
+        run, batch = run._replace(is_forward=False), run.batch
+        before, batch.generation = batch.generation, Generation()
+        try:
+            with _running(run):
+                yield
+        finally:
+            batch.generation = before
+
+    def expand(self, rows: int | None, times: int) -> None:
+        """The running ``generate`` repeats each of so many rows, so many times.
+
+        Raises:
+            ValueError: it did before, when there were other rows.
+        """
+        if (batch := self._batch()) is not None:
+            batch.expand(rows, times)
+
+    def _forget(self) -> None:
+        self._open: tuple[_Use, ...] = ()  # in any thread
+        self._suspending: tuple[_Use, ...] = ()  # those in frames of generators
+        # The garbage collector may run in its midst, and close the generator that has a use.
+        self._lock = threading.RLock()
+        self._times_sorted = 0
+
+    def __getstate__(self) -> dict:
+        return {"slots": self.slots, "batch_dim": self.batch_dim}
+
+    def __setstate__(self, state: dict) -> None:
+        self.slots, self.batch_dim = state["slots"], state.get("batch_dim", 0)
+        self._forget()
+
+
+class _Recall:
+    """Stands before a node of autograd's graph, and tells its backward of the batch."""
+
+    def __init__(self, active: ActiveAdapters, batch: Batch) -> None:
+        self.active, self.batch = active, batch
+
+    def __call__(self, gradients: tuple) -> None:
+        task = torch._C._current_graph_task_id()
+        if task not in _recalled:
+            for other, recalls in list(_recalled.items()):
+                if not any(each() for each in recalls):  # it failed, and its graph is gone
+                    _recalled.pop(other, None)
+            _recalled[task] = []
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: _forget_backward(task))
+        known = (recall.batch for each in _recalled[task] if (recall := each()) is not None)
+        if not any(batch is self.batch for batch in known):
+            _recalled[task].append(ref(self))
+
+
+def _forget_backward(task: int) -> None:
+    _recalled.pop(task, None)
+    for thread, (other, _, _) in list(_recomputing.items()):
+        if other == task:
+            _recomputing.pop(thread, None)
+
+
+@contextmanager
+def _running(run: _Run) -> Iterator[None]:
+    _runs.set((*_runs.get(), run))
+    try:
+        yield
+    finally:
+        runs = list(_runs.get())
+        at = max((i for i, other in enumerate(runs) if other is run), default=None)
+        if at is not None:
+            del runs[at]
+        _runs.set(tuple(runs))
+
+
+def _generator_around(frame: FrameType | None) -> FrameType | None:
+    """The generator whose ``with`` it is, itself or by what it calls: a function that enters and
+    returns, a class with ``__enter__``, or another generator that contextlib drives."""
+    while frame is not None:
+        if frame.f_code.co_flags & _SUSPENDS and not _is_contextlib(frame.f_back):
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def _is_contextlib(frame: FrameType | None) -> bool:
+    return frame is not None and frame.f_globals.get("__name__") == "contextlib"
+
+
+def _is_later(result: Any) -> bool:
+    """Whether it computes only when somebody asks for more: a generator, or a coroutine."""
+    return inspect.isgenerator(result) or inspect.iscoroutine(result) or inspect.isasyncgen(result)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _outside_of_graphs(function: Callable, *args: Any) -> Any:
+    """Names are looked up by every call: they break a compiled graph."""
+    if torch.compiler.is_compiling():
+        return _undisturbed(function, *args)
+    return function(*args)
+
+
+@torch._disable_dynamo
+def _undisturbed(function: Callable, *args: Any) -> Any:
+    return function(*args)

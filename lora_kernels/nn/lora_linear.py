@@ -1,0 +1,329 @@
+"""``LoRALinear``: a frozen ``torch.nn.Linear`` with a LoRA or DoRA adapter."""
+
+from numbers import Real
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_kernels.adapters.initial_values import draw_lora_a_, draw_lora_b_, draw_lora_bias_
+from lora_kernels.nn.adapter_layer import AdapterLayer
+from lora_kernels.nn.base_call import called, check_factor, is_plain_linear, parameter_of
+from lora_kernels.nn.base_parameters import resize
+from lora_kernels.nn.checks import (
+    adapter_dtype_over,
+    check_adapter,
+    check_base_layer,
+    check_linear,
+    check_size,
+)
+from lora_kernels.nn.merging import merged_weight
+from lora_kernels.nn.part_reset import PartReset
+from lora_kernels.nn.sharded import draw, whole
+from lora_kernels.nn.weight_reads import note_call
+from lora_kernels.ops.linear import lora_linear
+from lora_kernels.ops.norm import lora_weight_norm
+
+
+class LoRALinear(AdapterLayer):
+    """A frozen linear layer and a trainable adapter of rank r in one operation.
+
+    .. math::
+        y = x W^T + b + s \\cdot D(x) A^T B^T
+
+    x is ``[..., in_features]``, W ``[out_features, in_features]``, A ``[r, in_features]``,
+    B ``[out_features, r]``, ``s = alpha / r`` (``alpha / sqrt(r)`` with rsLoRA), D dropout in
+    training. With DoRA every output is scaled by ``m / ||W + s B A||``, m trainable and the norm
+    treated as a constant; under active dropout the norm's factor meets ``D(x)`` as in PEFT.
+
+    Parameters have PEFT's names and initial values: ``base_layer.weight`` and ``base_layer.bias``
+    (frozen), ``lora_A.weight``, ``lora_B.weight``, ``lora_B.bias`` with ``lora_bias`` and
+    ``lora_magnitude_vector`` with DoRA. A state dict loads into PEFT's layer of the same shape (see
+    :meth:`peft_state_dict`) and PEFT's into this one.
+
+    Where ``base_layer`` computes more than ``x W^T + b`` from plain parameters (hooks, a forward
+    of its own, a weight that is quantised or parametrized), which every call looks at, it is called
+    and the adapter's part added to its result.
+
+    Args:
+        in_features: K.
+        out_features: N.
+        rank: r, at least 1; it may exceed K and N.
+        alpha: numerator of the scaling.
+        bias: whether the base layer has a bias.
+        dropout_p: probability in [0, 1) with which an element of the adapter's input is dropped.
+        use_rslora: scale by ``alpha / sqrt(rank)``.
+        lora_bias: give B a bias, which contributes ``s * bias``.
+        use_dora: learn the magnitude of the adapted weight's rows; not together with lora_bias.
+        init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with standard
+            deviation 1/rank, B zero), or False (both random, so that the layer is changed).
+        device: where the layer is made; on "meta" no data is touched.
+        dtype: of the base layer.
+        adapter_dtype: of the adapter; None is fp32 over a half-precision base, else the base's.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which and why.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        alpha: float,
+        *,
+        bias: bool = True,
+        dropout_p: float = 0.0,
+        use_rslora: bool = False,
+        lora_bias: bool = False,
+        use_dora: bool = False,
+        init_lora_weights: bool | str = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            check_size(name, size)
+        self._wrap(
+            nn.Linear(in_features, out_features, bias, device=device, dtype=dtype),
+            rank,
+            alpha,
+            dropout_p,
+            use_rslora,
+            lora_bias,
+            use_dora,
+            init_lora_weights,
+            adapter_dtype,
+        )
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rank: int = 16,
+        alpha: float = 32,
+        *,
+        dropout_p: float = 0.0,
+        use_rslora: bool = False,
+        lora_bias: bool = False,
+        use_dora: bool = False,
+        init_lora_weights: bool | str = True,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> "LoRALinear":
+        """Wrap an existing linear layer: its parameters are shared, not copied, and frozen.
+
+        Arguments are those of the constructor. ``base_layer`` is a shallow copy of ``linear``, with
+        the forward of its class and its hooks; ``linear`` itself is never merged into.
+
+        Raises:
+            TypeError: linear is no ``torch.nn.Linear`` over plain parameters.
+            ValueError: its forward was replaced on the instance.
+        """
+        check_linear(linear)
+        check_base_layer("linear", linear)
+        layer = cls.__new__(cls)
+        layer._wrap(
+            linear,
+            rank,
+            alpha,
+            dropout_p,
+            use_rslora,
+            lora_bias,
+            use_dora,
+            init_lora_weights,
+            adapter_dtype,
+        )
+        return layer
+
+    def _wrap(
+        self,
+        linear: nn.Linear,
+        rank: int,
+        alpha: float,
+        dropout_p: float,
+        use_rslora: bool,
+        lora_bias: bool,
+        use_dora: bool,
+        init_lora_weights: bool | str,
+        adapter_dtype: torch.dtype | None,
+    ) -> None:
+        check_adapter(rank, alpha, init_lora_weights)
+        _check_options(dropout_p, lora_bias, use_dora, init_lora_weights)
+        dtype = adapter_dtype_over(linear.weight, adapter_dtype)
+        super().__init__(linear, rank, alpha, use_rslora, use_dora, init_lora_weights)
+        self.in_features, self._out_features = linear.in_features, linear.out_features
+        self.dropout_p = dropout_p
+        made = {"device": linear.weight.device, "dtype": dtype}
+        self.lora_A = nn.Linear(self.in_features, rank, bias=False, **made)
+        self.lora_B = nn.Linear(rank, self.out_features, bias=lora_bias, **made)
+        for factor in (self.lora_A, self.lora_B):
+            factor.reset_parameters = PartReset(self, factor)
+            factor._is_hf_initialized = True  # not by transformers, which would draw B at random
+        magnitude = nn.Parameter(torch.empty(self.out_features, **made)) if use_dora else None
+        self.register_parameter("lora_magnitude_vector", magnitude)
+        self.reset_lora_parameters(init_lora_weights)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base_layer.bias
+
+    @bias.setter
+    def bias(self, value: nn.Parameter | None) -> None:
+        self._set_base_parameter("bias", value)
+
+    @property
+    def out_features(self) -> int:
+        """N. Set it where the base weight has been resized: new rows of B are zero.
+
+        ``resize_token_embeddings`` of transformers 5.6 and newer does so for a tied head.
+
+        Raises:
+            ValueError: the base weight has another number of rows.
+            RuntimeError: the layer is merged.
+        """
+        return self._out_features
+
+    @out_features.setter
+    def out_features(self, value: int) -> None:
+        if value != self._out_features:
+            self._check_resizable("out_features", value)
+            self._resize(value)
+
+    @torch.no_grad()
+    def _resize(self, out_features: int) -> None:
+        known = min(self.out_features, out_features)
+        for parameter in self.lora_B.parameters():
+            resize(parameter, 0, out_features)
+        if self.use_dora:
+            resize(self.lora_magnitude_vector, 0, out_features)
+            self.lora_magnitude_vector[known:] = self._weight_norm()[known:]
+        self.base_layer.out_features = self.lora_B.out_features = out_features
+        self._out_features = out_features
+
+    def _draw(self, name: str, init_lora_weights: bool | str) -> None:
+        if name == "lora_A.weight":
+            draw(self.lora_A.weight, lambda values: draw_lora_a_(values, init_lora_weights))
+        elif name == "lora_B.weight":
+            draw(self.lora_B.weight, lambda values: draw_lora_b_(values, init_lora_weights))
+        elif name == "lora_B.bias":
+            draw(
+                self.lora_B.bias,
+                lambda values: draw_lora_bias_(values, self.rank, init_lora_weights),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features] -> [..., out_features]`` in x's dtype, or autocast's.
+
+        Raises:
+            ValueError: lora_A or lora_B has hooks or a forward of its own. They are not called;
+                the layer itself and ``base_layer`` may have any.
+        """
+        note_call(self)
+        if self.disable_adapters or self._merge is not None:
+            return self._base_alone(x)
+        parts = self._modules
+        check_factor("lora_A", parts["lora_A"])
+        check_factor("lora_B", parts["lora_B"])
+        dropout_p = self.dropout_p if self.training else 0.0
+        if not is_plain_linear(parts["base_layer"]):
+            return self._with_called_base(x, dropout_p)
+        weight = parameter_of(parts["base_layer"], "weight")
+        lora_a = parameter_of(parts["lora_A"], "weight")
+        lora_b = parameter_of(parts["lora_B"], "weight")
+        operands = (weight, lora_a, lora_b, self._scaling, self._total_bias())
+        if not self.use_dora:
+            return lora_linear(x, *operands, dropout_p=dropout_p)
+        output_scale = self._output_scale()
+        if dropout_p == 0:
+            return lora_linear(x, *operands, output_scale=output_scale)
+        # PEFT's y = x W' + b + (c - 1) D(x) W' + c s D(x) A' B' with the terms in D(x) joined.
+        dropped = F.dropout(x, dropout_p)
+        y = lora_linear(dropped, *operands, output_scale=output_scale)
+        return y + F.linear(x - dropped, weight)
+
+    def _with_called_base(self, x: Tensor, dropout_p: float) -> Tensor:
+        """The adapter's part on top of ``y = base_layer(x)``, whatever that does.
+
+        With DoRA ``y + (c - 1) f(D(x)) + c s D(x) A' B'``, f the base layer without its bias.
+        """
+        c = self._output_scale() if self.use_dora else None
+        y = called(self.base_layer, x, self.out_features)
+        operands = (None, self.lora_A.weight, self.lora_B.weight, self._scaling)
+        if c is None:
+            bias = self.lora_B.bias
+            bias = None if bias is None else (bias * self._scaling).to(x.dtype)
+            delta = lora_linear(x, *operands, bias, dropout_p=dropout_p)
+            return (y + delta).to(y.dtype)
+        base, bias = y, self.base_layer.bias
+        if dropout_p > 0:
+            x = F.dropout(x, dropout_p)
+            base = called(self.base_layer, x, self.out_features)
+        if bias is not None:
+            base = base - bias
+        return (y + (c - 1) * base + c * lora_linear(x, *operands)).to(y.dtype)
+
+    def _weight_norm(self) -> Tensor:
+        return lora_weight_norm(
+            self._frozen_weight(),
+            whole(self.lora_A.weight),
+            whole(self.lora_B.weight),
+            self._scaling,
+        )
+
+    def _has_own_forward(self) -> bool:
+        return type(self.base_layer).forward is not nn.Linear.forward
+
+    def _total_bias(self) -> Tensor | None:
+        """``b + s * lora_B.bias`` in the base layer's dtype."""
+        parts = self._modules
+        bias = parameter_of(parts["base_layer"], "bias")
+        lora_bias = parameter_of(parts["lora_B"], "bias")
+        if lora_bias is None:
+            return bias
+        bias, lora_bias = None if bias is None else whole(bias), whole(lora_bias)
+        total = lora_bias.to(torch.promote_types(lora_bias.dtype, torch.float32)) * self._scaling
+        if bias is not None:
+            total = total + bias
+        return total.to(self.base_layer.weight.dtype)
+
+    def _merged_parameters(self) -> dict[str, Tensor]:
+        merged = {}
+        if self.lora_B.bias is not None:
+            if self.base_layer.bias is None:
+                raise RuntimeError(
+                    "merge: the adapter has a bias (lora_bias=True) and the base layer has none "
+                    "to merge it into"
+                )
+            merged["bias"] = self._total_bias()
+        merged["weight"] = merged_weight(
+            self._frozen_weight(),
+            whole(self.lora_A.weight),
+            whole(self.lora_B.weight),
+            self._scaling,
+            self._output_scale() if self.use_dora else None,
+        )
+        return merged
+
+    def extra_repr(self) -> str:
+        parts = [
+            f"in_features={self.in_features}, out_features={self.out_features}",
+            f"rank={self.rank}, alpha={self.alpha}",
+        ]
+        if self.dropout_p:
+            parts.append(f"dropout_p={self.dropout_p}")
+        parts += [name for name in ("use_rslora", "use_dora", "merged") if getattr(self, name)]
+        return ", ".join(parts)
+
+
+def _check_options(dropout_p, lora_bias, use_dora, init_lora_weights) -> None:
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
+        raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+    if lora_bias and use_dora:
+        raise ValueError("lora_bias: not defined together with use_dora=True")
+    if lora_bias and init_lora_weights == "gaussian":
+        raise ValueError(
+            "lora_bias: expected init_lora_weights=True or False with it, got 'gaussian'"
+        )

@@ -1,0 +1,35 @@
+"""The definition of ``lora_linear`` in plain differentiable torch: the oracle of every test."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_kernels.runtime.dropout import drop_threshold, keep_mask, keep_scale
+
+
+def lora_linear_reference(
+    x: Tensor,  # [..., K]
+    weight: Tensor | None,  # [N, K]
+    lora_a: Tensor,  # [R, K]
+    lora_b: Tensor,  # [N, R]
+    scaling: Tensor,  # []
+    bias: Tensor | None = None,  # [N]
+    output_scale: Tensor | None = None,  # [N]
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,  # [] int64
+) -> Tensor:  # [..., N]
+    """``y = output_scale * (x W^T + scaling * D(x) A^T B^T) + bias``, rounding like eager torch."""
+    dropped = x
+    if drop_threshold(dropout_p) > 0:
+        rows = x.shape[:-1].numel()
+        keep = keep_mask(seed, dropout_p, rows, x.shape[-1]).view(x.shape)
+        dropped = torch.where(keep, x * keep_scale(dropout_p), 0)
+    hidden = F.linear(dropped, lora_a.to(x.dtype))
+    y = F.linear(hidden, lora_b.to(x.dtype)) * scaling
+    if weight is not None:
+        y = F.linear(x, weight) + y
+    if output_scale is not None:
+        y = y * output_scale.to(x.dtype)
+    if bias is not None:
+        y = y + bias
+    return y

@@ -1,0 +1,41 @@
+"""How tensors become arguments of ``lora_linear``'s kernels."""
+
+from torch import Tensor
+
+from lora_kernels.runtime.device_limits import cdiv
+from lora_kernels.runtime.dropout import drop_threshold
+
+
+class Dropout:
+    """The mask of an ``[M, K]`` activation as the kernels take it; off where nothing is dropped."""
+
+    def __init__(self, seed: Tensor | None, dropout_p: float, rows: int, columns: int):
+        self.threshold = drop_threshold(dropout_p)
+        self.on = self.threshold > 0
+        self.seed = seed
+        # 32 bits count the groups until there are 2^31 of them; then it takes two counter words.
+        self.long_counter = rows * cdiv(columns, 8) >= 2**31
+
+
+def outer_axis(matrix: Tensor) -> int | None:
+    """The axis whose pitch and base are 16-byte aligned, the other one being contiguous.
+
+    That is what TMA can address, by rows (0) or by columns (1).
+    """
+    size = matrix.element_size()
+    for outer, inner in ((0, 1), (1, 0)):
+        pitch = matrix.stride(outer)
+        if matrix.stride(inner) == 1 and pitch >= matrix.shape[inner] and pitch * size % 16 == 0:
+            return outer if matrix.data_ptr() % 16 == 0 else None
+    return None
+
+
+def is_aligned(matrix: Tensor) -> bool:
+    return outer_axis(matrix) is not None
+
+
+def scaling_argument(scaling: Tensor | float) -> Tensor | float:
+    """A pointer for a tensor on the device; a tensor on the CPU is a number already known."""
+    if isinstance(scaling, Tensor):
+        return float(scaling) if scaling.device.type == "cpu" else scaling
+    return scaling

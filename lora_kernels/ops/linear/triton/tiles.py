@@ -1,0 +1,262 @@
+"""Tile sizes of ``lora_linear``'s kernels, and which strategy runs: functions of shapes alone.
+
+Nothing here touches a GPU or imports Triton. ``tuned/<gpu>/lora_linear.json`` overrides single
+fields for the cells that were measured::
+
+    {"cells": {"forward/bfloat16/M8192/K4096/N4096/R16/p0":
+        {"strategy": "fused", "gemm": {"num_stages": 4}, "shrink": {"BLOCK_M": 128}}}}
+
+with ``backward`` likewise (``gemm``, ``shrink``, ``rank_gradient``; ``native`` for the CUDA GEMM's
+``tile_columns`` and ``cluster``), M and R rounded up to powers
+of two, and p 0 or 1 for without and with dropout.
+"""
+
+import functools
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lora_kernels.runtime.device_limits import (
+    DeviceLimits,
+    cdiv,
+    clamp,
+    next_power_of_two,
+    pipeline_stages,
+)
+
+TUNED = Path(__file__).parents[3] / "tuned"
+
+# "fused" runs base and adapter in one GEMM; "hybrid" lets our kernel write the adapter's part and
+# the vendor's GEMM accumulate the base on top of it (beta = 1).
+STRATEGIES = ("fused", "hybrid")
+
+# The widest rank tile. Higher ranks read the activation once more per 128.
+MAX_BLOCK_R = 128
+
+
+@dataclass(frozen=True)
+class ShrinkTile:
+    BLOCK_M: int
+    BLOCK_D: int
+    BLOCK_R: int
+    parts: int  # of the reduction
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class RankGradientTile:
+    BLOCK_M: int
+    BLOCK_D: int
+    BLOCK_R: int
+    parts: int  # of the rows
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class GemmTile:
+    BLOCK_M: int
+    BLOCK_C: int
+    BLOCK_D: int
+    BLOCK_R: int
+    GROUP_M: int
+    tma: bool
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One direction of one call: what a tuned table is looked up by."""
+
+    direction: str  # "forward" or "backward"
+    dtype: str
+    itemsize: int
+    tokens: int  # M
+    in_features: int  # K
+    out_features: int  # N
+    rank: int  # R
+    dropout: bool
+    ieee: bool  # fp32 products without TF32: no matrix units
+
+    @property
+    def key(self) -> str:
+        tokens, rank = next_power_of_two(self.tokens), next_power_of_two(self.rank)
+        return (
+            f"{self.direction}/{self.dtype}/M{tokens}/K{self.in_features}/N{self.out_features}"
+            f"/R{rank}/p{int(self.dropout)}"
+        )
+
+
+def strategy(cell: Cell, limits: DeviceLimits) -> str:
+    """``fused`` or ``hybrid``, as measured; ``hybrid`` where nobody measured.
+
+    The rule for unmeasured cells: the base GEMM is nearly all of the time, the vendor's is close to
+    the device's ceiling everywhere, and what ours reaches on an unknown device is not known. With
+    ``hybrid`` the loss is bounded by one more write and read of the result.
+    """
+    return tuned(cell, limits).get("strategy", "hybrid")
+
+
+def shrink_tile(
+    cell: Cell, depth: int, narrow_itemsize: int, limits: DeviceLimits, *, aligned: bool
+) -> ShrinkTile:
+    """For ``[M, depth] @ [depth, R]``. Small M splits the reduction, until every SM has work."""
+    block_m = clamp(next_power_of_two(cell.tokens), 16, 64)
+    block_r = clamp(next_power_of_two(cell.rank), 16, MAX_BLOCK_R)
+    block_d = 128 if block_r <= 32 and cell.itemsize == 2 else 64
+    if cell.ieee:
+        block_d, block_m = 32, min(block_m, 32 if block_r <= 64 else 16)
+    elif not aligned:
+        # Every element has its own pointer and predicate in registers.
+        block_d, block_m = 64, min(block_m, 32 if block_r == MAX_BLOCK_R else 64)
+    programs = cdiv(cell.tokens, block_m) * cdiv(cell.rank, block_r)
+    blocks = cdiv(depth, block_d)
+    parts = 1
+    if 4 * programs < 3 * limits.multiprocessors:
+        # Below four blocks per part the pipeline does not fill.
+        parts = max(1, min(2 * limits.multiprocessors // max(programs, 1), blocks // 4))
+    stage = block_m * block_d * cell.itemsize + block_d * block_r * narrow_itemsize
+    converted = block_d * block_r * cell.itemsize + block_m * block_d * cell.itemsize
+    tile = ShrinkTile(
+        BLOCK_M=block_m,
+        BLOCK_D=block_d,
+        BLOCK_R=block_r,
+        parts=parts,
+        num_warps=8 if block_r >= 64 and block_m >= 32 else 4,
+        num_stages=pipeline_stages(4, stage, converted, limits),
+    )
+    return replace(tile, **tuned(cell, limits).get("shrink", {}))
+
+
+def rank_gradient_tile(
+    cell: Cell, depth: int, limits: DeviceLimits, *, aligned: bool
+) -> RankGradientTile:
+    """For ``[depth, M] @ [M, R]``. The rows are split until every SM has work for two blocks."""
+    block_r = clamp(next_power_of_two(cell.rank), 16, MAX_BLOCK_R)
+    block_d = 128 if block_r > 32 or cell.dropout else 256
+    if cell.itemsize == 4 or not aligned:
+        # Wide elements, or a pointer and a predicate in registers for each.
+        block_d = 64
+    block_d = clamp(next_power_of_two(depth), 64, block_d)
+    block_m = 64
+    if cell.ieee:
+        block_d, block_m = 64, 32
+    programs = cdiv(depth, block_d) * cdiv(cell.rank, block_r)
+    blocks = cdiv(cell.tokens, block_m)
+    parts = clamp(cdiv(2 * limits.multiprocessors, programs), 1, max(blocks, 1))
+    # Whole blocks per part: no part may be left without rows.
+    parts = cdiv(blocks, cdiv(blocks, parts)) if blocks else 1
+    stage = block_m * block_d * cell.itemsize + block_m * block_r * 4
+    converted = block_m * (block_d + block_r) * cell.itemsize
+    tile = RankGradientTile(
+        BLOCK_M=block_m,
+        BLOCK_D=block_d,
+        BLOCK_R=block_r,
+        parts=parts,
+        num_warps=8 if block_d * block_r >= 4096 else 4,
+        num_stages=pipeline_stages(3, stage, converted, limits),
+    )
+    return replace(tile, **tuned(cell, limits).get("rank_gradient", {}))
+
+
+def projects_in_same_pass(cell: Cell, depth: int, block_d: int) -> bool:
+    """Whether t comes from the pass over dy that gives dB, or from a shrink of its own.
+
+    In the same pass every ``block_d`` columns write a partial t. That is worth it while writing and
+    reading these costs at most half of another read of dy: at small ranks.
+    """
+    partials = 2 * 4 * cell.rank * cdiv(depth, block_d)
+    return 2 * partials <= depth * cell.itemsize
+
+
+def gemm_tile(
+    cell: Cell,
+    columns: int,
+    limits: DeviceLimits,
+    *,
+    aligned: bool,
+    row_major: bool,
+    has_main: bool,
+    two_results: bool,
+) -> GemmTile:
+    """For the ``[M, columns]`` result of the GEMM with a tail.
+
+    ``aligned``: TMA can address every operand; ``row_major``: the left ones by rows;
+    ``has_main``: not the tail alone; ``two_results``: the unscaled result is written too.
+    """
+    tma = aligned and row_major and limits.capability >= 90 and cell.itemsize == 2 and has_main
+    block_m = clamp(next_power_of_two(cell.tokens), 16, 128)
+    block_r = 16 if cell.rank <= 16 else 32 if cell.rank <= 64 else 64
+    block_c, block_d, num_warps, num_stages = 128, 32, 8, 4
+    if cell.ieee:
+        block_m, block_c, block_d, block_r = min(block_m, 64), 64, 16, 16
+        num_warps, num_stages = 4, 2
+    elif tma:
+        wide = cdiv(cell.tokens, 128) * cdiv(columns, 256) >= limits.multiprocessors
+        # On sm_100 the accumulator comes from tensor memory all at once; two results would spill.
+        wide = wide and not (two_results and limits.capability >= 100)
+        block_m, block_d = max(block_m, 64), 64
+        block_c, num_stages = (256, 3) if wide and block_m == 128 else (128, 4)
+        num_warps = 8 if block_m == 128 else 4
+    elif not aligned:
+        # Every element has its own pointer and predicate in registers.
+        block_m, num_warps = min(block_m, 64), 4 if block_m <= 32 else 8
+    elif cell.itemsize == 4:
+        block_r = min(block_r, 32)
+    stage = (block_m + block_c) * block_d * cell.itemsize
+    if not has_main:
+        stage = (block_m + block_c) * block_r * cell.itemsize
+    epilogue = block_m * block_c * (cell.itemsize if tma else 4) // 2
+    tile = GemmTile(
+        BLOCK_M=block_m,
+        BLOCK_C=block_c,
+        BLOCK_D=block_d,
+        BLOCK_R=block_r,
+        GROUP_M=8,
+        tma=tma,
+        num_warps=num_warps,
+        num_stages=pipeline_stages(num_stages, stage, epilogue, limits),
+    )
+    if not has_main:
+        return tile
+    return replace(tile, **tuned(cell, limits).get("gemm", {}))
+
+
+# --- tuned tables ----------------------------------------------------------------------------
+
+_replacement: dict | None = None
+
+
+@contextmanager
+def use_cells(cells: dict | None):
+    """Take ``cells`` instead of the shipped table, in the whole process (backward threads too).
+
+    The key ``"*"`` stands for every cell that is not named. For tuning and tests.
+    """
+    global _replacement
+    before, _replacement = _replacement, cells
+    try:
+        yield
+    finally:
+        _replacement = before
+
+
+def cells_are_replaced() -> bool:
+    """Whether :func:`use_cells` is active: what was looked up before does not hold then."""
+    return _replacement is not None
+
+
+def tuned(cell: Cell, limits: DeviceLimits) -> dict:
+    """What a table says about the cell; empty where it says nothing."""
+    cells = shipped_cells(limits.name) if _replacement is None else _replacement
+    return cells.get(cell.key) or cells.get("*", {})
+
+
+@functools.cache
+def shipped_cells(device_name: str) -> dict:
+    """The cells of ``tuned/<gpu>/lora_linear.json``; empty for a device nobody tuned for."""
+    path = TUNED / device_name.replace(" ", "_") / "lora_linear.json"
+    return json.loads(path.read_text())["cells"] if path.is_file() else {}

@@ -1,0 +1,345 @@
+"""The adapters of one bank at one time: made once, never changed, read without a lock.
+
+Dimensions: L slots, S slices, H the widest rank.
+
+A version fixes structure: which adapters there are, in which slots, their ranks, places, scalings
+and dropout. Values of factors are the Parameters', in the regions that the version refers to: these
+live until the last version, batch or backward that reads them is gone.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_kernels.ops.routed.bank.adapter import Adapter
+from lora_kernels.ops.routed.bank.layouts import GradientLayouts
+from lora_kernels.ops.routed.bank.storage import Arena, FactorShapes
+from lora_kernels.ops.routed.bank.tables import SlotTables
+from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout, Trained
+from lora_kernels.runtime.capture import is_captured
+
+
+class Bound(NamedTuple):
+    """A parameter, where its adapter keeps it, and where its memory was."""
+
+    kept_in: dict[str, nn.Parameter]
+    name: str
+    parameter: nn.Parameter
+    address: int
+
+    def is_in_place(self) -> bool:
+        return (
+            self.kept_in.get(self.name) is self.parameter
+            and self.parameter.data_ptr() == self.address
+        )
+
+
+class Entry(NamedTuple):
+    """An adapter as versions hold it.
+
+    Attributes:
+        slot: its number in routings.
+        adapter: the module with its parameters.
+        factors: A of all slices, B of each: views of its region.
+        rows: of the table of factors.
+        bound: its parameters.
+        rank: over all slices.
+    """
+
+    slot: int
+    adapter: Adapter
+    factors: list[Tensor]
+    rows: list[list[int]]
+    bound: list[Bound]
+    rank: int
+
+    def is_in_place(self) -> bool:
+        """Whether nobody has replaced a parameter or its data."""
+        return all(bound.is_in_place() for bound in self.bound)
+
+
+def table_rows(ranks: tuple[int, ...], factors: list[Tensor], storage: Tensor) -> list[list[int]]:
+    """``(rank, first column in h, offset)`` of A of all slices and of B of each.
+
+    Offsets are in elements from where ``storage`` begins.
+    """
+    if storage.is_meta:
+        offsets = [0] * len(factors)
+    else:
+        start, size = storage.data_ptr(), storage.element_size()
+        offsets = [(factor.data_ptr() - start) // size for factor in factors]
+    rows, column = [[sum(ranks), 0, offsets[0]]], 0
+    for rank, offset in zip(ranks, offsets[1:], strict=True):
+        rows.append([rank, column, offset])
+        column += rank
+    return rows
+
+
+class Part(NamedTuple):
+    """Some adapters of a version.
+
+    Attributes:
+        bound: their parameters.
+        tensors: as the backends take them.
+    """
+
+    bound: list[Bound]
+    tensors: BankTensors
+
+
+# Sets of adapters whose parts are kept: the micro-batches of a step take turns.
+_KEPT = 4
+
+
+class Reserved:
+    """What a captured graph reads of a bank: an arena, and tables that stay where they are.
+
+    The tables take the values of a version in the order of a stream, between replays: where a
+    routing is filled. That version's regions live until they have taken the next one's.
+
+    Attributes:
+        max_rank: no adapter's is above it; h has so many columns.
+    """
+
+    def __init__(self, arena: Arena, tables: SlotTables, max_rank: int) -> None:
+        self.arena, self.tables, self.max_rank = arena, tables, max_rank
+        self._holds: BankVersion | None = None
+
+    def enter(self, version: BankVersion) -> None:
+        """Let the tables hold a version, from here on in the current stream."""
+        if self._holds is version or version.reserved is not self:
+            return
+        self.tables.copy_(version.tables)
+        self.arena.note_reader()
+        self._holds = version
+
+
+class BankVersion:
+    """See the module; made by :class:`AdapterBank`.
+
+    Attributes:
+        shapes: of the factors.
+        dtype, device: of the factors.
+        storage: what offsets count from.
+        tables: what kernels look up.
+        thresholds: q of the adapters that drop, by slot.
+        reserved: what captured graphs read; None where they cannot be.
+        trains: whether any parameter required grad when it came.
+        width: H.
+    """
+
+    def __init__(
+        self,
+        bank: weakref.ref[nn.Module],
+        shapes: FactorShapes,
+        storage: Tensor,
+        tables: SlotTables,
+        entries: dict[int, Entry],
+        thresholds: dict[int, int],
+        reserved: Reserved | None,
+        trains: bool,
+        widest: int,
+    ) -> None:
+        self.bank = bank
+        self.shapes, self.storage, self.tables = shapes, storage, tables
+        self._by_slot, self.thresholds, self.reserved = entries, thresholds, reserved
+        self.trains, self._widest = trains, widest
+        self.slice_columns = shapes.slice_columns
+        self.width = widest if reserved is None else reserved.max_rank
+        self._entries: list[Entry] | None = None
+        self._parts: dict[tuple, Part] = {}  # replaced, never changed
+        self._noted: set[tuple[int, int | None]] = set()  # streams, and slots that they read
+        self._resized: dict[int, SlotTables] = {}
+        self._layouts = GradientLayouts(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.storage.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.storage.device
+
+    # --- reading ------------------------------------------------------------------------------
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All adapters, in the order of their slots."""
+        if torch.compiler.is_compiling():  # a call that is being traced only reads
+            return self._entries or sorted(self._by_slot.values(), key=_slot_of)
+        if self._entries is None:
+            self._entries = sorted(self._by_slot.values(), key=_slot_of)
+        return self._entries
+
+    def __len__(self) -> int:
+        return len(self._by_slot)
+
+    def entry(self, slot: int) -> Entry | None:
+        """The adapter in a slot; None where this bank has none there."""
+        return self._by_slot.get(slot)
+
+    def entries_in(self, slots: tuple[int, ...] | None) -> list[Entry]:
+        """The adapters in ``slots`` (None: all), in the order of their slots."""
+        if slots is None:
+            return self.entries
+        by_slot = self._by_slot
+        return [by_slot[slot] for slot in slots if slot in by_slot]
+
+    def tensors(self, slots: tuple[int, ...] | None = None, capacity: int = 0) -> BankTensors:
+        """The bank as the backends take it.
+
+        Args:
+            slots: those that the batch may use; None for all.
+            capacity: L of the batch's routing, where there are more slots by now; 0 for all.
+
+        Raises:
+            RuntimeError: a CUDA graph is captured, and the bank has no memory reserved for it.
+        """
+        if torch.compiler.is_compiling():
+            return self._tensors(self.entries, self.tables)
+        if is_captured(self.device):
+            if self.reserved is None:
+                raise RuntimeError(
+                    "a captured CUDA graph holds addresses: call reserve() on the bank before, so "
+                    "that what it reads stays where it is"
+                )
+            return self._tensors(self.entries, self.reserved.tables)
+        return self.part(slots, capacity).tensors
+
+    def part(self, slots: tuple[int, ...] | None, capacity: int = 0) -> Part:
+        """The adapters in ``slots`` (None: all), for a routing of so many slots."""
+        key = slots, capacity
+        part = self._parts.get(key)
+        if part is None:
+            entries = self.entries_in(slots)
+            bound = [bound for entry in entries for bound in entry.bound]
+            part = Part(bound, self._tensors(entries, self._tables_of(capacity)))
+            self._parts = dict([*list(self._parts.items())[1 - _KEPT :], (key, part)])
+        return part
+
+    def _tables_of(self, capacity: int) -> SlotTables:
+        if capacity in (0, self.tables.slots):
+            return self.tables
+        if capacity not in self._resized:
+            with torch.inference_mode(False):
+                self._resized[capacity] = self.tables.resized(capacity)
+        return self._resized[capacity]
+
+    def _tensors(self, entries: list[Entry], tables: SlotTables) -> BankTensors:
+        return BankTensors(
+            factors=[factor for entry in entries for factor in entry.factors],
+            slots=[entry.slot for entry in entries],
+            thresholds=[self.thresholds.get(entry.slot, 0) for entry in entries],
+            slice_columns=self.slice_columns,
+            width=self.width,
+            storage=self.storage,
+            table=tables.factors,
+            scaling=tables.scaling,
+            threshold_table=tables.thresholds,
+        )
+
+    def gradients(
+        self, slots: tuple[int, ...] | None, capacity: int = 0
+    ) -> tuple[GradientLayout, Trained]:
+        """Where a backward puts the gradients of the adapters in ``slots`` (None: all).
+
+        Returns:
+            The layout, and the parameters that autograd has to see; of nothing without grad mode.
+        """
+        capacity = capacity or self.tables.slots
+        if not torch.is_grad_enabled():
+            return self._layouts.nothing(self, capacity)
+        return self._layouts.of(self, slots, capacity)
+
+    def note_stream(self, slots: tuple[int, ...] | None) -> None:
+        """The current CUDA stream reads the adapters in ``slots``: their memory must not be
+        another's before it has."""
+        if self.reserved is not None:
+            self.reserved.arena.note_reader()
+            return
+        stream = torch.cuda.current_stream(self.device)
+        for entry in (None, *self.entries_in(slots)):
+            key = stream.stream_id, None if entry is None else entry.slot
+            if key not in self._noted:
+                self._noted.add(key)
+                for tensor in self.tables if entry is None else entry.factors[:1]:
+                    tensor.record_stream(stream)
+
+    # --- the next one -------------------------------------------------------------------------
+
+    def with_entry(self, entry: Entry) -> BankVersion:
+        """This and an adapter, in a free slot or in the place of the one that has it."""
+        slot, adapter = entry.slot, entry.adapter
+        thresholds = {s: q for s, q in self.thresholds.items() if s != slot}
+        if adapter.threshold:
+            thresholds[slot] = adapter.threshold
+        tables = self.tables.with_adapters({slot: entry.rows}, {slot: adapter.scaling})
+        if thresholds != self.thresholds:
+            tables = tables.with_thresholds(thresholds)
+        return self._next(
+            tables=tables,
+            thresholds=thresholds,
+            entries={**self._by_slot, slot: entry},
+            trains=self.trains or any(each.parameter.requires_grad for each in entry.bound),
+            widest=max(self._widest, entry.rank),
+        )
+
+    def with_entries(self, entries: list[Entry]) -> BankVersion:
+        """This with these adapters and no others."""
+        rows = {entry.slot: entry.rows for entry in entries}
+        scalings = {entry.slot: entry.adapter.scaling for entry in entries}
+        trains = any(each.parameter.requires_grad for entry in entries for each in entry.bound)
+        tables = self.tables.with_adapters(rows, scalings)
+        by_slot = {entry.slot: entry for entry in entries}
+        return self._next(tables=tables, entries=by_slot, trains=trains, widest=_widest(by_slot))
+
+    def without(self, slot: int) -> BankVersion:
+        """This less an adapter."""
+        tables, thresholds = self.tables.without(slot), self.thresholds
+        if slot in thresholds:
+            thresholds = {s: q for s, q in thresholds.items() if s != slot}
+            tables = tables.with_thresholds(thresholds)
+        entries, widest = dict(self._by_slot), self._widest
+        if entries.pop(slot).rank == widest:
+            widest = _widest(entries)
+        return self._next(tables=tables, entries=entries, thresholds=thresholds, widest=widest)
+
+    def with_scaling(self, slot: int) -> BankVersion:
+        """This with the scaling that an adapter has now."""
+        scaling = self._by_slot[slot].adapter.scaling
+        return self._next(tables=self.tables.with_scaling(slot, scaling))
+
+    def with_thresholds(self) -> BankVersion:
+        """This with the dropout that its adapters have now."""
+        now = {slot: q for slot, entry in self._by_slot.items() if (q := entry.adapter.threshold)}
+        if now == self.thresholds:
+            return self
+        return self._next(tables=self.tables.with_thresholds(now), thresholds=now)
+
+    def with_capacity(self, slots: int) -> BankVersion:
+        """This with tables of so many slots."""
+        return self._next(tables=self.tables.resized(slots))
+
+    def _next(self, **changed) -> BankVersion:
+        same = {
+            "storage": self.storage,
+            "tables": self.tables,
+            "entries": self._by_slot,
+            "thresholds": self.thresholds,
+            "reserved": self.reserved,
+            "trains": self.trains,
+            "widest": self._widest,
+        }
+        return BankVersion(self.bank, self.shapes, **same | changed)
+
+
+def _slot_of(entry: Entry) -> int:
+    return entry.slot
+
+
+def _widest(entries: dict[int, Entry]) -> int:
+    return max((entry.rank for entry in entries.values()), default=0)

@@ -1,0 +1,607 @@
+"""Which adapters each token of a batch uses."""
+
+import copy
+import os
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops.routed.bank.slots import BASE, AdapterSlots, ModelVersion, Pinned
+from lora_kernels.ops.routed.routing_arguments import (
+    bounding_names,
+    device_for,
+    integers,
+    is_fake,
+    lengths_of,
+    runs_of,
+    slots_in,
+    slots_of,
+)
+from lora_kernels.ops.routed.tensors import RoutingTensors, groups_of
+from lora_kernels.runtime.capture import is_captured
+from lora_kernels.runtime.dtypes import computes_in_64_bits
+
+# Pairs per tile of the kernels: the smallest a matrix instruction takes while the batch is small.
+_SMALL_BLOCK, _LARGE_BLOCK = 16, 64
+_SMALL_BATCH = 256
+
+# Read once, at import: checking ids on a device needs a synchronisation.
+_DEBUG = os.environ.get("LORA_KERNELS_DEBUG", "0") not in ("", "0")
+
+
+class Routing:
+    """The adapters of each token: pairs (token, slot, weight), grouped by slot.
+
+    It depends on the slots only, so that one routing serves every layer of a model; it has no
+    autograd of its own but lets gradients through to weights that require them. It is built on the
+    device by operations of fixed shapes, without a synchronisation, in buffers that can be filled
+    again in place: a CUDA graph captured with a routing replays with whatever it holds by then.
+    For a device other than a CPU or a CUDA one it is built on the CPU, and its buffers are copied.
+
+    Make one with :meth:`from_tokens`, :meth:`from_sequences`, :meth:`from_segments` or
+    :meth:`from_weighted`, or :meth:`empty` and the methods that end in ``_``.
+
+    A slot of -1 means no adapter. Ids that are no adapter's are an error where they can be read
+    without waiting for a device (lists, tensors on the CPU) or with ``LORA_KERNELS_DEBUG=1`` in the
+    environment; on a device they otherwise act as -1. On a CUDA device the composed backend reads
+    the groups' sizes once per filling, which waits for the device; the kernels never do.
+
+    It also says whose parameters have gradients. Where names, or ids that can be read, tell which
+    adapters the tokens use, those have gradients and all others none: their ``.grad`` stays None,
+    and an optimizer leaves them alone. With ids on a device, in a captured CUDA graph and in a
+    compiled one that is not known: all adapters have gradients, exact zeros for those without
+    tokens. ``adapters=`` bounds them: a list of names, outside of which no token uses an adapter
+    and no parameter has a gradient. It bounds what they cost, but in a compiled graph.
+
+    Attributes:
+        max_tokens: how many tokens there is room for.
+        num_tokens: how many were set last. x may have that many rows, or ``max_tokens``: the rest
+            use no adapter.
+        pairs_per_token: how many adapters a token may use.
+        slots: the slots that the ids are numbers of.
+        adapters: the names outside of which no token uses an adapter; None for all of ``slots``.
+    """
+
+    @torch.inference_mode(False)  # a routing made while serving may train
+    def __init__(
+        self,
+        max_tokens: int,
+        slots: AdapterSlots,
+        pairs_per_token: int,
+        device: torch.device,
+        adapters: tuple[str, ...] | None = None,
+        version: ModelVersion | None = None,
+    ) -> None:
+        self.max_tokens, self.pairs_per_token = max_tokens, pairs_per_token
+        self.slots = slots
+        # What a batch reads that this routing was made for; None: what is current when it is used.
+        self.pinned = version
+        model = self._model()
+        self.device = torch.device(device)
+        # Where int64 is not to be relied on the host makes the groups: composed, which alone runs
+        # there, reads them on the host in any case.
+        on_device = computes_in_64_bits(self.device)
+        self._built_on = self.device if on_device else torch.device("cpu")
+        self.num_tokens = 0
+        self._capacity = model.capacity
+        pairs, groups = max_tokens * pairs_per_token, model.capacity + 1
+        self.block = _SMALL_BLOCK if pairs <= _SMALL_BATCH else _LARGE_BLOCK
+        num_tiles = pairs // self.block + min(groups, pairs)
+
+        def ints(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=torch.int32, device=self.device)
+
+        self._tokens, self._inverse = ints(pairs), ints(pairs)
+        self._offsets, self._tiles = ints(groups + 1), ints(num_tiles, 2)
+        self._order = torch.empty(pairs, dtype=torch.int64, device=self.device)
+        self._weight_buffer: Tensor | None = None
+        self._weights: Tensor | None = None  # the buffer, or [M, k] as given if it requires grad
+        self._names: dict[str, int] = model.names
+        self._plan: Tensor | None = None
+        self._padded_plan: Tensor | None = None
+        self.adapters = adapters
+        self._bound: tuple[int, ...] | None = None  # the slots of ``adapters``
+        self._is_bound: Tensor | None = None  # [L + 1] bool: whether a slot is one of them
+        self._used: tuple[int, ...] | None = None  # by the tokens, where that is known
+        self._bind_adapters(model)
+
+    def _model(self) -> ModelVersion:
+        """The adapters that a filling refers to."""
+        return self.slots.latest if self.pinned is None else self.pinned
+
+    def at(self, version: ModelVersion) -> "Routing":
+        """This filling for a batch that reads that version; it shares the buffers.
+
+        Raises:
+            ValueError: as :meth:`check_current`.
+        """
+        self.check_current(version)
+        pinned = copy.copy(self)
+        pinned.pinned = version
+        return pinned
+
+    # --- constructors -------------------------------------------------------------------------
+
+    @staticmethod
+    def empty(
+        max_tokens: int,
+        bank,
+        pairs_per_token: int = 1,
+        *,
+        adapters: Sequence[str] | None = None,
+        device: torch.device | str | None = None,
+    ) -> "Routing":
+        """A routing with room for ``max_tokens`` tokens, none of which uses an adapter yet.
+
+        Args:
+            max_tokens: at least 0.
+            bank: an ``AdapterBank``, or the ``AdapterSlots`` that banks share.
+            pairs_per_token: how many adapters a token may use, at least 1.
+            adapters: names of the only adapters that tokens may use and that may have gradients,
+                in this filling and later ones; None for all. The id of another one is an error
+                where it can be read, and acts as -1 on a device. Smaller gradients, not another
+                result, where ids on a device name few of many adapters.
+            device: where it is built; None is the bank's device, or the CPU.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit, or ``adapters`` names one that there
+                is not.
+        """
+        routing = Routing._with_room(max_tokens, bank, pairs_per_token, adapters, device)
+        none = torch.full((0,), -1, dtype=torch.int64, device=routing._built_on)
+        routing._fill(routing._model(), none, 0, used=())
+        return routing
+
+    @staticmethod
+    def _with_room(
+        max_tokens: int,
+        bank,
+        pairs_per_token: int,
+        adapters: Sequence[str] | None,
+        device: torch.device | str | None,
+    ) -> "Routing":
+        """One that is to be filled."""
+        for name, value, least in (
+            ("max_tokens", max_tokens, 0),
+            ("pairs_per_token", pairs_per_token, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+                raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        slots = slots_of(bank)
+        version = bank.version if isinstance(bank, Pinned) else None
+        adapters = bounding_names(adapters, version or slots.latest)
+        if max_tokens * pairs_per_token >= 2**31:
+            raise ValueError(
+                f"max_tokens: expected fewer than 2^31 pairs of a token and an adapter, got "
+                f"{max_tokens} * {pairs_per_token}"
+            )
+        if device is None:
+            device = getattr(bank, "device", "cpu")
+        device = torch.device(device)
+        return Routing(max_tokens, slots, pairs_per_token, device, adapters, version)
+
+    @staticmethod
+    def from_tokens(
+        ids: Tensor | Sequence[int],
+        bank,
+        *,
+        adapters: Sequence[str] | None = None,
+        device: torch.device | str | None = None,
+    ) -> "Routing":
+        """Each token names its slot: ids ``[...]``, integers, -1 for none.
+
+        Args:
+            adapters, device: as for :meth:`empty`; also below.
+        """
+        ids = integers("ids", ids)
+        device = device_for(ids, bank, device)
+        return Routing._with_room(ids.numel(), bank, 1, adapters, device).set_tokens_(ids)
+
+    @staticmethod
+    def from_sequences(
+        names: Sequence[str],
+        lengths: int | Sequence[int],
+        bank,
+        *,
+        adapters: Sequence[str] | None = None,
+        device: torch.device | str | None = None,
+    ) -> "Routing":
+        """Sequences one after the other, each naming its adapter (or ``"__base__"``).
+
+        Args:
+            names: one per sequence.
+            lengths: tokens of each sequence, or one number for all.
+        """
+        lengths = lengths_of(names, lengths)
+        routing = Routing._with_room(sum(lengths), bank, 1, adapters, device)
+        return routing.set_sequences_(names, lengths)
+
+    @staticmethod
+    def from_segments(
+        ids: Tensor | Sequence[int],
+        offsets: Tensor | Sequence[int],
+        bank,
+        *,
+        num_tokens: int | None = None,
+        adapters: Sequence[str] | None = None,
+        device: torch.device | str | None = None,
+    ) -> "Routing":
+        """Segments of neighbouring tokens: ids ``[n]`` and offsets ``[n + 1]``, ascending.
+
+        Segment i holds the tokens ``offsets[i] .. offsets[i + 1] - 1``; tokens outside of every
+        segment use no adapter.
+
+        Args:
+            num_tokens: of the whole batch; None is ``offsets[-1]``, which must then be readable
+                without waiting for a device.
+        """
+        offsets = integers("offsets", offsets)
+        if num_tokens is None:
+            if offsets.device.type != "cpu":
+                raise ValueError(
+                    f"num_tokens: expected a number, as offsets are on {offsets.device} and are "
+                    "not read back"
+                )
+            num_tokens = int(offsets[-1]) if offsets.numel() else 0
+        ids = integers("ids", ids)
+        device = device_for(ids, bank, device)
+        routing = Routing._with_room(num_tokens, bank, 1, adapters, device)
+        return routing.set_segments_(ids, offsets)
+
+    @staticmethod
+    def from_weighted(
+        ids: Tensor | Sequence[Sequence[int]],
+        weights: Tensor | Sequence[Sequence[float]],
+        bank,
+        *,
+        adapters: Sequence[str] | None = None,
+        device: torch.device | str | None = None,
+    ) -> "Routing":
+        """Several weighted adapters per token: ids and weights ``[M, k]``.
+
+        A token's result is the sum of its adapters' contributions times their weights. Gradients
+        reach ``weights`` if it requires them.
+        """
+        ids = integers("ids", ids)
+        if ids.ndim != 2 or ids.shape[1] < 1:
+            raise ValueError(f"ids: expected [tokens, adapters per token], got {list(ids.shape)}")
+        device = device_for(ids, bank, device)
+        routing = Routing._with_room(ids.shape[0], bank, ids.shape[1], adapters, device)
+        return routing.set_weighted_(ids, weights)
+
+    # --- filling ------------------------------------------------------------------------------
+
+    def set_tokens_(self, ids: Tensor | Sequence[int]) -> "Routing":
+        """Fill it again as :meth:`from_tokens` does, with at most ``max_tokens`` tokens."""
+        ids = integers("ids", ids).flatten()
+        self._check_one_per_token()
+        model = self._check_room(ids.shape[0])
+        used = self._check_ids(model, ids)
+        self._weights = None
+        self._fill(model, ids, ids.shape[0], used)
+        return self
+
+    def set_sequences_(self, names: Sequence[str], lengths: int | Sequence[int]) -> "Routing":
+        """Fill it again as :meth:`from_sequences` does."""
+        lengths = lengths_of(names, lengths)
+        self._check_one_per_token()
+        model = self._check_room(sum(lengths))
+        unknown = [name for name in names if name != BASE and name not in model.names]
+        if unknown:
+            raise ValueError(
+                f"names: expected {BASE!r} or one of {sorted(model.names)}, got {unknown[0]!r}"
+            )
+        if self.adapters is not None:
+            outside = [name for name in names if name != BASE and name not in self.adapters]
+            if outside:
+                raise ValueError(
+                    f"names: expected {BASE!r} or one of adapters={list(self.adapters)}, which "
+                    f"this routing was made with, got {outside[0]!r}"
+                )
+        slots = [model.slot_of(name) for name in names]
+        used = slots_in(slot for slot, length in zip(slots, lengths, strict=True) if length)
+        self._check_capacity(model, used)
+        ids = torch.tensor(slots, dtype=torch.int64)
+        ids = ids.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+        self._weights = None
+        self._fill(model, ids, ids.shape[0], used)
+        return self
+
+    def set_segments_(
+        self, ids: Tensor | Sequence[int], offsets: Tensor | Sequence[int]
+    ) -> "Routing":
+        """Fill all ``max_tokens`` tokens again as :meth:`from_segments` does."""
+        ids, offsets = integers("ids", ids), integers("offsets", offsets)
+        if ids.ndim != 1 or tuple(offsets.shape) != (ids.shape[0] + 1,):
+            raise ValueError(
+                f"offsets: expected one more than ids {list(ids.shape)}, got {list(offsets.shape)}"
+            )
+        self._check_one_per_token()
+        model = self._check_room(self.max_tokens)
+        used = self._check_ids(model, ids)
+        if (offsets.device.type == "cpu" or _DEBUG) and not is_fake(offsets):
+            steps = offsets.tolist()
+            if steps != sorted(steps) or (steps and (steps[0] < 0 or steps[-1] > self.max_tokens)):
+                raise ValueError(
+                    f"offsets: expected ascending numbers from 0 to at most {self.max_tokens}, "
+                    f"got {steps}"
+                )
+            if used is not None:  # by segments that are not empty
+                segments = zip(ids.tolist(), pairwise(steps), strict=True)
+                used = slots_in(slot for slot, (start, end) in segments if start < end)
+        ids, offsets = ids.to(self._built_on, torch.int64), offsets.to(self._built_on)
+        # A segment -1 before the first and after the last.
+        padded = torch.nn.functional.pad(ids, (1, 1), value=-1)
+        token = torch.arange(self.max_tokens, device=self._built_on)
+        segment = torch.searchsorted(offsets.contiguous(), token, right=True)
+        self._weights = None
+        self._fill(model, padded.gather(0, segment), self.max_tokens, used)
+        return self
+
+    def set_weighted_(
+        self, ids: Tensor | Sequence[Sequence[int]], weights: Tensor | Sequence[Sequence[float]]
+    ) -> "Routing":
+        """Fill it again as :meth:`from_weighted` does."""
+        ids = integers("ids", ids)
+        if ids.ndim != 2 or ids.shape[1] != self.pairs_per_token:
+            raise ValueError(
+                f"ids: expected [tokens, {self.pairs_per_token}], got {list(ids.shape)}"
+            )
+        if not isinstance(weights, Tensor):
+            weights = torch.tensor(weights, dtype=torch.float32)
+        if not weights.is_floating_point():
+            raise TypeError(f"weights: expected floating point numbers, got {weights.dtype}")
+        if weights.shape != ids.shape:
+            raise ValueError(
+                f"weights: expected {list(ids.shape)} like ids, got {list(weights.shape)}"
+            )
+        model = self._check_room(ids.shape[0])
+        used = self._check_ids(model, ids)
+        self._fill(model, ids.flatten(), ids.shape[0], used)
+        if weights.requires_grad and torch.is_grad_enabled():
+            self._weights = weights
+            return self
+        with torch.inference_mode(False), torch.no_grad():
+            sorted_weights = self._sorted(weights)
+            if self._weight_buffer is None or self._weight_buffer.dtype != sorted_weights.dtype:
+                self._weight_buffer = sorted_weights
+            self._weights = self._weight_buffer.copy_(sorted_weights)
+        return self
+
+    def _check_one_per_token(self) -> None:
+        if self.pairs_per_token != 1:
+            raise ValueError(
+                f"ids: this routing has {self.pairs_per_token} adapters per token; fill it with "
+                "set_weighted_"
+            )
+
+    def _check_room(self, tokens: int) -> ModelVersion:
+        """Raise unless it can be filled with so many tokens; returns what ids are slots of."""
+        if tokens > self.max_tokens:
+            raise ValueError(
+                f"ids: expected at most {self.max_tokens} tokens, which this routing was made "
+                f"for, got {tokens}"
+            )
+        model = self._model()
+        if model.names is not self._names:
+            self._bind_adapters(model)
+        return model
+
+    def _check_capacity(self, model: ModelVersion, used: tuple[int, ...] | None) -> None:
+        """Raise where slots may be used that came after the routing was made."""
+        fits = used is not None and max(used, default=0) < self._capacity
+        if fits or model.capacity == self._capacity:
+            return
+        raise ValueError(
+            f"routing: there are {model.capacity} slots now and were {self._capacity} when this "
+            "routing was made; make a new one (and capture CUDA graphs again)"
+        )
+
+    @torch.inference_mode(False)
+    def _bind_adapters(self, model: ModelVersion) -> None:
+        """Follow the slots of ``adapters``, in place: a captured graph reads the table."""
+        if self.adapters is None:
+            return
+        gone = [name for name in self.adapters if name not in model.names]
+        if gone:
+            raise ValueError(
+                f"adapters: {gone[0]!r}, which this routing was made with, was removed; make a new "
+                "one"
+            )
+        bound = slots_in(model.slot_of(name) for name in self.adapters)
+        self._check_capacity(model, bound)
+        if bound == self._bound:
+            return
+        self._bound = bound
+        if self._is_bound is None:
+            self._is_bound = torch.empty(
+                self._capacity + 1, dtype=torch.bool, device=self._built_on
+            )
+        self._is_bound.fill_(False)
+        # By fills and not from a list: a copy to a device would have to be waited for.
+        for start, end in runs_of(self._bound):
+            self._is_bound[start:end].fill_(True)
+
+    def _check_ids(self, model: ModelVersion, ids: Tensor) -> tuple[int, ...] | None:
+        """Raise for ids that tokens may not have; returns the slots among them.
+
+        None, and nothing is checked, where ids cannot be read; None too where they can in debug
+        mode only.
+        """
+        if ids.is_meta and self.device.type != "meta":
+            raise ValueError("ids: expected values, got a tensor on the meta device")
+        on_host = ids.device.type == "cpu"
+        if not (on_host or _DEBUG) or torch.compiler.is_compiling() or is_fake(ids):
+            self._check_capacity(model, self._bound)
+            return None
+        found = slots_in(ids.unique().tolist())
+        names = model.names if self.adapters is None else self.adapters
+        wrong = set(found) - {model.slot_of(name) for name in names}
+        if wrong:
+            allowed = f"slots of adapters, {self.slots}"
+            if self.adapters is not None:
+                allowed = (
+                    f"slots of adapters={list(self.adapters)}, which this routing was made with"
+                )
+            raise ValueError(f"ids: expected -1 or {allowed}, got {min(wrong)}")
+        self._check_capacity(model, found)
+        return found if on_host else None
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _fill(
+        self,
+        model: ModelVersion,
+        ids: Tensor,
+        num_tokens: int,
+        used: tuple[int, ...] | None = None,
+    ) -> None:
+        """Group the pairs: fixed shapes, no reading back. ids ``[n]`` in the order of the pairs.
+
+        model: what ids are slots of. used: the slots among them, where that is known.
+        """
+        pairs, none, device = self._tokens.shape[0], self._capacity, self._built_on
+        self.num_tokens = num_tokens
+        self._names, self._serials, self._changes = model.names, model.serials, model.changes
+        self._used = used
+        self._plan = self._padded_plan = None
+        ids = ids.to(device, torch.int64)
+        ids = torch.nn.functional.pad(ids, (0, pairs - ids.shape[0]), value=-1)
+        group = torch.where((ids >= 0) & (ids < none), ids, none)
+        if self._is_bound is not None:
+            group = torch.where(self._is_bound.gather(0, group), group, none)
+        _, order = torch.sort(group, stable=True)
+        counts = torch.zeros(none + 1, dtype=torch.int64, device=device)
+        counts.scatter_add_(0, group, torch.ones_like(group))
+        ends = counts.cumsum(0)
+        starts = ends - counts
+        tiles_of_group = (counts + (self.block - 1)) // self.block
+        tile_ends = tiles_of_group.cumsum(0)
+        tile = torch.arange(self._tiles.shape[0], device=device)
+        owner = torch.searchsorted(tile_ends, tile, right=True)
+        inside = owner <= none
+        owner = owner.clamp_max(none)
+        first = starts[owner] + (tile - (tile_ends - tiles_of_group)[owner]) * self.block
+        self._order.copy_(order)
+        self._tokens.copy_(order // self.pairs_per_token)
+        self._inverse.copy_(
+            torch.empty_like(order).scatter_(0, order, torch.arange(pairs, device=device))
+        )
+        self._offsets[:-1].copy_(starts)
+        self._offsets[-1:].fill_(pairs)
+        self._tiles[:, 0].copy_(torch.where(inside, owner, -1))
+        self._tiles[:, 1].copy_(torch.where(inside, first, 0))
+        if self.device.type == "cpu" and not is_fake(self._tokens):
+            self.plan()  # now, and not while a graph is traced
+        if not is_captured(self.device):
+            self.slots.enter_reserved()
+
+    # --- reading ------------------------------------------------------------------------------
+
+    def trained_slots(self) -> tuple[int, ...] | None:
+        """The slots of the adapters that a backward may have gradients for; None for all.
+
+        A graph outlives this filling, be it compiled or captured: it serves any other one too.
+        """
+        if torch.compiler.is_compiling() or self._used is None or is_captured(self.device):
+            return self._bound
+        return self._used
+
+    def pair_weights(self) -> Tensor | None:
+        """``[P]`` in the order of the pairs, or None where every weight is 1."""
+        if self._weights is None or self._weights is self._weight_buffer:
+            return self._weights
+        # Sorted for every call: so each has a graph of its own, as it would from the tensor itself.
+        return self._sorted(self._weights)
+
+    def _sorted(self, weights: Tensor) -> Tensor:
+        dtype = torch.float32
+        if computes_in_64_bits(self.device):
+            dtype = torch.promote_types(weights.dtype, dtype)
+        flat = weights.to(self.device, dtype).flatten()
+        flat = torch.nn.functional.pad(flat, (0, self._order.shape[0] - flat.shape[0]))
+        return flat.index_select(0, self._order)
+
+    def plan(self) -> Tensor:
+        """The groups for loops on the host: int64 ``[G, 4]`` on the CPU, without empty groups.
+
+        Each row is (slot, first pair, end, first token); first token is -1 where the group's tokens
+        are not neighbours in ascending order. Computed once per filling; on a device this waits.
+        In a traced graph rows of slot -1 fill it up to a fixed shape.
+        """
+        if self.device.type == "meta":
+            return torch.empty((0, 4), dtype=torch.int64)
+        if torch.compiler.is_compiling() and self._padded_plan is not None:
+            return self._padded_plan
+        if self._plan is None:
+            if is_captured(self.device):
+                raise RuntimeError(
+                    "the composed backend reads the sizes of a routing's groups, which cannot be "
+                    "captured in a CUDA graph; use backend='triton'"
+                )
+            self._plan = groups_of(self._offsets, self._tokens)
+            # For graphs, which would be compiled again for another number of groups.
+            rows = min(self._capacity, self._tokens.shape[0]) - self._plan.shape[0]
+            self._padded_plan = torch.nn.functional.pad(self._plan, (0, 0, 0, rows), value=-1)
+        return self._plan
+
+    def check_current(self, model: ModelVersion | None = None) -> None:
+        """Raise if one of its own slots has got another meaning since the routing was filled.
+
+        Args:
+            model: what the batch reads; None for what is current.
+        """
+        model = model or self.pinned or self.slots.current
+        compiling = torch.compiler.is_compiling()
+        # With as many changes names have only come: an older version is one that has fewer.
+        if model.changes == self._changes and (
+            compiling or model.names is self._names or len(model.names) >= len(self._names)
+        ):
+            return
+        own = self._used if self._used is not None else self._bound
+        if own is None:
+            own = tuple(self._names.values())
+        if compiling or any(
+            model.serials.get(slot, 0) != self._serials.get(slot, 0) for slot in own
+        ):
+            raise ValueError(
+                "routing: adapters were removed or replaced since it was filled; fill it again"
+            )
+        if not set(own) <= {*model.names.values()}:
+            raise ValueError(
+                "routing: it was filled with adapters that came after the batch had begun"
+            )
+
+    @property
+    def filling(self) -> int:
+        """A number that changes with every filling."""
+        return self._tokens._version
+
+    @property
+    def capacity(self) -> int:
+        """How many slots there were when it was made."""
+        return self._capacity
+
+    def tensors(self, *, with_plan: bool) -> RoutingTensors:
+        """The routing as the backends take it."""
+        plan = self.plan() if with_plan else torch.empty((0, 4), dtype=torch.int64)
+        return RoutingTensors(
+            self._tokens,
+            self._offsets,
+            self._tiles,
+            self._inverse,
+            self.pair_weights(),
+            plan,
+            self.pairs_per_token,
+            self.block,
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Routing({self.num_tokens} of at most {self.max_tokens} tokens, "
+            f"{self.pairs_per_token} adapters each, {self._capacity} slots, {self.device})"
+        )

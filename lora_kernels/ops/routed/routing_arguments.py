@@ -1,0 +1,93 @@
+"""What a :class:`Routing` takes from its caller, checked and made uniform."""
+
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops.routed.bank.slots import BASE, AdapterSlots, ModelVersion
+
+
+def slots_of(bank) -> AdapterSlots:
+    slots = bank if isinstance(bank, AdapterSlots) else getattr(bank, "slots", None)
+    if not isinstance(slots, AdapterSlots):
+        raise TypeError(
+            f"bank: expected an AdapterBank or its AdapterSlots, got {type(bank).__name__}"
+        )
+    return slots
+
+
+def bounding_names(adapters: Sequence[str] | None, version: ModelVersion) -> tuple[str, ...] | None:
+    """``adapters`` as given to a constructor, checked."""
+    if adapters is None:
+        return None
+    if isinstance(adapters, str) or not isinstance(adapters, Iterable):
+        raise TypeError(f"adapters: expected a list of names, got {adapters!r}")
+    adapters = tuple(adapters)
+    for name in adapters:
+        if not isinstance(name, str):
+            raise TypeError(f"adapters: expected names, got a {type(name).__name__}")
+        if name != BASE and name not in version.names:
+            raise ValueError(
+                f"adapters: expected names among {sorted(version.names)}, got {name!r}"
+            )
+    return tuple(name for name in dict.fromkeys(adapters) if name != BASE)
+
+
+def slots_in(ids: Iterable[int]) -> tuple[int, ...]:
+    """The slots among ids, ascending."""
+    return tuple(sorted({*ids} - {-1}))
+
+
+def runs_of(slots: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Neighbouring slots as ``(start, end)``."""
+    runs: list[tuple[int, int]] = []
+    for slot in slots:
+        if runs and runs[-1][1] == slot:
+            runs[-1] = runs[-1][0], slot + 1
+        else:
+            runs.append((slot, slot + 1))
+    return runs
+
+
+def integers(name: str, values: Tensor | Sequence) -> Tensor:
+    if not isinstance(values, Tensor):
+        try:
+            values = torch.tensor(values, dtype=None if len(values) else torch.int64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{name}: expected a list of integers or a tensor ({error})") from None
+    if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        raise TypeError(f"{name}: expected integers, got {values.dtype}")
+    return values
+
+
+def device_for(ids: Tensor, bank, device) -> torch.device | str | None:
+    if device is not None or hasattr(bank, "device"):
+        return device
+    return ids.device
+
+
+def lengths_of(names: Sequence[str], lengths: int | Sequence[int]) -> list[int]:
+    if isinstance(names, str):
+        raise TypeError(f"names: expected a list of names, got the string {names!r}")
+    if hasattr(lengths, "tolist"):  # tensors and arrays
+        lengths = lengths.tolist()
+    if isinstance(lengths, Integral):
+        lengths = [lengths] * len(names)
+    if not isinstance(lengths, Sequence):
+        raise TypeError(
+            f"lengths: expected a number or a list of numbers, got {type(lengths).__name__}"
+        )
+    lengths = list(lengths)
+    if len(lengths) != len(names):
+        raise ValueError(f"lengths: expected {len(names)}, one per name, got {len(lengths)}")
+    if any(isinstance(length, bool) or not isinstance(length, Integral) for length in lengths):
+        raise TypeError(f"lengths: expected integers, got {lengths}")
+    if any(length < 0 for length in lengths):
+        raise ValueError(f"lengths: expected numbers of tokens, got {min(lengths)}")
+    return [int(length) for length in lengths]
+
+
+def is_fake(tensor: Tensor) -> bool:
+    return type(tensor) is not Tensor or torch._C._len_torch_dispatch_stack() > 0

@@ -1,0 +1,277 @@
+"""The backwards of ``routed_lora`` and its halves in differentiable torch, for create_graph=True.
+
+And for many gradients at once (is_grads_batched, ``jacobian(vectorize=True)``), which torch's own
+operations have rules for.
+
+Dimensions: M tokens, P pairs, K in_features, N out_features of all slices, H the widest rank of the
+bank, n the pairs of one group, R_s the rank of one slice and N_s its columns.
+
+Whatever backend ran the forward: h is computed again from x, and the factors are read from the
+parameters, which second derivatives must reach; masks and scalings are constants. The base's
+product stays in dy's dtype as the frozen layer's; the adapters' are computed in fp32 (fp64 for
+fp64), so that nothing narrow is rounded between one derivative and the next.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_kernels.ops.narrow.second_order import drop, with_missing_edge
+from lora_kernels.ops.routed.tensors import BankTensors, RoutingTensors, groups_of
+from lora_kernels.runtime.dropout import packed_keep_mask_of_rows, unpacked_keep_mask
+from lora_kernels.runtime.dtypes import accumulator_dtype
+
+X_WAS_NOT_SAVED = (
+    "routed_lora: a gradient of lora_b or of the routing's weights is differentiated with respect "
+    "to x, which was not saved because every lora_a is frozen; let one require grad in the forward"
+)
+
+
+class Factors(NamedTuple):
+    """The parameters of the adapters that a batch may use: A and B of each slice of each."""
+
+    parameters: tuple[Tensor, ...]
+    slots: list[int]  # whose they are
+    needs: tuple[bool, ...]  # whether the forward was to be differentiated by them
+
+
+def lora_backward(
+    dy: Tensor,  # [..., N]
+    x: Tensor | None,  # [..., K], saved where an A needed a gradient in the forward
+    weight: Tensor | None,  # [N, K]
+    bank: BankTensors,
+    routing: RoutingTensors,
+    factors: Factors,
+    h: Tensor | None,  # [P, H], of the forward: read where there is no x
+    mask: Tensor | None,  # [P, ceil(K/8)]; regenerated from the seed where it was not stored
+    seed: Tensor | None,  # []
+    in_features: int,
+    needs: tuple[bool, bool, bool],  # x, the pairs' weights, bias
+    edge_to_x: Tensor | None,  # [0], the missing edge where x needs a gradient and was not saved
+) -> tuple[Tensor | None, list[Tensor | None], Tensor | None, Tensor | None]:
+    """Gradients of x, of each parameter, of the weights and of bias; None where not needed."""
+    needs_x, needs_weights, needs_bias = needs
+    rows = dy.reshape(-1, dy.shape[-1])
+    call = _Backward(bank, routing, factors, mask, seed, rows, in_features, needs_weights)
+    if x is not None:
+        x = (x if needs_x else x.detach()).reshape(-1, in_features).to(call.dtype)
+        h = call.shrink(x)
+    elif h is not None:
+        h = with_missing_edge(h.to(call.dtype), edge_to_x)
+    t, grad_weights = call.expand_backward(rows.to(call.dtype), h)
+    tail = call.shrink_backward(t, x, rows.shape[0], needs_x)
+    dx = None
+    if needs_x:
+        dx = tail if weight is None else rows @ weight.detach() + tail
+        dx = dx.to(dy.dtype).reshape(*dy.shape[:-1], in_features)
+    return dx, call.gradients(), grad_weights, rows.sum(0) if needs_bias else None
+
+
+def shrink_backward(
+    t: Tensor,  # [P, H], the gradient of h
+    x: Tensor,  # [..., K]
+    bank: BankTensors,
+    routing: RoutingTensors,
+    factors: Factors,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    needs_x: bool,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Gradients of x and of each parameter."""
+    rows = (x if needs_x else x.detach()).reshape(-1, x.shape[-1])
+    call = _Backward(bank, routing, factors, mask, seed, rows, x.shape[-1], False)
+    tail = call.shrink_backward(t.to(call.dtype), rows.to(call.dtype), rows.shape[0], needs_x)
+    return tail.to(x.dtype).reshape(x.shape) if needs_x else None, call.gradients()
+
+
+def expand_backward(
+    dy: Tensor,  # [..., N]
+    h: Tensor,  # [P, H]
+    bank: BankTensors,
+    routing: RoutingTensors,
+    factors: Factors,
+    needs: tuple[bool, bool],  # h, the pairs' weights
+) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:
+    """Gradients of h, of each parameter and of the weights."""
+    needs_h, needs_weights = needs
+    rows = dy.reshape(-1, dy.shape[-1])
+    call = _Backward(bank, routing, factors, None, None, rows, 0, needs_weights)
+    narrow = (h if needs_h else h.detach()).to(call.dtype)
+    t, grad_weights = call.expand_backward(rows.to(call.dtype), narrow)
+    return t.to(h.dtype) if needs_h else None, call.gradients(), grad_weights
+
+
+class _Slice(NamedTuple):
+    """One slice of one adapter."""
+
+    index: int  # of its A among the parameters; its B follows
+    a: Tensor  # [R_s, K]
+    b: Tensor  # [N_s, R_s]
+    columns: slice  # of the result
+    ranks: slice  # of h
+
+
+class _Group(NamedTuple):
+    """The pairs of one adapter."""
+
+    slot: int
+    pairs: slice
+    tokens: Tensor  # [n] int64
+    slices: list[_Slice]
+    scaling: Tensor  # []
+    p: float  # of the dropout
+
+
+class _Backward:
+    """One backward; adds up the gradients of the parameters as it goes."""
+
+    def __init__(
+        self,
+        bank: BankTensors,
+        routing: RoutingTensors,
+        factors: Factors,
+        mask: Tensor | None,
+        seed: Tensor | None,
+        like: Tensor,  # in the dtype of the activations
+        in_features: int,
+        needs_weights: bool,
+    ) -> None:
+        self.dtype = accumulator_dtype(like.dtype)
+        self.bank, self.routing, self.factors = bank, routing, factors
+        self.mask, self.seed, self.in_features = mask, seed, in_features
+        self.needs_weights, self.weights = needs_weights, None
+        if routing.pair_weights is not None:
+            weights = routing.pair_weights if needs_weights else routing.pair_weights.detach()
+            self.weights = weights.to(self.dtype)
+        self._gradients: dict[int, Tensor] = {}
+        self.groups = list(self._groups())
+
+    def _groups(self) -> Iterator[_Group]:
+        slices, bank = self._slices(), self.bank
+        thresholds = dict(zip(bank.slots, bank.thresholds, strict=True))
+        plan = self.routing.plan
+        if not plan.shape[0]:  # a backend without loops on the host
+            plan = groups_of(self.routing.offsets, self.routing.tokens)
+        for slot, start, end, _ in plan.tolist():
+            if slot in slices:
+                tokens = self.routing.tokens[start:end].long()
+                p = thresholds[slot] / 65536
+                yield _Group(slot, slice(start, end), tokens, slices[slot], bank.scaling[slot], p)
+
+    def _slices(self) -> dict[int, list[_Slice]]:
+        """By slot."""
+        bank, found, index = self.bank, {}, 0
+        columns = [slice(*ends) for ends in pairwise(bank.slice_columns)]
+        adapter_of = {slot: adapter for adapter, slot in enumerate(bank.slots)}
+        while index < len(self.factors.parameters):
+            slot, first_rank = self.factors.slots[index], 0
+            found[slot] = []
+            for of_slice, b in zip(columns, bank.factors_of(adapter_of[slot])[1:], strict=True):
+                if b.shape[1] == 0:
+                    continue
+                ranks = slice(first_rank, first_rank + b.shape[1])
+                a, b = self._factor(index), self._factor(index + 1)
+                found[slot].append(_Slice(index, a, b, of_slice, ranks))
+                first_rank, index = ranks.stop, index + 2
+        return found
+
+    def _factor(self, index: int) -> Tensor:
+        """A parameter that became trainable since the forward was a constant to it."""
+        factor = self.factors.parameters[index]
+        return (factor if self.factors.needs[index] else factor.detach()).to(self.dtype)
+
+    def shrink(self, x: Tensor) -> Tensor:
+        """``D(x) A^T`` of every pair: ``[M, K] -> [P, H]``."""
+        rows = []
+        for group in self.groups:
+            dropped = self._drop(group, x[group.tokens])
+            rows.append(torch.cat([dropped @ each.a.t() for each in group.slices], dim=1))
+        return self._narrow(rows)
+
+    def expand_backward(self, dy: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """t ``[P, H]`` and the gradient of the weights; that of each B on the way."""
+        t, grad_weights = [], torch.zeros_like(self.weights) if self.needs_weights else None
+        for group in self.groups:
+            scale, rows = group.scaling, dy[group.tokens]
+            if self.weights is not None:
+                scale = self.weights[group.pairs].unsqueeze(1) * scale
+            parts = [_part(rows, 1, each.columns) @ each.b for each in group.slices]
+            unscaled = torch.cat(parts, dim=1)  # [n, R]
+            t.append(unscaled * scale)
+            if h is None:
+                continue
+            narrow = _part(h, 0, group.pairs).narrow(1, 0, unscaled.shape[1])
+            if self.needs_weights:
+                pairs = torch.arange(group.pairs.start, group.pairs.stop, device=rows.device)
+                values = (unscaled * narrow).sum(1) * group.scaling
+                grad_weights = grad_weights.index_add(0, pairs, values)
+            for each in group.slices:
+                if self.factors.needs[each.index + 1]:
+                    scaled = _part(narrow * scale, 1, each.ranks)
+                    self._gradients[each.index + 1] = _part(rows, 1, each.columns).t() @ scaled
+        if grad_weights is not None:
+            grad_weights = grad_weights.to(self.routing.pair_weights.dtype)
+        return self._narrow(t), grad_weights
+
+    def shrink_backward(
+        self, t: Tensor, x: Tensor | None, rows: int, needs_x: bool
+    ) -> Tensor | None:
+        """``keep * (t A)`` of every pair, added up by token ``[M, K]``; and the gradient of A."""
+        dx = t.new_zeros((rows, self.in_features)) if needs_x else None
+        for group in self.groups:
+            of_group = _part(t, 0, group.pairs)
+            parts = [(each, _part(of_group, 1, each.ranks)) for each in group.slices]
+            if needs_x:
+                tail = sum(narrow @ each.a for each, narrow in parts)
+                dx = dx.index_add(0, group.tokens, self._drop(group, tail))
+            trained = [part for part in parts if self.factors.needs[part[0].index]]
+            if trained:
+                dropped = self._drop(group, x[group.tokens])
+                for each, narrow in trained:
+                    self._gradients[each.index] = narrow.t() @ dropped
+        return dx
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of each parameter: zeros where no pair has reached it, None where none is needed."""
+        found = []
+        factors = zip(self.factors.parameters, self.factors.needs, strict=True)
+        for index, (parameter, need) in enumerate(factors):
+            gradient = self._gradients.get(index)
+            if need and gradient is None:
+                gradient = torch.zeros_like(parameter)
+            found.append(gradient.to(parameter.dtype) if need else None)
+        return found
+
+    def _narrow(self, of_groups: list[Tensor]) -> Tensor:
+        """The rows ``[n, R]`` of each group as ``[P, H]``, with zeros for other pairs and ranks."""
+        width, device = self.bank.width, self.routing.tokens.device
+        pieces, end = [], 0
+
+        def zeros(rows: int) -> Tensor:
+            return torch.zeros((rows, width), dtype=self.dtype, device=device)
+
+        for group, rows in zip(self.groups, of_groups, strict=True):
+            pieces += [zeros(group.pairs.start - end), F.pad(rows, (0, width - rows.shape[1]))]
+            end = group.pairs.stop
+        return torch.cat([*pieces, zeros(self.routing.tokens.shape[0] - end)])
+
+    def _drop(self, group: _Group, rows: Tensor) -> Tensor:
+        """The group's rows ``[n, K]`` of an activation without what its dropout drops, scaled."""
+        if group.p == 0:
+            return rows
+        if self.mask is not None:
+            packed = self.mask[group.pairs]
+        else:
+            packed = packed_keep_mask_of_rows(
+                self.seed, group.p, group.tokens, self.in_features, group.slot
+            )
+        return drop(rows, unpacked_keep_mask(packed, self.in_features), group.p)
+
+
+def _part(tensor: Tensor, dim: int, indices: slice) -> Tensor:
+    """Not by indexing: a slice of everything has no rule for many gradients at once."""
+    return tensor.narrow(dim, indices.start, indices.stop - indices.start)

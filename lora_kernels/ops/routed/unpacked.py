@@ -1,0 +1,188 @@
+"""``routed_lora`` over adapters that lie anywhere in memory: those of another library, in no bank.
+
+Dimensions: M tokens, K in_features, N out_features, R rank, L adapters that the batch names.
+
+For inference: nothing is copied and nothing recorded. What a batch needs beside the adapters
+themselves is kept in small caches keyed by values, never by identity: routings by who uses which
+adapter, scalings and offsets as numbers.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops.routed.bank.slots import BASE, AdapterSlots
+from lora_kernels.ops.routed.bank.storage import ALIGNMENT, anchor
+from lora_kernels.ops.routed.bank.tables import scaling_dtype
+from lora_kernels.ops.routed.op import _call
+from lora_kernels.ops.routed.routing import Routing
+from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout
+from lora_kernels.runtime import dispatch
+from lora_kernels.runtime.dtypes import cast_for_autocast
+
+
+class LooseAdapter(NamedTuple):
+    """The factors of one adapter, any strides, and its scaling."""
+
+    lora_a: Tensor  # [R, K]
+    lora_b: Tensor  # [N, R]
+    scaling: float | Tensor  # a number or []
+
+
+def routed_linear_loose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Mapping[str, LooseAdapter],
+    names: Sequence[str],
+) -> Tensor:
+    r"""A frozen linear layer in which every sequence has an adapter of its own, without gradients.
+
+    .. math::
+        y_m = x_m W^T + b + s_i \cdot x_m A_i^T B_i^T \quad i = \text{the adapter of m's sequence}
+
+    The caller has seen to it that shapes, dtypes and devices fit and that no gradient is needed.
+
+    Args:
+        x: ``[S, ..., K]``, a row per sequence.
+        weight: ``[N, K]`` in x's dtype (or autocast's), any strides.
+        bias: ``[N]`` or None.
+        adapters: by name.
+        names: S of them; ``"__base__"`` and names that are not in ``adapters`` use none.
+
+    Returns:
+        ``[S, ..., N]`` in x's dtype, or autocast's.
+    """
+    x, weight, bias = cast_for_autocast(x, weight, bias)
+    named = dict.fromkeys(name for name in names if name != BASE)
+    slots = {name: slot for slot, name in enumerate(named)}
+    with torch.no_grad():
+        present = [(slot, adapters[name]) for name, slot in slots.items() if name in adapters]
+        if not present:
+            return torch.nn.functional.linear(x, weight, bias)
+        ids = tuple(slots.get(name, -1) for name in names)
+        capacity = len(slots)
+        bank, backend = _bank(present, capacity, x, weight.shape[0])
+        routing = _routing(ids, x.shape[1:-1].numel(), capacity, x.device)
+        tensors = routing.tensors(with_plan=backend != "triton")
+        layout = GradientLayout([], [], 0, bank.table)
+        return _call(
+            "routed_lora", *bank, *tensors, *layout, x, weight, bias, None, backend, [], [], []
+        )
+
+
+def _bank(
+    present: list[tuple[int, LooseAdapter]], capacity: int, x: Tensor, out_features: int
+) -> tuple[BankTensors, str]:
+    """The adapters as the backends take them, and the backend that can."""
+    factors = [factor for _, (a, b, _) in present for factor in (a, b)]
+    slots = [slot for slot, _ in present]
+    backend, rows, storage = "composed", None, x.new_empty(0)
+    chosen = dispatch.choose("auto", x.device, x.dtype).backend
+    if chosen != "composed":
+        storage = _anchor(factors[0].dtype, x.device)
+        # The Triton kernels count on the bank's alignment.
+        rows = _offsets(slots, factors, storage, ALIGNMENT if chosen == "triton" else 1)
+        backend = "composed" if rows is None else chosen
+    bank = BankTensors(
+        factors=factors,
+        slots=slots,
+        thresholds=[0] * len(slots),
+        slice_columns=[0, out_features],
+        width=max(a.shape[0] for _, (a, _, _) in present),
+        storage=storage,
+        table=_table(rows or (), capacity, x.device),
+        scaling=_scalings(present, capacity, x.device),
+        threshold_table=_no_thresholds(capacity, x.device),
+    )
+    return bank, backend
+
+
+def _offsets(
+    slots: list[int], factors: list[Tensor], storage: Tensor, alignment: int
+) -> tuple[tuple[int, int, int, int], ...] | None:
+    """``(slot, rank, offset of A, offset of B)`` relative to ``storage``, in its elements.
+
+    None where the kernels could not: another dtype, strides, or addresses that are no multiples of
+    ``alignment`` elements.
+    """
+    unit = alignment * storage.element_size()
+    base = storage.data_ptr()
+    for factor in factors:
+        if factor.dtype != storage.dtype or not factor.is_contiguous():
+            return None
+        if (factor.data_ptr() - base) % unit:
+            return None
+    offsets = [(factor.data_ptr() - base) // storage.element_size() for factor in factors]
+    ranks = [factor.shape[0] for factor in factors[::2]]
+    return tuple(zip(slots, ranks, offsets[::2], offsets[1::2], strict=True))
+
+
+# --- by value --------------------------------------------------------------------------------
+
+# A batch of a server has a prefill and its steps; a model has a table per layer and choice.
+_ROUTINGS, _TABLES = 32, 2048
+
+
+@functools.lru_cache(maxsize=_ROUTINGS)
+def _routing(ids: tuple[int, ...], length: int, capacity: int, device: torch.device) -> Routing:
+    """Sequences of one length, each with its slot."""
+    # Plain tensors even under inference_mode: the cache outlives it.
+    with torch.inference_mode(False):
+        slots = AdapterSlots(capacity)
+        for slot in range(capacity):
+            slots.acquire(str(slot))
+        tokens = torch.tensor(ids, dtype=torch.int64).repeat_interleave(length)
+        return Routing.from_tokens(tokens, slots, device=device)
+
+
+@functools.cache
+def _anchor(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return anchor(dtype, device)
+
+
+@functools.lru_cache(maxsize=_TABLES)
+def _table(rows: tuple, capacity: int, device: torch.device) -> Tensor:
+    """``[L + 1, 2, 3]``: rank, column and offset of A and B by slot; zeros where nobody asks."""
+    with torch.inference_mode(False):
+        table = torch.zeros(capacity + 1, 2, 3, dtype=torch.int64)
+        for slot, rank, *offsets in rows:
+            for factor, offset in enumerate(offsets):
+                table[slot, factor] = torch.tensor([rank, 0, offset])
+        return table.to(device)
+
+
+def _scalings(
+    present: list[tuple[int, LooseAdapter]], capacity: int, device: torch.device
+) -> Tensor:
+    """``[L + 1]`` in :func:`scaling_dtype`. Scalings that are on the device are not read back."""
+    values = [0.0] * (capacity + 1)
+    on_device = {}
+    for slot, adapter in present:
+        scaling = adapter.scaling
+        if isinstance(scaling, Tensor) and scaling.device.type != "cpu":
+            on_device[slot] = scaling
+        else:
+            values[slot] = float(scaling)
+    table = _numbers(tuple(values), device)
+    if on_device:
+        table = table.clone()
+        for slot, scaling in on_device.items():
+            table[slot] = scaling
+    return table
+
+
+@functools.lru_cache(maxsize=_TABLES)
+def _numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=scaling_dtype(device), device=device)
+
+
+@functools.lru_cache(maxsize=_ROUTINGS)
+def _no_thresholds(capacity: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros(capacity + 1, dtype=torch.int32, device=device)

@@ -1,0 +1,23 @@
+"""Tensors of a class that stands for others, such as DTensor or torchao's quantised weights."""
+
+from torch import Tensor
+
+from lora_kernels.runtime.eager import PLAIN
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Whether the tensor's memory is elsewhere, and its class cannot know our operations.
+
+    torch's own (fake and functional tensors), classes that only extend Tensor and results of
+    collectives that are still awaited take any operation. Nested tensors have checks of their own.
+    """
+    kind = type(tensor)
+    if kind in PLAIN or not hasattr(kind, "__tensor_flatten__"):
+        return False
+    # Of torch.distributed's AsyncCollectiveTensor.
+    return not hasattr(kind, "trigger_wait") and not tensor.is_nested
+
+
+def check_no_wrapper(name: str, tensor: Tensor) -> None:
+    if type(tensor) not in PLAIN and is_wrapper(tensor):
+        raise TypeError(f"{name}: expected a plain tensor, got a {type(tensor).__name__}")
