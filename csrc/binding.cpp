@@ -1,7 +1,8 @@
 // What Python calls. The operation that a training step repeats most takes tensors (tensors.h), and
 // reads and checks them itself. The others take addresses, sizes and strides in elements and dtypes
-// as the numbers of lora::DType, into which lora_kernels/runtime/cpu_extension.py and cuda_extension.py turn tensors
-// they have checked; absent tensors are address 0. The lock is released while a kernel runs.
+// as the numbers of lora::DType, into which lora_kernels/runtime/cpu_extension.py and
+// cuda_extension.py turn tensors they have checked; absent tensors are address 0. The lock is
+// released while a kernel runs.
 //
 // LORA_KERNELS_CUDA: with the CUDA kernels; its text says what for.
 #include <pybind11/pybind11.h>
@@ -327,7 +328,9 @@ void cuda_gemm_tail(int device, uintptr_t stream, int dtype, uintptr_t left, int
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "Compiled kernels of lora_kernels; see lora_kernels/runtime/cpu_extension.py and cuda_extension.py.";
+  m.doc() =
+      "Compiled kernels of lora_kernels; see lora_kernels/runtime/cpu_extension.py and "
+      "cuda_extension.py.";
   m.def("best_level", &lora::best_level);
   m.def("level", &lora::level);
   m.def("set_level", &lora::set_level);

@@ -109,7 +109,8 @@ struct GradientPart {
   Ahead ahead = {};
 };
 
-// The generator's groups first .. first + count - 1 (lora_kernels/runtime/dropout.py), one byte each.
+// The generator's groups first .. first + count - 1 (lora_kernels/runtime/dropout.py), one byte
+// each.
 struct Philox {
   uint8_t* out;
   uint64_t first;
