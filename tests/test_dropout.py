@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_kernels.runtime.dropout import (
+    MaskPlace,
     _pack_lanes,
     _philox_words,
+    check_place,
     draw_seed,
     drop_threshold,
     keep_mask,
@@ -34,13 +36,23 @@ def philox_numpy(counter: list[int], key: list[int], rounds: int = 7) -> list[in
     return c
 
 
-def mask_by_element(seed: int, p: float, rows: int, columns: int, stream: int) -> np.ndarray:
+def mask_by_element(
+    seed: int,
+    p: float,
+    rows: int,
+    columns: int,
+    stream: int = 0,
+    row_offset: int = 0,
+    column_offset: int = 0,
+    pitch: int | None = None,
+) -> np.ndarray:
     """The keep-mask, one element at a time from the documented formula."""
+    pitch = columns if pitch is None else pitch
     key = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
     keep = np.empty((rows, columns), dtype=bool)
     for m in range(rows):
         for k in range(columns):
-            g = m * -(-columns // 8) + k // 8
+            g = (m + row_offset) * -(-pitch // 8) + (k + column_offset) // 8
             words = philox_numpy([g & 0xFFFFFFFF, g >> 32, stream, 0], key)
             lane = (words[k % 8 // 2] >> (16 * (k % 2))) & 0xFFFF
             keep[m, k] = lane >= drop_threshold(p)
@@ -71,6 +83,102 @@ def test_philox_zero_counter_in_torch():
 def test_mask_equals_elementwise_definition(seed, rows, columns, stream):
     mask = keep_mask(torch.tensor(seed), 0.3, rows, columns, stream)
     np.testing.assert_array_equal(mask.numpy(), mask_by_element(seed, 0.3, rows, columns, stream))
+
+
+PLACES = {
+    "whole": MaskPlace(),
+    "rows": MaskPlace(row_offset=19),
+    "pitch": MaskPlace(pitch=75),
+    "columns": MaskPlace(0, 40, 69),
+    "both": MaskPlace(3, 8, 75),
+    "across 2**32": MaskPlace(2**32 // 4 - 2, 0, 29),  # rows next to each other
+    "gaps across 2**32": MaskPlace(2**32 // 9 - 1, 24, 72),
+    "past 2**32": MaskPlace(2**41 + 7, 32, 2**20 + 5),
+}
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES.keys())
+@pytest.mark.parametrize("chunk", [2, 2**14])
+def test_a_placed_mask_equals_the_elementwise_definition(place, chunk, monkeypatch):
+    monkeypatch.setattr("lora_kernels.runtime.dropout._CPU_CHUNK", chunk)
+    seed, stream = -0x1234_5678_9ABC, 3
+    mask = keep_mask(torch.tensor(seed), 0.3, 5, 29, stream, place)
+    np.testing.assert_array_equal(mask.numpy(), mask_by_element(seed, 0.3, 5, 29, stream, *place))
+
+
+def test_a_whole_activation_has_the_bits_it_has_without_a_place():
+    seed = torch.tensor(11)
+    placed = packed_keep_mask(seed, 0.3, 6, 45, 2, MaskPlace(0, 0, 45))
+    assert torch.equal(placed, packed_keep_mask(seed, 0.3, 6, 45, 2))
+
+
+@settings(max_examples=100)
+@given(data=st.data())
+def test_a_slice_draws_the_bits_of_the_whole(data):
+    """The whole may itself stand anywhere: past 2**32 groups, or across them."""
+    rows, pitch = data.draw(st.integers(0, 12), "rows"), data.draw(st.integers(1, 90), "pitch")
+    groups = -(-pitch // 8)
+    before = data.draw(
+        st.sampled_from([0, 5, 2**31 // groups - 3, 2**32 // groups - 3, 2**40 + 9]), "before"
+    )
+    first_row, end_row = sorted(data.draw(st.integers(0, rows)) for _ in range(2))
+    first = 8 * data.draw(st.integers(0, groups - 1), "first group")
+    end = data.draw(st.integers(first + 1, pitch), "end")
+    seed, p = torch.tensor(data.draw(st.integers(-(2**63), 2**63 - 1))), 0.4
+    whole = keep_mask(seed, p, rows, pitch, 7, MaskPlace(before))
+    place = MaskPlace(before + first_row, first, pitch)
+    check_place(*place, end - first)
+    part = keep_mask(seed, p, end_row - first_row, end - first, 7, place)
+    assert torch.equal(part, whole[first_row:end_row, first:end])
+    order = torch.randperm(end_row - first_row)
+    packed = packed_keep_mask_of_rows(seed, p, order, end - first, 7, place)
+    unplaced = packed_keep_mask(seed, p, rows, pitch, 7, MaskPlace(before))
+    expected = unplaced[first_row:end_row, first // 8 : -(-end // 8)][order]
+    assert torch.equal(packed, expected), "bits past the slice's columns are the whole's too"
+
+
+@pytest.mark.parametrize(
+    "place, error, message",
+    [
+        ((True, 0, None), TypeError, "row_offset: expected an integer, got True"),
+        ((0, 8.0, 64), TypeError, "column_offset: expected an integer, got 8.0"),
+        ((0, 0, "64"), TypeError, "pitch: expected an integer, got '64'"),
+        ((None, 0, 64), TypeError, "row_offset: expected an integer, got None"),
+        ((-1, 0, None), ValueError, "row_offset: expected 0 or more, got -1"),
+        ((0, -8, 64), ValueError, "column_offset: expected a multiple of 8, 0 or more, got -8"),
+        ((0, 12, 64), ValueError, "column_offset: expected a multiple of 8, 0 or more, got 12"),
+        ((0, 16, 47), ValueError, "pitch: expected .* at least 16 \\+ 32, got 47"),
+        ((0, 8, None), ValueError, "pitch: expected .* at least 8 \\+ 32, got None"),
+        ((0, 0, 31), ValueError, "pitch: expected .* at least 0 \\+ 32, got 31"),
+        ((2**60, 0, None), ValueError, r"row_offset: expected fewer than 2\*\*62 groups"),
+    ],
+)
+def test_a_place_that_cannot_be(place, error, message):
+    with pytest.raises(error, match=message):
+        check_place(*place, 32)
+
+
+@pytest.mark.parametrize("place", [(0, 0, None), (0, 0, 32), (9, 16, 48), (2**40, 8, 41)])
+def test_a_place_that_can_be(place):
+    check_place(*place, 32)
+
+
+def test_a_place_of_symbolic_sizes_compiles_once():
+    """Under torch.compile the offsets and the pitch may be symbols."""
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    @torch.compile(backend=backend, dynamic=True, fullgraph=True)
+    def checked(x, row_offset, column_offset, pitch):
+        check_place(row_offset, column_offset, pitch, x.shape[1])
+        return x + row_offset
+
+    for rows, columns, place in ((3, 32, (2, 8, 64)), (4, 40, (3, 16, 72)), (5, 48, (6, 24, 99))):
+        checked(torch.zeros(rows, columns), *place)
+    assert len(compilations) == 1
 
 
 def test_group_numbers_past_32_bits():

@@ -1,12 +1,13 @@
 """The dropout generator: its definition in torch, and the seed.
 
-The keep-mask of an ``[M, K]`` activation is a pure function of ``(seed, p, M, K, stream)``. No
-kernel has to store it: forward and backward regenerate the same bits, on a CPU and on a GPU.
+The keep-mask of an ``[M, K]`` activation is a pure function of ``(seed, p, M, K, stream, place)``.
+No kernel has to store it: forward and backward regenerate the same bits, on a CPU and on a GPU.
 
 Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11) is
 called once per group of eight neighbouring columns, which get 16 bits each:
 
-    g       = m * ceil(K / 8) + k // 8                      64 bits, row-major over the groups
+    g       = (m + row_offset) * ceil(pitch / 8) + (k + column_offset) // 8
+                                                            64 bits, row-major over the groups
     counter = (g mod 2**32, g >> 32, stream, 0)
     key     = (low, high) 32 bits of the seed
     lane    = k mod 8, in the order word 0 low, word 0 high, word 1 low, ... word 3 high
@@ -14,10 +15,14 @@ called once per group of eight neighbouring columns, which get 16 bits each:
     scale   = 65536 / (65536 - q)                           so that the mean is exact
 
 q = 0 draws nothing and keeps everything. ``stream`` tells the masks of one call apart: 0 for a
-single adapter, the adapter's slot in routed operations.
+single adapter, the adapter's slot in routed operations. ``row_offset``, ``column_offset`` and
+``pitch`` say where the activation stands in the whole one, which is ``pitch`` columns wide: so a
+sequence or tensor parallel slice, or one of a packed batch, draws the whole one's bits. They are 0,
+0 and K for an activation that is whole.
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,11 +37,62 @@ _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _LOW_32 = 0xFFFFFFFF
 
 # Groups per chunk. On a CPU the six int64 temporaries of a chunk stay in the second-level cache
-# (128 KiB each); on a device each of the some sixty operations of a chunk is a launch. A power of
-# two never crosses a multiple of 2**32, so the high counter word is one number.
+# (128 KiB each); on a device each of the some sixty operations of a chunk is a launch. Chunks end
+# at multiples of a power of two: none crosses a multiple of 2**32, and the high counter word is one
+# number.
 _CPU_CHUNK, _DEVICE_CHUNK = 1 << 14, 1 << 22
 
+_MOST_GROUPS = 1 << 62  # before an activation: what follows still fits the counter
+
 _BITS_OF = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class MaskPlace(NamedTuple):
+    """Where an activation's mask stands in that of the whole activation."""
+
+    row_offset: int = 0
+    column_offset: int = 0  # a multiple of GROUP
+    pitch: int | None = None  # columns of the whole; None: as many as the activation has
+
+    def groups_per_row(self, columns: int) -> int:
+        """By how much the group's number grows from row to row of an activation so wide."""
+        return -(-(columns if self.pitch is None else self.pitch) // GROUP)
+
+    def first_group(self, columns: int) -> int:
+        """The number of the activation's first group."""
+        return self.row_offset * self.groups_per_row(columns) + self.column_offset // GROUP
+
+
+def check_place(row_offset: int, column_offset: int, pitch: int | None, columns: int) -> None:
+    """Whether they place an activation of so many columns.
+
+    Raises:
+        TypeError: one is not an integer.
+        ValueError: an offset is negative, column_offset cuts a group, or the pitch is too small.
+    """
+    for name, value in (
+        ("row_offset", row_offset), ("column_offset", column_offset), ("pitch", pitch),
+    ):  # fmt: skip
+        if value is None and name == "pitch":
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if row_offset < 0:
+        raise ValueError(f"row_offset: expected 0 or more, got {row_offset}")
+    if column_offset < 0 or column_offset % GROUP:
+        raise ValueError(
+            f"column_offset: expected a multiple of {GROUP}, 0 or more, got {column_offset}"
+        )
+    if column_offset + columns > (columns if pitch is None else pitch):
+        raise ValueError(
+            f"pitch: expected the columns of the whole activation, at least {column_offset} + "
+            f"{columns}, got {pitch}"
+        )
+    if MaskPlace(row_offset, column_offset, pitch).first_group(columns) >= _MOST_GROUPS:
+        raise ValueError(
+            f"row_offset: expected fewer than 2**62 groups of {GROUP} columns before the "
+            f"activation, got {row_offset} rows"
+        )
 
 
 def drop_threshold(p: float) -> int:
@@ -62,46 +118,64 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
-def packed_keep_mask(seed: Tensor, p: float, rows: int, columns: int, stream: int = 0) -> Tensor:
+def packed_keep_mask(
+    seed: Tensor,
+    p: float,
+    rows: int,
+    columns: int,
+    stream: int = 0,
+    place: MaskPlace = MaskPlace(),
+) -> Tensor:
     """The keep-mask as bits: uint8 ``[rows, ceil(columns / 8)]``.
 
     Bit j of byte ``[m, i]`` is set when element ``[m, 8 i + j]`` is kept; bits past ``columns`` are
     drawn like the others and mean nothing.
     """
-    groups_per_row = -(-columns // GROUP)
-    total = rows * groups_per_row
-    packed = torch.empty(total, dtype=torch.uint8, device=seed.device)
+    groups = -(-columns // GROUP)
     threshold = drop_threshold(p)
+    if threshold > 0 and place.groups_per_row(columns) != groups:  # rows are not neighbours
+        every = torch.arange(rows, device=seed.device)
+        return packed_keep_mask_of_rows(seed, p, every, columns, stream, place)
+    total = rows * groups
+    packed = torch.empty(total, dtype=torch.uint8, device=seed.device)
     if threshold == 0:
-        return packed.fill_(255).view(rows, groups_per_row)
+        return packed.fill_(255).view(rows, groups)
     key, chunk = _key_and_chunk(seed)
-    for start in range(0, total, chunk):
-        count = min(chunk, total - start)
-        words = _philox_words(start, count, key, stream, seed.device)
+    first, start = place.first_group(columns), 0
+    while start < total:
+        count = min(chunk - (first + start) % chunk, total - start)
+        words = _philox_words(first + start, count, key, stream, seed.device)
         packed[start : start + count] = _pack_lanes(words, threshold)
-    return packed.view(rows, groups_per_row)
+        start += count
+    return packed.view(rows, groups)
 
 
 def packed_keep_mask_of_rows(
-    seed: Tensor, p: float, rows: Tensor, columns: int, stream: int = 0
+    seed: Tensor,
+    p: float,
+    rows: Tensor,
+    columns: int,
+    stream: int = 0,
+    place: MaskPlace = MaskPlace(),
 ) -> Tensor:
     """The rows ``rows`` (int ``[P]``, any order) of :func:`packed_keep_mask`: ``[P, ceil(K/8)]``.
 
     They do not depend on how many rows the whole mask has.
     """
-    groups_per_row = -(-columns // GROUP)
-    packed = torch.empty((rows.shape[0], groups_per_row), dtype=torch.uint8, device=seed.device)
+    groups = -(-columns // GROUP)
+    packed = torch.empty((rows.shape[0], groups), dtype=torch.uint8, device=seed.device)
     threshold = drop_threshold(p)
     if threshold == 0:
         return packed.fill_(255)
     key, chunk = _key_and_chunk(seed)
-    step = max(1, chunk // groups_per_row)
-    groups = torch.arange(groups_per_row, dtype=torch.int64, device=seed.device)
+    step, pitch = max(1, chunk // max(1, groups)), place.groups_per_row(columns)
+    first_row = torch.arange(groups, dtype=torch.int64, device=seed.device)
+    first_row += place.first_group(columns)
     for start in range(0, rows.shape[0], step):
         some = rows[start : start + step]
-        counter = (some.long().unsqueeze(1) * groups_per_row + groups).flatten()
+        counter = (some.long().unsqueeze(1) * pitch + first_row).flatten()
         words = _philox_of(counter & _LOW_32, counter >> 32, key, stream)
-        packed[start : start + step] = _pack_lanes(words, threshold).view(-1, groups_per_row)
+        packed[start : start + step] = _pack_lanes(words, threshold).view(-1, groups)
     return packed
 
 
@@ -117,9 +191,16 @@ def _key_and_chunk(seed: Tensor) -> tuple[tuple, int]:
     return (value & _LOW_32, (value >> 32) & _LOW_32), chunk
 
 
-def keep_mask(seed: Tensor, p: float, rows: int, columns: int, stream: int = 0) -> Tensor:
+def keep_mask(
+    seed: Tensor,
+    p: float,
+    rows: int,
+    columns: int,
+    stream: int = 0,
+    place: MaskPlace = MaskPlace(),
+) -> Tensor:
     """The keep-mask as booleans ``[rows, columns]``: the definition every kernel is tested on."""
-    return unpacked_keep_mask(packed_keep_mask(seed, p, rows, columns, stream), columns)
+    return unpacked_keep_mask(packed_keep_mask(seed, p, rows, columns, stream, place), columns)
 
 
 def unpacked_keep_mask(packed: Tensor, columns: int) -> Tensor:
