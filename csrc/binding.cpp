@@ -32,10 +32,13 @@ T* at(uintptr_t address) {
 
 DType dtype_of(int number) { return static_cast<DType>(number); }
 
-void draw_mask(uintptr_t out, int64_t stride, int64_t first, int64_t rows, int64_t columns,
-               int64_t seed, uint32_t stream, uint32_t threshold, int threads) {
-  lora::draw_mask(at<uint8_t>(out), stride, first, rows, columns, uint64_t(seed), stream, threshold,
-                  threads);
+// The mask of an activation whose first group the generator knows as `first_group`, and whose rows
+// are `groups_per_row` apart there.
+void draw_mask(uintptr_t out, int64_t stride, uint64_t first_group, uint64_t groups_per_row,
+               int64_t rows, int64_t columns, int64_t seed, uint32_t stream, uint32_t threshold,
+               int threads) {
+  lora::draw_mask(at<uint8_t>(out), stride, {first_group, groups_per_row}, rows, columns,
+                  uint64_t(seed), stream, threshold, threads);
 }
 
 // Whether `lora_linear` can hand these to the kernels as they are: x [..., K] and the base's weight
@@ -91,8 +94,9 @@ bool read_mask(lora::Mask& mask, py::handle object, int64_t rows, int64_t column
 // y [..., N] += s h B^T (or y = ...) with h [M, R] and the mask, which are written first. False,
 // and nothing is written, where a tensor is not as the kernels take it.
 bool adapter_forward(py::handle y, py::handle x, py::handle a, py::handle b, py::handle h,
-                     py::handle mask, double h_scale, double scaling, int64_t seed,
-                     uint32_t threshold, bool add, int threads) {
+                     py::handle mask, double h_scale, double scaling, uint64_t first_group,
+                     uint64_t groups_per_row, int64_t seed, uint32_t threshold, bool add,
+                     int threads) {
   Tensor in, out, down, up, narrow;
   lora::Mask kept;
   if (!read_matrix(down, a) || !read_matrix(up, b) || !in.read(x)) return false;
@@ -105,7 +109,11 @@ bool adapter_forward(py::handle y, py::handle x, py::handle a, py::handle b, py:
 
   py::gil_scoped_release released;
   lora::adapter_forward(
-      {const_cast<uint8_t*>(kept.bits), kept.stride, uint64_t(seed), threshold},
+      {const_cast<uint8_t*>(kept.bits),
+       kept.stride,
+       {first_group, groups_per_row},
+       uint64_t(seed),
+       threshold},
       {wide_of(in), kept, down_of(down), narrow_of(narrow), float(h_scale), in_columns, 0, 0, 0, 0},
       {wide_of(out),
        {nullptr, 0},
@@ -186,8 +194,9 @@ class Routed {
                 threads) {}
   Routed(const Routed&) = delete;
 
-  void draw_mask(uintptr_t mask, int64_t stride, int64_t seed) const {
-    routed_.draw_mask(at<uint8_t>(mask), stride, uint64_t(seed));
+  void draw_mask(uintptr_t mask, int64_t stride, uint64_t first_group, uint64_t groups_per_row,
+                 int64_t seed) const {
+    routed_.draw_mask(at<uint8_t>(mask), stride, {first_group, groups_per_row}, uint64_t(seed));
   }
   void shrink(uintptr_t x, int dtype, int64_t stride, uintptr_t mask, int64_t mask_stride,
               uintptr_t h, int64_t h_stride) const {

@@ -113,7 +113,8 @@ void adapter_forward(const Draw& draw, const Shrink& down, const Expand& up, int
   const int64_t rank = up.rank;
   if (has_few(rows) || rank * std::max(in_columns, out_columns) > PACKED) {
     if (draw.mask)
-      draw_mask(draw.mask, draw.stride, 0, rows, in_columns, draw.seed, 0, draw.threshold, threads);
+      draw_mask(draw.mask, draw.stride, draw.place, rows, in_columns, draw.seed, 0, draw.threshold,
+                threads);
     shrink(down, rows, rank, threads);
     expand(up, rows, out_columns, threads);
     return;
@@ -124,7 +125,8 @@ void adapter_forward(const Draw& draw, const Shrink& down, const Expand& up, int
     const int64_t first = i * FORWARD_ROWS, count = std::min(rows - first, FORWARD_ROWS);
     const Narrow h = from_row(down.out, first);
     if (draw.mask)
-      draw_mask(draw.mask + first * draw.stride, draw.stride, first, count, in_columns, draw.seed,
+      draw_mask(draw.mask + first * draw.stride, draw.stride,
+                {draw.place.group(first), draw.place.groups_per_row}, count, in_columns, draw.seed,
                 0, draw.threshold, 1);
     kernels().shrink(of_rows(down, first, count, h, rank, call));
     kernels().expand(of_rows(up, first, count, h, out_columns, call));

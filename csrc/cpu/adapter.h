@@ -10,6 +10,7 @@ namespace lora {
 struct Draw {
   uint8_t* mask;  // nullptr: nothing is drawn
   int64_t stride;
+  MaskPlace place;
   uint64_t seed;
   uint32_t threshold;
 };

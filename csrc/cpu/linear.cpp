@@ -61,24 +61,22 @@ void rank_gradient(const RankGradient& whole, int64_t columns, int threads) {
   });
 }
 
-void draw_mask(uint8_t* out, int64_t stride, int64_t first, int64_t rows, int64_t columns,
+void draw_mask(uint8_t* out, int64_t stride, MaskPlace place, int64_t rows, int64_t columns,
                uint64_t seed, uint32_t stream, uint32_t threshold, int threads) {
   const int64_t groups = pieces(columns, 8);
   if (rows == 0 || groups == 0) return;
   // About as long as two hundred multiplications each.
   threads = threads_for(rows * groups * 200, threads);
-  if (stride == groups) {  // one run
+  if (stride == groups && place.groups_per_row == uint64_t(groups)) {  // one run
     const int64_t all = rows * groups, step = std::max<int64_t>(4096, pieces(all, 4 * threads));
     parallel_for(threads, pieces(all, step), [&](int64_t i) {
-      const uint64_t start = uint64_t(first) * uint64_t(groups) + uint64_t(i * step);
-      kernels().philox(
-          {out + i * step, start, std::min(step, all - i * step), seed, stream, threshold});
+      kernels().philox({out + i * step, place.first_group + uint64_t(i * step),
+                        std::min(step, all - i * step), seed, stream, threshold});
     });
     return;
   }
   parallel_for(threads, rows, [&](int64_t i) {
-    kernels().philox({out + i * stride, uint64_t(first + i) * uint64_t(groups), groups, seed,
-                      stream, threshold});
+    kernels().philox({out + i * stride, place.group(i), groups, seed, stream, threshold});
   });
 }
 

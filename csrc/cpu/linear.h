@@ -10,8 +10,8 @@ void shrink(const Shrink& whole, int64_t rows, int64_t rank, int threads);
 void expand(const Expand& whole, int64_t rows, int64_t columns, int threads);
 void rank_gradient(const RankGradient& whole, int64_t columns, int threads);
 
-// Rows first .. first + rows - 1 of the keep-mask of [., columns].
-void draw_mask(uint8_t* out, int64_t stride, int64_t first, int64_t rows, int64_t columns,
+// The keep-mask of [rows, columns] at `place`.
+void draw_mask(uint8_t* out, int64_t stride, MaskPlace place, int64_t rows, int64_t columns,
                uint64_t seed, uint32_t stream, uint32_t threshold, int threads);
 
 // The threads that are worth waking for so many multiplications.

@@ -104,7 +104,7 @@ int64_t Routed::work(int64_t columns) const {
 
 // --- tasks over all groups -------------------------------------------------------------------
 
-void Routed::draw_mask(uint8_t* mask, int64_t stride, uint64_t seed) const {
+void Routed::draw_mask(uint8_t* mask, int64_t stride, MaskPlace place, uint64_t seed) const {
   const int64_t groups = pieces(bank_.in_features, 8);
   struct Task {
     int64_t group, begin, end;
@@ -121,8 +121,8 @@ void Routed::draw_mask(uint8_t* mask, int64_t stride, uint64_t seed) const {
   parallel_for(threads_for(drawn * 200, threads_), int64_t(tasks.size()), [&](int64_t i) {
     const Group& one = groups_[tasks[i].group];
     for (int64_t p = tasks[i].begin; p < tasks[i].end; p++)
-      kernels().philox({mask + p * stride, uint64_t(routing_.tokens[p]) * uint64_t(groups), groups,
-                        seed, uint32_t(one.slot), uint32_t(one.threshold)});
+      kernels().philox({mask + p * stride, place.group(routing_.tokens[p]), groups, seed,
+                        uint32_t(one.slot), uint32_t(one.threshold)});
   });
 }
 

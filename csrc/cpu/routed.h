@@ -51,7 +51,7 @@ class Routed {
   Routed(const Bank& bank, const Routing& routing, int threads);
 
   // The rows of pairs whose adapter drops, [P, stride].
-  void draw_mask(uint8_t* mask, int64_t stride, uint64_t seed) const;
+  void draw_mask(uint8_t* mask, int64_t stride, MaskPlace place, uint64_t seed) const;
   // h = D(x) A^T
   void shrink(const Rows& x, Mask mask, Narrow h) const;
   // out += w s h B^T

@@ -109,6 +109,12 @@ struct GradientPart {
   Ahead ahead = {};
 };
 
+// Where an activation's mask stands in that of the whole activation, in the generator's groups.
+struct MaskPlace {
+  uint64_t first_group, groups_per_row;
+  uint64_t group(int64_t row) const { return first_group + uint64_t(row) * groups_per_row; }
+};
+
 // The generator's groups first .. first + count - 1 (lora_kernels/runtime/dropout.py), one byte
 // each.
 struct Philox {

@@ -24,7 +24,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lora_kernels.runtime.dropout import GROUP, drop_threshold, keep_scale
+from lora_kernels.runtime.dropout import GROUP, MaskPlace, drop_threshold, keep_scale
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEVELS = ("portable", "AVX2", "AVX-512", "AVX-512 with BF16")
@@ -118,13 +118,20 @@ def _as_read(tensor: Tensor | None) -> Tensor | None:
 # --- one adapter -----------------------------------------------------------------------------
 
 
-def packed_keep_mask(seed: Tensor, p: float, rows: int, columns: int, stream: int = 0) -> Tensor:
+def packed_keep_mask(
+    seed: Tensor,
+    p: float,
+    rows: int,
+    columns: int,
+    stream: int = 0,
+    place: MaskPlace = MaskPlace(),
+) -> Tensor:
     """:func:`lora_kernels.runtime.dropout.packed_keep_mask`, the same bits."""
     groups = -(-columns // GROUP)
     out = torch.empty((rows, groups), dtype=torch.uint8, device="cpu")
     extension().draw_mask(
-        out.data_ptr(), groups, 0, rows, columns, seed.item(), stream, drop_threshold(p),
-        torch.get_num_threads(),
+        out.data_ptr(), groups, place.first_group(columns), place.groups_per_row(columns), rows,
+        columns, seed.item(), stream, drop_threshold(p), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -153,6 +160,7 @@ def adapter_forward(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,  # [], where something is dropped
+    place: MaskPlace = MaskPlace(),
     *,
     add: bool,
 ) -> None:
@@ -161,11 +169,14 @@ def adapter_forward(
     For bf16 on a processor that multiplies pairs of bf16, h and s B are rounded to bf16 for their
     product, as for any GEMM in bf16.
     """
-    h_scale, key, threshold = 1.0, 0, 0
+    h_scale, drawn = 1.0, (0, 0, 0, 0)
     if mask is not None:
-        h_scale, key = keep_scale(dropout_p), seed.item()
-        threshold = drop_threshold(dropout_p)
-    how = h_scale, scaling, key, threshold, add, torch.get_num_threads()
+        h_scale, columns = keep_scale(dropout_p), x.shape[-1]
+        drawn = (
+            place.first_group(columns), place.groups_per_row(columns), seed.item(),
+            drop_threshold(dropout_p),
+        )  # fmt: skip
+    how = h_scale, scaling, *drawn, add, torch.get_num_threads()
     kernel = extension().adapter_forward
     # It looks at its operands itself: the ordinary ones need nothing here.
     if kernel(y, x, lora_a, lora_b, h, mask, *how):
@@ -230,11 +241,19 @@ class RoutedCall:
 
     Dimensions: P pairs, H the widest rank of the bank. ``bank`` and ``routing`` are those of
     :mod:`lora_kernels.ops.routed.tensors`; ``in_features`` may be 0 where A is not used.
-    The bank is in one of ``DTYPES``.
+    The bank is in one of ``DTYPES``; ``place`` is that of x and of the masks.
     """
 
-    def __init__(self, bank, routing, in_features: int, seed: Tensor | None) -> None:
+    def __init__(
+        self,
+        bank,
+        routing,
+        in_features: int,
+        seed: Tensor | None,
+        place: MaskPlace = MaskPlace(),
+    ) -> None:
         self.bank, self.routing, self.in_features, self.seed = bank, routing, in_features, seed
+        self.place = place
         storage, weights = bank.storage, routing.pair_weights
         if weights is not None:
             weights = weights.detach().to(torch.float32).contiguous()
@@ -273,7 +292,9 @@ class RoutedCall:
         """``[P, ceil(K/8)]``: the packed keep-masks of the pairs whose adapter drops."""
         shape = self.routing.tokens.shape[0], -(-self.in_features // GROUP)
         mask = torch.empty(shape, dtype=torch.uint8, device="cpu")
-        self._groups.draw_mask(*_packed(mask), self.seed.item())
+        columns, place = self.in_features, self.place
+        drawn = place.first_group(columns), place.groups_per_row(columns), self.seed.item()
+        self._groups.draw_mask(*_packed(mask), *drawn)
         return mask
 
     def shrink(self, x: Tensor, mask: Tensor | None, *, zeros: bool) -> Tensor:

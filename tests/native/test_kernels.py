@@ -193,9 +193,9 @@ def test_the_masks_bits_are_the_definition(level, p):
 def test_masks_of_rows_past_two_to_the_32(level, first):
     """Groups on both sides of a multiple of 2^32, and rows that are strided."""
     columns, rows = 88, torch.arange(first, first + 30)
-    ours = torch.zeros((30, 16), dtype=torch.uint8)
+    ours, seed = torch.zeros((30, 16), dtype=torch.uint8), SEED.item()
     native.extension().draw_mask(
-        ours.data_ptr(), 16, first, 30, columns, SEED.item(), 0, dropout.drop_threshold(0.3), 1
+        ours.data_ptr(), 16, 11 * first, 11, 30, columns, seed, 0, dropout.drop_threshold(0.3), 1
     )
     expected = dropout.packed_keep_mask_of_rows(SEED, 0.3, rows, columns)
     assert torch.equal(ours[:, :11], expected) and not ours[:, 11:].any()

@@ -148,7 +148,7 @@ def test_fits_agrees_with_the_other_of_python(data):
 def run(extension, x, a, b, y, dy, dx, h, grad_a, grad_b) -> list:
     """Both walks; whether each was run."""
     return [
-        extension.adapter_forward(y, x, a, b, h, None, 1.0, 0.5, 0, 0, True, 1),
+        extension.adapter_forward(y, x, a, b, h, None, 1.0, 0.5, 0, 0, 0, 0, True, 1),
         extension.adapter_backward(dx, grad_a, grad_b, dy, x, a, b, h, None, 1.0, 0.5, True, 1),
     ]
 
@@ -296,7 +296,7 @@ def test_a_mask_that_does_not_fit(extension):
     o = operands()
     for mask in (torch.zeros(M, 4, dtype=torch.uint8), torch.zeros(M, 3), torch.zeros(3, M).t()):
         assert not extension.adapter_forward(
-            o["y"], o["x"], o["a"], o["b"], o["h"], mask, 1.0, 1.0, 7, 9, True, 1
+            o["y"], o["x"], o["a"], o["b"], o["h"], mask, 1.0, 1.0, 0, 4, 7, 9, True, 1
         )
     assert not o["h"].any()
 

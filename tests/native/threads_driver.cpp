@@ -118,7 +118,7 @@ void run_routed(Results& results, const Version& version, const Routes& routes, 
   std::vector<char> grad_data(size_t(numel * lora::size_of(version.dtype)));
   const lora::Gradient grad{grad_data.data(), numel, &offsets[0][0]};
 
-  routed.draw_mask(bits.data(), MASK_BYTES, SEED);
+  routed.draw_mask(bits.data(), MASK_BYTES, {0, MASK_BYTES}, SEED);
   routed.shrink({x.data(), in.dtype, PITCH}, mask, h);
   routed.expand({y.data(), in.dtype, PITCH}, h);
   routed.expand_backward({dy.data(), in.dtype, PITCH}, t, &h, grad_weights.data());
@@ -158,10 +158,10 @@ void run_linear(Results& results, const Version& version, int slot, int64_t rows
   };
   const lora::Wide x = wide(x_data), y = wide(y_data), dy = wide(dy_data), dx = wide(dx_data);
 
-  lora::adapter_forward({threshold ? bits.data() : nullptr, MASK_BYTES, SEED, threshold},
-                        {x, mask, a, h, keep_scale, IN, 0, 0, 0, 0},
-                        {y, all, b, h, nullptr, 1.0f, scaling, true, rank, 0, 0, 0, 0}, rows, IN,
-                        out, threads);
+  lora::adapter_forward(
+      {threshold ? bits.data() : nullptr, MASK_BYTES, {0, MASK_BYTES}, SEED, threshold},
+      {x, mask, a, h, keep_scale, IN, 0, 0, 0, 0},
+      {y, all, b, h, nullptr, 1.0f, scaling, true, rank, 0, 0, 0, 0}, rows, IN, out, threads);
   lora::adapter_backward(
       {{dy, all, b, none, keep_scale * scaling, out, 0, 0, 0, 0},
        {dy, all, h, nullptr, scaling, grad_b.data(), version.dtype, 1, rank, rank, rows, 0, 0},
@@ -181,7 +181,7 @@ void run_linear(Results& results, const Version& version, int slot, int64_t rows
 void run_mask(Results& results, int threads) {
   constexpr int64_t MANY = 10 * ROWS;
   std::vector<uint8_t> bits(size_t(MANY * MASK_BYTES));
-  lora::draw_mask(bits.data(), MASK_BYTES, 0, MANY, IN, SEED, 0, 6554, threads);
+  lora::draw_mask(bits.data(), MASK_BYTES, {0, MASK_BYTES}, MANY, IN, SEED, 0, 6554, threads);
   keep(results, "mask", bits);
 }
 
