@@ -22,19 +22,20 @@ COMPUTED = object()
 OWN_FORWARD = "a forward or a hook of its own (accelerate's offload or device map)"
 
 
-def bypassed(module: nn.Module) -> str | None:
-    """What would be left out if the module's weights were used without calling the module."""
-    if is_compiling() and not isinstance(module.forward, MethodType):
-        # Reading the attribute guards the graph against a forward that is set later; looking it up
-        # in the dictionary, which costs less, does not.
-        return OWN_FORWARD
-    own = module.__dict__
-    if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-        return "forward hooks"
-    if own["_backward_hooks"] or own["_backward_pre_hooks"]:
-        return "backward hooks"
-    if "forward" in own or "_hf_hook" in own:
-        return OWN_FORWARD
+def bypassed(*modules: nn.Module) -> str | None:
+    """What would be left out if the modules' weights were used without calling the modules."""
+    for module in modules:
+        if is_compiling() and not isinstance(module.forward, MethodType):
+            # Reading the attribute guards the graph against a forward that is set later; looking it
+            # up in the dictionary, which costs less, does not.
+            return OWN_FORWARD
+        own = module.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"]:
+            return "forward hooks"
+        if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return "backward hooks"
+        if "forward" in own or "_hf_hook" in own:
+            return OWN_FORWARD
     return None
 
 

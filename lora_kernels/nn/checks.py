@@ -9,8 +9,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from lora_kernels.nn.sharded import is_sharded
+from lora_kernels.runtime.checks import is_wrapper
 from lora_kernels.runtime.dtypes import FLOATING
-from lora_kernels.runtime.wrappers import is_wrapper
 
 _INITIALISATIONS = (True, False, "gaussian")
 

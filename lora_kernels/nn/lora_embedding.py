@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lora_kernels.adapters.factors import LoRAFactors
+from lora_kernels.base_weights import DenseWeight
 from lora_kernels.nn.adapter_layer import AdapterLayer
 from lora_kernels.nn.base_call import is_plain_embedding
 from lora_kernels.nn.base_parameters import resize
@@ -266,13 +268,10 @@ class LoRAEmbedding(AdapterLayer):
                 "the frozen rows and the adapter's each by themselves; results will differ",
                 stacklevel=3,
             )
-        merged = merged_weight(
-            self._frozen_weight().t(),
-            whole(self.lora_embedding_A),
-            whole(self.lora_embedding_B),
-            self._scaling,
-            self._output_scale() if self.use_dora else None,
-        )
+        output_scale = self._output_scale() if self.use_dora else None
+        a, b = whole(self.lora_embedding_A), whole(self.lora_embedding_B)
+        factors = LoRAFactors(a, b, self._scaling, output_scale)
+        (merged,) = merged_weight(DenseWeight(self._frozen_weight().t()), factors).tensors()
         return {"weight": merged.t()}
 
     def extra_repr(self) -> str:

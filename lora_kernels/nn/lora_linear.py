@@ -6,9 +6,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_kernels.adapters.factors import LoRAFactors
 from lora_kernels.adapters.initial_values import draw_lora_a_, draw_lora_b_, draw_lora_bias_
+from lora_kernels.base_weights import DenseWeight
 from lora_kernels.nn.adapter_layer import AdapterLayer
-from lora_kernels.nn.base_call import called, check_factor, is_plain_linear, parameter_of
+from lora_kernels.nn.base_call import (
+    bypassed,
+    called,
+    check_factor,
+    global_hooks,
+    is_plain_linear,
+    parameter_of,
+)
 from lora_kernels.nn.base_parameters import resize
 from lora_kernels.nn.checks import (
     adapter_dtype_over,
@@ -21,8 +30,10 @@ from lora_kernels.nn.merging import merged_weight
 from lora_kernels.nn.part_reset import PartReset
 from lora_kernels.nn.sharded import draw, whole
 from lora_kernels.nn.weight_reads import note_call
-from lora_kernels.ops.linear import lora_linear
+from lora_kernels.ops.linear import adapted_linear
 from lora_kernels.ops.norm import lora_weight_norm
+
+_PARAMETER_OR_NONE = (nn.Parameter, type(None))
 
 
 class LoRALinear(AdapterLayer):
@@ -223,24 +234,36 @@ class LoRALinear(AdapterLayer):
         if self.disable_adapters or self._merge is not None:
             return self._base_alone(x)
         parts = self._modules
-        check_factor("lora_A", parts["lora_A"])
-        check_factor("lora_B", parts["lora_B"])
+        base_layer, lora_a, lora_b = parts["base_layer"], parts["lora_A"], parts["lora_B"]
         dropout_p = self.dropout_p if self.training else 0.0
-        if not is_plain_linear(parts["base_layer"]):
-            return self._with_called_base(x, dropout_p)
-        weight = parameter_of(parts["base_layer"], "weight")
-        lora_a = parameter_of(parts["lora_A"], "weight")
-        lora_b = parameter_of(parts["lora_B"], "weight")
-        operands = (weight, lora_a, lora_b, self._scaling, self._total_bias())
+        of_base, of_a, of_b = base_layer._parameters, lora_a._parameters, lora_b._parameters
+        if not (
+            type(base_layer) is type(lora_a) is type(lora_b) is nn.Linear
+            and type(of_base.get("weight")) is nn.Parameter
+            and type(of_base.get("bias")) in _PARAMETER_OR_NONE
+            and bypassed(base_layer, lora_a, lora_b) is None
+            and not global_hooks()
+        ):
+            check_factor("lora_A", lora_a)
+            check_factor("lora_B", lora_b)
+            if not is_plain_linear(base_layer):
+                return self._with_called_base(x, dropout_p)
+        if "weight" in of_base and "weight" in of_a and "weight" in of_b:
+            weight, a, b = of_base["weight"], of_a["weight"], of_b["weight"]
+        else:  # FSDP and DataParallel put plain tensors where parameters were
+            weight, a, b = base_layer.weight, lora_a.weight, lora_b.weight
+        bias = of_base["bias"] if "bias" in of_base and of_b.get("bias") is None else None
+        if bias is None:
+            bias = self._total_bias()
+        base, factors = DenseWeight(weight), LoRAFactors(a, b, self._scaling)
         if not self.use_dora:
-            return lora_linear(x, *operands, dropout_p=dropout_p)
-        output_scale = self._output_scale()
+            return adapted_linear(x, base, factors, bias, dropout_p)
+        factors = factors._replace(output_scale=self._output_scale())
         if dropout_p == 0:
-            return lora_linear(x, *operands, output_scale=output_scale)
+            return adapted_linear(x, base, factors, bias)
         # PEFT's y = x W' + b + (c - 1) D(x) W' + c s D(x) A' B' with the terms in D(x) joined.
         dropped = F.dropout(x, dropout_p)
-        y = lora_linear(dropped, *operands, output_scale=output_scale)
-        return y + F.linear(x - dropped, weight)
+        return adapted_linear(dropped, base, factors, bias) + base.matmul(x - dropped)
 
     def _with_called_base(self, x: Tensor, dropout_p: float) -> Tensor:
         """The adapter's part on top of ``y = base_layer(x)``, whatever that does.
@@ -249,11 +272,11 @@ class LoRALinear(AdapterLayer):
         """
         c = self._output_scale() if self.use_dora else None
         y = called(self.base_layer, x, self.out_features)
-        operands = (None, self.lora_A.weight, self.lora_B.weight, self._scaling)
+        factors = LoRAFactors(self.lora_A.weight, self.lora_B.weight, self._scaling)
         if c is None:
             bias = self.lora_B.bias
             bias = None if bias is None else (bias * self._scaling).to(x.dtype)
-            delta = lora_linear(x, *operands, bias, dropout_p=dropout_p)
+            delta = adapted_linear(x, None, factors, bias, dropout_p)
             return (y + delta).to(y.dtype)
         base, bias = y, self.base_layer.bias
         if dropout_p > 0:
@@ -261,7 +284,7 @@ class LoRALinear(AdapterLayer):
             base = called(self.base_layer, x, self.out_features)
         if bias is not None:
             base = base - bias
-        return (y + (c - 1) * base + c * lora_linear(x, *operands)).to(y.dtype)
+        return (y + (c - 1) * base + c * adapted_linear(x, None, factors)).to(y.dtype)
 
     def _weight_norm(self) -> Tensor:
         return lora_weight_norm(
@@ -296,13 +319,10 @@ class LoRALinear(AdapterLayer):
                     "to merge it into"
                 )
             merged["bias"] = self._total_bias()
-        merged["weight"] = merged_weight(
-            self._frozen_weight(),
-            whole(self.lora_A.weight),
-            whole(self.lora_B.weight),
-            self._scaling,
-            self._output_scale() if self.use_dora else None,
-        )
+        output_scale = self._output_scale() if self.use_dora else None
+        a, b = whole(self.lora_A.weight), whole(self.lora_B.weight)
+        factors = LoRAFactors(a, b, self._scaling, output_scale)
+        (merged["weight"],) = merged_weight(DenseWeight(self._frozen_weight()), factors).tensors()
         return merged
 
     def extra_repr(self) -> str:

@@ -1,15 +1,17 @@
 """The weight of a layer whose adapter is merged into it, in the place of the frozen one."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from lora_kernels.adapters.factors import LoRAFactors
+from lora_kernels.base_weights import BaseWeight
+from lora_kernels.base_weights.base import Place
 from lora_kernels.nn.base_call import COMPUTED, tensor_of
 from lora_kernels.nn.sharded import is_managed, is_sharded, sharded_like, whole, write
-from lora_kernels.ops.norm.composed import adapted_blocks, is_column_major
+from lora_kernels.runtime.checks import is_wrapper
 from lora_kernels.runtime.dtypes import FLOATING, accumulator_dtype
-from lora_kernels.runtime.wrappers import is_wrapper
 
 
 class Merge(NamedTuple):
@@ -19,41 +21,24 @@ class Merge(NamedTuple):
     original: dict[str, nn.Parameter]  # the base layer's parameters that were replaced; or nothing
 
 
-def merged_weight(
-    weight: Tensor,  # [N, K]
-    lora_a: Tensor,  # [R, K]
-    lora_b: Tensor,  # [N, R]
-    scaling: Tensor,  # []
-    output_scale: Tensor | None = None,  # [N]
-) -> Tensor:  # [N, K]
-    """``output_scale * (W + s B A)`` as a new tensor with weight's dtype and memory layout.
+def merged_weight(base: BaseWeight, factors: LoRAFactors) -> BaseWeight:
+    """``c * (W + s B A)`` as a new weight of the same format, c being the factors' output_scale.
 
     Computed in fp32 (fp64 for fp64) and rounded once, one cache-sized block at a time.
 
     Raises:
         ValueError: the merged weight has elements that are not finite.
     """
-    accumulator = accumulator_dtype(weight.dtype)
-    left, right = lora_b.to(accumulator) * scaling, lora_a.to(accumulator)
-    merged = torch.empty_like(weight)
-    source, target = weight, merged
-    if output_scale is not None:
-        output_scale = output_scale.unsqueeze(1).expand(weight.shape)
-    if is_column_major(weight):
-        source, target, left, right = weight.t(), merged.t(), right.t(), left.t()
-        output_scale = None if output_scale is None else output_scale.t()
-    finite = torch.ones((), dtype=torch.bool, device=weight.device)
-    for lines, block in adapted_blocks(source, left, right):
-        if output_scale is not None:
-            block *= output_scale[lines]
-        target[lines] = block
-        finite &= torch.isfinite(target[lines]).all()
-    if not finite:
-        raise ValueError(
-            f"merge: the merged weight is not finite in {weight.dtype}; the adapter is broken or "
-            "overflows the base layer's dtype"
-        )
-    return merged
+    accumulator = accumulator_dtype(base.dtype)
+    left, right = factors.b.to(accumulator) * factors.scaling, factors.a.to(accumulator)
+
+    def blocks() -> Iterator[tuple[Place, Tensor]]:
+        for place, block in base.adapted_blocks(left, right):
+            if factors.output_scale is not None:
+                block *= factors.output_scale[place[0]].unsqueeze(1)
+            yield place, block
+
+    return base.merged(blocks())
 
 
 def why_not_merged(layer: nn.Module, has_own_forward: bool) -> str | None:

@@ -24,7 +24,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lora_kernels.runtime.dropout import GROUP, MaskPlace, drop_threshold, keep_scale
+from lora_kernels.runtime.dropout import GROUP, ActiveDropout, MaskPlace, drop_threshold
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEVELS = ("portable", "AVX2", "AVX-512", "AVX-512 with BF16")
@@ -136,16 +136,16 @@ def packed_keep_mask(
     return out
 
 
-def kept_by_forward(
+def allocate_saved(
     x: Tensor,  # [..., K]
     rank: int,
-    dropout_p: float,
+    dropout: ActiveDropout | None,
 ) -> tuple[Tensor, Tensor | None]:  # [M, R] fp32; [M, ceil(K/8)] uint8
     """Memory for h and, where something is dropped, for the packed keep-mask."""
     columns = x.shape[-1]
     rows = x.numel() // columns
     h = torch.empty((rows, rank), dtype=torch.float32, device=_CPU)
-    if drop_threshold(dropout_p) == 0:
+    if dropout is None:
         return h, None
     return h, torch.empty((rows, -(-columns // GROUP)), dtype=torch.uint8, device=_CPU)
 
@@ -158,9 +158,7 @@ def adapter_forward(
     h: Tensor,  # [M, R] fp32
     mask: Tensor | None,  # [M, ceil(K/8)] uint8
     scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,  # [], where something is dropped
-    place: MaskPlace = MaskPlace(),
+    dropout: ActiveDropout | None,
     *,
     add: bool,
 ) -> None:
@@ -170,14 +168,14 @@ def adapter_forward(
     product, as for any GEMM in bf16.
     """
     h_scale, drawn = 1.0, (0, 0, 0, 0)
-    if mask is not None:
-        h_scale, columns = keep_scale(dropout_p), x.shape[-1]
+    if dropout is not None:
+        h_scale, columns, place = dropout.scale, x.shape[-1], dropout.place
         drawn = (
-            place.first_group(columns), place.groups_per_row(columns), seed.item(),
-            drop_threshold(dropout_p),
+            place.first_group(columns), place.groups_per_row(columns), dropout.seed.item(),
+            dropout.threshold,
         )  # fmt: skip
     how = h_scale, scaling, *drawn, add, torch.get_num_threads()
-    kernel = extension().adapter_forward
+    kernel = _found()[0].adapter_forward
     # It looks at its operands itself: the ordinary ones need nothing here.
     if kernel(y, x, lora_a, lora_b, h, mask, *how):
         return
@@ -197,15 +195,15 @@ def adapter_backward(
     h: Tensor | None,  # [M, R], for grad_b
     mask: Tensor | None,  # [M, ceil(K/8)] uint8
     scaling: float,
-    dropout_p: float,
+    dropout: ActiveDropout | None,
     *,
     add: bool,
 ) -> None:
     """``dx += keep * (t A)``, or ``dx = ...``, with ``t = s / (1 - p) dy B``; and the gradients
     ``grad_a = t^T (keep * x)`` and ``grad_b = s dy^T h``. None where not needed."""
-    t_scale = scaling if mask is None else scaling * keep_scale(dropout_p)
+    t_scale = scaling if dropout is None else scaling * dropout.scale
     how = t_scale, scaling, add, torch.get_num_threads()
-    kernel = extension().adapter_backward
+    kernel = _found()[0].adapter_backward
     if kernel(dx, grad_a, grad_b, dy, x, lora_a, lora_b, h, mask, *how):
         return
     a, b, into_a, into_b = map(_as_read, (lora_a, lora_b, grad_a, grad_b))

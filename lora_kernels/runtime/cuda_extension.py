@@ -7,7 +7,7 @@ Three kernels (``csrc/cuda``), for bf16 and fp16 with fp32 accumulation: :func:`
 :func:`decode_routed_` for few tokens, compute capability 8.0 and newer; :func:`gemm_tail` for many,
 9.0 only. They run on torch's current stream, launch only and read nothing back, so that they can be
 captured in a CUDA graph; a launch that fails raises a RuntimeError with the kernel and its sizes.
-The wrappers trust what they are given: :func:`unfit_for_decode_linear` and its like are asked
+The wrappers trust what they are given: :func:`why_not_decode_linear` and its like are asked
 before.
 
 In tests the extension may be one in which these kernels run on the CPU (``tests/cuda/emulator``);
@@ -148,7 +148,7 @@ def missing_gemm_tail(device: torch.device) -> str | None:
 # --- few tokens, one adapter -----------------------------------------------------------------
 
 
-def unfit_for_decode_linear(
+def why_not_decode_linear(
     x: Tensor,  # [..., K]
     weight: Tensor | None,  # [N, K]
     rank: int,
@@ -216,7 +216,7 @@ def _scaling(scaling: Tensor | float, device: torch.device) -> tuple[Tensor | fl
 # --- few tokens, many adapters ---------------------------------------------------------------
 
 
-def unfit_for_decode_routed(
+def why_not_decode_routed(
     x: Tensor,  # [..., K]
     bank,
     routing,

@@ -105,6 +105,22 @@ def keep_scale(p: float) -> float:
     return 65536 / (65536 - drop_threshold(p))
 
 
+class ActiveDropout(NamedTuple):
+    """A dropout that drops, of one call: what its mask is a function of beside the sizes."""
+
+    p: float
+    seed: Tensor | None  # [] int64; None where only a stored mask is read
+    place: MaskPlace = MaskPlace()
+
+    @property
+    def threshold(self) -> int:
+        return drop_threshold(self.p)
+
+    @property
+    def scale(self) -> float:
+        return keep_scale(self.p)
+
+
 def draw_seed(device: torch.device) -> Tensor:
     """A fresh seed: a 0-d int64 tensor on ``device`` from torch's default generator there.
 

@@ -20,15 +20,21 @@ def computes_in_64_bits(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda", "meta")
 
 
-def cast_for_autocast(x: Tensor, *others: Tensor | None) -> tuple:
-    """The tensors as ``torch.nn.functional.linear`` would see them under autocast."""
-    tensors = (x, *others)
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast has ``torch.nn.functional.linear`` cast x to; None where it does not."""
     # torch's question about all devices leaves MPS out.
     if not torch._C._is_any_autocast_enabled() and not getattr(x, "is_mps", False):
-        return tensors
+        return None
     if not isinstance(x, Tensor) or x.is_meta or not torch.is_autocast_enabled(x.device.type):
-        return tensors
+        return None
     if not x.is_floating_point() or x.dtype == torch.float64:
-        return tensors
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) else t for t in tensors)
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def cast_for_autocast(x: Tensor, *others: Tensor | None) -> tuple:
+    """The tensors as ``torch.nn.functional.linear`` would see them under autocast."""
+    dtype = autocast_dtype(x)
+    if dtype is None:
+        return (x, *others)
+    return tuple(t.to(dtype) if isinstance(t, Tensor) else t for t in (x, *others))

@@ -1,24 +1,30 @@
 """What the operations' registrations share: eager calls without the dispatcher's cost."""
 
+import functools
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 # By their own names: a look-up through torch's modules costs as much as the call.
 _is_tracing = torch._C._is_tracing
+_transforms = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_autocasts = torch._C._is_any_autocast_enabled
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
 # What has no dispatch of its own; DTensor and its like are subclasses.
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
-def runs_at_once(x: Tensor) -> bool:
+def is_plain_eager(x: Tensor) -> bool:
     """Whether nothing records or replaces operations, so that a kernel can be called straight.
 
     A call through the dispatcher boxes a dozen arguments twice, which costs as much as a narrow
-    GEMM of a small layer. Graphs, fake tensors and dispatch modes need to see the op; and torch's
-    lazily negated or zero tensors the dispatcher, which turns them into values.
+    GEMM of a small layer. Graphs, fake tensors, transforms, forward-mode differentiation and
+    dispatch modes need to see the op; and torch's lazily negated or zero tensors the dispatcher,
+    which turns them into values.
     """
     return (
         not is_compiling()
@@ -26,6 +32,8 @@ def runs_at_once(x: Tensor) -> bool:
         and type(x) in PLAIN
         and (x.is_cpu or x.is_cuda)
         and _dispatch_modes() == 0
+        and not _transforms()
+        and forward_ad._current_level < 0
         and not (x.is_neg() or x._is_zerotensor())
     )
 
@@ -38,6 +46,35 @@ def requires_grad(arguments) -> bool:
     return False
 
 
-def like_rows_of(x: Tensor, y: Tensor) -> Tensor:
-    """``[M, D]`` as ``[..., D]``. Not a view to autograd: the caller may change it in place."""
+def restore_leading_dims(y: Tensor, x: Tensor) -> Tensor:
+    """``[M, D]`` as ``[..., D]``, with x's leading dimensions.
+
+    Not a view to autograd: the caller may change it in place.
+    """
     return _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+
+
+def below_autograd(function):
+    """For a backend whose operations autograd need not see: saves each of them the time to ask."""
+
+    @functools.wraps(function)
+    def run(call):
+        with torch._C._AutoDispatchBelowAutograd():
+            return function(call)
+
+    return run
+
+
+def without_autocast(function):
+    """For the kernels of ops: they do their own casts, and autocast must not add any below them."""
+
+    @functools.wraps(function)
+    def run(*arguments):
+        kind = arguments[0].device.type
+        # torch's question about all devices leaves MPS out.
+        if not _autocasts() and kind != "mps":
+            return function(*arguments)
+        with torch.autocast(kind, enabled=False):
+            return function(*arguments)
+
+    return run

@@ -6,7 +6,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from lora_kernels.runtime.wrappers import check_no_wrapper
+from lora_kernels.runtime.checks import check_no_wrapper
 
 
 def check_scaling(scaling: float | Tensor, like_name: str, like: Tensor) -> None:
@@ -26,6 +26,13 @@ def check_scaling(scaling: float | Tensor, like_name: str, like: Tensor) -> None
         )
 
 
+def host_number(scaling: float | Tensor) -> float | Tensor:
+    """A scaling that lies on the host as a number; one on a device as it is."""
+    if isinstance(scaling, Tensor):
+        return scaling.item() if scaling.is_cpu else scaling
+    return float(scaling)
+
+
 @functools.lru_cache(maxsize=256)
 def constant(scaling: float) -> Tensor:
     """A number as a 0-d fp64 tensor on the CPU, for calls that nothing records or replaces."""
@@ -34,8 +41,13 @@ def constant(scaling: float) -> Tensor:
         return torch.tensor(float(scaling), dtype=torch.float64, device="cpu")
 
 
-def traced(scaling: float) -> Tensor:
-    """:func:`constant` as a product, because torch.compile keeps a number that enters one
-    symbolic: no recompilation for a new scaling."""
+def as_tensor(scaling: float | Tensor) -> Tensor:
+    """A scaling as an op takes it: a 0-d tensor, of fp64 on the CPU for a number.
+
+    The number enters as a product, because torch.compile keeps one that does symbolic: no
+    recompilation for a new scaling.
+    """
+    if isinstance(scaling, Tensor):
+        return scaling
     number = scaling if isinstance(scaling, (int, float, torch.SymFloat)) else float(scaling)
     return torch.ones((), dtype=torch.float64, device="cpu") * number

@@ -6,7 +6,7 @@ from lora_kernels.runtime.eager import PLAIN
 
 # No allocation lies below it: such an address is an offset into a storage that is gone (or, in
 # some processes, an early part of the heap: a second look tells).
-_LOWEST = 1 << 40
+LOWEST_ADDRESS = 1 << 40
 
 
 def has_memory(tensor: Tensor) -> bool:
@@ -18,7 +18,7 @@ def has_memory(tensor: Tensor) -> bool:
     except RuntimeError:  # a transform's or a mode's wrapper: not a question of memory
         return True
     return (
-        address >= _LOWEST
+        address >= LOWEST_ADDRESS
         or tensor.is_meta
         or tensor.numel() == 0
         or tensor.untyped_storage().nbytes() > 0
@@ -30,7 +30,7 @@ def check_has_values(name: str, tensor: Tensor) -> None:
     if type(tensor) not in PLAIN:  # its class or mode knows
         return
     try:
-        if tensor.data_ptr() >= _LOWEST:
+        if tensor.data_ptr() >= LOWEST_ADDRESS:
             return
     except RuntimeError:  # no memory of its own
         pass

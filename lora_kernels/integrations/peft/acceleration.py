@@ -57,13 +57,13 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    layers = _import_layers()
+    peft_layers = _import_layers()
     layers = _lora_layers(model)
     if not layers:
         raise ValueError(_no_lora_layer(model))
     for name, layer in layers.items():
-        if type(layer) is layers.PeftLinear and not _uncalled(name, model):
-            layer.__class__ = layers.Linear
+        if type(layer) is peft_layers.PeftLinear and not _uncalled(name, model):
+            layer.__class__ = peft_layers.Linear
     return AccelerationReport(weakref.ref(model)).refresh()
 
 
@@ -99,13 +99,13 @@ class AccelerationReport:
         """Look at the model again, as it stands now, and return the report."""
         import peft
 
-        layers = _import_layers()
+        peft_layers = _import_layers()
         model = self._live_model()
         self.peft_version = peft.__version__
         self.fast, self.delegated, self.uncalled = [], {}, {}
         self.notes, self.delegated_calls = {}, {}
         for name, layer in _lora_layers(model).items():
-            state = _not_ours(name, layer, model) or layers.read_layer(layer)
+            state = _not_ours(name, layer, model) or peft_layers.read_layer(layer)
             note = _note(layer, state)
             if isinstance(state, str) and note is None:
                 self.delegated[name] = state
@@ -116,7 +116,7 @@ class AccelerationReport:
                 if notes := [each for each in (note, _also_read(name, layer, model)) if each]:
                     self.notes[name] = "; ".join(notes)
         for name, layer in _lora_layers(model).items():
-            if calls := layers.delegated_calls(layer):
+            if calls := peft_layers.delegated_calls(layer):
                 self.delegated_calls[name] = calls
         return self
 
@@ -127,21 +127,21 @@ class AccelerationReport:
             RuntimeError: ``fully_shard`` has built classes of its own on top of ours. Nothing is
                 changed then.
         """
-        layers = _import_layers()
+        peft_layers = _import_layers()
         ours = {
             name: layer
             for name, layer in _lora_layers(self._live_model()).items()
-            if isinstance(layer, layers.Linear)
+            if isinstance(layer, peft_layers.Linear)
         }
         for name, layer in ours.items():
-            if type(layer) is not layers.Linear:
+            if type(layer) is not peft_layers.Linear:
                 raise RuntimeError(
                     f"cannot undo: since accelerate, the class of {name} has become "
                     f"{_class_name(layer)} (fully_shard does this); undo before sharding"
                 )
         for layer in ours.values():
-            layer.__class__ = layers.PeftLinear
-            layers.forget_calls(layer)
+            layer.__class__ = peft_layers.PeftLinear
+            peft_layers.forget_calls(layer)
 
     def __str__(self) -> str:
         total = len(self.fast) + len(self.delegated) + len(self.uncalled)
@@ -184,13 +184,13 @@ def _import_layers():
     except ImportError as error:
         raise ImportError("accelerate() needs PEFT: pip install peft") from error
     try:
-        from lora_kernels.integrations.peft import layers
+        from lora_kernels.integrations.peft import layers as peft_layers
     except ImportError as error:
         raise ImportError(
             f"accelerate() was written for PEFT {TESTED_PEFT}, and PEFT {peft.__version__} lacks "
             f"what it extends: {error}"
         ) from error
-    return layers
+    return peft_layers
 
 
 def _lora_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -200,10 +200,10 @@ def _lora_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def _not_ours(name: str, layer: nn.Module, model: nn.Module) -> str | None:
     """Why the layer does not have our class; None if it has."""
-    layers = _import_layers()
-    if isinstance(layer, layers.Linear):
+    peft_layers = _import_layers()
+    if isinstance(layer, peft_layers.Linear):
         return None
-    if type(layer) is not layers.PeftLinear:
+    if type(layer) is not peft_layers.PeftLinear:
         sharded = type(layer).__name__.startswith("FSDP")
         hint = ": call accelerate before fully_shard" if sharded else ""
         return f"{_class_name(layer)} is not PEFT's lora.Linear{hint}"

@@ -19,6 +19,8 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.layer import LoraLayer, MultiheadAttention
 from torch import Tensor
 
+from lora_kernels.adapters.factors import LoRAFactors
+from lora_kernels.base_weights import DenseWeight
 from lora_kernels.integrations.peft.state import (
     ActiveAdapter,
     LayerState,
@@ -34,9 +36,9 @@ from lora_kernels.nn.weight_reads import (
     note_read,
     reader_in_place_of_calls,
 )
-from lora_kernels.ops.linear import lora_linear, lora_linear_unchecked
+from lora_kernels.ops.linear import adapted_linear, remember
 from lora_kernels.ops.norm import lora_weight_norm
-from lora_kernels.ops.routed.unpacked import LooseAdapter, routed_linear_loose
+from lora_kernels.ops.routed.unpacked import routed_linear_unpacked
 
 __all__ = [
     "Linear",
@@ -72,10 +74,11 @@ class Linear(PeftLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         note_call(self)
-        if not args and not kwargs:
-            operands = read_ordinary(self, x)
-            if operands is not None:
-                return lora_linear_unchecked(x, *operands)
+        ordinary = None if args or kwargs else read_ordinary(self)
+        if ordinary is not None:
+            y = adapted_linear(x, *ordinary[:4], known_as=ordinary.known_as)
+            if y is not None:
+                return y
         state = read_call(self, x, args, kwargs)
         if isinstance(state, str):
             if not torch.compiler.is_compiling():
@@ -86,7 +89,10 @@ class Linear(PeftLinear):
         if isinstance(state, MixedState):
             self._check_forward_args(x, adapter_names=state.names)
             return mixed_forward(x, state)
-        return fused_forward(x, state)
+        y = fused_forward(x, state)
+        if ordinary is not None and not torch.compiler.is_compiling():
+            remember(x, *ordinary)
+        return y
 
 
 def delegated_calls(layer: torch.nn.Module) -> dict[str, int]:
@@ -104,21 +110,20 @@ def fused_forward(
     state: LayerState,
 ) -> Tensor:  # [..., N], the dtype of the base layer's result
     """The active adapters in PEFT's order, the first in one operation with the base layer."""
-    weight, bias, adapters = state
+    base, bias, adapters = state
     first, *others = adapters if len(adapters) == 1 else _join(adapters)
     if first.magnitude is None:
-        y = _lora(x, weight, bias, first)
+        y = _lora(x, base, bias, first)
     elif first.dropout_p == 0.0:
-        c = _dora_scale(weight, first)
-        y = lora_linear(x, weight, first.lora_a, first.lora_b, first.scaling, bias, output_scale=c)
+        y = adapted_linear(x, base, _dora_factors(base, first), bias)
     else:
-        y, others = F.linear(x, weight, bias), [first, *others]
+        y, others = base.matmul(x, bias), [first, *others]
     dtype = y.dtype
     for adapter in others:
         if adapter.magnitude is None:
             y = y + _lora(x, None, None, adapter)
         else:
-            y = _add_dora(y, x, weight, bias, adapter)
+            y = _add_dora(y, x, base, bias, adapter)
     return y.to(dtype)
 
 
@@ -127,44 +132,48 @@ def mixed_forward(
     state: MixedState,
 ) -> Tensor:  # [S, ..., N], the dtype of the base layer's result
     """Every row with the adapter it names; no gradients, no adapter is copied."""
-    weight, bias, adapters, names = state
-    loose = {name: LooseAdapter(a.lora_a, a.lora_b, a.scaling) for name, a in adapters.items()}
-    return routed_linear_loose(x, weight, bias, loose, names)
+    base, bias, adapters, names = state
+    factors = {name: adapter.factors for name, adapter in adapters.items()}
+    return routed_linear_unpacked(x, base, bias, factors, names)
 
 
-def _lora(x: Tensor, weight: Tensor | None, bias: Tensor | None, adapter: ActiveAdapter) -> Tensor:
-    lora_a, lora_b, lora_bias, scaling, dropout_p, *_ = adapter
+def _lora(
+    x: Tensor, base: DenseWeight | None, bias: Tensor | None, adapter: ActiveAdapter
+) -> Tensor:
+    factors, lora_bias, dropout_p, *_ = adapter
     if lora_bias is not None:
-        lora_bias = lora_bias * scaling
+        lora_bias = lora_bias * factors.scaling
         bias = (lora_bias if bias is None else bias + lora_bias).to(x.dtype)
-    return lora_linear(x, weight, lora_a, lora_b, scaling, bias, dropout_p=dropout_p)
+    return adapted_linear(x, base, factors, bias, dropout_p)
 
 
 def _add_dora(
     y: Tensor,  # [..., N], the result so far, with the bias
     x: Tensor,  # [..., K]
-    weight: Tensor,  # [N, K]
+    base: DenseWeight,
     bias: Tensor | None,  # [N]
     adapter: ActiveAdapter,
 ) -> Tensor:  # [..., N], in the wider dtype of y and the magnitude, as in PEFT
     """``y + (c - 1) base + c s B A D(x)``; base is y without its bias, or ``W D(x)``."""
-    c = _dora_scale(weight, adapter)
+    factors = adapter.factors
+    c = _dora_factors(base, adapter).output_scale
     if adapter.dropout_p > 0.0:
         # In A's dtype, as in PEFT: a half-precision 1 / (1 - p) is off by the same in every row.
-        x = F.dropout(x.to(adapter.lora_a.dtype), adapter.dropout_p).to(x.dtype)
-    if adapter.own_base:
-        base = F.linear(x, weight)
+        x = F.dropout(x.to(factors.a.dtype), adapter.dropout_p).to(x.dtype)
+    if adapter.dora_base_under_dropout:
+        alone = base.matmul(x)
     elif bias is None:
-        base = y
+        alone = y
     else:
-        base = y - bias
-    return y + (c - 1) * base + c * _lora(x, None, None, adapter._replace(dropout_p=0.0))
+        alone = y - bias
+    return y + (c - 1) * alone + c * _lora(x, None, None, adapter._replace(dropout_p=0.0))
 
 
-def _dora_scale(weight: Tensor, adapter: ActiveAdapter) -> Tensor:
-    """``c = m / ||W + s B A||`` by rows; the norm is a constant to the gradient."""
-    norm = lora_weight_norm(weight, adapter.lora_a, adapter.lora_b, adapter.scaling)
-    return adapter.magnitude / norm
+def _dora_factors(base: DenseWeight, adapter: ActiveAdapter) -> LoRAFactors:
+    """With ``c = m / ||W + s B A||`` by rows; the norm is a constant to the gradient."""
+    a, b, scaling, *_ = adapter.factors
+    norm = lora_weight_norm(base, a, b, scaling)
+    return adapter.factors._replace(output_scale=adapter.magnitude / norm)
 
 
 def _join(adapters: list[ActiveAdapter]) -> list[ActiveAdapter]:
@@ -186,13 +195,13 @@ def _stands_alone(adapter: ActiveAdapter) -> bool:
 
 
 def _joined(adapters: list[ActiveAdapter]) -> ActiveAdapter:
-    lora_a = torch.cat([adapter.lora_a for adapter in adapters])
+    lora_a = torch.cat([adapter.factors.a for adapter in adapters])
     # In fp32, so that the scaling costs a half-precision B no rounding of its own.
-    scaled = [adapter.scaling * _at_least_fp32(adapter.lora_b) for adapter in adapters]
+    scaled = [each.factors.scaling * _at_least_fp32(each.factors.b) for each in adapters]
     lora_b = torch.cat(scaled, dim=1)
-    biases = [a.scaling * a.lora_bias for a in adapters if a.lora_bias is not None]
+    biases = [a.factors.scaling * a.lora_bias for a in adapters if a.lora_bias is not None]
     lora_bias = sum(biases[1:], biases[0]) if biases else None
-    return ActiveAdapter(lora_a, lora_b, lora_bias, 1.0, 0.0, None, False)
+    return ActiveAdapter(LoRAFactors(lora_a, lora_b, 1.0), lora_bias, 0.0, None, False)
 
 
 def _at_least_fp32(tensor: Tensor) -> Tensor:

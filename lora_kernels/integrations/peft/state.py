@@ -3,7 +3,7 @@
 Everything here looks at live objects and keeps nothing, because all of it can change between two
 calls: adapters, scalings, dropout, hooks, dtypes, where the weights are. A layer is read once per
 forward, so attributes come from the modules' own dictionaries: `nn.Module.__getattr__` would cost
-ten times as much. :func:`read_ordinary` looks no further than an ordinary layer makes it; what it
+ten times as much. :func:`read_ordinary` looks no further than an ordinary layer's modules; what it
 leaves, :func:`read_call` reads, and has a reason for each refusal.
 
 Dimensions: K in_features, N out_features, R rank.
@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
+from lora_kernels.adapters.factors import LoRAFactors
+from lora_kernels.base_weights import DenseWeight
 from lora_kernels.nn.base_call import COMPUTED, OWN_FORWARD, bypassed, global_hooks, tensor_of
-from lora_kernels.ops.linear import fits_at_once
 from lora_kernels.runtime import dispatch
-from lora_kernels.runtime.eager import runs_at_once
 
 _MIXED = "mixed batch (adapter_names)"
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -35,19 +35,17 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class ActiveAdapter(NamedTuple):
     """One active adapter of a layer, as it stands."""
 
-    lora_a: Tensor  # [R, K]
-    lora_b: Tensor  # [N, R]
+    factors: LoRAFactors
     lora_bias: Tensor | None  # [N]
-    scaling: float | Tensor
     dropout_p: float  # 0.0 where dropout is not active
     magnitude: Tensor | None  # [N], DoRA's m
-    own_base: bool  # DoRA that takes its share of the base from D(x), not from the result so far
+    dora_base_under_dropout: bool  # its share of the base is that of D(x), not the result so far
 
 
 class LayerState(NamedTuple):
     """What a fused forward needs. Without adapters (disabled, merged, none active) nothing is."""
 
-    weight: Tensor | None  # [N, K], any strides
+    base: DenseWeight | None
     bias: Tensor | None  # [N]
     adapters: list[ActiveAdapter]
 
@@ -55,25 +53,31 @@ class LayerState(NamedTuple):
 class MixedState(NamedTuple):
     """What a mixed batch needs: a name for each sequence, and the adapters that they name."""
 
-    weight: Tensor  # [N, K], any strides
+    base: DenseWeight
     bias: Tensor | None  # [N]
     adapters: dict[str, ActiveAdapter]
     names: Sequence[str]
 
 
+class OrdinaryCall(NamedTuple):
+    """The operands of `adapted_linear` after x of a layer about which nothing is special."""
+
+    base: DenseWeight
+    factors: LoRAFactors
+    bias: Tensor | None  # [N]
+    dropout_p: float
+    known_as: tuple  # what is asked of its tensors beside what the operation checks
+
+
 _BASE_ALONE = LayerState(None, None, [])
 
 
-def read_ordinary(layer: LoraLayer, x: Any) -> tuple | None:
-    """The operands of `lora_linear` after x, if nothing about the call is special; or None.
+def read_ordinary(layer: LoraLayer) -> OrdinaryCall | None:
+    """The call of a layer with one active adapter, as far as its modules tell; or None.
 
-    They are ``(weight, lora_a, lora_b, scaling, bias, dropout_p)`` of one active adapter. What is
-    accepted here, :func:`read_call` and the checks of `lora_linear` accept too, at twice the cost.
+    Its tensors are not looked at: an operation that knows the call has accepted such tensors, and
+    :func:`read_call` with them.
     """
-    if not runs_at_once(x) or torch._C._are_functorch_transforms_active():
-        return None
-    if forward_ad._current_level >= 0 or global_hooks():
-        return None
     name = layer.active_adapter
     if type(name) is list and len(name) == 1:
         name = name[0]
@@ -87,9 +91,7 @@ def read_ordinary(layer: LoraLayer, x: Any) -> tuple | None:
     if type(base) is not nn.Linear or type(lora_a) is not nn.Linear:
         return None
     lora_b, dropout = children["lora_B"]._modules[name], children["lora_dropout"]._modules[name]
-    if type(lora_b) is not nn.Linear:
-        return None
-    if bypassed(base) or bypassed(lora_a) or bypassed(lora_b) or bypassed(dropout):
+    if type(lora_b) is not nn.Linear or global_hooks() or bypassed(base, lora_a, lora_b, dropout):
         return None
     dropout_p = 0.0
     if type(dropout) is nn.Dropout:
@@ -102,17 +104,13 @@ def read_ordinary(layer: LoraLayer, x: Any) -> tuple | None:
 
     of_base, of_a, of_b = base._parameters, lora_a._parameters, lora_b._parameters
     weight, bias = of_base.get("weight"), of_base.get("bias", COMPUTED)
-    a, b, scaling = of_a.get("weight"), of_b.get("weight"), layer.scaling[name]
     if of_a.get("bias", COMPUTED) is not None or of_b.get("bias", COMPUTED) is not None:
         return None
-    if weight is None or not fits_at_once(x, weight, a, b, scaling, bias, None, dropout_p, None):
+    if weight is None or hasattr(weight, "ds_id"):
         return None
-    if weight.shape != (layer.out_features, layer.in_features) or hasattr(weight, "ds_id"):
-        return None
-    dtypes = weight.dtype, a.dtype, b.dtype
-    if torch.float64 in dtypes or not (layer.cast_input_dtype_enabled or len(set(dtypes)) == 1):
-        return None
-    return weight, a, b, scaling, bias, dropout_p
+    factors = LoRAFactors(of_a.get("weight"), of_b.get("weight"), layer.scaling[name])
+    known_as = layer.out_features, layer.in_features, layer.cast_input_dtype_enabled
+    return OrdinaryCall(DenseWeight(weight), factors, bias, dropout_p, known_as)
 
 
 def read_call(layer: LoraLayer, x: Any, args: tuple, kwargs: dict) -> LayerState | MixedState | str:
@@ -130,7 +128,7 @@ def read_call(layer: LoraLayer, x: Any, args: tuple, kwargs: dict) -> LayerState
     state = read_layer(layer)
     if isinstance(state, str) or not state.adapters:
         return state
-    return _unsupported_input(x, state.weight) or _unsupported_context() or state
+    return _unsupported_input(x, state.base.weight) or _unsupported_context() or state
 
 
 def _read_mixed(layer: LoraLayer, x: Any, names: Any) -> LayerState | MixedState | str:
@@ -141,7 +139,7 @@ def _read_mixed(layer: LoraLayer, x: Any, names: Any) -> LayerState | MixedState
     state = read_layer(layer, used)
     if isinstance(state, str) or not state.adapters:
         return state
-    reason = _unsupported_input(x, state.weight) or _unsupported_context()
+    reason = _unsupported_input(x, state.base.weight) or _unsupported_context()
     if reason:
         return reason
     if x.dim() < 2:
@@ -159,10 +157,10 @@ def _read_mixed(layer: LoraLayer, x: Any, names: Any) -> LayerState | MixedState
             return f"{_MIXED}: adapter {name!r} has lora_bias"
         if adapter.magnitude is not None:
             return f"{_MIXED}: adapter {name!r} has DoRA"
-        needs_gradient |= adapter.lora_a.requires_grad or adapter.lora_b.requires_grad
+        needs_gradient |= adapter.factors.a.requires_grad or adapter.factors.b.requires_grad
     if needs_gradient and torch.is_grad_enabled():
         return f"{_MIXED}: gradients are recorded; lora_kernels.route trains mixed batches"
-    return MixedState(state.weight, state.bias, adapters, names)
+    return MixedState(state.base, state.bias, adapters, names)
 
 
 def read_layer(layer: LoraLayer, names: Sequence[str] | None = None) -> LayerState | str:
@@ -194,7 +192,7 @@ def read_layer(layer: LoraLayer, names: Sequence[str] | None = None) -> LayerSta
         if isinstance(adapter, str):
             return adapter
         adapters.append(adapter)
-    return LayerState(weight, bias, adapters)
+    return LayerState(DenseWeight(weight), bias, adapters)
 
 
 # --- modules: classes, hooks, replaced forwards ----------------------------------------------
@@ -303,7 +301,7 @@ def _read_adapter(layer: LoraLayer, name: str, weight: Tensor) -> ActiveAdapter 
         if dropout_p >= 1.0:
             return f"lora_dropout of {name!r} drops everything (p = 1)"
 
-    magnitude, own_base = None, False
+    magnitude, under_dropout = None, False
     if name in layer.lora_variant:
         magnitude = tensor_of(children["lora_magnitude_vector"]._modules[name], "weight")
         if unsupported := _unsupported_parameter(magnitude):
@@ -313,10 +311,11 @@ def _read_adapter(layer: LoraLayer, name: str, weight: Tensor) -> ActiveAdapter 
         if lora_bias is not None:
             return f"adapter {name!r} has DoRA and lora_bias at once"
         # PEFT's DoRA asks the layer whether to drop, and then the dropout how.
-        own_base = layer.training and type(dropout) is nn.Dropout
-        if not own_base:
+        under_dropout = layer.training and type(dropout) is nn.Dropout
+        if not under_dropout:
             dropout_p = 0.0
-    return ActiveAdapter(lora_a, lora_b, lora_bias, scaling, dropout_p, magnitude, own_base)
+    factors = LoRAFactors(lora_a, lora_b, scaling)
+    return ActiveAdapter(factors, lora_bias, dropout_p, magnitude, under_dropout)
 
 
 def _unsupported_parameter(parameter: Any) -> str | None:

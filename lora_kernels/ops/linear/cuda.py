@@ -2,52 +2,51 @@
 
 Dimensions: M tokens, D the main reduction, C columns of a result, R rank.
 
-Takes and returns what :mod:`launch` does. A forward of at most 64 tokens without dropout and output
-scale is one kernel that streams the base weight once, with the adapter inside. Everything else is
-:mod:`launch`'s Triton kernels; on compute capability 9.0 its two wide GEMMs, y and dx, are CUDA
-kernels wherever the copy engine can address their operands. Elsewhere (8.x, 10.0) they stay
-Triton's.
+A forward of at most 64 tokens without dropout and output scale is one kernel that streams the base
+weight once, with the adapter inside. Everything else is Triton's kernels; on compute capability 9.0
+its two wide GEMMs, y and dx, are CUDA kernels wherever the copy engine can address their operands.
+Elsewhere (8.x, 10.0) they stay Triton's.
 """
 
 from torch import Tensor
 
+from lora_kernels.ops.linear.call import Gradients, LinearCall, Result
 from lora_kernels.ops.linear.triton import gemm, launch, tiles
 from lora_kernels.ops.linear.triton.operands import Dropout, outer_axis
-from lora_kernels.runtime import cpu_extension, cuda_extension
+from lora_kernels.runtime import cpu_extension, cuda_extension, dispatch
 from lora_kernels.runtime.device_limits import limits_of
-from lora_kernels.runtime.dropout import drop_threshold
-from lora_kernels.runtime.eager import like_rows_of
+from lora_kernels.runtime.eager import below_autograd, restore_leading_dims
 
 
-def forward(
-    x: Tensor,  # [..., K]
-    weight: Tensor | None,  # [N, K]
-    lora_a: Tensor,  # [R, K]
-    lora_b: Tensor,  # [N, R]
-    scaling: Tensor,  # []
-    bias: Tensor | None,  # [N]
-    output_scale: Tensor | None,  # [N]
-    dropout_p: float,
-    seed: Tensor | None,  # []
-    save_unscaled: bool,
-) -> tuple[Tensor, Tensor, None, Tensor | None]:
-    """``(y, h, None, unscaled)`` as :func:`launch.forward`, h in fp32."""
-    drops, rank = drop_threshold(dropout_p) > 0, lora_a.shape[0]
-    if cuda_extension.unfit_for_decode_linear(x, weight, rank, drops, output_scale) is None:
-        rows = cpu_extension.rows_of(x)
-        y, h = cuda_extension.decode_linear(
-            rows, weight, lora_a, lora_b, scaling, bias, save_h=True
-        )
-        return like_rows_of(x, y), h, None, None
-    return launch.forward(
-        x, weight, lora_a, lora_b, scaling, bias, output_scale, dropout_p, seed, save_unscaled,
-        gemm=gemm_with_tail,
+def why_not(call: LinearCall) -> str | None:
+    """Why these kernels cannot serve a call; None when they can."""
+    return dispatch.unavailable("native", call.x.device, call.x.dtype)
+
+
+def why_not_decode(call: LinearCall) -> str | None:
+    """Why a forward is not the one kernel for few tokens; None when it is."""
+    if call.base is None:
+        return cuda_extension.why_not_decode_linear(call.x, None, 1, False, None)
+    return cuda_extension.why_not_decode_linear(
+        call.x, call.base.weight, call.factors.a.shape[0], call.dropout is not None,
+        call.factors.output_scale,
     )  # fmt: skip
 
 
-def backward(*arguments) -> tuple[Tensor | None, ...]:
-    """:func:`launch.backward` with dx by our GEMM."""
-    return launch.backward(*arguments, gemm=gemm_with_tail)
+@below_autograd
+def forward(call: LinearCall) -> Result:
+    if why_not_decode(call) is not None:
+        return launch.forward(call, gemm_with_tail)
+    factors, rows = call.factors, cpu_extension.rows_of(call.x)
+    y, h = cuda_extension.decode_linear(
+        rows, call.base.weight, factors.a, factors.b, factors.scaling, call.bias, save_h=True
+    )
+    return Result(restore_leading_dims(y, call.x), h, None, None)
+
+
+@below_autograd
+def backward(call: LinearCall) -> Gradients:
+    return launch.backward(call, gemm_with_tail)
 
 
 def gemm_with_tail(
@@ -64,7 +63,7 @@ def gemm_with_tail(
     drop: Dropout | None = None,  # of the tail
 ) -> None:
     """:func:`gemm.gemm_with_tail`, by the CUDA kernel where it can."""
-    reason = cuda_extension.missing_gemm_tail(left.device) or unfit(
+    reason = cuda_extension.missing_gemm_tail(left.device) or why_not_gemm(
         left, right, tail_left, tail_right, out, unscaled, bias, output_scale, drop
     )
     if reason is not None:
@@ -79,7 +78,7 @@ def gemm_with_tail(
     )
 
 
-def unfit(
+def why_not_gemm(
     left: Tensor,  # [M, D]
     right: Tensor | None,  # [D, C]
     tail_left: Tensor,  # [M, R]

@@ -4,7 +4,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_kernels.runtime.dropout import drop_threshold, keep_mask, keep_scale
+from lora_kernels.ops.linear.call import LinearCall
+from lora_kernels.runtime.dropout import (
+    ActiveDropout,
+    MaskPlace,
+    drop_threshold,
+    keep_mask,
+    keep_scale,
+)
+
+
+def reference(call: LinearCall) -> Tensor:
+    """:func:`lora_linear_reference` of a call."""
+    base, factors, dropout = call.base, call.factors, call.dropout
+    dropout = ActiveDropout(0.0, None) if dropout is None else dropout
+    return lora_linear_reference(
+        call.x, None if base is None else base.dequantise(), factors.a, factors.b, factors.scaling,
+        call.bias, factors.output_scale, dropout.p, dropout.seed, dropout.place,
+    )  # fmt: skip
 
 
 def lora_linear_reference(
@@ -17,12 +34,13 @@ def lora_linear_reference(
     output_scale: Tensor | None = None,  # [N]
     dropout_p: float = 0.0,
     seed: Tensor | None = None,  # [] int64
+    place: MaskPlace = MaskPlace(),
 ) -> Tensor:  # [..., N]
     """``y = output_scale * (x W^T + scaling * D(x) A^T B^T) + bias``, rounding like eager torch."""
     dropped = x
     if drop_threshold(dropout_p) > 0:
         rows = x.shape[:-1].numel()
-        keep = keep_mask(seed, dropout_p, rows, x.shape[-1]).view(x.shape)
+        keep = keep_mask(seed, dropout_p, rows, x.shape[-1], place=place).view(x.shape)
         dropped = torch.where(keep, x * keep_scale(dropout_p), 0)
     hidden = F.linear(dropped, lora_a.to(x.dtype))
     y = F.linear(hidden, lora_b.to(x.dtype)) * scaling

@@ -4,17 +4,17 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from lora_kernels.ops.norm import composed  # noqa: F401  (registers the op)
-from lora_kernels.runtime.dtypes import FLOATING
-from lora_kernels.runtime.scaling import check_scaling, traced
+from lora_kernels.base_weights import BaseWeight, base_of
+from lora_kernels.ops.norm import op  # noqa: F401  (registers the op)
+from lora_kernels.runtime.checks import check_floating
+from lora_kernels.runtime.scaling import as_tensor, check_scaling
 from lora_kernels.runtime.tensor_state import check_has_values
-from lora_kernels.runtime.wrappers import check_no_wrapper
 
 __all__ = ["lora_weight_norm"]
 
 
 def lora_weight_norm(
-    weight: Tensor,
+    weight: Tensor | BaseWeight,
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: float | Tensor,
@@ -31,7 +31,7 @@ def lora_weight_norm(
 
     Args:
         weight: W ``[N, K]``, bf16, fp16, fp32 or fp64, any strides (pass a transposed view for a
-            weight stored ``[K, N]``).
+            weight stored ``[K, N]``), or a :class:`BaseWeight`.
         lora_a: A ``[R, K]``, any floating dtype.
         lora_b: B ``[N, R]``, any floating dtype.
         scaling: s, a number, or a 0-d tensor on the CPU or on weight's device.
@@ -45,46 +45,40 @@ def lora_weight_norm(
             that stands for other tensors (DTensor, a quantised weight).
         ValueError: a shape or a device does not fit.
     """
-    _check(weight, lora_a, lora_b, scaling)
-    if not isinstance(scaling, Tensor):
-        scaling = traced(scaling)
+    base = base_of(weight)
+    _check(base, lora_a, lora_b, scaling)
     with torch.no_grad():
         return torch.ops.lora_kernels.lora_weight_norm(
-            weight.detach(), lora_a.detach(), lora_b.detach(), scaling.detach()
-        )
+            [tensor.detach() for tensor in base.tensors()], base.format, list(base.meta),
+            lora_a.detach(), lora_b.detach(), as_tensor(scaling).detach(),
+        )  # fmt: skip
 
 
-def _check(weight, lora_a, lora_b, scaling) -> None:
-    for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        check_no_wrapper(name, tensor)
-        if tensor.dtype not in FLOATING:
-            raise TypeError(
-                f"{name}: expected dtype bfloat16, float16, float32 or float64, got {tensor.dtype}"
-            )
+def _check(base: BaseWeight, lora_a: Tensor, lora_b: Tensor, scaling: float | Tensor) -> None:
+    weights = [("weight", tensor) for tensor in base.tensors()]
+    dense = weights if base.format == "dense" else []
+    for name, tensor in (*dense, ("lora_a", lora_a), ("lora_b", lora_b)):
+        check_floating(name, tensor)
         if tensor.layout is not torch.strided or tensor.is_nested:
             raise TypeError(f"{name}: expected a dense tensor, got a sparse or nested one")
-    if weight.ndim != 2:
-        raise ValueError(f"weight: expected [out_features, in_features], got {list(weight.shape)}")
-    out_features, in_features = weight.shape
+    if len(base.shape) != 2:
+        raise ValueError(f"weight: expected [out_features, in_features], got {list(base.shape)}")
+    out_features, in_features = base.shape
     if lora_a.ndim != 2 or lora_a.shape[0] < 1 or lora_a.shape[1] != in_features:
         raise ValueError(
             f"lora_a: expected [rank, {in_features}] with rank >= 1 to match weight "
-            f"{list(weight.shape)}, got {list(lora_a.shape)}"
+            f"{list(base.shape)}, got {list(lora_a.shape)}"
         )
     rank = lora_a.shape[0]
     if tuple(lora_b.shape) != (out_features, rank):
         raise ValueError(
-            f"lora_b: expected [{out_features}, {rank}] to match weight {list(weight.shape)} and "
+            f"lora_b: expected [{out_features}, {rank}] to match weight {list(base.shape)} and "
             f"lora_a {list(lora_a.shape)}, got {list(lora_b.shape)}"
         )
     for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b)):
-        if tensor.device != weight.device:
-            raise ValueError(
-                f"{name}: expected weight's device {weight.device}, got {tensor.device}"
-            )
+        if tensor.device != base.device:
+            raise ValueError(f"{name}: expected weight's device {base.device}, got {tensor.device}")
     if not is_compiling():
-        for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):
+        for name, tensor in (*weights, ("lora_a", lora_a), ("lora_b", lora_b)):
             check_has_values(name, tensor)
-    check_scaling(scaling, "weight", weight)
+    check_scaling(scaling, "weight", weights[0][1])

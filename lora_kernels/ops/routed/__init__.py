@@ -250,7 +250,7 @@ def explain(x: Tensor, bank: AdapterBank, routing: Routing, *, backend: str = "a
         )
     if choice.backend == "native" and x.device.type == "cuda":
         tensors = bank.version_for(routing.pinned, routing.trained_slots()).tensors()
-        reason = cuda_extension.unfit_for_decode_routed(
+        reason = cuda_extension.why_not_decode_routed(
             x, tensors, routing.tensors(with_plan=False), any(tensors.thresholds)
         )
         kernels = f"Triton's kernels ({reason})" if reason else "one CUDA kernel for all adapters"

@@ -6,8 +6,8 @@ from torch.autograd import forward_ad
 
 from lora_kernels.ops.routed.bank.bank import AdapterBank
 from lora_kernels.ops.routed.routing import Routing
+from lora_kernels.runtime.checks import check_no_wrapper
 from lora_kernels.runtime.dtypes import FLOATING
-from lora_kernels.runtime.wrappers import check_no_wrapper
 
 
 def kind_of(value: object) -> str:

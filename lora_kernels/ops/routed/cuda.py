@@ -2,7 +2,7 @@
 
 Dimensions: M tokens, P pairs, K in_features, N out_features of all slices, H the widest rank.
 
-For few tokens (:func:`cuda_extension.unfit_for_decode_routed` has the conditions) shrink and
+For few tokens (:func:`cuda_extension.why_not_decode_routed` has the conditions) shrink and
 expand of all slices are one launch, which adds to what the frozen layer's own GEMM has written.
 Everything else, training's backward among it, is Triton's kernels. Nothing is read back here
 either: a captured graph replays with any routing.
@@ -33,7 +33,7 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor | None, None]:
     """``(y, h, None)``; h ``[P, H]`` fp32 if ``save``."""
-    if cuda_extension.unfit_for_decode_routed(x, bank, routing, seed is not None) is not None:
+    if cuda_extension.why_not_decode_routed(x, bank, routing, seed is not None) is not None:
         return launch.forward(x, weight, bias, bank, routing, seed, save)
     fresh = weight is None and bias is None
     if weight is not None:
@@ -57,7 +57,7 @@ def add_(
     seed: Tensor | None,
 ) -> None:
     """``out += `` the adapters' contribution."""
-    reason = cuda_extension.unfit_for_decode_routed(x, bank, routing, seed is not None)
+    reason = cuda_extension.why_not_decode_routed(x, bank, routing, seed is not None)
     if reason is not None or (out.stride(1) != 1 and out.shape[1] > 1):
         launch.add_(out, x, bank, routing, seed)
         return

@@ -30,7 +30,7 @@ from lora_kernels.runtime import dispatch
 from lora_kernels.runtime.capture import is_captured
 from lora_kernels.runtime.dropout import GROUP
 from lora_kernels.runtime.dtypes import accumulator_dtype
-from lora_kernels.runtime.eager import like_rows_of, requires_grad, runs_at_once
+from lora_kernels.runtime.eager import is_plain_eager, requires_grad, restore_leading_dims
 from lora_kernels.runtime.tensor_state import name_unsaved
 
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
@@ -156,14 +156,18 @@ def _forward(*arguments):
     y, h, mask = _module(backend, x).forward(_rows(x), weight, bias, bank, routing, seed, True)
     if not stores_mask(x.device, seed, backend):
         mask = None
-    return like_rows_of(x, y), h, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
+    return (
+        restore_leading_dims(y, x),
+        h,
+        x.new_empty(0, dtype=torch.uint8) if mask is None else mask,
+    )
 
 
 @_without_autocast
 def _inference(*arguments):
     bank, routing, _, (x, weight, bias, seed, backend, *_) = _unpack_with_layout(arguments)
     y, _, _ = _module(backend, x).forward(_rows(x), weight, bias, bank, routing, seed, False)
-    return like_rows_of(x, y)
+    return restore_leading_dims(y, x)
 
 
 @_without_autocast
@@ -356,7 +360,7 @@ def _call(name: str, *arguments):
 
     Through the dispatcher some twenty arguments are boxed twice, which a small batch feels.
     """
-    at_once = runs_at_once(arguments[_NUM_BANK])
+    at_once = is_plain_eager(arguments[_NUM_BANK])
     with torch._C._AutoDispatchBelowAutograd():
         return (_KERNELS[name] if at_once else getattr(_OPS, name))(*arguments)
 
@@ -584,7 +588,7 @@ def _without_gradient(name: str):
 
 def call_differentiable(name: str, tokens: Tensor, *arguments):
     """The op, or its Autograd kernel straight where nothing else has to see the call."""
-    if not runs_at_once(tokens) or torch._C._are_functorch_transforms_active():
+    if not is_plain_eager(tokens) or torch._C._are_functorch_transforms_active():
         return getattr(_OPS, name)(*arguments)
     try:
         return _DIFFERENTIABLE[name](*arguments)

@@ -9,11 +9,12 @@ adapter, scalings and offsets as numbers.
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lora_kernels.adapters.factors import LoRAFactors
+from lora_kernels.base_weights import DenseWeight
 from lora_kernels.ops.routed.bank.slots import BASE, AdapterSlots
 from lora_kernels.ops.routed.bank.storage import ALIGNMENT, anchor
 from lora_kernels.ops.routed.bank.tables import scaling_dtype
@@ -24,19 +25,11 @@ from lora_kernels.runtime import dispatch
 from lora_kernels.runtime.dtypes import cast_for_autocast
 
 
-class LooseAdapter(NamedTuple):
-    """The factors of one adapter, any strides, and its scaling."""
-
-    lora_a: Tensor  # [R, K]
-    lora_b: Tensor  # [N, R]
-    scaling: float | Tensor  # a number or []
-
-
-def routed_linear_loose(
+def routed_linear_unpacked(
     x: Tensor,
-    weight: Tensor,
+    base: DenseWeight,
     bias: Tensor | None,
-    adapters: Mapping[str, LooseAdapter],
+    adapters: Mapping[str, LoRAFactors],
     names: Sequence[str],
 ) -> Tensor:
     r"""A frozen linear layer in which every sequence has an adapter of its own, without gradients.
@@ -48,7 +41,7 @@ def routed_linear_loose(
 
     Args:
         x: ``[S, ..., K]``, a row per sequence.
-        weight: ``[N, K]`` in x's dtype (or autocast's), any strides.
+        base: W ``[N, K]`` in x's dtype (or autocast's).
         bias: ``[N]`` or None.
         adapters: by name.
         names: S of them; ``"__base__"`` and names that are not in ``adapters`` use none.
@@ -56,7 +49,7 @@ def routed_linear_loose(
     Returns:
         ``[S, ..., N]`` in x's dtype, or autocast's.
     """
-    x, weight, bias = cast_for_autocast(x, weight, bias)
+    x, weight, bias = cast_for_autocast(x, base.weight, bias)
     named = dict.fromkeys(name for name in names if name != BASE)
     slots = {name: slot for slot, name in enumerate(named)}
     with torch.no_grad():
@@ -75,10 +68,10 @@ def routed_linear_loose(
 
 
 def _bank(
-    present: list[tuple[int, LooseAdapter]], capacity: int, x: Tensor, out_features: int
+    present: list[tuple[int, LoRAFactors]], capacity: int, x: Tensor, out_features: int
 ) -> tuple[BankTensors, str]:
     """The adapters as the backends take them, and the backend that can."""
-    factors = [factor for _, (a, b, _) in present for factor in (a, b)]
+    factors = [factor for _, (a, b, *_) in present for factor in (a, b)]
     slots = [slot for slot, _ in present]
     backend, rows, storage = "composed", None, x.new_empty(0)
     chosen = dispatch.choose("auto", x.device, x.dtype).backend
@@ -92,7 +85,7 @@ def _bank(
         slots=slots,
         thresholds=[0] * len(slots),
         slice_columns=[0, out_features],
-        width=max(a.shape[0] for _, (a, _, _) in present),
+        width=max(a.shape[0] for _, (a, *_) in present),
         storage=storage,
         table=_table(rows or (), capacity, x.device),
         scaling=_scalings(present, capacity, x.device),
@@ -157,7 +150,7 @@ def _table(rows: tuple, capacity: int, device: torch.device) -> Tensor:
 
 
 def _scalings(
-    present: list[tuple[int, LooseAdapter]], capacity: int, device: torch.device
+    present: list[tuple[int, LoRAFactors]], capacity: int, device: torch.device
 ) -> Tensor:
     """``[L + 1]`` in :func:`scaling_dtype`. Scalings that are on the device are not read back."""
     values = [0.0] * (capacity + 1)

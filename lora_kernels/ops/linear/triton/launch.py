@@ -9,10 +9,12 @@ allocator.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from lora_kernels.ops.linear.call import Gradients, LinearCall, Result
 from lora_kernels.ops.linear.triton import tiles
 from lora_kernels.ops.linear.triton.gemm import gemm_with_tail
 from lora_kernels.ops.linear.triton.kernels import (
@@ -21,120 +23,99 @@ from lora_kernels.ops.linear.triton.kernels import (
     shrink_kernel,
 )
 from lora_kernels.ops.linear.triton.operands import Dropout, is_aligned, scaling_argument
+from lora_kernels.ops.linear.triton.tiles import LinearCell, cell_of
 from lora_kernels.ops.narrow.triton.reduce import reduce_partials_kernel, scale_cast_kernel
 from lora_kernels.runtime.device_limits import cdiv, limits_of, on_device, padded_rows, precision
-from lora_kernels.runtime.dropout import drop_threshold, keep_scale
-from lora_kernels.runtime.eager import like_rows_of
+from lora_kernels.runtime.eager import restore_leading_dims
 
 _BLOCK = 1024  # elements per program of the elementwise kernels
 
 
-def forward(
-    x: Tensor,  # [..., K]
-    weight: Tensor | None,  # [N, K]
-    lora_a: Tensor,  # [R, K]
-    lora_b: Tensor,  # [N, R]
-    scaling: Tensor,  # []
-    bias: Tensor | None,  # [N]
-    output_scale: Tensor | None,  # [N]
-    dropout_p: float,
-    seed: Tensor | None,  # []
-    save_unscaled: bool,
-    gemm: Callable[..., None] = gemm_with_tail,
-) -> tuple[Tensor, Tensor, None, Tensor | None]:
-    """``(y, h, None, unscaled)``, as :func:`composed.forward`; ``gemm`` makes y from x and h."""
+def forward(call: LinearCall, gemm: Callable[..., None] = gemm_with_tail) -> Result:
+    """h is fp32; ``gemm`` makes y from x and h."""
+    x, base, factors = call.x, call.base, call.factors
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
-    (tokens, columns), (out_features, rank) = rows.shape, lora_b.shape
+    (tokens, columns), (out_features, rank) = rows.shape, factors.b.shape
     y = rows.new_empty((tokens, out_features))
-    unscaled = torch.empty_like(y) if save_unscaled else None
+    unscaled = torch.empty_like(y) if call.save_unscaled else None
     h = rows.new_empty((tokens, rank), dtype=torch.float32)
     if tokens == 0:
-        return like_rows_of(x, y), h, None, unscaled
-    cell = _cell("forward", rows, columns, out_features, rank, dropout_p)
-    drop = Dropout(seed, dropout_p, tokens, columns)
+        return Result(restore_leading_dims(y, x), h, None, unscaled)
+    cell = cell_of("forward", rows, columns, out_features, rank, call.dropout is not None)
+    drop = Dropout(call.dropout, tokens, columns)
     with on_device(rows):
-        tail = _shrink(cell, rows, lora_a, h, drop, keep_scale(dropout_p))
-        scaled_b = _scale_cast(lora_b, scaling_argument(scaling), x.dtype)  # [N, R]
+        tail = _shrink(cell, rows, factors.a, h, drop, drop.scale)
+        scaled_b = _scale_cast(factors.b, scaling_argument(factors.scaling), x.dtype)  # [N, R]
         gemm(
             cell,
             rows,
-            None if weight is None else weight.t(),
+            None if base is None else base.weight.t(),
             tail,
             scaled_b.t(),
             y,
             unscaled=unscaled,
-            bias=bias,
-            output_scale=output_scale,
+            bias=call.bias,
+            output_scale=factors.output_scale,
         )
-    return like_rows_of(x, y), h, None, unscaled
+    return Result(restore_leading_dims(y, x), h, None, unscaled)
 
 
-def backward(
-    dy: Tensor,  # [..., N]
-    x: Tensor | None,  # [..., K], needed for the gradient of A
-    weight: Tensor | None,  # [N, K]
-    lora_a: Tensor,  # [R, K]
-    lora_b: Tensor,  # [N, R]
-    scaling: Tensor,  # []
-    h: Tensor | None,  # [M, R] fp32, needed for the gradient of B
-    output_scale: Tensor | None,  # [N]
-    unscaled: Tensor | None,  # [M, N], needed for the gradient of output_scale
-    mask: None,
-    dropout_p: float,
-    seed: Tensor | None,
-    needs: tuple[bool, bool, bool, bool, bool],  # x, lora_a, lora_b, bias, output_scale
-    gemm: Callable[..., None] = gemm_with_tail,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, lora_a, lora_b, bias and output_scale, as :func:`composed.backward`.
-
-    ``gemm`` makes dx from dy and t.
-    """
-    needs_x, needs_a, needs_b, needs_bias, needs_output_scale = needs
+def backward(call: LinearCall, gemm: Callable[..., None] = gemm_with_tail) -> Gradients:
+    """``gemm`` makes dx from dy and t; the mask is always drawn again."""
+    dy, factors, needs, output_scale = call.dy, call.factors, call.needs, call.factors.output_scale
     rows_dy = dy.reshape(-1, dy.shape[-1])  # [M, N]
-    (tokens, out_features), (rank, columns) = rows_dy.shape, lora_a.shape
-    dx = rows_dy.new_empty((tokens, columns)) if needs_x else None
-    grad_a = torch.empty_like(lora_a, memory_format=torch.contiguous_format) if needs_a else None
-    grad_b = torch.empty_like(lora_b, memory_format=torch.contiguous_format) if needs_b else None
-    grad_bias = rows_dy.new_empty(out_features) if needs_bias else None
-    grad_output_scale = torch.empty_like(output_scale) if needs_output_scale else None
-    grads = (dx, grad_a, grad_b, grad_bias, grad_output_scale)
+    (tokens, out_features), (rank, columns) = rows_dy.shape, factors.a.shape
+    contiguous = torch.contiguous_format
+    grads = Gradients(
+        rows_dy.new_empty((tokens, columns)) if needs.x else None,
+        torch.empty_like(factors.a, memory_format=contiguous) if needs.lora_a else None,
+        torch.empty_like(factors.b, memory_format=contiguous) if needs.lora_b else None,
+        rows_dy.new_empty(out_features) if needs.bias else None,
+        torch.empty_like(output_scale) if needs.output_scale else None,
+    )
     if tokens == 0:
         for grad in grads:
             if grad is not None:
                 grad.zero_()
-        return (dx if dx is None else dx.view(*dy.shape[:-1], columns), *grads[1:])
+        return _with_leading_dims(grads, dy)
 
-    cell = _cell("backward", rows_dy, columns, out_features, rank, dropout_p)
-    drop = Dropout(seed, dropout_p, tokens, columns)
-    scaling = scaling_argument(scaling)
+    cell = cell_of("backward", rows_dy, columns, out_features, rank, call.dropout is not None)
+    drop = Dropout(call.dropout, tokens, columns)
+    scaling = scaling_argument(factors.scaling)
+    needs_t = needs.x or needs.lora_a
     with on_device(rows_dy):
-        rescale = output_scale is not None and (needs_x or needs_a or needs_b)
-        if rescale or needs_bias or needs_output_scale:
+        rescale = output_scale is not None and (needs_t or needs.lora_b)
+        if rescale or needs.bias or needs.output_scale:
             rows_dy = _output_gradients(
-                rows_dy, unscaled, output_scale if rescale else None, grad_bias, grad_output_scale
-            )
-        t = tail = None
-        if needs_x or needs_a:
-            t = rows_dy.new_empty((tokens, rank), dtype=torch.float32)
-        if needs_b:
+                rows_dy, call.unscaled, output_scale if rescale else None, grads.bias,
+                grads.output_scale,
+            )  # fmt: skip
+        t = rows_dy.new_empty((tokens, rank), dtype=torch.float32) if needs_t else None
+        tail = None
+        if needs.lora_b:
             # The dropout's scale rides on t, so that it reaches both of its products.
             tail = _b_gradient(
-                cell, rows_dy, h, lora_b, scaling, keep_scale(dropout_p), grad_b, t, needs_x
+                cell, rows_dy, call.h, factors.b, scaling, drop.scale, grads.lora_b, t, needs.x
             )
         if t is not None and tail is None:
-            factor = keep_scale(dropout_p)
-            tail = _shrink(cell, rows_dy, lora_b.t(), t, None, factor, scaling, rounded=needs_x)
-        if needs_x:
-            a = lora_a if lora_a.dtype == dy.dtype else _scale_cast(lora_a, 1.0, dy.dtype)
-            gemm(cell, rows_dy, weight, tail, a, dx, drop=drop)
-            dx = dx.view(*dy.shape[:-1], columns)
-        if needs_a:
-            _a_gradient(cell, x.reshape(-1, columns), t, grad_a, drop)
-    return dx, *grads[1:]
+            narrow = factors.b.t()
+            tail = _shrink(cell, rows_dy, narrow, t, None, drop.scale, scaling, rounded=needs.x)
+        if needs.x:
+            a = factors.a if factors.a.dtype == dy.dtype else _scale_cast(factors.a, 1.0, dy.dtype)
+            weight = None if call.base is None else call.base.weight
+            gemm(cell, rows_dy, weight, tail, a, grads.x, drop=drop)
+        if needs.lora_a:
+            _a_gradient(cell, call.x.reshape(-1, columns), t, grads.lora_a, drop)
+    return _with_leading_dims(grads, dy)
+
+
+def _with_leading_dims(grads: Gradients, dy: Tensor) -> Gradients:
+    dx = grads.x
+    return grads if dx is None else grads._replace(x=dx.view(*dy.shape[:-1], dx.shape[-1]))
 
 
 def _shrink(
-    cell: tiles.Cell,
+    cell: LinearCell,
     wide: Tensor,  # [M, D]
     narrow: Tensor,  # [R, D]
     out: Tensor,  # [M, R] fp32, written
@@ -191,7 +172,7 @@ def _shrink(
 
 
 def _b_gradient(
-    cell: tiles.Cell,
+    cell: LinearCell,
     dy: Tensor,  # [M, N]
     h: Tensor,  # [M, R] fp32
     lora_b: Tensor,  # [N, R]
@@ -203,7 +184,7 @@ def _b_gradient(
 ) -> Tensor | None:  # [M, R], t in dy's dtype
     """The gradient of B and, where its partial sums are cheaper than reading dy again, t."""
     tile = tiles.rank_gradient_tile(
-        _without_dropout(cell), dy.shape[1], limits_of(dy.device), aligned=is_aligned(dy)
+        replace(cell, dropout=False), dy.shape[1], limits_of(dy.device), aligned=is_aligned(dy)
     )
     project = t is not None and tiles.projects_in_same_pass(cell, dy.shape[1], tile.BLOCK_D)
     gradient, projection = _rank_gradient(tile, dy, h, lora_b if project else None, None, False)
@@ -216,7 +197,7 @@ def _b_gradient(
 
 
 def _a_gradient(
-    cell: tiles.Cell,
+    cell: LinearCell,
     x: Tensor,  # [M, K]
     t: Tensor,  # [M, R] fp32
     grad_a: Tensor,  # [R, K], written: t^T D(x), the dropout's scale being in t
@@ -359,22 +340,3 @@ def _scale_cast(factor: Tensor, scaling: Tensor | float, dtype: torch.dtype) -> 
 def _copy_for_gemm(narrow: Tensor, dtype: torch.dtype) -> Tensor:
     """Where the rounded copy of h or t goes: itself if it is in that dtype already."""
     return narrow if narrow.dtype == dtype else padded_rows(narrow, narrow.shape, dtype)
-
-
-def _cell(direction, activation, in_features, out_features, rank, dropout_p) -> tiles.Cell:
-    dtype = activation.dtype
-    return tiles.Cell(
-        direction=direction,
-        dtype=str(dtype).removeprefix("torch."),
-        itemsize=dtype.itemsize,
-        tokens=activation.shape[0],
-        in_features=in_features,
-        out_features=out_features,
-        rank=rank,
-        dropout=drop_threshold(dropout_p) > 0,
-        ieee=dtype == torch.float32 and precision(dtype) == "ieee",
-    )
-
-
-def _without_dropout(cell: tiles.Cell) -> tiles.Cell:
-    return tiles.replace(cell, dropout=False)

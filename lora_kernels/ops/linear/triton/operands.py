@@ -3,16 +3,18 @@
 from torch import Tensor
 
 from lora_kernels.runtime.device_limits import cdiv
-from lora_kernels.runtime.dropout import drop_threshold
+from lora_kernels.runtime.dropout import ActiveDropout
+from lora_kernels.runtime.scaling import host_number
 
 
 class Dropout:
     """The mask of an ``[M, K]`` activation as the kernels take it; off where nothing is dropped."""
 
-    def __init__(self, seed: Tensor | None, dropout_p: float, rows: int, columns: int):
-        self.threshold = drop_threshold(dropout_p)
-        self.on = self.threshold > 0
-        self.seed = seed
+    def __init__(self, dropout: ActiveDropout | None, rows: int, columns: int) -> None:
+        self.on = dropout is not None
+        self.threshold, self.scale, self.seed = 0, 1.0, None
+        if dropout is not None:
+            self.threshold, self.scale, self.seed = dropout.threshold, dropout.scale, dropout.seed
         # 32 bits count the groups until there are 2^31 of them; then it takes two counter words.
         self.long_counter = rows * cdiv(columns, 8) >= 2**31
 
@@ -36,6 +38,5 @@ def is_aligned(matrix: Tensor) -> bool:
 
 def scaling_argument(scaling: Tensor | float) -> Tensor | float:
     """A pointer for a tensor on the device; a tensor on the CPU is a number already known."""
-    if isinstance(scaling, Tensor):
-        return float(scaling) if scaling.device.type == "cpu" else scaling
-    return scaling
+    scaling = host_number(scaling)
+    return scaling if isinstance(scaling, Tensor) else float(scaling)  # it may have been an integer

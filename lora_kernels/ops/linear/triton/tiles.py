@@ -13,9 +13,13 @@ of two, and p 0 or 1 for without and with dropout.
 
 import functools
 import json
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from lora_kernels.runtime.device_limits import (
     DeviceLimits,
@@ -23,13 +27,34 @@ from lora_kernels.runtime.device_limits import (
     clamp,
     next_power_of_two,
     pipeline_stages,
+    precision,
 )
+from lora_kernels.runtime.plan import forget_plans
 
 TUNED = Path(__file__).parents[3] / "tuned"
 
 # "fused" runs base and adapter in one GEMM; "hybrid" lets our kernel write the adapter's part and
 # the vendor's GEMM accumulate the base on top of it (beta = 1).
 STRATEGIES = ("fused", "hybrid")
+
+# Cells and tiles that are kept: a model has a dozen shapes, times its numbers of tokens.
+_KEPT = 4096
+
+_lookups: list[Callable] = []
+
+
+def tile_of_cell(function: Callable) -> Callable:
+    """Remembers what a pure function of a cell has said, as long as the tables are the same."""
+    remembering = functools.lru_cache(maxsize=_KEPT)(function)
+    _lookups.append(remembering)
+    return remembering
+
+
+def _forget_tiles() -> None:
+    for remembering in _lookups:
+        remembering.cache_clear()
+    forget_plans()
+
 
 # The widest rank tile. Higher ranks read the activation once more per 128.
 MAX_BLOCK_R = 128
@@ -68,7 +93,7 @@ class GemmTile:
 
 
 @dataclass(frozen=True)
-class Cell:
+class LinearCell:
     """One direction of one call: what a tuned table is looked up by."""
 
     direction: str  # "forward" or "backward"
@@ -90,7 +115,47 @@ class Cell:
         )
 
 
-def strategy(cell: Cell, limits: DeviceLimits) -> str:
+def cell_of(
+    direction: str,
+    activation: Tensor,  # [M, K] of x, or [M, N] of dy
+    in_features: int,
+    out_features: int,
+    rank: int,
+    dropout: bool,
+) -> LinearCell:
+    dtype = activation.dtype
+    return make_cell(
+        direction, dtype, activation.shape[0], in_features, out_features, rank, dropout,
+        dtype == torch.float32 and precision(dtype) == "ieee",
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def make_cell(
+    direction: str,
+    dtype: torch.dtype,
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    rank: int,
+    dropout: bool,
+    ieee: bool,
+) -> LinearCell:
+    return LinearCell(
+        direction=direction,
+        dtype=str(dtype).removeprefix("torch."),
+        itemsize=dtype.itemsize,
+        tokens=tokens,
+        in_features=in_features,
+        out_features=out_features,
+        rank=rank,
+        dropout=dropout,
+        ieee=ieee,
+    )
+
+
+@tile_of_cell
+def strategy(cell: LinearCell, limits: DeviceLimits) -> str:
     """``fused`` or ``hybrid``, as measured; ``hybrid`` where nobody measured.
 
     The rule for unmeasured cells: the base GEMM is nearly all of the time, the vendor's is close to
@@ -100,8 +165,9 @@ def strategy(cell: Cell, limits: DeviceLimits) -> str:
     return tuned(cell, limits).get("strategy", "hybrid")
 
 
+@tile_of_cell
 def shrink_tile(
-    cell: Cell, depth: int, narrow_itemsize: int, limits: DeviceLimits, *, aligned: bool
+    cell: LinearCell, depth: int, narrow_itemsize: int, limits: DeviceLimits, *, aligned: bool
 ) -> ShrinkTile:
     """For ``[M, depth] @ [depth, R]``. Small M splits the reduction, until every SM has work."""
     block_m = clamp(next_power_of_two(cell.tokens), 16, 64)
@@ -131,8 +197,9 @@ def shrink_tile(
     return replace(tile, **tuned(cell, limits).get("shrink", {}))
 
 
+@tile_of_cell
 def rank_gradient_tile(
-    cell: Cell, depth: int, limits: DeviceLimits, *, aligned: bool
+    cell: LinearCell, depth: int, limits: DeviceLimits, *, aligned: bool
 ) -> RankGradientTile:
     """For ``[depth, M] @ [M, R]``. The rows are split until every SM has work for two blocks."""
     block_r = clamp(next_power_of_two(cell.rank), 16, MAX_BLOCK_R)
@@ -162,7 +229,7 @@ def rank_gradient_tile(
     return replace(tile, **tuned(cell, limits).get("rank_gradient", {}))
 
 
-def projects_in_same_pass(cell: Cell, depth: int, block_d: int) -> bool:
+def projects_in_same_pass(cell: LinearCell, depth: int, block_d: int) -> bool:
     """Whether t comes from the pass over dy that gives dB, or from a shrink of its own.
 
     In the same pass every ``block_d`` columns write a partial t. That is worth it while writing and
@@ -172,8 +239,9 @@ def projects_in_same_pass(cell: Cell, depth: int, block_d: int) -> bool:
     return 2 * partials <= depth * cell.itemsize
 
 
+@tile_of_cell
 def gemm_tile(
-    cell: Cell,
+    cell: LinearCell,
     columns: int,
     limits: DeviceLimits,
     *,
@@ -238,18 +306,15 @@ def use_cells(cells: dict | None):
     """
     global _replacement
     before, _replacement = _replacement, cells
+    _forget_tiles()
     try:
         yield
     finally:
         _replacement = before
+        _forget_tiles()
 
 
-def cells_are_replaced() -> bool:
-    """Whether :func:`use_cells` is active: what was looked up before does not hold then."""
-    return _replacement is not None
-
-
-def tuned(cell: Cell, limits: DeviceLimits) -> dict:
+def tuned(cell: LinearCell, limits: DeviceLimits) -> dict:
     """What a table says about the cell; empty where it says nothing."""
     cells = shipped_cells(limits.name) if _replacement is None else _replacement
     return cells.get(cell.key) or cells.get("*", {})

@@ -24,9 +24,9 @@ from lora_kernels.ops.routed.bank.tables import SlotTables
 from lora_kernels.ops.routed.bank.versions import BankVersion, Bound, Entry, Reserved, table_rows
 from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout, Trained
 from lora_kernels.runtime.capture import is_captured
+from lora_kernels.runtime.checks import check_no_wrapper
 from lora_kernels.runtime.dtypes import FLOATING
 from lora_kernels.runtime.tensor_state import check_has_values, has_memory
-from lora_kernels.runtime.wrappers import check_no_wrapper
 
 # What a bank makes must be plain tensors, also under inference_mode: a later step may save them.
 _OUTSIDE_INFERENCE = torch.inference_mode(False)

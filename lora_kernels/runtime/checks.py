@@ -1,7 +1,11 @@
-"""Tensors of a class that stands for others, such as DTensor or torchao's quantised weights."""
+"""What every operation refuses: tensors of another dtype, or of a class that stands for others.
+
+Such classes are DTensor and torchao's quantised weights.
+"""
 
 from torch import Tensor
 
+from lora_kernels.runtime.dtypes import FLOATING
 from lora_kernels.runtime.eager import PLAIN
 
 
@@ -21,3 +25,13 @@ def is_wrapper(tensor: Tensor) -> bool:
 def check_no_wrapper(name: str, tensor: Tensor) -> None:
     if type(tensor) not in PLAIN and is_wrapper(tensor):
         raise TypeError(f"{name}: expected a plain tensor, got a {type(tensor).__name__}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    check_no_wrapper(name, tensor)
+    if tensor.dtype not in FLOATING:
+        raise TypeError(
+            f"{name}: expected dtype bfloat16, float16, float32 or float64, got {tensor.dtype}"
+        )

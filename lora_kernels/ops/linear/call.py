@@ -1,0 +1,64 @@
+"""One call of ``lora_linear`` as its backends take it.
+
+Dimensions: M tokens, K in_features, N out_features, R rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lora_kernels.adapters.factors import LoRAFactors
+from lora_kernels.base_weights import BaseWeight
+from lora_kernels.runtime.dropout import ActiveDropout
+
+
+class Needs(NamedTuple):
+    """Whose gradients a backward computes."""
+
+    x: bool
+    lora_a: bool
+    lora_b: bool
+    bias: bool
+    output_scale: bool
+
+
+@dataclass(slots=True, eq=False)
+class LinearCall:
+    """What a forward reads; for a backward also what the forward has saved.
+
+    The factors have no rank_scale left.
+    """
+
+    x: Tensor | None  # [..., K]; in a backward None where A needs no gradient
+    base: BaseWeight | None
+    factors: LoRAFactors
+    bias: Tensor | None  # [N]; None in a backward
+    dropout: ActiveDropout | None  # None where nothing is dropped
+    save_unscaled: bool = False
+    dy: Tensor | None = None  # [..., N]
+    h: Tensor | None = None  # [M, R], needed for the gradient of B
+    mask: Tensor | None = None  # [M, ceil(K/8)]; drawn again where it was not stored
+    unscaled: Tensor | None = None  # [M, N], needed for the gradient of output_scale
+    needs: Needs | None = None
+
+
+class Result(NamedTuple):
+    """What a forward computes: y, and what a backward may need."""
+
+    y: Tensor  # [..., N]
+    h: Tensor  # [M, R] in fp32, or the composed backend's dtype: D(x) A^T
+    mask: Tensor | None  # [M, ceil(K/8)], the packed keep-mask
+    unscaled: Tensor | None  # [M, N], the result before output_scale and bias, where asked for
+
+
+class Gradients(NamedTuple):
+    """What a backward computes; None where it is not needed."""
+
+    x: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    bias: Tensor | None = None
+    output_scale: Tensor | None = None

@@ -1,0 +1,139 @@
+"""The plan of a call of ``lora_linear``: its backends and its dropout, from metadata alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lora_kernels.adapters.factors import LoRAFactors
+from lora_kernels.base_weights import BaseWeight
+from lora_kernels.ops.linear import composed, cpu, tuned
+from lora_kernels.ops.linear.call import LinearCall
+from lora_kernels.runtime import cuda_extension, dispatch
+from lora_kernels.runtime.device_limits import next_power_of_two
+from lora_kernels.runtime.dispatch import Choice
+from lora_kernels.runtime.dropout import drop_threshold
+from lora_kernels.runtime.plan import Plans, metadata_of
+
+PLANS = Plans()
+
+_NUMBERS = frozenset((int, float))
+
+
+@dataclass(frozen=True, slots=True)
+class LinearPlan:
+    """What follows from the metadata of a call.
+
+    Attributes:
+        backend: as it was asked for, the process's default in place of ``auto``.
+        choice: the forward's backend and why, as ``explain`` prints it.
+        forward, backward: the modules that serve.
+        strided_backward: the module for a dy that is not contiguous.
+        drops: whether anything is dropped.
+    """
+
+    backend: str
+    choice: Choice
+    forward: ModuleType
+    backward: ModuleType
+    strided_backward: ModuleType
+    drops: bool
+
+
+def key_of(
+    x: Tensor,
+    base: BaseWeight | None,
+    factors: LoRAFactors,
+    bias: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: str,
+    known_as: tuple | None,
+) -> tuple | None:
+    """All that the full check and the choice look at; None where only the check can tell.
+
+    ``known_as`` is what conditions of a caller depend on.
+    """
+    a, b, scaling, output_scale, rank_scale = factors
+    tensor, number = None, type(scaling)
+    if number not in _NUMBERS:
+        if not isinstance(scaling, Tensor):
+            return None
+        tensor, number = scaling, scaling.requires_grad
+    if type(dropout_p) not in _NUMBERS:
+        return None
+    weights, kind = (), None
+    try:
+        if base is not None:
+            weights, kind = base.tensors(), (base.format, base.meta)
+            for weight in weights:
+                if weight.requires_grad and torch.is_grad_enabled():
+                    return None
+    except AttributeError:  # it is no weight
+        return None
+    found = metadata_of(x, a, b, bias, output_scale, rank_scale, seed, tensor, *weights)
+    if found is None:
+        return None
+    measured = None
+    if not x.is_cpu:
+        measured = x.is_contiguous(), next_power_of_two(x.numel() // x.shape[-1])
+    return (
+        found, number, dropout_p, kind, measured, backend, dispatch.PROCESS_DEFAULT, known_as,
+    )  # fmt: skip
+
+
+def make_plan(
+    backend: str, x: Tensor, base: BaseWeight | None, factors: LoRAFactors, dropout_p: float
+) -> LinearPlan:
+    """For arguments that the full check has accepted; a named backend that cannot serve raises."""
+    backend = dispatch.requested(backend)
+    drops = drop_threshold(dropout_p) > 0
+    sizes = tuned.Sizes.of(base, factors.a, factors.b, drops)
+    choice = tuned.choose(backend, "forward", x, sizes)
+    forward = backward = module_of(choice.backend, x)
+    strided = backward
+    if backend == "auto" and x.is_cuda and base is not None:
+        # dy is not known yet: taken as contiguous, which it is in a model.
+        backward = module_of(tuned.of_sizes("backward", x, sizes).backend, x)
+        strided = composed
+    return LinearPlan(backend, choice, forward, backward, strided, drops)
+
+
+def module_of(backend: str, like: Tensor) -> ModuleType:
+    """The module of a backend; those that import Triton when they are first asked for."""
+    if backend == "native" and like.is_cpu:
+        return cpu
+    if backend in ("native", "triton"):
+        name = "cuda" if backend == "native" else "triton"
+        return import_module(f"lora_kernels.ops.linear.{name}")
+    return composed
+
+
+def explain_plan(plan: LinearPlan, call: LinearCall) -> Choice:
+    """The plan's choice; the reason names the kernels, and the backward's backend where a table
+    decides."""
+    backend, reason = plan.choice
+    x, base = call.x, call.base
+    if backend == "native" and x.device.type == "cuda":
+        reason = f"{reason}; {_native_kernels(call)}"
+    if plan.backend != "auto" or x.device.type != "cuda" or base is None:
+        return Choice(backend, reason)
+    sizes = tuned.Sizes.of(base, call.factors.a, call.factors.b, call.dropout is not None)
+    backward = tuned.of_sizes("backward", x, sizes)
+    return Choice(backend, f"{reason}; backward {backward.backend}: {backward.reason}")
+
+
+def _native_kernels(call: LinearCall) -> str:
+    """Which kernels run when native serves a forward on a GPU."""
+    from lora_kernels.ops.linear import cuda
+
+    reason = cuda.why_not_decode(call)
+    if reason is None:
+        return "one CUDA kernel for base and adapter"
+    gemm = cuda_extension.missing_gemm_tail(call.x.device)
+    wide = f"all kernels are Triton's ({gemm})" if gemm else "Triton's kernels around a CUDA GEMM"
+    return f"not the CUDA kernel for few tokens ({reason}): {wide}"

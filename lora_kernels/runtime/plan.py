@@ -1,0 +1,69 @@
+"""What follows from a call's metadata alone is made once: its plan, looked up by a key.
+
+The key is taken from the live arguments and holds all that the full check looks at. So a call whose
+key is known has passed the check, and one that has not is always checked.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TypeVar
+
+from torch import Tensor
+
+from lora_kernels.runtime import tensor_state
+
+Plan = TypeVar("Plan")
+
+_LIMIT = 4096
+_ALL: weakref.WeakSet[Plans] = weakref.WeakSet()
+
+
+class Plans(dict):
+    """Plans by their keys. When it is full all are forgotten, and made again as they are needed."""
+
+    __hash__ = object.__hash__  # each is one of its own
+
+    def __init__(self) -> None:
+        super().__init__()
+        _ALL.add(self)
+
+    def keep(self, key: tuple | None, plan: Plan) -> Plan:
+        """Remember a plan; None is no key."""
+        if key is not None:
+            if len(self) >= _LIMIT:
+                self.clear()
+            self[key] = plan
+        return plan
+
+
+def forget_plans() -> None:
+    """To be called where what plans were made from has changed: a table, the extension."""
+    for plans in list(_ALL):
+        plans.clear()
+
+
+def metadata_of(x: Tensor, *others: Tensor | None) -> tuple | None:
+    """The types, dtypes, shapes, devices and layouts of tensors, of x's shape the last size only.
+
+    None where only the full check can tell: something is no tensor, has no memory of its own (a
+    transform's or a mode's wrapper, a storage that was freed, torch's lazy zero), or is empty.
+    """
+    try:
+        lowest = tensor_state.LOWEST_ADDRESS
+        if x.data_ptr() < lowest:
+            return None
+        found = [type(x), x.dtype, x.shape[-1:], x.is_cpu or x.device, x.layout]
+        for tensor in others:
+            if tensor is None:
+                found.append(None)
+                continue
+            if tensor.data_ptr() < lowest:
+                return None
+            found += (
+                type(tensor), tensor.dtype, tensor.shape, tensor.is_cpu or tensor.device,
+                tensor.layout,
+            )  # fmt: skip
+    except (AttributeError, RuntimeError):
+        return None
+    return tuple(found)
