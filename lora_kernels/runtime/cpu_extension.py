@@ -234,7 +234,7 @@ def _unread(**tensors: Tensor | None) -> RuntimeError:
 # --- many adapters ---------------------------------------------------------------------------
 
 
-class RoutedCall:
+class RoutedGroups:
     """The groups of one routing over one bank, as ``routed_lora``'s kernels take them.
 
     Dimensions: P pairs, H the widest rank of the bank. ``bank`` and ``routing`` are those of

@@ -1,6 +1,7 @@
 """What the operations' registrations share: eager calls without the dispatcher's cost."""
 
 import functools
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -65,16 +66,23 @@ def below_autograd(function):
     return run
 
 
+_NOTHING = nullcontext()
+
+
+def autocast_off(like: Tensor):
+    """A context in which autocast adds no casts on like's device."""
+    # torch's question about all devices leaves MPS out.
+    if not _autocasts() and not like.is_mps:
+        return _NOTHING
+    return torch.autocast(like.device.type, enabled=False)
+
+
 def without_autocast(function):
     """For the kernels of ops: they do their own casts, and autocast must not add any below them."""
 
     @functools.wraps(function)
     def run(*arguments):
-        kind = arguments[0].device.type
-        # torch's question about all devices leaves MPS out.
-        if not _autocasts() and kind != "mps":
-            return function(*arguments)
-        with torch.autocast(kind, enabled=False):
+        with autocast_off(arguments[0]):
             return function(*arguments)
 
     return run

@@ -25,7 +25,7 @@ from lora_kernels.ops.narrow.products import product_dtype
 from lora_kernels.ops.narrow.second_order import missing_edge
 from lora_kernels.runtime import dispatch
 from lora_kernels.runtime.dropout import GROUP, ActiveDropout, MaskPlace, drop_threshold
-from lora_kernels.runtime.eager import is_plain_eager, requires_grad, without_autocast
+from lora_kernels.runtime.eager import autocast_off, is_plain_eager, requires_grad, without_autocast
 from lora_kernels.runtime.scaling import as_tensor, constant
 from lora_kernels.runtime.tensor_state import check_has_values, name_unsaved
 
@@ -254,12 +254,10 @@ def _gradients(ctx, dy: Tensor) -> Gradients:
         unscaled=unscaled,
         needs=Needs(needs_x, needs_a, needs_b, needs_bias, needs_output_scale),
     )
-    if differentiated or _autocasts() or dy.is_mps:
-        with torch.autocast(dy.device.type, enabled=False):
-            if differentiated:
-                return differentiable_backward(call, getattr(ctx, "edge_to_x", None))
-            return _first_gradients(call, ctx.plan, ctx.backend)
-    return _first_gradients(call, ctx.plan, ctx.backend)
+    with autocast_off(dy):
+        if differentiated:
+            return differentiable_backward(call, getattr(ctx, "edge_to_x", None))
+        return _first_gradients(call, ctx.plan, ctx.backend)
 
 
 def _first_gradients(call: LinearCall, plan: LinearPlan | None, backend: str) -> Gradients:

@@ -1,11 +1,16 @@
 """``routed_lora``: many adapters in one batch, forward and backward."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from lora_kernels.base_weights import BaseWeight, base_of
 from lora_kernels.ops.routed import op, reference
 from lora_kernels.ops.routed.bank.bank import Adapter, AdapterBank
 from lora_kernels.ops.routed.bank.slots import AdapterSlots
+from lora_kernels.ops.routed.bank.versions import BankVersion
+from lora_kernels.ops.routed.call import RoutedCall
 from lora_kernels.ops.routed.checks import (
     check_base,
     check_h,
@@ -15,12 +20,14 @@ from lora_kernels.ops.routed.checks import (
     check_rows,
     check_seed,
 )
+from lora_kernels.ops.routed.plan import make_plan
 from lora_kernels.ops.routed.routing import Routing
-from lora_kernels.ops.routed.tensors import RoutingTensors
 from lora_kernels.runtime import cuda_extension, dispatch
 from lora_kernels.runtime.dispatch import Choice
-from lora_kernels.runtime.dropout import draw_seed
-from lora_kernels.runtime.dtypes import FLOATING, cast_for_autocast
+from lora_kernels.runtime.dropout import MaskPlace, check_place, draw_seed
+from lora_kernels.runtime.dtypes import FLOATING, autocast_dtype, cast_for_autocast
+from lora_kernels.runtime.eager import is_plain_eager
+from lora_kernels.runtime.plan import metadata_of
 
 __all__ = [
     "Adapter",
@@ -34,7 +41,8 @@ __all__ = [
     "routed_shrink",
 ]
 
-_OPS = torch.ops.lora_kernels
+
+_WHOLE = MaskPlace()
 
 
 def routed_lora(
@@ -44,6 +52,9 @@ def routed_lora(
     out: Tensor | None = None,
     *,
     seed: Tensor | None = None,
+    row_offset: int = 0,
+    column_offset: int = 0,
+    pitch: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""The adapters' contribution to each token of a batch.
@@ -62,6 +73,8 @@ def routed_lora(
         out: ``[..., N]`` in x's dtype, in memory of its own; the contribution is added into it,
             and rows of tokens without an adapter stay as they are, bit for bit. None: a new tensor.
         seed: 0-d int64 on x's device for the masks; None draws one where an adapter drops.
+        row_offset, column_offset, pitch: where x stands in a whole activation of ``pitch``
+            columns, whose masks it draws its part of; see :func:`lora_linear`.
         backend: ``auto``, ``reference``, ``composed``, ``triton`` or ``native``; see
             :func:`explain`.
 
@@ -91,41 +104,49 @@ def routed_lora(
         RuntimeError: the bank's parameters were replaced by what it cannot work on.
     """
     (x,) = cast_for_autocast(x)
-    check_input(x, bank, routing)
+    place = MaskPlace(row_offset, column_offset, pitch)
     if out is not None:
+        check_input(x, bank, routing)
         check_out_type(out)
         check_out(out, (*x.shape[:-1], bank.out_features), x.dtype, x)
-    call = _Call(bank, routing, backend, x)
-    seed = call.seed(seed)
-    if out is None or call.needs_gradient(x) or (torch.is_grad_enabled() and out.requires_grad):
+    batch = _prepared(x, bank, routing, seed, place, backend)
+    call = batch.call
+    if out is None or _needs_gradient(call, x, out):
         if call.backend == "reference":
-            y = call.reference(x, None, None, seed)
+            y = _reference(batch)
         else:
-            # Negative zeros, where there is no adapter: they leave any number as it is.
-            start = None if out is None else x.new_full((bank.out_features,), -0.0)
-            y = call.differentiable("routed_lora", x, None, start, seed)
+            if out is not None:
+                # Negative zeros, where there is no adapter: they leave any number as it is.
+                call.bias = x.new_full((bank.out_features,), -0.0)
+            y = op.run("routed_lora", call)
         return y if out is None else out.add_(y)
     if call.backend == "reference":
-        return out.add_(call.reference(x, None, None, seed))
-    _OPS.routed_lora_(*call.context, out, x, seed, call.backend)
+        return out.add_(_reference(batch))
+    call.out = out
+    op.run_in_place("routed_lora_", call)
     return out
 
 
 def routed_lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | BaseWeight,
     bank: AdapterBank,
     routing: Routing,
     bias: Tensor | None = None,
     *,
     seed: Tensor | None = None,
+    row_offset: int = 0,
+    column_offset: int = 0,
+    pitch: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     r"""A frozen linear layer with each token's adapters: ``x W^T + b`` plus :func:`routed_lora`.
 
     Args:
-        x, bank, routing, seed, backend: as for :func:`routed_lora`.
-        weight: ``[N, K]`` in x's dtype, frozen; N is that of all slices.
+        x, bank, routing, seed, row_offset, column_offset, pitch, backend: as for
+            :func:`routed_lora`.
+        weight: ``[N, K]`` in x's dtype, frozen, a tensor or a :class:`BaseWeight`; N is that of all
+            slices.
         bias: ``[N]`` in x's dtype.
 
     Returns:
@@ -138,14 +159,15 @@ def routed_lora_linear(
     Raises:
         TypeError, ValueError, RuntimeError: as for :func:`routed_lora`.
     """
-    x, weight, bias = cast_for_autocast(x, weight, bias)
-    check_input(x, bank, routing)
-    check_base(weight, bias, bank, x)
-    call = _Call(bank, routing, backend, x)
-    seed = call.seed(seed)
-    if call.backend == "reference":
-        return call.reference(x, weight, bias, seed)
-    return call.differentiable("routed_lora", x, weight, bias, seed)
+    base = base_of(weight)
+    if (dtype := autocast_dtype(x)) is not None:
+        x, base = x.to(dtype), None if base is None else base.to(dtype)
+        bias = bias.to(dtype) if isinstance(bias, Tensor) else bias
+    place = MaskPlace(row_offset, column_offset, pitch)
+    batch = _prepared(x, bank, routing, seed, place, backend, (base, bias))
+    if batch.call.backend == "reference":
+        return _reference(batch)
+    return op.run("routed_lora", batch.call)
 
 
 def routed_shrink(
@@ -154,6 +176,9 @@ def routed_shrink(
     routing: Routing,
     *,
     seed: Tensor | None = None,
+    row_offset: int = 0,
+    column_offset: int = 0,
+    pitch: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The first half of :func:`routed_lora`: ``h = D(x) A^T`` of every pair.
@@ -170,13 +195,15 @@ def routed_shrink(
         TypeError, ValueError, RuntimeError: as for :func:`routed_lora`.
     """
     (x,) = cast_for_autocast(x)
-    check_input(x, bank, routing)
-    call = _Call(bank, routing, backend, x)
-    seed = call.seed(seed)
+    place = MaskPlace(row_offset, column_offset, pitch)
+    batch = _prepared(x, bank, routing, seed, place, backend)
+    call = batch.call
     if call.backend == "reference":
         rows = x.reshape(-1, x.shape[-1])
-        return reference.shrink(rows, call.version, call.slots, call.routing, seed)
-    return call.differentiable("routed_shrink", x, seed)
+        return reference.shrink(
+            rows, batch.version, batch.slots, call.routing, call.seed, call.place
+        )
+    return op.run("routed_shrink", call)
 
 
 def routed_expand(
@@ -215,18 +242,21 @@ def routed_expand(
         rows = out.shape[:-1].numel()
         check_out(out, (*out.shape[:-1], bank.out_features), dtype, h)
         check_rows("out", rows, routing)
-    call = _Call(bank, routing, backend, h, dtype)
+    batch = _prepared(h, bank, routing, None, _WHOLE, backend, of_h=dtype)
+    call = batch.call
     expected = (call.routing.tokens.shape[0], call.bank.width)
     if tuple(h.shape) != expected:
         raise ValueError(f"h: expected {list(expected)} (pairs, widest rank), got {list(h.shape)}")
+    call.x, call.h, call.rows, call.dtype = None, h, rows, dtype
     if call.backend == "reference":
         base = h.new_zeros((rows, bank.out_features), dtype=dtype)
-        y = reference.expand(h, base, call.version, call.slots, call.routing)
+        y = reference.expand(h, base, batch.version, batch.slots, call.routing)
         return y if out is None else out.add_(y.view(out.shape))
-    if out is None or call.needs_gradient(h) or (torch.is_grad_enabled() and out.requires_grad):
-        y = call.differentiable("routed_expand", h, rows, dtype)
+    if out is None or _needs_gradient(call, h, out):
+        y = op.run("routed_expand", call)
         return y if out is None else out.add_(y.view(out.shape))
-    _OPS.routed_expand_(*call.context, out, h, call.backend)
+    call.out = out
+    op.run_in_place("routed_expand_", call)
     return out
 
 
@@ -258,74 +288,124 @@ def explain(x: Tensor, bank: AdapterBank, routing: Routing, *, backend: str = "a
     return choice
 
 
-class _Call:
-    """A bank and a routing as one call sees them."""
+class _Batch(NamedTuple):
+    """A call, and what the definition reads of the bank."""
 
-    def __init__(
-        self,
-        bank: AdapterBank,
-        routing: Routing,
-        backend: str,
-        like: Tensor,
-        result: torch.dtype | None = None,  # None: like's
-    ) -> None:
-        dtype = like.dtype
-        if like.device.type == "cuda" and dtype == torch.float32 and result is not None:
-            dtype = result  # h is fp32 there, whatever x was: it says nothing about the call
-        self.backend = dispatch.choose(backend, like.device, dtype).backend
-        slots = self.slots = routing.trained_slots()
-        version = self.version = bank.version_for(routing.pinned, slots, routing.capacity)
-        routing.check_current()
-        self.bank = version.tensors(slots, routing.capacity)
-        if version.device.type == "cuda" and not torch.compiler.is_compiling():
-            version.note_stream(slots)
-        # On a GPU the groups' sizes would have to be waited for; the kernels there need no plan.
-        with_plan = self.backend == "composed" or (
-            self.backend == "native" and like.device.type == "cpu"
-        )
-        self.routing: RoutingTensors = routing.tensors(with_plan=with_plan)
-        self.layout, self.trained = version.gradients(slots, routing.capacity)
+    call: RoutedCall
+    version: BankVersion
+    slots: tuple[int, ...] | None  # that the routing may use; None: all
 
-    @property
-    def context(self) -> tuple:
-        return (*self.bank, *self.routing)
 
-    def differentiable(self, name: str, *inputs) -> Tensor:
-        """Call a differentiable op with the batch's parameters, which autograd must see."""
-        return op.call_differentiable(
-            name,
-            self.routing.tokens,
-            *self.context,
-            *self.layout,
-            *inputs,
-            self.backend,
-            *self.trained,
-        )
+def _prepared(
+    x: Tensor,  # or h, with the dtype of the result as of_h
+    bank: AdapterBank,
+    routing: Routing,
+    seed: Tensor | None,
+    place: MaskPlace,
+    backend: str,
+    layer: tuple[BaseWeight | None, Tensor | None] | None = None,  # the weight and the bias
+    of_h: torch.dtype | None = None,
+) -> _Batch:
+    """The call, its plan looked up with the bank's version or made after the full check."""
+    base, bias = layer or (None, None)
+    plan = key = None
+    if is_plain_eager(x) and place == _WHOLE and _belong_together(bank, routing):
+        slots = routing.trained_slots()
+        version = bank.version_for(routing.pinned, slots, routing.capacity)
+        key = _key_of(x, base, bias, routing, seed, backend, layer is None, of_h)
+        plan = version.plans.get(key)
+    if plan is None:
+        _check(x, bank, routing, seed, place, layer, of_h)
+        dtype = x.dtype
+        if x.device.type == "cuda" and dtype == torch.float32 and of_h is not None:
+            dtype = of_h  # h is fp32 there, whatever x was: it says nothing about the call
+        plan = make_plan(dispatch.choose(backend, x.device, dtype), x)
+        slots = routing.trained_slots()
+        version = bank.version_for(routing.pinned, slots, routing.capacity)
+        if key is not None:
+            version.plans.keep(key, plan)
+    routing.check_current()
+    tensors = version.tensors(slots, routing.capacity)
+    if version.device.type == "cuda" and not torch.compiler.is_compiling():
+        version.note_stream(slots)
+    if not any(tensors.thresholds):
+        seed = None
+    elif seed is None:
+        seed = draw_seed(tensors.scaling.device)
+    call = RoutedCall(
+        tensors,
+        routing.tensors(with_plan=plan.reads_groups),
+        plan.choice.backend,
+        x,
+        base,
+        bias,
+        None,
+        seed,
+        place,
+    )
+    if torch.is_grad_enabled() or not is_plain_eager(x):
+        call.layout, call.trained = version.gradients(slots, routing.capacity)
+    return _Batch(call, version, slots)
 
-    def needs_gradient(self, x: Tensor) -> bool:
-        weights = self.routing.pair_weights
-        return torch.is_grad_enabled() and (
-            x.requires_grad
-            or (weights is not None and weights.requires_grad)
-            or any(parameter.requires_grad for parameter in self.trained.parameters)
-        )
 
-    def seed(self, seed: Tensor | None) -> Tensor | None:
-        """What the masks are a function of; None where no adapter drops."""
-        device = self.bank.scaling.device
-        if seed is not None:
-            check_seed(seed, device)
-        if not any(self.bank.thresholds):
-            return None
-        return draw_seed(device) if seed is None else seed
+def _belong_together(bank: AdapterBank, routing: Routing) -> bool:
+    return (
+        isinstance(bank, AdapterBank)
+        and isinstance(routing, Routing)
+        and routing.slots is bank.slots
+    )
 
-    def reference(self, x: Tensor, weight, bias, seed: Tensor | None) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        if weight is None:
-            base = rows.new_zeros((rows.shape[0], self.bank.slice_columns[-1]))
-            base = base + rows[:0].sum()  # nothing, but a function of x
-        else:
-            base = torch.nn.functional.linear(rows, weight, bias)
-        h = reference.shrink(rows, self.version, self.slots, self.routing, seed)
-        y = reference.expand(h, base, self.version, self.slots, self.routing)
-        return y.view(*x.shape[:-1], y.shape[1])
+
+def _key_of(x, base, bias, routing, seed, backend, alone, of_h) -> tuple | None:
+    """All that the full check and the choice look at beside the version; None where only the check
+    can tell."""
+    weights, kind = (), alone
+    try:
+        if base is not None:
+            weights, kind = base.tensors(), (base.format, base.meta)
+        for weight in weights:
+            if weight.requires_grad and torch.is_grad_enabled():
+                return None
+    except AttributeError:  # it is no weight
+        return None
+    found = metadata_of(x, bias, seed, *weights)
+    if found is None:
+        return None
+    if of_h is None and x.numel() // x.shape[-1] not in (routing.num_tokens, routing.max_tokens):
+        return None
+    return found, kind, routing.device, backend, dispatch.PROCESS_DEFAULT, of_h
+
+
+def _check(x, bank, routing, seed, place, layer, of_h) -> None:
+    if of_h is None:
+        check_input(x, bank, routing)
+    if layer is not None:
+        check_base(*layer, bank, x)
+    if seed is not None:
+        check_seed(seed, bank.device)
+    if place != _WHOLE:
+        check_place(*place, x.shape[-1])
+
+
+def _needs_gradient(call: RoutedCall, operand: Tensor, out: Tensor) -> bool:
+    weights = call.routing.pair_weights
+    return torch.is_grad_enabled() and (
+        operand.requires_grad
+        or out.requires_grad
+        or (weights is not None and weights.requires_grad)
+        or any(parameter.requires_grad for parameter in call.trained.parameters)
+    )
+
+
+def _reference(batch: _Batch) -> Tensor:
+    call, version, slots = batch
+    x, routing = call.x, call.routing
+    rows = x.reshape(-1, x.shape[-1])
+    if call.base is None:
+        start = rows.new_zeros((rows.shape[0], call.bank.slice_columns[-1]))
+        start = start + rows[:0].sum()  # nothing, but a function of x
+    else:
+        start = torch.nn.functional.linear(rows, call.base.dequantise(), call.bias)
+    h = reference.shrink(rows, version, slots, routing, call.seed, call.place)
+    y = reference.expand(h, start, version, slots, routing)
+    return y.view(*x.shape[:-1], y.shape[1])

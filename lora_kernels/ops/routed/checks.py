@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lora_kernels.base_weights import BaseWeight
 from lora_kernels.ops.routed.bank.bank import AdapterBank
 from lora_kernels.ops.routed.routing import Routing
 from lora_kernels.runtime.checks import check_no_wrapper
@@ -118,9 +119,12 @@ def _share_memory(out: Tensor, operand: Tensor) -> bool:
     return column < operand.shape[1] or column + out.shape[1] > pitch
 
 
-def check_base(weight: Tensor, bias: Tensor | None, bank: AdapterBank, x: Tensor) -> None:
-    expected = (bank.out_features, bank.in_features)
-    for name, tensor, shape in (("weight", weight, expected), ("bias", bias, expected[:1])):
+def check_base(base: BaseWeight | None, bias: Tensor | None, bank: AdapterBank, x: Tensor) -> None:
+    if not isinstance(base, BaseWeight):
+        raise TypeError(f"weight: expected a tensor, got {type(base).__name__}")
+    weights = base.tensors()
+    dense = [("weight", *weights)] if base.format == "dense" else []
+    for name, tensor in (*dense, ("bias", bias)):
         if tensor is None and name == "bias":
             continue
         if not isinstance(tensor, Tensor):
@@ -128,16 +132,24 @@ def check_base(weight: Tensor, bias: Tensor | None, bank: AdapterBank, x: Tensor
         check_no_wrapper(name, tensor)
         if tensor.layout is not torch.strided:
             raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
-    if weight.requires_grad and torch.is_grad_enabled():
+        _check_matrix(
+            name, tensor, (bank.out_features, bank.in_features)[: 1 + (name != "bias")], x
+        )
+    if not dense:
+        _check_matrix("weight", base, (bank.out_features, bank.in_features), x)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in weights):
         raise ValueError(
             "weight: expected a frozen tensor (requires_grad=False), got one that requires grad"
         )
+
+
+def _check_matrix(name: str, of: Tensor | BaseWeight, shape: tuple, x: Tensor) -> None:
+    if tuple(of.shape) != shape:
+        raise ValueError(f"{name}: expected {list(shape)}, got {list(of.shape)}")
+    if of.dtype != x.dtype:
+        raise TypeError(f"{name}: expected x's dtype {x.dtype}, got {of.dtype}")
+    if of.device != x.device:
+        raise ValueError(f"{name}: expected x's device {x.device}, got {of.device}")
 
 
 def check_seed(seed: Tensor, device: torch.device) -> None:

@@ -14,153 +14,91 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from lora_kernels.base_weights import product_or_bias
 from lora_kernels.ops.narrow.products import (
     narrow_product,
     product_dtype,
     row_chunks,
     transposed_product,
 )
-from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout, RoutingTensors
+from lora_kernels.ops.routed.call import Gradients, Result, RoutedCall, stores_mask
 from lora_kernels.runtime.dropout import packed_keep_mask_of_rows, zero_dropped
 from lora_kernels.runtime.dtypes import accumulator_dtype
 
 
-def forward(
-    x: Tensor,  # [M, K]
-    weight: Tensor | None,  # [N, K]
-    bias: Tensor | None,  # [N]
-    bank: BankTensors,
-    routing: RoutingTensors,
-    seed: Tensor | None,  # []
-    save: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``(y, h, mask)``: the result and, if ``save``, what a backward may need.
-
-    h is ``D(x) A^T`` ``[P, H]`` in :func:`product_dtype`, zero beyond an adapter's rank; mask the
-    packed keep-mask ``[P, ceil(K/8)]`` of the pairs whose adapter drops, or None.
-    """
-    if weight is not None:
-        y = torch.nn.functional.linear(x, weight, bias)
-    elif bias is not None:
-        y = bias.expand(x.shape[0], -1).clone()
-    else:
-        y = x.new_zeros((x.shape[0], bank.slice_columns[-1]))
-    h, mask = _saved(x, bank, routing, seed) if save else (None, None)
-    for group in _groups(bank, routing, x.dtype):
-        narrow = _shrink(group, x, seed, mask)
+def forward(call: RoutedCall) -> Result:
+    """h is in :func:`product_dtype`, zero beyond an adapter's rank."""
+    x, y, h, mask = call.x, call.out, None, None
+    if y is None:
+        y, begun = product_or_bias(call.base, x, call.bias, call.bank.slice_columns[-1])
+        y = y if begun else y.zero_()
+    if call.save:
+        h, mask = _saved(call)
+    for group in _groups(call, x.dtype):
+        narrow = _shrink(group, call, mask)
         if h is not None:
             h[group.pairs, : group.rank] = narrow
         _expand(group, narrow, y)
-    return y, h, mask
+    return Result(y, h, mask)
 
 
-def backward(
-    dy: Tensor,  # [M, N]
-    x: Tensor | None,  # [M, K], needed for the gradients of A
-    weight: Tensor | None,  # [N, K]
-    bank: BankTensors,
-    routing: RoutingTensors,
-    layout: GradientLayout,
-    h: Tensor | None,  # [P, H], needed for the gradients of B and of the weights
-    mask: Tensor | None,  # [P, ceil(K/8)]; regenerated from the seed where it was not stored
-    seed: Tensor | None,
-    in_features: int,
-    needs: tuple[bool, bool, bool],  # x, the pairs' weights, bias
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, the factors (flat, see :class:`GradientLayout`), the weights and bias."""
-    needs_x, needs_weights, needs_bias = needs
-    grad = bank.storage.new_zeros(layout.numel)
-    grad_weights = _weight_gradient(routing) if needs_weights else None
-    grad_bias = dy.sum(0) if needs_bias else None
+def backward(call: RoutedCall) -> Gradients:
+    dy, needs = call.dy, call.needs
+    grad = call.bank.storage.new_zeros(call.layout.numel)
+    grad_weights = _weight_gradient(call)
+    grad_bias = dy.sum(0) if needs.bias else None
     dx = None
-    if needs_x:
-        dx = dy.new_zeros((dy.shape[0], in_features)) if weight is None else dy @ weight
-    for group in _groups(bank, routing, dy.dtype, layout):
-        if not (needs_x or needs_weights or group.trains_a or group.trains_b):
+    if needs.x and call.base is not None:
+        dx = call.base.matmul_t(dy)
+    elif needs.x:
+        dx = dy.new_zeros((dy.shape[0], call.in_features))
+    for group in _groups(call, dy.dtype):
+        if not (needs.x or needs.weights or group.trains_a or group.trains_b):
             continue
-        t = _expand_backward(group, dy, h, grad, grad_weights, needs_x or group.trains_a)
+        t = _expand_backward(group, call, grad, grad_weights, needs.x or group.trains_a)
         if t is not None:
-            _shrink_backward(group, t, x, seed, mask, grad, dx)
-    return dx, grad, grad_weights, grad_bias
+            _shrink_backward(group, t, call, grad, dx)
+    return Gradients(dx, grad, grad_weights, grad_bias)
 
 
-def shrink(
-    x: Tensor,  # [M, K]
-    bank: BankTensors,
-    routing: RoutingTensors,
-    seed: Tensor | None,  # []
-) -> tuple[Tensor, Tensor | None]:
-    """``(h, mask)`` as :func:`forward` saves them."""
-    h, mask = _saved(x, bank, routing, seed)
-    for group in _groups(bank, routing, x.dtype):
-        h[group.pairs, : group.rank] = _shrink(group, x, seed, mask)
+def shrink(call: RoutedCall) -> tuple[Tensor, Tensor | None]:
+    """h and mask as :func:`forward` saves them."""
+    h, mask = _saved(call)
+    for group in _groups(call, call.x.dtype):
+        h[group.pairs, : group.rank] = _shrink(group, call, mask)
     return h, mask
 
 
-def shrink_backward(
-    t: Tensor,  # [P, H], the gradient of h
-    x: Tensor,  # [M, K]
-    bank: BankTensors,
-    routing: RoutingTensors,
-    layout: GradientLayout,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    needs_x: bool,
-) -> tuple[Tensor | None, Tensor]:
-    """Gradients of x and of the factors (those of A)."""
-    grad = bank.storage.new_zeros(layout.numel)
+def shrink_backward(call: RoutedCall) -> Gradients:
+    x, needs_x = call.x, call.needs.x
+    grad = call.bank.storage.new_zeros(call.layout.numel)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs_x else None
-    for group in _groups(bank, routing, x.dtype, layout):
+    for group in _groups(call, x.dtype):
         if needs_x or group.trains_a:
-            narrow = t[group.pairs, : group.rank]
-            _shrink_backward(group, narrow, x, seed, mask, grad, dx)
-    return dx, grad
+            narrow = call.dy[group.pairs, : group.rank]
+            _shrink_backward(group, narrow, call, grad, dx)
+    return Gradients(dx, grad)
 
 
-def expand_(
-    out: Tensor,  # [M, N], added to
-    h: Tensor,  # [P, H]
-    bank: BankTensors,
-    routing: RoutingTensors,
-) -> None:
+def expand_(call: RoutedCall) -> None:
     """``out += w s h B^T`` for every pair."""
-    for group in _groups(bank, routing, out.dtype):
-        _expand(group, h[group.pairs, : group.rank], out)
+    for group in _groups(call, call.out.dtype):
+        _expand(group, call.h[group.pairs, : group.rank], call.out)
 
 
-def expand_backward(
-    dy: Tensor,  # [M, N]
-    h: Tensor | None,  # [P, H], needed for the gradients of B and of the weights
-    bank: BankTensors,
-    routing: RoutingTensors,
-    layout: GradientLayout,
-    needs: tuple[bool, bool],  # h, the pairs' weights
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Gradients of h, of the factors (those of B) and of the weights."""
-    needs_h, needs_weights = needs
-    grad = bank.storage.new_zeros(layout.numel)
-    grad_weights = _weight_gradient(routing) if needs_weights else None
+def expand_backward(call: RoutedCall) -> Gradients:
+    dy, needs = call.dy, call.needs
+    grad = call.bank.storage.new_zeros(call.layout.numel)
+    grad_weights = _weight_gradient(call)
     t = None
-    if needs_h:
-        shape = (routing.tokens.shape[0], bank.width)
+    if needs.x:
+        shape = (call.routing.tokens.shape[0], call.bank.width)
         t = dy.new_zeros(shape, dtype=accumulator_dtype(dy.dtype))
-    for group in _groups(bank, routing, dy.dtype, layout):
-        narrow = _expand_backward(group, dy, h, grad, grad_weights, needs_h)
+    for group in _groups(call, dy.dtype):
+        narrow = _expand_backward(group, call, grad, grad_weights, needs.x)
         if narrow is not None:
             t[group.pairs, : group.rank] = narrow
-    return t, grad, grad_weights
-
-
-def add_(
-    out: Tensor,  # [M, N], added to
-    x: Tensor,  # [M, K]
-    bank: BankTensors,
-    routing: RoutingTensors,
-    seed: Tensor | None,
-) -> None:
-    """``out += `` the adapters' contribution."""
-    for group in _groups(bank, routing, x.dtype):
-        _expand(group, _shrink(group, x, seed, None), out)
+    return Gradients(t, grad, grad_weights)
 
 
 # --- one group -------------------------------------------------------------------------------
@@ -206,13 +144,9 @@ class _Group:
         )
 
 
-def _groups(
-    bank: BankTensors,
-    routing: RoutingTensors,
-    dtype: torch.dtype,  # of the activations
-    layout: GradientLayout | None = None,
-) -> Iterator[_Group]:
-    """The groups whose adapter is in this bank."""
+def _groups(call: RoutedCall, dtype: torch.dtype) -> Iterator[_Group]:
+    """The groups whose adapter is in this bank, for activations of that dtype."""
+    bank, routing, layout = call.bank, call.routing, call.layout
     adapter_of = {slot: index for index, slot in enumerate(bank.slots)}
     places = {} if layout is None else layout.by_slot(bank)
     nowhere = [-1] * (1 + bank.num_slices)
@@ -238,11 +172,12 @@ def _groups(
         yield group
 
 
-def _shrink(group: _Group, x: Tensor, seed: Tensor | None, mask: Tensor | None) -> Tensor:
+def _shrink(group: _Group, call: RoutedCall, mask: Tensor | None) -> Tensor:
     """``D(x) A^T`` of the group's pairs ``[n, R]``; writes its rows of the mask, if any."""
+    x = call.x
     if group.threshold == 0:
         return _narrow(group.rows_of(x), group.a.t())
-    packed = _packed_mask(group, x.shape[1], seed)
+    packed = _packed_mask(group, x.shape[1], call)
     if mask is not None:
         mask[group.pairs] = packed
     h = x.new_empty((packed.shape[0], group.rank), dtype=product_dtype(x))
@@ -266,13 +201,13 @@ def _expand(group: _Group, h: Tensor, out: Tensor) -> None:
 
 def _expand_backward(
     group: _Group,
-    dy: Tensor,  # [M, N]
-    h: Tensor | None,  # [P, H]
+    call: RoutedCall,
     grad: Tensor,  # flat, written
     grad_weights: Tensor | None,  # [P], written
     needs_t: bool,
 ) -> Tensor | None:  # [n, R]
     """t, the gradient of the group's h; writes the gradients of its B and of its weights."""
+    dy, h = call.dy, call.h
     rows = group.rows_of(dy)
     narrow = None if h is None else h[group.pairs, : group.rank]
     t = None
@@ -302,14 +237,12 @@ def _expand_backward(
 def _shrink_backward(
     group: _Group,
     t: Tensor,  # [n, R]
-    x: Tensor | None,  # [M, K]
-    seed: Tensor | None,
-    mask: Tensor | None,
+    call: RoutedCall,
     grad: Tensor,  # flat, written
     dx: Tensor | None,  # [M, K], added to
 ) -> None:
     """Add ``keep * (t A)`` to the group's rows of dx; write the gradient of its A."""
-    offset, a = group.offsets[0], group.a
+    offset, a, x, mask = group.offsets[0], group.a, call.x, call.mask
     columns = a.shape[1]
     if group.threshold == 0:
         if dx is not None:
@@ -318,7 +251,7 @@ def _shrink_backward(
             product = transposed_product(t, group.rows_of(x))
             grad[offset : offset + a.numel()].view(a.shape).copy_(product)
         return
-    packed = _packed_mask(group, columns, seed) if mask is None else mask[group.pairs]
+    packed = _packed_mask(group, columns, call) if mask is None else mask[group.pairs]
     t = t * _keep_scale(group.threshold)
     total = t.new_zeros(a.shape, dtype=accumulator_dtype(t.dtype)) if offset >= 0 else None
     tokens = None if dx is None else group.row_numbers()
@@ -336,28 +269,30 @@ def _shrink_backward(
 # --- pieces ----------------------------------------------------------------------------------
 
 
-def _saved(x, bank, routing, seed) -> tuple[Tensor, Tensor | None]:
+def _saved(call: RoutedCall) -> tuple[Tensor, Tensor | None]:
     """Empty h and mask for :func:`_shrink` to fill."""
-    pairs = routing.tokens.shape[0]
+    x, pairs = call.x, call.routing.tokens.shape[0]
     # Zero where nothing is written: pairs without an adapter, columns beyond an adapter's rank.
-    h = x.new_zeros((pairs, bank.width), dtype=product_dtype(x))
+    h = x.new_zeros((pairs, call.bank.width), dtype=product_dtype(x))
     mask = None
-    if seed is not None and x.device.type == "cpu":
+    if stores_mask(x.device, call.seed, call.backend):
         mask = x.new_zeros((pairs, -(-x.shape[1] // 8)), dtype=torch.uint8)
     return h, mask
 
 
-def _packed_mask(group: _Group, columns: int, seed: Tensor) -> Tensor:
+def _packed_mask(group: _Group, columns: int, call: RoutedCall) -> Tensor:
     p = group.threshold / 65536
-    return packed_keep_mask_of_rows(seed, p, group.row_numbers(), columns, group.slot)
+    return packed_keep_mask_of_rows(
+        call.seed, p, group.row_numbers(), columns, group.slot, call.place
+    )
 
 
 def _keep_scale(threshold: int) -> float:
     return 65536 / (65536 - threshold)
 
 
-def _weight_gradient(routing: RoutingTensors) -> Tensor:
-    return torch.zeros_like(routing.pair_weights)
+def _weight_gradient(call: RoutedCall) -> Tensor | None:
+    return torch.zeros_like(call.routing.pair_weights) if call.needs.weights else None
 
 
 def _narrow(wide: Tensor, factor: Tensor) -> Tensor:

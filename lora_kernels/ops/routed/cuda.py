@@ -8,12 +8,10 @@ Everything else, training's backward among it, is Triton's kernels. Nothing is r
 either: a captured graph replays with any routing.
 """
 
-import torch
-from torch import Tensor
-
-from lora_kernels.ops.routed import triton as launch
-from lora_kernels.ops.routed.tensors import BankTensors, RoutingTensors
-from lora_kernels.ops.routed.triton import (  # noqa: F401
+from lora_kernels.base_weights import product_or_bias
+from lora_kernels.ops.routed import triton
+from lora_kernels.ops.routed.call import Result, RoutedCall
+from lora_kernels.ops.routed.triton import (  # noqa: F401  (this module is a backend)
     backward,
     expand_,
     expand_backward,
@@ -23,42 +21,15 @@ from lora_kernels.ops.routed.triton import (  # noqa: F401
 from lora_kernels.runtime import cuda_extension
 
 
-def forward(
-    x: Tensor,  # [M, K]
-    weight: Tensor | None,  # [N, K]
-    bias: Tensor | None,  # [N]
-    bank: BankTensors,
-    routing: RoutingTensors,
-    seed: Tensor | None,  # []
-    save: bool,
-) -> tuple[Tensor, Tensor | None, None]:
-    """``(y, h, None)``; h ``[P, H]`` fp32 if ``save``."""
-    if cuda_extension.why_not_decode_routed(x, bank, routing, seed is not None) is not None:
-        return launch.forward(x, weight, bias, bank, routing, seed, save)
-    fresh = weight is None and bias is None
-    if weight is not None:
-        y = torch.nn.functional.linear(x, weight, bias)
-    elif bias is not None:
-        y = bias.expand(x.shape[0], -1).clone()
-    else:
-        y = x.new_empty((x.shape[0], bank.slice_columns[-1]))
-    h = None
-    if save:
-        h = x.new_empty((routing.tokens.shape[0], bank.width), dtype=torch.float32)
-    cuda_extension.decode_routed_(y, x, bank, routing, h, overwrite=fresh)
-    return y, h, None
-
-
-def add_(
-    out: Tensor,  # [M, N], added to
-    x: Tensor,  # [M, K]
-    bank: BankTensors,
-    routing: RoutingTensors,
-    seed: Tensor | None,
-) -> None:
-    """``out += `` the adapters' contribution."""
-    reason = cuda_extension.why_not_decode_routed(x, bank, routing, seed is not None)
-    if reason is not None or (out.stride(1) != 1 and out.shape[1] > 1):
-        launch.add_(out, x, bank, routing, seed)
-        return
-    cuda_extension.decode_routed_(out, x, bank, routing)
+def forward(call: RoutedCall) -> Result:
+    x, bank, routing, out = call.x, call.bank, call.routing, call.out
+    strided = out is not None and out.stride(1) != 1 and out.shape[1] > 1
+    drops = call.seed is not None
+    if strided or cuda_extension.why_not_decode_routed(x, bank, routing, drops) is not None:
+        return triton.forward(call)
+    y, begun = out, True
+    if y is None:
+        y, begun = product_or_bias(call.base, x, call.bias, bank.slice_columns[-1])
+    h = triton.narrow(x, call) if call.save else None
+    cuda_extension.decode_routed_(y, x, bank, routing, h, overwrite=not begun)
+    return Result(y, h)

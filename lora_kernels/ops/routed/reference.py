@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from lora_kernels.ops.routed.tensors import RoutingTensors
 from lora_kernels.runtime.dropout import (
+    MaskPlace,
     drop_threshold,
     keep_scale,
     packed_keep_mask_of_rows,
@@ -20,6 +21,7 @@ def shrink(
     slots: tuple[int, ...] | None,  # that the routing may use; None: all
     routing: RoutingTensors,
     seed: Tensor | None,  # []
+    place: MaskPlace = MaskPlace(),
 ) -> Tensor:  # [P, H]
     """``h = D(x) A^T`` of every pair, zero beyond the rank of its adapter."""
     dtype = accumulator_dtype(x.dtype)
@@ -27,7 +29,7 @@ def shrink(
     h = h + x[:0].sum()  # nothing, but a function of x
     for adapter in _adapters(version, slots):
         pairs, tokens = _pairs_of(adapter.slot, routing)
-        dropped = _dropped(x[tokens], adapter, tokens, seed)
+        dropped = _dropped(x[tokens], adapter, tokens, seed, place)
         parts = [pair[0].to(x.dtype) for pair in adapter.factors() if pair is not None]
         narrow = F.linear(dropped, torch.cat(parts)).to(dtype)
         narrow = F.pad(narrow, (0, version.width - narrow.shape[1]))
@@ -79,9 +81,12 @@ def _pairs_of(slot: int, routing: RoutingTensors) -> tuple[Tensor, Tensor]:
     return pairs, routing.tokens[start:end].long()
 
 
-def _dropped(rows: Tensor, adapter, tokens: Tensor, seed: Tensor | None) -> Tensor:
+def _dropped(
+    rows: Tensor, adapter, tokens: Tensor, seed: Tensor | None, place: MaskPlace
+) -> Tensor:
     if not adapter.training or drop_threshold(adapter.dropout_p) == 0:
         return rows
-    packed = packed_keep_mask_of_rows(seed, adapter.dropout_p, tokens, rows.shape[1], adapter.slot)
+    p, slot = adapter.dropout_p, adapter.slot
+    packed = packed_keep_mask_of_rows(seed, p, tokens, rows.shape[1], slot, place)
     keep = unpacked_keep_mask(packed, rows.shape[1])
     return torch.where(keep, rows * keep_scale(adapter.dropout_p), 0)

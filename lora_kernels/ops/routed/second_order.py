@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_kernels.ops.narrow.second_order import drop, with_missing_edge
-from lora_kernels.ops.routed.tensors import BankTensors, RoutingTensors, groups_of
+from lora_kernels.ops.routed.call import RoutedCall
+from lora_kernels.ops.routed.tensors import groups_of
 from lora_kernels.runtime.dropout import packed_keep_mask_of_rows, unpacked_keep_mask
 from lora_kernels.runtime.dtypes import accumulator_dtype
 
@@ -39,70 +40,50 @@ class Factors(NamedTuple):
     needs: tuple[bool, ...]  # whether the forward was to be differentiated by them
 
 
-def lora_backward(
-    dy: Tensor,  # [..., N]
-    x: Tensor | None,  # [..., K], saved where an A needed a gradient in the forward
-    weight: Tensor | None,  # [N, K]
-    bank: BankTensors,
-    routing: RoutingTensors,
-    factors: Factors,
-    h: Tensor | None,  # [P, H], of the forward: read where there is no x
-    mask: Tensor | None,  # [P, ceil(K/8)]; regenerated from the seed where it was not stored
-    seed: Tensor | None,  # []
-    in_features: int,
-    needs: tuple[bool, bool, bool],  # x, the pairs' weights, bias
-    edge_to_x: Tensor | None,  # [0], the missing edge where x needs a gradient and was not saved
-) -> tuple[Tensor | None, list[Tensor | None], Tensor | None, Tensor | None]:
-    """Gradients of x, of each parameter, of the weights and of bias; None where not needed."""
-    needs_x, needs_weights, needs_bias = needs
+Found = tuple[Tensor | None, list[Tensor | None], Tensor | None, Tensor | None]
+
+
+def lora_backward(call: RoutedCall, factors: Factors, edge_to_x: Tensor | None) -> Found:
+    """Gradients of x, of each parameter, of the weights and of bias; None where not needed.
+
+    ``edge_to_x`` ``[0]`` is the missing edge where x needs a gradient and was not saved.
+    """
+    x, h, dy, needs, in_features = call.x, call.h, call.dy, call.needs, call.in_features
     rows = dy.reshape(-1, dy.shape[-1])
-    call = _Backward(bank, routing, factors, mask, seed, rows, in_features, needs_weights)
+    backward = _Backward(call, factors, rows, in_features)
     if x is not None:
-        x = (x if needs_x else x.detach()).reshape(-1, in_features).to(call.dtype)
-        h = call.shrink(x)
+        x = (x if needs.x else x.detach()).reshape(-1, in_features).to(backward.dtype)
+        h = backward.shrink(x)
     elif h is not None:
-        h = with_missing_edge(h.to(call.dtype), edge_to_x)
-    t, grad_weights = call.expand_backward(rows.to(call.dtype), h)
-    tail = call.shrink_backward(t, x, rows.shape[0], needs_x)
+        h = with_missing_edge(h.to(backward.dtype), edge_to_x)
+    t, grad_weights = backward.expand_backward(rows.to(backward.dtype), h)
+    tail = backward.shrink_backward(t, x, rows.shape[0], needs.x)
     dx = None
-    if needs_x:
-        dx = tail if weight is None else rows @ weight.detach() + tail
+    if needs.x:
+        dx = tail if call.base is None else call.base.matmul_t(rows) + tail
         dx = dx.to(dy.dtype).reshape(*dy.shape[:-1], in_features)
-    return dx, call.gradients(), grad_weights, rows.sum(0) if needs_bias else None
+    return dx, backward.gradients(), grad_weights, rows.sum(0) if needs.bias else None
 
 
-def shrink_backward(
-    t: Tensor,  # [P, H], the gradient of h
-    x: Tensor,  # [..., K]
-    bank: BankTensors,
-    routing: RoutingTensors,
-    factors: Factors,
-    mask: Tensor | None,
-    seed: Tensor | None,
-    needs_x: bool,
-) -> tuple[Tensor | None, list[Tensor | None]]:
+def shrink_backward(call: RoutedCall, factors: Factors, _: Tensor | None) -> Found:
     """Gradients of x and of each parameter."""
+    x, needs_x = call.x, call.needs.x
     rows = (x if needs_x else x.detach()).reshape(-1, x.shape[-1])
-    call = _Backward(bank, routing, factors, mask, seed, rows, x.shape[-1], False)
-    tail = call.shrink_backward(t.to(call.dtype), rows.to(call.dtype), rows.shape[0], needs_x)
-    return tail.to(x.dtype).reshape(x.shape) if needs_x else None, call.gradients()
+    backward = _Backward(call, factors, rows, x.shape[-1])
+    t, wide = call.dy.to(backward.dtype), rows.to(backward.dtype)
+    tail = backward.shrink_backward(t, wide, rows.shape[0], needs_x)
+    dx = tail.to(x.dtype).reshape(x.shape) if needs_x else None
+    return dx, backward.gradients(), None, None
 
 
-def expand_backward(
-    dy: Tensor,  # [..., N]
-    h: Tensor,  # [P, H]
-    bank: BankTensors,
-    routing: RoutingTensors,
-    factors: Factors,
-    needs: tuple[bool, bool],  # h, the pairs' weights
-) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:
+def expand_backward(call: RoutedCall, factors: Factors, _: Tensor | None) -> Found:
     """Gradients of h, of each parameter and of the weights."""
-    needs_h, needs_weights = needs
-    rows = dy.reshape(-1, dy.shape[-1])
-    call = _Backward(bank, routing, factors, None, None, rows, 0, needs_weights)
-    narrow = (h if needs_h else h.detach()).to(call.dtype)
-    t, grad_weights = call.expand_backward(rows.to(call.dtype), narrow)
-    return t.to(h.dtype) if needs_h else None, call.gradients(), grad_weights
+    h, needs = call.h, call.needs
+    rows = call.dy.reshape(-1, call.dy.shape[-1])
+    backward = _Backward(call, factors, rows, 0)
+    narrow = (h if needs.x else h.detach()).to(backward.dtype)
+    t, grad_weights = backward.expand_backward(rows.to(backward.dtype), narrow)
+    return t.to(h.dtype) if needs.x else None, backward.gradients(), grad_weights, None
 
 
 class _Slice(NamedTuple):
@@ -131,18 +112,17 @@ class _Backward:
 
     def __init__(
         self,
-        bank: BankTensors,
-        routing: RoutingTensors,
+        call: RoutedCall,
         factors: Factors,
-        mask: Tensor | None,
-        seed: Tensor | None,
         like: Tensor,  # in the dtype of the activations
         in_features: int,
-        needs_weights: bool,
     ) -> None:
         self.dtype = accumulator_dtype(like.dtype)
-        self.bank, self.routing, self.factors = bank, routing, factors
-        self.mask, self.seed, self.in_features = mask, seed, in_features
+        self.bank, routing = call.bank, call.routing
+        self.routing = routing
+        self.factors, self.in_features = factors, in_features
+        self.mask, self.seed, self.place = call.mask, call.seed, call.place
+        needs_weights = call.needs.weights
         self.needs_weights, self.weights = needs_weights, None
         if routing.pair_weights is not None:
             weights = routing.pair_weights if needs_weights else routing.pair_weights.detach()
@@ -267,7 +247,7 @@ class _Backward:
             packed = self.mask[group.pairs]
         else:
             packed = packed_keep_mask_of_rows(
-                self.seed, group.p, group.tokens, self.in_features, group.slot
+                self.seed, group.p, group.tokens, self.in_features, group.slot, self.place
             )
         return drop(rows, unpacked_keep_mask(packed, self.in_features), group.p)
 

@@ -88,12 +88,27 @@ class GradientLayout(NamedTuple):
         }
 
 
-class Trained(NamedTuple):
+class TrainableFactors(NamedTuple):
     """The parameters of a layout's adapters as arguments of an op: autograd sees them there."""
 
     parameters: list[Tensor]
     offsets: list[int]  # of the gradient in the flat tensor; -1 where none is needed
     slots: list[int]  # whose it is
+
+    def used(self, routing: "RoutingTensors") -> list[Tensor]:
+        """The parameters of the adapters that the batch uses, as far as the host knows."""
+        if type(routing.plan) is not Tensor or torch._C._len_torch_dispatch_stack() > 0:
+            return []  # a graph is being traced: there are no values to look at
+        slots = set(routing.plan[:, 0].tolist())
+        return [p for p, slot in zip(self.parameters, self.slots, strict=True) if slot in slots]
+
+    def gradients(self, flat: Tensor) -> list[Tensor | None]:
+        return [
+            flat.as_strided(parameter.shape, (parameter.shape[1], 1), offset)
+            if offset >= 0
+            else None
+            for offset, parameter in zip(self.offsets, self.parameters, strict=True)
+        ]
 
 
 class RoutingTensors(NamedTuple):

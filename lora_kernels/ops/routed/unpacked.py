@@ -18,11 +18,12 @@ from lora_kernels.base_weights import DenseWeight
 from lora_kernels.ops.routed.bank.slots import BASE, AdapterSlots
 from lora_kernels.ops.routed.bank.storage import ALIGNMENT, anchor
 from lora_kernels.ops.routed.bank.tables import scaling_dtype
-from lora_kernels.ops.routed.op import _call
+from lora_kernels.ops.routed.call import RoutedCall
+from lora_kernels.ops.routed.op import run
 from lora_kernels.ops.routed.routing import Routing
-from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout
+from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout, TrainableFactors
 from lora_kernels.runtime import dispatch
-from lora_kernels.runtime.dtypes import cast_for_autocast
+from lora_kernels.runtime.dtypes import autocast_dtype
 
 
 def routed_linear_unpacked(
@@ -49,22 +50,23 @@ def routed_linear_unpacked(
     Returns:
         ``[S, ..., N]`` in x's dtype, or autocast's.
     """
-    x, weight, bias = cast_for_autocast(x, base.weight, bias)
+    if (dtype := autocast_dtype(x)) is not None:
+        x, base, bias = x.to(dtype), base.to(dtype), None if bias is None else bias.to(dtype)
     named = dict.fromkeys(name for name in names if name != BASE)
     slots = {name: slot for slot, name in enumerate(named)}
     with torch.no_grad():
         present = [(slot, adapters[name]) for name, slot in slots.items() if name in adapters]
         if not present:
-            return torch.nn.functional.linear(x, weight, bias)
+            return base.matmul(x, bias)
         ids = tuple(slots.get(name, -1) for name in names)
         capacity = len(slots)
-        bank, backend = _bank(present, capacity, x, weight.shape[0])
+        bank, backend = _bank(present, capacity, x, base.shape[0])
         routing = _routing(ids, x.shape[1:-1].numel(), capacity, x.device)
         tensors = routing.tensors(with_plan=backend != "triton")
-        layout = GradientLayout([], [], 0, bank.table)
-        return _call(
-            "routed_lora", *bank, *tensors, *layout, x, weight, bias, None, backend, [], [], []
-        )
+        call = RoutedCall(bank, tensors, backend, x, base, bias)
+        call.layout = GradientLayout([], [], 0, bank.table)
+        call.trained = TrainableFactors([], [], [])
+        return run("routed_lora", call)
 
 
 def _bank(

@@ -22,7 +22,7 @@ from lora_kernels.ops.routed.bank.slots import BASE, AdapterSlots, Change, Model
 from lora_kernels.ops.routed.bank.storage import Arena, FactorShapes, anchor
 from lora_kernels.ops.routed.bank.tables import SlotTables
 from lora_kernels.ops.routed.bank.versions import BankVersion, Bound, Entry, Reserved, table_rows
-from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout, Trained
+from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout, TrainableFactors
 from lora_kernels.runtime.capture import is_captured
 from lora_kernels.runtime.checks import check_no_wrapper
 from lora_kernels.runtime.dtypes import FLOATING
@@ -508,7 +508,7 @@ class AdapterBank(nn.Module):
         """The bank as the backends take it, with all adapters."""
         return self.version_for().tensors()
 
-    def gradients(self, slots: tuple[int, ...] | None) -> tuple[GradientLayout, Trained]:
+    def gradients(self, slots: tuple[int, ...] | None) -> tuple[GradientLayout, TrainableFactors]:
         """Where a backward puts the gradients of the adapters in ``slots`` (None: all)."""
         return self._latest.gradients(slots)
 

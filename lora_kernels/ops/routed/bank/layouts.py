@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_kernels.ops.routed.bank.storage import aligned
 from lora_kernels.ops.routed.routing_arguments import is_fake
-from lora_kernels.ops.routed.tensors import GradientLayout, Trained
+from lora_kernels.ops.routed.tensors import GradientLayout, TrainableFactors
 from lora_kernels.runtime.capture import is_captured
 
 # Sets of adapters whose layouts are kept: the micro-batches of a step take turns.
@@ -21,7 +21,7 @@ _KEPT = 4
 class _Made(NamedTuple):
     needed: list[bool]  # requires_grad of each parameter when it was made
     layout: GradientLayout
-    trained: Trained
+    trained: TrainableFactors
 
 
 class GradientLayouts:
@@ -34,7 +34,7 @@ class GradientLayouts:
         # Made now where it will be needed: a call that is being traced only reads.
         self._whole = _make(version, None, capacity) if version.trains else None
 
-    def nothing(self, version, capacity: int) -> tuple[GradientLayout, Trained]:
+    def nothing(self, version, capacity: int) -> tuple[GradientLayout, TrainableFactors]:
         """Of no adapter."""
         if capacity not in self._nothing:
             self._nothing[capacity] = _nothing(version, capacity)
@@ -42,7 +42,7 @@ class GradientLayouts:
 
     def of(
         self, version, slots: tuple[int, ...] | None, capacity: int
-    ) -> tuple[GradientLayout, Trained]:
+    ) -> tuple[GradientLayout, TrainableFactors]:
         """The layout of the adapters in ``slots`` (None: all), and their parameters."""
         if torch.compiler.is_compiling():
             return self._of_a_graph(version, slots)
@@ -54,7 +54,7 @@ class GradientLayouts:
                 self._made = dict([*list(self._made.items())[1 - _KEPT :], (key, made)])
         return made.layout, made.trained
 
-    def _of_a_graph(self, version, slots) -> tuple[GradientLayout, Trained]:
+    def _of_a_graph(self, version, slots) -> tuple[GradientLayout, TrainableFactors]:
         """Without changing anything: a graph guards what it changes, and is compiled once more.
 
         The layout is that of all adapters, whose table is there already.
@@ -65,12 +65,12 @@ class GradientLayouts:
         if slots is None:
             return made.layout, made.trained
         named = [entry for entry in zip(*made.trained, strict=True) if entry[2] in slots]
-        return made.layout, Trained(*([entry[i] for entry in named] for i in range(3)))
+        return made.layout, TrainableFactors(*([entry[i] for entry in named] for i in range(3)))
 
 
 def _make(version, slots: tuple[int, ...] | None, capacity: int) -> _Made:
     entries = version.entries_in(slots)
-    offsets, rows, trained, end = [], [], Trained([], [], []), 0
+    offsets, rows, trained, end = [], [], TrainableFactors([], [], []), 0
     for entry in entries:
         pairs = entry.adapter.factors()
         needs = [any(pair[0].requires_grad for pair in pairs if pair is not None)]
@@ -95,10 +95,10 @@ def _make(version, slots: tuple[int, ...] | None, capacity: int) -> _Made:
     return _Made(_needed_of(entries), GradientLayout(named, offsets, end, table), trained)
 
 
-def _nothing(version, capacity: int) -> tuple[GradientLayout, Trained]:
+def _nothing(version, capacity: int) -> tuple[GradientLayout, TrainableFactors]:
     faked = torch._C._len_torch_dispatch_stack() > 0
     table = (_nowhere.__wrapped__ if faked else _nowhere)(_shape(version, capacity), version.device)
-    return GradientLayout([], [], 0, table), Trained([], [], [])
+    return GradientLayout([], [], 0, table), TrainableFactors([], [], [])
 
 
 @functools.lru_cache(maxsize=16)  # one for all versions of all banks of a model

@@ -19,8 +19,9 @@ from lora_kernels.ops.routed.bank.adapter import Adapter
 from lora_kernels.ops.routed.bank.layouts import GradientLayouts
 from lora_kernels.ops.routed.bank.storage import Arena, FactorShapes
 from lora_kernels.ops.routed.bank.tables import SlotTables
-from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout, Trained
+from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout, TrainableFactors
 from lora_kernels.runtime.capture import is_captured
+from lora_kernels.runtime.plan import Plans
 
 
 class Bound(NamedTuple):
@@ -130,6 +131,7 @@ class BankVersion:
         reserved: what captured graphs read; None where they cannot be.
         trains: whether any parameter required grad when it came.
         width: H.
+        plans: of the calls that read this version.
     """
 
     def __init__(
@@ -155,6 +157,7 @@ class BankVersion:
         self._noted: set[tuple[int, int | None]] = set()  # streams, and slots that they read
         self._resized: dict[int, SlotTables] = {}
         self._layouts = GradientLayouts(self)
+        self.plans = Plans()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -244,7 +247,7 @@ class BankVersion:
 
     def gradients(
         self, slots: tuple[int, ...] | None, capacity: int = 0
-    ) -> tuple[GradientLayout, Trained]:
+    ) -> tuple[GradientLayout, TrainableFactors]:
         """Where a backward puts the gradients of the adapters in ``slots`` (None: all).
 
         Returns:

@@ -12,193 +12,135 @@ serves every routing.
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout, RoutingTensors
-from lora_kernels.ops.routed.triton.launch import Launches
+from lora_kernels.base_weights import product_or_bias
+from lora_kernels.ops.routed.call import Gradients, Result, RoutedCall
+from lora_kernels.ops.routed.triton.launch import RoutedLaunch
 from lora_kernels.runtime.device_limits import on_device
 
 
-def forward(
-    x: Tensor,  # [M, K]
-    weight: Tensor | None,  # [N, K]
-    bias: Tensor | None,  # [N]
-    bank: BankTensors,
-    routing: RoutingTensors,
-    seed: Tensor | None,  # []
-    save: bool,
-) -> tuple[Tensor, Tensor | None, None]:
-    """``(y, h, None)``; h ``[P, H]`` fp32 if ``save``."""
-    nothing = _nothing(x, bank, routing)
-    call = None if nothing else Launches(x, bank, routing, seed)
-    h = _narrow(x, bank, routing) if save else None
-    if call is not None and weight is not None and call.fuses:
+def forward(call: RoutedCall) -> Result:
+    x, base, y = call.x, call.base, call.out
+    nothing = _is_nothing(x, call)
+    launch = None if nothing else RoutedLaunch(x, call)
+    h = narrow(x, call) if call.save else None
+    if launch is not None and y is None and base is not None and launch.fuses:
         with on_device(x):
-            return call.gemm(x, weight, bias, call.shrink(x, h)), h, None
-    fresh = weight is None and bias is None and routing.pairs_per_token == 1
-    if weight is not None:
-        y = torch.nn.functional.linear(x, weight, bias)
-    elif bias is not None:
-        y = bias.expand(x.shape[0], -1).clone()
-    else:
-        shape = (x.shape[0], bank.slice_columns[-1])
-        fresh = fresh and not nothing
-        y = x.new_empty(shape) if fresh else x.new_zeros(shape)
-    if call is not None:
+            return Result(launch.gemm(x, base.weight, call.bias, launch.shrink(x, h)), h)
+    begun = True
+    if y is None:
+        y, begun = product_or_bias(base, x, call.bias, call.bank.slice_columns[-1])
+    fresh = not begun and not nothing and call.routing.pairs_per_token == 1
+    if not begun and not fresh:
+        y.zero_()
+    if launch is not None:
         with on_device(x):
-            call.expand(y, call.shrink(x, h), overwrite=fresh)
-    elif save:
+            launch.expand(y, launch.shrink(x, h), overwrite=fresh)
+    elif h is not None:
         h.zero_()
-    return y, h, None
+    return Result(y, h)
 
 
-def backward(
-    dy: Tensor,  # [M, N]
-    x: Tensor | None,  # [M, K], needed for the gradients of A
-    weight: Tensor | None,  # [N, K]
-    bank: BankTensors,
-    routing: RoutingTensors,
-    layout: GradientLayout,
-    h: Tensor | None,  # [P, H], needed for the gradients of B and of the weights
-    mask: None,
-    seed: Tensor | None,
-    in_features: int,
-    needs: tuple[bool, bool, bool],  # x, the pairs' weights, bias
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, the factors (flat, see :class:`GradientLayout`), the weights and bias."""
-    needs_x, needs_weights, needs_bias = needs
-    needs_a, needs_b = layout.trains(bank)
-    grad = bank.storage.new_zeros(layout.numel)
-    grad_bias = dy.sum(0) if needs_bias else None
+def backward(call: RoutedCall) -> Gradients:
+    dy, base, needs, layout = call.dy, call.base, call.needs, call.layout
+    needs_a, needs_b = layout.trains(call.bank)
+    weights = call.routing.pair_weights
+    grad = call.bank.storage.new_zeros(layout.numel)
+    grad_bias = dy.sum(0) if needs.bias else None
     grad_weights = None
-    if _nothing(dy, bank, routing):
-        grad_weights = torch.zeros_like(routing.pair_weights) if needs_weights else None
-        dx = _base_gradient(dy, weight, in_features) if needs_x else None
-        return dx, grad, grad_weights, grad_bias
-    call = Launches(dy, bank, routing, seed)
-    if needs_weights:
-        grad_weights = torch.empty_like(routing.pair_weights)
+    if _is_nothing(dy, call):
+        grad_weights = torch.zeros_like(weights) if needs.weights else None
+        return Gradients(_base_gradient(call), grad, grad_weights, grad_bias)
+    launch = RoutedLaunch(dy, call)
+    if needs.weights:
+        grad_weights = torch.empty_like(weights)
     dx = t = None
     with on_device(dy):
         if needs_b:
-            call.b_gradient(dy, h, layout, grad)
-        if needs_x or needs_a or needs_weights:
-            t = _narrow(dy, bank, routing) if needs_a else None
-            rounded = call.project(dy, t, h, grad_weights, rounded=needs_x)
-        if needs_x and weight is not None and call.fuses:
-            dx = call.gemm_a(dy, weight, rounded)
-        elif needs_x:
-            fresh = weight is None and routing.pairs_per_token == 1
-            shape = (dy.shape[0], in_features)
-            dx = dy.new_empty(shape) if fresh else _base_gradient(dy, weight, in_features)
-            call.expand_a(dx, rounded, overwrite=fresh)
+            launch.b_gradient(dy, call.h, layout, grad)
+        if needs.x or needs_a or needs.weights:
+            t = narrow(dy, call) if needs_a else None
+            rounded = launch.project(dy, t, call.h, grad_weights, rounded=needs.x)
+        if needs.x and base is not None and launch.fuses:
+            dx = launch.gemm_a(dy, base.weight, rounded)
+        elif needs.x:
+            fresh = base is None and call.routing.pairs_per_token == 1
+            shape = (dy.shape[0], call.in_features)
+            dx = dy.new_empty(shape) if fresh else _base_gradient(call)
+            launch.expand_a(dx, rounded, overwrite=fresh)
         if needs_a:
-            call.a_gradient(x, t, layout, grad)
-    return dx, grad, grad_weights, grad_bias
+            launch.a_gradient(call.x, t, layout, grad)
+    return Gradients(dx, grad, grad_weights, grad_bias)
 
 
-def shrink(
-    x: Tensor,  # [M, K]
-    bank: BankTensors,
-    routing: RoutingTensors,
-    seed: Tensor | None,  # []
-) -> tuple[Tensor, None]:
-    """``(h, None)`` as :func:`forward` saves them."""
-    h = _narrow(x, bank, routing)
-    if _nothing(x, bank, routing):
+def shrink(call: RoutedCall) -> tuple[Tensor, None]:
+    """h as :func:`forward` saves it, and no mask."""
+    x = call.x
+    h = narrow(x, call)
+    if _is_nothing(x, call):
         return h.zero_(), None
     with on_device(x):
-        Launches(x, bank, routing, seed).shrink(x, h, rounded=False)
+        RoutedLaunch(x, call).shrink(x, h, rounded=False)
     return h, None
 
 
-def shrink_backward(
-    t: Tensor,  # [P, H], the gradient of h
-    x: Tensor,  # [M, K]
-    bank: BankTensors,
-    routing: RoutingTensors,
-    layout: GradientLayout,
-    mask: None,
-    seed: Tensor | None,
-    needs_x: bool,
-) -> tuple[Tensor | None, Tensor]:
-    """Gradients of x and of the factors (those of A)."""
-    grad = bank.storage.new_zeros(layout.numel)
-    nothing = _nothing(x, bank, routing)
-    fresh = routing.pairs_per_token == 1 and not nothing
+def shrink_backward(call: RoutedCall) -> Gradients:
+    x, needs_x = call.x, call.needs.x
+    grad = call.bank.storage.new_zeros(call.layout.numel)
+    nothing = _is_nothing(x, call)
+    fresh = call.routing.pairs_per_token == 1 and not nothing
     dx = (x.new_empty if fresh else x.new_zeros)(x.shape) if needs_x else None
     if nothing:
-        return dx, grad
-    t = t.contiguous()
-    call = Launches(x, bank, routing, seed)
+        return Gradients(dx, grad)
+    t = call.dy.contiguous()
+    launch = RoutedLaunch(x, call)
     with on_device(x):
         if needs_x:
-            call.expand_a(dx, t.to(x.dtype), overwrite=fresh)
-        if layout.trains(bank)[0]:
-            call.a_gradient(x, t, layout, grad)
-    return dx, grad
+            launch.expand_a(dx, t.to(x.dtype), overwrite=fresh)
+        if call.layout.trains(call.bank)[0]:
+            launch.a_gradient(x, t, call.layout, grad)
+    return Gradients(dx, grad)
 
 
-def expand_(
-    out: Tensor,  # [M, N], added to
-    h: Tensor,  # [P, H]
-    bank: BankTensors,
-    routing: RoutingTensors,
-) -> None:
+def expand_(call: RoutedCall) -> None:
     """``out += w s h B^T`` for every pair."""
-    if not _nothing(out, bank, routing):
-        call = Launches(out, bank, routing, None)
-        with on_device(out):
-            call.expand(out, call.scale(h.contiguous()))
+    if not _is_nothing(call.out, call):
+        launch = RoutedLaunch(call.out, call)
+        with on_device(call.out):
+            launch.expand(call.out, launch.scale(call.h.contiguous()))
 
 
-def expand_backward(
-    dy: Tensor,  # [M, N]
-    h: Tensor | None,  # [P, H], needed for the gradients of B and of the weights
-    bank: BankTensors,
-    routing: RoutingTensors,
-    layout: GradientLayout,
-    needs: tuple[bool, bool],  # h, the pairs' weights
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Gradients of h, of the factors (those of B) and of the weights."""
-    needs_h, needs_weights = needs
-    grad = bank.storage.new_zeros(layout.numel)
-    t = _narrow(dy, bank, routing) if needs_h else None
-    if _nothing(dy, bank, routing):
-        grad_weights = torch.zeros_like(routing.pair_weights) if needs_weights else None
-        return t if t is None else t.zero_(), grad, grad_weights
-    grad_weights = torch.empty_like(routing.pair_weights) if needs_weights else None
-    call = Launches(dy, bank, routing, None)
+def expand_backward(call: RoutedCall) -> Gradients:
+    dy, needs, weights = call.dy, call.needs, call.routing.pair_weights
+    grad = call.bank.storage.new_zeros(call.layout.numel)
+    t = narrow(dy, call) if needs.x else None
+    if _is_nothing(dy, call):
+        grad_weights = torch.zeros_like(weights) if needs.weights else None
+        return Gradients(t if t is None else t.zero_(), grad, grad_weights)
+    grad_weights = torch.empty_like(weights) if needs.weights else None
+    launch = RoutedLaunch(dy, call)
     with on_device(dy):
-        if layout.trains(bank)[1]:
-            call.b_gradient(dy, h, layout, grad)
-        if needs_h or needs_weights:
-            call.project(dy, t, h, grad_weights, rounded=False)
-    return t, grad, grad_weights
+        if call.layout.trains(call.bank)[1]:
+            launch.b_gradient(dy, call.h, call.layout, grad)
+        if needs.x or needs.weights:
+            launch.project(dy, t, call.h, grad_weights, rounded=False)
+    return Gradients(t, grad, grad_weights)
 
 
-def add_(
-    out: Tensor,  # [M, N], added to
-    x: Tensor,  # [M, K]
-    bank: BankTensors,
-    routing: RoutingTensors,
-    seed: Tensor | None,
-) -> None:
-    """``out += `` the adapters' contribution."""
-    if not _nothing(x, bank, routing):
-        call = Launches(x, bank, routing, seed)
-        with on_device(x):
-            call.expand(out, call.shrink(x, None))
-
-
-def _base_gradient(dy: Tensor, weight: Tensor | None, in_features: int) -> Tensor:
-    """The frozen layer's ``dx`` ``[M, K]``; zeros without one."""
-    return dy.new_zeros((dy.shape[0], in_features)) if weight is None else dy @ weight
-
-
-def _nothing(rows: Tensor, bank: BankTensors, routing: RoutingTensors) -> bool:
-    """Whether there is nothing to launch a kernel for."""
-    return rows.shape[0] == 0 or bank.width == 0 or routing.tokens.shape[0] == 0
-
-
-def _narrow(like: Tensor, bank: BankTensors, routing: RoutingTensors) -> Tensor:
+def narrow(like: Tensor, call: RoutedCall) -> Tensor:
     """An empty h or t, ``[P, H]`` fp32."""
-    return like.new_empty((routing.tokens.shape[0], bank.width), dtype=torch.float32)
+    shape = call.routing.tokens.shape[0], call.bank.width
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+def _base_gradient(call: RoutedCall) -> Tensor | None:
+    """The frozen layer's ``dx`` ``[M, K]``; zeros without one."""
+    if not call.needs.x:
+        return None
+    if call.base is not None:
+        return call.base.matmul_t(call.dy)
+    return call.dy.new_zeros((call.dy.shape[0], call.in_features))
+
+
+def _is_nothing(rows: Tensor, call: RoutedCall) -> bool:
+    """Whether there is nothing to launch a kernel for."""
+    return rows.shape[0] == 0 or call.bank.width == 0 or call.routing.tokens.shape[0] == 0

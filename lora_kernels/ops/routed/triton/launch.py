@@ -9,7 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout, RoutingTensors
+from lora_kernels.ops.routed.call import RoutedCall
+from lora_kernels.ops.routed.tensors import GradientLayout
 from lora_kernels.ops.routed.triton import tiles
 from lora_kernels.ops.routed.triton.expand_kernels import (
     routed_combine_kernel,
@@ -35,13 +36,12 @@ class Tail:
         self.dropped = dropped  # whether the dropout's scale is missing too
 
 
-class Launches:
+class RoutedLaunch:
     """A bank and a routing as the kernels take them, and the launches of each kernel."""
 
-    def __init__(
-        self, like: Tensor, bank: BankTensors, routing: RoutingTensors, seed: Tensor | None
-    ) -> None:
-        self.bank, self.routing, self.seed = bank, routing, seed
+    def __init__(self, like: Tensor, call: RoutedCall) -> None:
+        bank, routing = self.bank, self.routing = call.bank, call.routing
+        self.seed, self.place = call.seed, call.place
         self.dtype, self.limits = like.dtype, limits_of(like.device)
         self.pairs, self.num_tiles = routing.tokens.shape[0], routing.tiles.shape[0]
         self.widest = max(b - a for a, b in pairwise(bank.slice_columns))  # of the slices
@@ -49,7 +49,7 @@ class Launches:
         self.boundaries = tuple(bank.slice_columns) if bank.num_slices > 1 else ()
         self.weights = routing.tokens if routing.pair_weights is None else routing.pair_weights
         self.has_weights = routing.pair_weights is not None
-        self.cell = tiles.Cell(
+        self.cell = tiles.RoutedCell(
             itemsize=like.dtype.itemsize,
             factor_itemsize=bank.storage.dtype.itemsize,
             pairs=self.pairs,

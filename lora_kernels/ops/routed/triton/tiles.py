@@ -27,7 +27,7 @@ STRATEGIES = ("fused", "hybrid")
 
 
 @dataclass(frozen=True)
-class Cell:
+class RoutedCell:
     """What the tiles of a call depend on, besides the wide dimension of the activation."""
 
     itemsize: int  # of x
@@ -76,13 +76,13 @@ class GradientTile:
     num_stages: int
 
 
-def is_small(cell: Cell) -> bool:
+def is_small(cell: RoutedCell) -> bool:
     """Whether launches, not bytes, decide: then the expand adds the shrink's partial sums."""
     return cell.block <= 16
 
 
 def shrink_tile(
-    cell: Cell, depth: int, slices: int, limits: DeviceLimits, *, aligned: bool
+    cell: RoutedCell, depth: int, slices: int, limits: DeviceLimits, *, aligned: bool
 ) -> ShrinkTile:
     """For rows of ``[M, depth]`` times ``[depth, R]``; small batches split the depth.
 
@@ -116,7 +116,9 @@ def shrink_tile(
     )
 
 
-def expand_tile(cell: Cell, slices: int, limits: DeviceLimits, *, aligned: bool) -> ExpandTile:
+def expand_tile(
+    cell: RoutedCell, slices: int, limits: DeviceLimits, *, aligned: bool
+) -> ExpandTile:
     """For ``[P, R] @ [R, columns]`` added to rows of the result."""
     block_r = rank_block(cell, slices)
     block_c, num_warps = 128 if block_r < 64 else 64, 4
@@ -137,7 +139,7 @@ def expand_tile(cell: Cell, slices: int, limits: DeviceLimits, *, aligned: bool)
 
 
 def gradient_tile(
-    cell: Cell, depth: int, slices: int, limits: DeviceLimits, *, aligned: bool
+    cell: RoutedCell, depth: int, slices: int, limits: DeviceLimits, *, aligned: bool
 ) -> GradientTile:
     """For ``[depth, n] @ [n, R]`` of each slot; windows are as many as give every SM work."""
     block_r = rank_block(cell, slices)
@@ -166,7 +168,7 @@ def gradient_tile(
     )
 
 
-def gemm_tile(cell: Cell, slices: int, limits: DeviceLimits, *, aligned: bool) -> GemmTile:
+def gemm_tile(cell: RoutedCell, slices: int, limits: DeviceLimits, *, aligned: bool) -> GemmTile:
     """For the base's GEMM with the adapters as its tail, on tiles of 64 rows."""
     block_r = min(rank_block(cell, slices), 32)
     block_c, block_d, num_warps = 128, 64, 4
@@ -188,7 +190,7 @@ def gemm_tile(cell: Cell, slices: int, limits: DeviceLimits, *, aligned: bool) -
 _strategy = "hybrid"
 
 
-def strategy(cell: Cell) -> str:
+def strategy(cell: RoutedCell) -> str:
     """``fused`` or ``hybrid``: the vendor's GEMM until a measurement says otherwise.
 
     Tiles of 16 pairs are no GEMM tiles: few tokens always take the vendor's.
@@ -209,7 +211,7 @@ def use_strategy(name: str):
         _strategy = before
 
 
-def rank_block(cell: Cell, slices: int) -> int:
+def rank_block(cell: RoutedCell, slices: int) -> int:
     """The rank tile; an adapter's ranks are taken to be about the same in every slice."""
     return clamp(next_power_of_two(cdiv(cell.width, slices)), 16, MAX_BLOCK_R)
 

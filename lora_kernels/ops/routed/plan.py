@@ -1,0 +1,42 @@
+"""The plan of a call of ``routed_lora``: what serves it, from metadata and a bank's version."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+from torch import Tensor
+
+from lora_kernels.ops.routed import composed, cpu
+from lora_kernels.runtime.dispatch import Choice
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedPlan:
+    """What follows from the metadata of a call.
+
+    Attributes:
+        choice: the backend and why, as ``explain`` prints it.
+        reads_groups: whether the host has to know a routing's groups. On a GPU their sizes would
+            have to be waited for, and the kernels there do without.
+    """
+
+    choice: Choice
+    reads_groups: bool
+
+
+def make_plan(choice: Choice, like: Tensor) -> RoutedPlan:
+    backend = choice.backend
+    on_cpu = like.device.type == "cpu"
+    return RoutedPlan(choice, backend == "composed" or (backend == "native" and on_cpu))
+
+
+def module_of(backend: str, like: Tensor) -> ModuleType:
+    """The module of a backend; those that import Triton when they are first asked for."""
+    if backend == "native" and like.device.type == "cpu":
+        return cpu
+    if backend in ("native", "triton"):
+        name = "cuda" if backend == "native" else "triton"
+        return import_module(f"lora_kernels.ops.routed.{name}")
+    return composed
