@@ -22,6 +22,7 @@ from lora_kernels.ops.routed.triton.gradient_kernels import (
 )
 from lora_kernels.ops.routed.triton.kernels import routed_finish_kernel, routed_shrink_kernel
 from lora_kernels.runtime.device_limits import cdiv, limits_of, padded_rows, precision
+from lora_kernels.runtime.dropout import MaskPlace
 
 _BLOCK = 1024  # elements per program of the elementwise kernels
 
@@ -39,9 +40,14 @@ class Launches:
     """A bank and a routing as the kernels take them, and the launches of each kernel."""
 
     def __init__(
-        self, like: Tensor, bank: BankTensors, routing: RoutingTensors, seed: Tensor | None
+        self,
+        like: Tensor,
+        bank: BankTensors,
+        routing: RoutingTensors,
+        seed: Tensor | None,
+        place: MaskPlace = MaskPlace(),
     ) -> None:
-        self.bank, self.routing, self.seed = bank, routing, seed
+        self.bank, self.routing, self.seed, self.place = bank, routing, seed, place
         self.dtype, self.limits = like.dtype, limits_of(like.device)
         self.pairs, self.num_tiles = routing.tokens.shape[0], routing.tiles.shape[0]
         self.widest = max(b - a for a, b in pairwise(bank.slice_columns))  # of the slices
@@ -138,6 +144,8 @@ class Launches:
             wide if out is None else out,
             wide if rounded is None else rounded,
             self.seed if dropout else wide,
+            self.place.first_group(wide.shape[1]),
+            self.place.groups_per_row(wide.shape[1]),
             wide.shape[0],
             self.pairs,
             wide.shape[1],
@@ -156,7 +164,7 @@ class Launches:
             FILL=out is not None and not split,
             SPLIT=split,
             DROPOUT=dropout,
-            LONG_COUNTER=dropout and _counts_long(wide.shape[0], wide.shape[1]),
+            LONG_COUNTER=dropout and self.place.needs_long_counter(*wide.shape),
             PRECISION=precision(wide.dtype),
             BLOCK_M=routing.block,
             BLOCK_D=tile.BLOCK_D,
@@ -261,6 +269,8 @@ class Launches:
             out if bias is None else bias.contiguous(),
             out,
             self.seed if dropout else out,
+            self.place.first_group(out.shape[1]),
+            self.place.groups_per_row(out.shape[1]),
             *out.shape,
             left.shape[1],
             bank.width,
@@ -274,7 +284,7 @@ class Launches:
             NUM_FACTORS=self.num_factors,
             HAS_BIAS=bias is not None,
             DROPOUT=dropout,
-            LONG_COUNTER=dropout and _counts_long(*out.shape),
+            LONG_COUNTER=dropout and self.place.needs_long_counter(*out.shape),
             PRECISION=precision(out.dtype),
             BLOCK_M=routing.block,
             BLOCK_C=tile.BLOCK_C,
@@ -314,6 +324,8 @@ class Launches:
             target,
             has_delta,
             self.seed if dropout else out,
+            self.place.first_group(columns),
+            self.place.groups_per_row(columns),
             out.shape[0],
             self.pairs,
             columns,
@@ -330,7 +342,7 @@ class Launches:
             OVERWRITE=overwrite,
             BY_PAIR=by_pair,
             DROPOUT=dropout,
-            LONG_COUNTER=dropout and _counts_long(*out.shape),
+            LONG_COUNTER=dropout and self.place.needs_long_counter(*out.shape),
             PRECISION=precision(out.dtype),
             BLOCK_M=routing.block,
             BLOCK_C=tile.BLOCK_C,
@@ -405,6 +417,8 @@ class Launches:
             grad,
             partials,
             self.seed if dropout else wide,
+            self.place.first_group(columns),
+            self.place.groups_per_row(columns),
             wide.shape[0],
             columns,
             width,
@@ -417,7 +431,7 @@ class Launches:
             NUM_FACTORS=self.num_factors,
             HAS_WEIGHTS=self.has_weights and not of_a,
             DROPOUT=dropout,
-            LONG_COUNTER=dropout and _counts_long(*wide.shape),
+            LONG_COUNTER=dropout and self.place.needs_long_counter(*wide.shape),
             PRECISION=precision(wide.dtype),
             WINDOW=tile.window,
             TILE=routing.block,
@@ -465,8 +479,3 @@ def _rows_are_aligned(matrix: Tensor) -> bool:
         and matrix.stride(0) * size % 16 == 0
         and matrix.storage_offset() * size % 16 == 0
     )
-
-
-def _counts_long(rows: int, columns: int) -> bool:
-    """32 bits count the mask's groups until there are 2^31 of them."""
-    return rows * cdiv(columns, 8) >= 2**31
