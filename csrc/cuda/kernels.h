@@ -88,6 +88,7 @@ struct GemmTail {
   const void* output_scale;  // [C], or null
   const int64_t* seed;       // of the keep-mask [M, C] of the tail; null: nothing is dropped
   uint32_t threshold;
+  uint64_t first_group, groups_per_row;  // where it stands in the whole activation's mask
   int64_t tokens, depth, columns, rank;
   // Tile variants, for measurements: 128 or 256 columns; 1 or 2 blocks that share their right
   // tiles.

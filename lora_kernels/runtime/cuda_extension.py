@@ -294,13 +294,14 @@ def gemm_tail(
     usual = default_tile(tokens, columns, limits_of(left.device).multiprocessors)
     bias = None if bias is None else bias.contiguous()
     output_scale = None if output_scale is None else output_scale.contiguous()
-    drops = drop is not None and drop.on
+    mask = 0, 0, 0, 0
+    if drop is not None and drop.on:
+        mask = _address(drop.seed), drop.threshold, drop.first_group, drop.groups_per_row
     with on_device(left):
         cpu_extension.extension().cuda_gemm_tail(
             *_place(left), _NUMBER[left.dtype], *_matrix(left), *_matrix(right),
             *_matrix(tail_left), *_matrix(tail_right), by_columns, *_matrix(out), _address(bias),
-            _address(output_scale), _address(drop.seed) if drops else 0,
-            drop.threshold if drops else 0, tokens, left.shape[1], columns, rank,
+            _address(output_scale), *mask, tokens, left.shape[1], columns, rank,
             tile_columns or usual[0], cluster or usual[1],
         )  # fmt: skip
 
