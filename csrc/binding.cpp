@@ -374,6 +374,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("cuda_built_for") = "";
 #endif
 #ifdef LORA_KERNELS_CUDA
+  m.attr("cuda_max_slices") = lora::cuda::MAX_SLICES;
   m.def("cuda_decode_linear", &cuda_decode_linear, Released());
   m.def("cuda_decode_routed", &cuda_decode_routed);
   m.def("cuda_gemm_tail", &cuda_gemm_tail, Released());

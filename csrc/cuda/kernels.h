@@ -18,10 +18,6 @@ struct Place {
   void* stream;
 };
 
-// The rank (of a bank: H) for which h of the decode kernels fits into shared memory on every
-// device.
-constexpr int64_t MAX_DECODE_RANK = 512;
-
 // y = x W^T + bias + s (x A^T) B^T for few tokens, reading W once and A once per cluster.
 struct DecodeLinear {
   DType dtype;         // of x, weight, bias and y: bf16 or f16
