@@ -305,8 +305,9 @@ void cuda_gemm_tail(int device, uintptr_t stream, int dtype, uintptr_t left, int
                     uintptr_t right, int64_t right_stride, uintptr_t tail_left,
                     int64_t tail_left_stride, uintptr_t tail_right, int64_t tail_right_stride,
                     bool transposed, uintptr_t out, int64_t out_stride, uintptr_t bias,
-                    uintptr_t output_scale, uintptr_t seed, uint32_t threshold, int64_t tokens,
-                    int64_t depth, int64_t columns, int64_t rank, int tile_columns, int cluster) {
+                    uintptr_t output_scale, uintptr_t seed, uint32_t threshold,
+                    uint64_t first_group, uint64_t groups_per_row, int64_t tokens, int64_t depth,
+                    int64_t columns, int64_t rank, int tile_columns, int cluster) {
   lora::cuda::gemm_tail({dtype_of(dtype),
                          at<void>(left),
                          left_stride,
@@ -323,6 +324,8 @@ void cuda_gemm_tail(int device, uintptr_t stream, int dtype, uintptr_t left, int
                          at<void>(output_scale),
                          at<int64_t>(seed),
                          threshold,
+                         first_group,
+                         groups_per_row,
                          tokens,
                          depth,
                          columns,
@@ -371,6 +374,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("cuda_built_for") = "";
 #endif
 #ifdef LORA_KERNELS_CUDA
+  m.attr("cuda_max_slices") = lora::cuda::MAX_SLICES;
   m.def("cuda_decode_linear", &cuda_decode_linear, Released());
   m.def("cuda_decode_routed", &cuda_decode_routed);
   m.def("cuda_gemm_tail", &cuda_gemm_tail, Released());

@@ -35,6 +35,7 @@ struct Sizes {
   const void* output_scale;
   const int64_t* seed;
   uint32_t threshold;
+  uint64_t first_group, groups_per_row;  // where the mask stands in the whole activation's
 };
 
 #ifdef LORA_SM90A
@@ -162,11 +163,11 @@ __device__ __forceinline__ void drop(float (&acc)[BLOCK_C / 2], int row, int col
   constexpr int WORDS = BLOCK_C / 128;  // of bits per lane and row
   const int lane = int(threadIdx.x % 32), t = lane % 4;
   const uint64_t seed = uint64_t(*sizes.seed);
-  const uint64_t groups_per_row = uint64_t(sizes.columns + 7) / 8;
   uint32_t bits[2][WORDS];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const uint64_t group = uint64_t(row + 8 * i) * groups_per_row + uint64_t(column / 8 + t);
+    const uint64_t first = sizes.first_group + uint64_t(row + 8 * i) * sizes.groups_per_row;
+    const uint64_t group = first + uint64_t(column / 8 + t);
 #pragma unroll
     for (int word = 0; word < WORDS; ++word) {
       bits[i][word] = 0;
@@ -359,9 +360,9 @@ void run(const GemmTail& call, const Place& place) {
                             what)
                : matrix_map(name, data, call.dtype, depth, call.columns, stride, BLOCK_D, what);
   };
-  const Sizes sizes{int(call.tokens), int(call.columns), int(call.depth), int(call.rank),
-                    int(row_tiles),   int(column_tiles), call.bias,       call.output_scale,
-                    call.seed,        call.threshold};
+  const Sizes sizes{int(call.tokens), int(call.columns), int(call.depth),  int(call.rank),
+                    int(row_tiles),   int(column_tiles), call.bias,        call.output_scale,
+                    call.seed,        call.threshold,    call.first_group, call.groups_per_row};
   const int64_t clusters = std::min<int64_t>(row_tiles * column_tiles,
                                              std::max(multiprocessors(place, what) / cluster, 1));
   launch(

@@ -18,10 +18,6 @@ struct Place {
   void* stream;
 };
 
-// The rank (of a bank: H) for which h of the decode kernels fits into shared memory on every
-// device.
-constexpr int64_t MAX_DECODE_RANK = 512;
-
 // y = x W^T + bias + s (x A^T) B^T for few tokens, reading W once and A once per cluster.
 struct DecodeLinear {
   DType dtype;         // of x, weight, bias and y: bf16 or f16
@@ -88,6 +84,7 @@ struct GemmTail {
   const void* output_scale;  // [C], or null
   const int64_t* seed;       // of the keep-mask [M, C] of the tail; null: nothing is dropped
   uint32_t threshold;
+  uint64_t first_group, groups_per_row;  // where it stands in the whole activation's mask
   int64_t tokens, depth, columns, rank;
   // Tile variants, for measurements: 128 or 256 columns; 1 or 2 blocks that share their right
   // tiles.

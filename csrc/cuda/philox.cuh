@@ -5,7 +5,7 @@
 
 namespace lora::cuda {
 
-// Bit k of the result: whether column 8 * (group % groups_per_row) + k of the group is kept.
+// Bit k of the result: whether the group's column k is kept.
 __device__ __forceinline__ uint32_t keep_bits(uint64_t seed, uint64_t group, uint32_t stream,
                                               uint32_t threshold) {
   uint32_t word0 = uint32_t(group), word1 = uint32_t(group >> 32), word2 = stream, word3 = 0;

@@ -25,7 +25,7 @@ from lora_kernels.runtime.device_limits import cdiv, limits_of, on_device
 DTYPES = (torch.bfloat16, torch.float16)
 # Beyond them a GEMM with a tail reads less. Of these ranks there is room for h in the shared memory
 # of every device, at any number of tokens.
-MAX_DECODE_TOKENS, MAX_DECODE_PAIRS, MAX_SLICES = 64, 256, 8
+MAX_DECODE_TOKENS, MAX_DECODE_PAIRS = 64, 256
 MAX_DECODE_RANK, MAX_DECODE_WIDTH = 256, 512
 TILES = tuple((columns, cluster) for columns in (128, 256) for cluster in (1, 2))
 
@@ -235,8 +235,8 @@ def why_not_decode_routed(
         return "there is nothing to compute"
     if bank.width > MAX_DECODE_WIDTH:
         return f"ranks of {bank.width} over the slices are more than {MAX_DECODE_WIDTH}"
-    if bank.num_slices > MAX_SLICES:
-        return f"{bank.num_slices} slices are more than {MAX_SLICES}"
+    if bank.num_slices > (most := cpu_extension.extension().cuda_max_slices):
+        return f"{bank.num_slices} slices are more than {most}"
     if drops:
         return "there is dropout"
     if bank.storage.dtype not in (x.dtype, torch.float32):
@@ -294,13 +294,14 @@ def gemm_tail(
     usual = default_tile(tokens, columns, limits_of(left.device).multiprocessors)
     bias = None if bias is None else bias.contiguous()
     output_scale = None if output_scale is None else output_scale.contiguous()
-    drops = drop is not None and drop.on
+    mask = 0, 0, 0, 0
+    if drop is not None and drop.on:
+        mask = _address(drop.seed), drop.threshold, drop.first_group, drop.groups_per_row
     with on_device(left):
         cpu_extension.extension().cuda_gemm_tail(
             *_place(left), _NUMBER[left.dtype], *_matrix(left), *_matrix(right),
             *_matrix(tail_left), *_matrix(tail_right), by_columns, *_matrix(out), _address(bias),
-            _address(output_scale), _address(drop.seed) if drops else 0,
-            drop.threshold if drops else 0, tokens, left.shape[1], columns, rank,
+            _address(output_scale), *mask, tokens, left.shape[1], columns, rank,
             tile_columns or usual[0], cluster or usual[1],
         )  # fmt: skip
 

@@ -62,6 +62,10 @@ class MaskPlace(NamedTuple):
         """The number of the activation's first group."""
         return self.row_offset * self.groups_per_row(columns) + self.column_offset // GROUP
 
+    def needs_long_counter(self, rows: int, columns: int) -> bool:
+        """Whether 32 signed bits do not count the groups of an activation of that size."""
+        return self.first_group(columns) + rows * self.groups_per_row(columns) >= 2**31
+
 
 def check_place(row_offset: int, column_offset: int, pitch: int | None, columns: int) -> None:
     """Whether they place an activation of so many columns.

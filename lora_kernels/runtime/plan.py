@@ -47,11 +47,12 @@ def metadata_of(x: Tensor, *others: Tensor | None) -> tuple | None:
     """The types, dtypes, shapes, devices and layouts of tensors, of x's shape the last size only.
 
     None where only the full check can tell: something is no tensor, has no memory of its own (a
-    transform's or a mode's wrapper, a storage that was freed, torch's lazy zero), or is empty.
+    transform's or a mode's wrapper, a storage that was freed, torch's lazy zero), or is empty, or
+    x has no dimension.
     """
     try:
         lowest = tensor_state.LOWEST_ADDRESS
-        if x.data_ptr() < lowest:
+        if x.data_ptr() < lowest or x.ndim == 0:
             return None
         found = [type(x), x.dtype, x.shape[-1:], x.is_cpu or x.device, x.layout]
         for tensor in others:

@@ -124,7 +124,12 @@ def _compile(launch: Launch, target: GPUTarget):
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
         argument = launch.arguments[parameter.name]
-        kind, aligned = ("constexpr", False) if parameter.is_constexpr else _specialise(argument)
+        if parameter.is_constexpr:
+            kind, aligned = "constexpr", False
+        elif parameter.do_not_specialize:
+            kind, aligned = parameter.annotation_type, False
+        else:
+            kind, aligned = _specialise(argument)
         signature[parameter.name] = kind
         if kind == "constexpr":
             constants[(index,)] = argument

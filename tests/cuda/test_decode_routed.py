@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lora_kernels.ops.routed import AdapterBank, Routing
 from lora_kernels.ops.routed.tensors import in_one_piece
+from lora_kernels.runtime import cpu_extension as native
 from lora_kernels.runtime import cuda_extension as native_cuda
 from lora_kernels.testing import assert_within_policy
 from lora_kernels.testing.routed_inputs import RoutedProblem, routed_eager, routed_oracle
@@ -172,9 +173,12 @@ def test_without_clusters(emulated_device, in_features):
 
 
 def test_the_largest_rank_on_the_smallest_device(emulated_device):
-    """MAX_DECODE_RANK of csrc/cuda/kernels.h, with the 99 KB of compute capability 8.6."""
+    """In as many slices as there may be, with the 99 KB of compute capability 8.6."""
     emulated_device(capability=86)
-    check(problem_of([0, -1, 1], [(57, 61, 70, 67, 63, 65, 64, 65), (1,) * 8], 40, (9,) * 8))
+    ranks = (57, 61, 70, 67, 63, 65, 64, 65)
+    assert sum(ranks) == native_cuda.MAX_DECODE_WIDTH
+    assert len(ranks) == native.extension().cuda_max_slices
+    check(problem_of([0, -1, 1], [ranks, (1,) * 8], 40, (9,) * 8))
 
 
 def test_too_large_a_rank_is_an_error():

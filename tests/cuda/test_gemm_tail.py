@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lora_kernels.ops.linear.triton.operands import Dropout
 from lora_kernels.runtime import cuda_extension as native_cuda
-from lora_kernels.runtime.dropout import keep_mask
+from lora_kernels.runtime.dropout import ActiveDropout, MaskPlace, keep_mask
 from lora_kernels.testing import assert_within_policy
 from lora_kernels.testing.inputs import without_gaps
 
@@ -36,7 +36,7 @@ def check(
     bias = torch.randn(c, generator=generator).to(dtype) if vectors else None
     output_scale = torch.randn(c, generator=generator).to(dtype) if vectors else None
     seed = torch.tensor(-(2**62) + 5)
-    drop = Dropout(seed, p, m, c) if p else None
+    drop = Dropout(ActiveDropout(p, seed), m, c) if p else None
     keep = keep_mask(seed, p, m, c) if p else torch.ones(m, c, dtype=torch.bool)
 
     def formula(precision: torch.dtype) -> Tensor:
@@ -105,13 +105,43 @@ def test_bias_and_output_scale(emulated, c, transposed):
     check(70, 48, c, 16, torch.float16, transposed=transposed, vectors=True)
 
 
+@pytest.mark.parametrize("tile_columns", [128, 256])
+@pytest.mark.parametrize(
+    "rows, columns, before",
+    [
+        pytest.param(slice(0, 150), slice(0, 300), 0, id="whole"),
+        pytest.param(slice(7, 140), slice(0, 300), 3, id="rows"),
+        pytest.param(slice(0, 150), slice(64, 208), 0, id="columns"),
+        pytest.param(slice(7, 140), slice(24, 277), 2**31 // 38 - 60, id="both, across 2^31"),
+        pytest.param(slice(0, 150), slice(0, 300), 2**32 // 38 - 60, id="whole, across 2^32"),
+        pytest.param(slice(7, 140), slice(24, 277), 2**40 + 3, id="both, far"),
+    ],
+)
+def test_the_mask_of_a_slice_is_the_wholes(emulated, rows, columns, before, tile_columns):
+    """Of an activation [150, 300] that begins at row ``before``."""
+    seed, dtype = torch.tensor(-(2**62) + 5), torch.bfloat16
+    mask = keep_mask(seed, 0.4, 150, 300, 0, MaskPlace(before))[rows, columns]
+    m, c = mask.shape
+    pitch = -(-c // 8) * 8
+    left, tail_left = torch.zeros(m, 64, dtype=dtype), torch.ones(m, 8, dtype=dtype)
+    right, tail_right = torch.zeros(64, pitch, dtype=dtype), torch.ones(8, pitch, dtype=dtype)
+    out = torch.empty(m, pitch, dtype=dtype)[:, :c]
+    place = MaskPlace(before + rows.start, columns.start, 300)
+    drop = Dropout(ActiveDropout(0.4, seed, place), m, c)
+    native_cuda.gemm_tail(
+        left, right[:, :c], tail_left, tail_right[:, :c], out, drop=drop, tile_columns=tile_columns
+    )
+    assert torch.equal(out != 0, mask)
+
+
 def test_a_dropped_nan_does_not_reach_the_result(emulated):
     """As the definition has it: what is dropped is zero, not zero times what was there."""
     m, c, dtype = 16, 64, torch.bfloat16
     left, right = torch.ones(m, 64, dtype=dtype), torch.ones(64, c, dtype=dtype)
     tail_left = torch.ones(m, 8, dtype=dtype)
     tail_right = torch.full((8, c), torch.nan, dtype=dtype)
-    drop, out = Dropout(torch.tensor(3), 0.5, m, c), torch.empty(m, c, dtype=dtype)
+    drop = Dropout(ActiveDropout(0.5, torch.tensor(3)), m, c)
+    out = torch.empty(m, c, dtype=dtype)
     native_cuda.gemm_tail(left, right, tail_left, tail_right, out, drop=drop)
     assert torch.equal(out.isnan(), keep_mask(drop.seed, 0.5, m, c))
     assert (out[~out.isnan()] == 64).all()

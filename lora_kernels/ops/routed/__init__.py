@@ -328,7 +328,7 @@ def _prepared(
     tensors = version.tensors(slots, routing.capacity)
     if version.device.type == "cuda" and not torch.compiler.is_compiling():
         version.note_stream(slots)
-    if not any(tensors.thresholds):
+    if of_h is not None or not any(tensors.thresholds):
         seed = None
     elif seed is None:
         seed = draw_seed(tensors.scaling.device)

@@ -122,7 +122,7 @@ def _share_memory(out: Tensor, operand: Tensor) -> bool:
 def check_base(base: BaseWeight | None, bias: Tensor | None, bank: AdapterBank, x: Tensor) -> None:
     if not isinstance(base, BaseWeight):
         raise TypeError(f"weight: expected a tensor, got {type(base).__name__}")
-    weights = base.tensors()
+    weights, shape = base.tensors(), (bank.out_features, bank.in_features)
     dense = [("weight", *weights)] if base.format == "dense" else []
     for name, tensor in (*dense, ("bias", bias)):
         if tensor is None and name == "bias":
@@ -132,11 +132,9 @@ def check_base(base: BaseWeight | None, bias: Tensor | None, bank: AdapterBank, 
         check_no_wrapper(name, tensor)
         if tensor.layout is not torch.strided:
             raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
-        _check_matrix(
-            name, tensor, (bank.out_features, bank.in_features)[: 1 + (name != "bias")], x
-        )
+        _check_matrix(name, tensor, shape[:1] if name == "bias" else shape, x)
     if not dense:
-        _check_matrix("weight", base, (bank.out_features, bank.in_features), x)
+        _check_matrix("weight", base, shape, x)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in weights):
         raise ValueError(
             "weight: expected a frozen tensor (requires_grad=False), got one that requires grad"

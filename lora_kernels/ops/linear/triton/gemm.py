@@ -114,13 +114,15 @@ def _launch_tma(
 
 
 def _epilogue_arguments(out, bias, output_scale, drop) -> tuple:
-    """bias, output_scale, seed and threshold; ``out`` stands for a pointer that is not read."""
+    """bias, output_scale and the mask's; ``out`` stands for a pointer that is not read."""
     dropping = drop is not None and drop.on
     return (
         out if bias is None else bias.contiguous(),
         out if output_scale is None else output_scale.contiguous(),
         drop.seed if dropping else out,
         drop.threshold if dropping else 0,
+        drop.first_group if dropping else 0,
+        drop.groups_per_row if dropping else 0,
     )
 
 

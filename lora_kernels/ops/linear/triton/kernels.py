@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops.narrow.triton.narrow_dot import narrow_dot
-from lora_kernels.ops.narrow.triton.philox import keep_tile
+from lora_kernels.ops.narrow.triton.philox import PLACE, keep_tile
 from lora_kernels.ops.narrow.triton.reduce import load_scaling
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLACE)
 def shrink_kernel(
     wide_ptr,  # [M, D]
     narrow_ptr,  # [R, D], any floating dtype
@@ -22,6 +22,8 @@ def shrink_kernel(
     rounded_ptr,  # [M, R], rows stride_rounded apart; unused without HAS_ROUNDED
     seed_ptr,  # []
     threshold,
+    first_group: tl.int64,  # where the mask stands: see MaskPlace
+    groups_per_row: tl.int64,
     scaling,  # [], on the device, or a number
     factor,  # the dropout's scale
     M,
@@ -66,7 +68,9 @@ def shrink_kernel(
         wide = tl.load(wide_ptrs, mask=inside_m & inside[None, :], other=0.0)
         narrow = tl.load(narrow_ptrs, mask=inside[:, None] & inside_r, other=0.0)
         if DROPOUT:
-            keep = keep_tile(seed, rows, start, D, threshold, 0, BLOCK_D, LONG_COUNTER)
+            keep = keep_tile(
+                seed, rows, start, first_group, groups_per_row, threshold, 0, BLOCK_D, LONG_COUNTER
+            )
             wide = tl.where(keep, wide, 0.0)
         accumulator = narrow_dot(wide, narrow, accumulator, PRECISION)
         wide_ptrs += step_wide
@@ -86,7 +90,7 @@ def shrink_kernel(
             tl.store(rounded_ptrs, rounded, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLACE)
 def rank_gradient_kernel(
     wide_ptr,  # [M, D]: dy, or x
     narrow_ptr,  # [M, R] contiguous, fp32: h, or t
@@ -95,6 +99,8 @@ def rank_gradient_kernel(
     projection_ptr,  # [ceil(D / BLOCK_D), M, R] fp32; unused without HAS_PROJECTION
     seed_ptr,  # []
     threshold,
+    first_group: tl.int64,  # where the mask stands: see MaskPlace
+    groups_per_row: tl.int64,
     M,
     D,
     R,
@@ -140,7 +146,10 @@ def rank_gradient_kernel(
         offsets = rows[:, None] * R + ranks[None, :]
         narrow = tl.load(narrow_ptr + offsets, mask=inside_m & inside_r, other=0.0)
         if DROPOUT:
-            keep = keep_tile(seed, rows, block_d * BLOCK_D, D, threshold, 0, BLOCK_D, LONG_COUNTER)
+            keep = keep_tile(
+                seed, rows, block_d * BLOCK_D, first_group, groups_per_row, threshold, 0, BLOCK_D,
+                LONG_COUNTER,
+            )  # fmt: skip
             wide = tl.where(keep, wide, 0.0)
         accumulator = narrow_dot(tl.trans(wide), narrow, accumulator, PRECISION)
         if HAS_PROJECTION:

@@ -2,8 +2,7 @@
 
 from torch import Tensor
 
-from lora_kernels.runtime.device_limits import cdiv
-from lora_kernels.runtime.dropout import ActiveDropout
+from lora_kernels.runtime.dropout import ActiveDropout, MaskPlace
 from lora_kernels.runtime.scaling import host_number
 
 
@@ -12,11 +11,13 @@ class Dropout:
 
     def __init__(self, dropout: ActiveDropout | None, rows: int, columns: int) -> None:
         self.on = dropout is not None
-        self.threshold, self.scale, self.seed = 0, 1.0, None
+        self.threshold, self.scale, self.seed, place = 0, 1.0, None, MaskPlace()
         if dropout is not None:
             self.threshold, self.scale, self.seed = dropout.threshold, dropout.scale, dropout.seed
-        # 32 bits count the groups until there are 2^31 of them; then it takes two counter words.
-        self.long_counter = rows * cdiv(columns, 8) >= 2**31
+            place = dropout.place
+        self.first_group = place.first_group(columns)
+        self.groups_per_row = place.groups_per_row(columns)
+        self.long_counter = place.needs_long_counter(rows, columns)
 
 
 def outer_axis(matrix: Tensor) -> int | None:

@@ -16,7 +16,7 @@ as kernel arguments, so that a launch needs no workspace and no allocator.
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.narrow.triton.philox import zero_dropped_tile
+from lora_kernels.ops.narrow.triton.philox import PLACE, zero_dropped_tile
 
 
 @triton.jit
@@ -86,7 +86,7 @@ def accumulate(
     return accumulator
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLACE)
 def gemm_tail_kernel(
     left_ptr,  # [M, D]
     right_ptr,  # [D, C]
@@ -98,6 +98,8 @@ def gemm_tail_kernel(
     output_scale_ptr,  # [C] contiguous
     seed_ptr,  # []
     threshold,
+    first_group: tl.int64,  # where the mask stands: see MaskPlace
+    groups_per_row: tl.int64,
     M,
     C,
     D,
@@ -138,8 +140,9 @@ def gemm_tail_kernel(
     )  # fmt: skip
     if DROPOUT:
         accumulator = zero_dropped_tile(
-            accumulator, tl.load(seed_ptr), rows, block_c * BLOCK_C, C, threshold, 0, LONG_COUNTER
-        )
+            accumulator, tl.load(seed_ptr), rows, block_c * BLOCK_C, first_group, groups_per_row,
+            threshold, 0, LONG_COUNTER,
+        )  # fmt: skip
         if HAS_MAIN:
             accumulator = accumulate(
                 accumulator, left_ptr, right_ptr, rows, columns, M, C, D,
@@ -178,7 +181,7 @@ def accumulate_tma(
     return accumulator
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLACE)
 def gemm_tail_tma_kernel(
     left_desc,  # [M, D]
     right_desc,  # [D, C], or [C, D] if RIGHT_TRANSPOSED
@@ -190,6 +193,8 @@ def gemm_tail_tma_kernel(
     output_scale_ptr,  # [C] contiguous
     seed_ptr,  # []
     threshold,
+    first_group: tl.int64,  # where the mask stands: see MaskPlace
+    groups_per_row: tl.int64,
     M,
     C,
     D,
@@ -222,8 +227,9 @@ def gemm_tail_tma_kernel(
             )  # fmt: skip
             rows = first_row + tl.arange(0, BLOCK_M)
             accumulator = zero_dropped_tile(
-                accumulator, tl.load(seed_ptr), rows, first_column, C, threshold, 0, LONG_COUNTER
-            )
+                accumulator, tl.load(seed_ptr), rows, first_column, first_group, groups_per_row,
+                threshold, 0, LONG_COUNTER,
+            )  # fmt: skip
         accumulator = accumulate_tma(
             accumulator, left_desc, right_desc, first_row, first_column, D,
             RIGHT_TRANSPOSED, BLOCK_D, PRECISION,

@@ -6,27 +6,33 @@ import triton.language as tl
 GROUP = tl.constexpr(8)  # columns served by one Philox call
 ROUNDS = tl.constexpr(7)
 
+# Arguments of every kernel that draws. Their values are each call's own: none is compiled for.
+PLACE = ("first_group", "groups_per_row")
+
 
 @triton.jit
 def keep_tile(
     seed,  # scalar int64
     rows,  # [BLOCK_ROWS]
     first_column,  # scalar, a multiple of 8
-    columns,  # of the whole activation, not of the tile
+    first_group,  # of the activation, where it stands in the whole one
+    groups_per_row,  # of the whole one
     threshold,  # q: a lane below it is dropped
     stream,  # 0, or the adapter's slot
     BLOCK_COLUMNS: tl.constexpr,
-    LONG_COUNTER: tl.constexpr,  # whether the activation has 2**31 groups or more
+    LONG_COUNTER: tl.constexpr,  # whether a group's number may be 2**31 or more
 ):  # [BLOCK_ROWS, BLOCK_COLUMNS] booleans
     """Whether each element of a tile is kept. Rows and columns past the activation mean nothing."""
     group = first_column // GROUP + tl.arange(0, BLOCK_COLUMNS // GROUP)
-    groups_per_row = (columns + GROUP - 1) // GROUP
     if LONG_COUNTER:
-        counter = rows.to(tl.int64)[:, None] * groups_per_row + group[None, :]
+        first_of_row = first_group + rows.to(tl.int64) * groups_per_row
+        counter = first_of_row[:, None] + group[None, :]
         low = counter.to(tl.uint32)
         high = (counter >> 32).to(tl.uint32)
     else:
-        low = (rows.to(tl.int32)[:, None] * groups_per_row + group[None, :]).to(tl.uint32)
+        first_of_row = tl.cast(first_group, tl.int32)
+        first_of_row += rows.to(tl.int32) * tl.cast(groups_per_row, tl.int32)
+        low = (first_of_row[:, None] + group[None, :]).to(tl.uint32)
         high = low * 0
     word_0, word_1, word_2, word_3 = tl.philox(
         seed, low, high, low * 0 + stream, low * 0, n_rounds=ROUNDS
@@ -43,7 +49,8 @@ def zero_dropped_tile(
     seed,  # scalar int64
     rows,  # [BLOCK_ROWS]
     first_column,
-    columns,
+    first_group,
+    groups_per_row,
     threshold,
     stream,
     LONG_COUNTER: tl.constexpr,
@@ -57,10 +64,13 @@ def zero_dropped_tile(
     HALF: tl.constexpr = tile.shape[1] // 2
     halves = tl.permute(tl.reshape(tile, (BLOCK_ROWS, 2, HALF)), (0, 2, 1))
     left, right = tl.split(halves)
-    keep = keep_tile(seed, rows, first_column, columns, threshold, stream, HALF, LONG_COUNTER)
+    keep = keep_tile(
+        seed, rows, first_column, first_group, groups_per_row, threshold, stream, HALF, LONG_COUNTER
+    )
     left = tl.where(keep, left, 0.0)
     keep = keep_tile(
-        seed, rows, first_column + HALF, columns, threshold, stream, HALF, LONG_COUNTER
-    )
+        seed, rows, first_column + HALF, first_group, groups_per_row, threshold, stream, HALF,
+        LONG_COUNTER,
+    )  # fmt: skip
     right = tl.where(keep, right, 0.0)
     return tl.reshape(tl.permute(tl.join(left, right), (0, 2, 1)), (BLOCK_ROWS, 2 * HALF))

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from lora_kernels.ops.narrow.triton.philox import zero_dropped_tile
+from lora_kernels.ops.narrow.triton.philox import PLACE, zero_dropped_tile
 from lora_kernels.ops.routed.triton.kernels import (
     VECTOR,
     factor_of_slot,
@@ -108,7 +108,7 @@ def tail_of_slot(
     return accumulator
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLACE)
 def routed_expand_kernel(
     tail_ptr,  # [P, H] in out's dtype, rows stride_tm apart; [parts, P, H] if PARTIALS
     storage_ptr,
@@ -122,6 +122,8 @@ def routed_expand_kernel(
     out_ptr,  # [M, C], any strides; [P, C] if BY_PAIR
     has_delta_ptr,  # [S, P] int8; unused without BY_PAIR
     seed_ptr,
+    first_group: tl.int64,  # where the mask stands: see MaskPlace
+    groups_per_row: tl.int64,
     M,
     P,
     C,  # columns: N of all slices, or K
@@ -178,8 +180,8 @@ def routed_expand_kernel(
     )  # fmt: skip
     if DROPOUT:
         accumulator = zero_dropped_tile(
-            accumulator, tl.load(seed_ptr), rows, start, C, tl.load(threshold_ptr + slot), slot,
-            LONG_COUNTER,
+            accumulator, tl.load(seed_ptr), rows, start, first_group, groups_per_row,
+            tl.load(threshold_ptr + slot), slot, LONG_COUNTER,
         )  # fmt: skip
         accumulator *= keep_scale_of(threshold_ptr, slot)
 

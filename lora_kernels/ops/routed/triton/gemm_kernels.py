@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops.narrow.triton.gemm_tail import accumulate, finish, tile_coordinates
-from lora_kernels.ops.narrow.triton.philox import zero_dropped_tile
+from lora_kernels.ops.narrow.triton.philox import PLACE, zero_dropped_tile
 from lora_kernels.ops.routed.triton.expand_kernels import tail_of_slot
 from lora_kernels.ops.routed.triton.kernels import (
     factor_of_slot,
@@ -14,7 +14,7 @@ from lora_kernels.ops.routed.triton.kernels import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLACE)
 def routed_gemm_kernel(
     left_ptr,  # [M, D]: x, or dy
     right_ptr,  # [D, C]: W^T, or W
@@ -28,6 +28,8 @@ def routed_gemm_kernel(
     bias_ptr,  # [C] contiguous
     out_ptr,  # [M, C] contiguous
     seed_ptr,  # []
+    first_group: tl.int64,  # where the mask stands: see MaskPlace
+    groups_per_row: tl.int64,
     M,
     C,
     D,
@@ -76,8 +78,8 @@ def routed_gemm_kernel(
             column, 1.0, 1.0, 0, stride_tm, 0, TO_B, False, PRECISION, DTYPE, BLOCK_R,
         )  # fmt: skip
         accumulator = zero_dropped_tile(
-            accumulator, tl.load(seed_ptr), rows, start, C, tl.load(threshold_ptr + slot), slot,
-            LONG_COUNTER,
+            accumulator, tl.load(seed_ptr), rows, start, first_group, groups_per_row,
+            tl.load(threshold_ptr + slot), slot, LONG_COUNTER,
         )  # fmt: skip
         accumulator *= keep_scale_of(threshold_ptr, slot)
     accumulator = accumulate(

@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops.narrow.triton.narrow_dot import narrow_dot
-from lora_kernels.ops.narrow.triton.philox import keep_tile
+from lora_kernels.ops.narrow.triton.philox import PLACE, keep_tile
 from lora_kernels.ops.routed.triton.kernels import factor_of_slot, keep_scale_of, slice_of_block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLACE)
 def routed_gradient_kernel(
     wide_ptr,  # [M, D]: x, or dy of all slices
     narrow_ptr,  # [P, H], rows stride_nm apart: t, or h
@@ -30,6 +30,8 @@ def routed_gradient_kernel(
     grad_ptr,  # flat
     partials_ptr,  # [2 * windows, H, D] fp32 (OF_A), or [2 * windows, D, H]
     seed_ptr,  # []
+    first_group: tl.int64,  # where the mask stands: see MaskPlace
+    groups_per_row: tl.int64,
     M,
     D,
     H,
@@ -98,7 +100,10 @@ def routed_gradient_kernel(
                 weights = tl.load(weights_ptr + pairs, mask=inside, other=0.0)
                 narrow *= weights.to(tl.float32)[:, None]
             if DROPOUT:
-                keep = keep_tile(seed, rows, start_d, D, threshold, slot, BLOCK_D, LONG_COUNTER)
+                keep = keep_tile(
+                    seed, rows, start_d, first_group, groups_per_row, threshold, slot, BLOCK_D,
+                    LONG_COUNTER,
+                )  # fmt: skip
                 wide = tl.where(keep, wide, 0.0)
             accumulator = narrow_dot(tl.trans(wide), narrow, accumulator, PRECISION)
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from lora_kernels.ops.narrow.triton.narrow_dot import narrow_dot
-from lora_kernels.ops.narrow.triton.philox import keep_tile
+from lora_kernels.ops.narrow.triton.philox import PLACE, keep_tile
 
 # Every factor begins at a multiple of this many elements of the storage.
 ALIGNMENT = tl.constexpr(64)
@@ -96,6 +96,8 @@ def narrow_sum(
     stride_nd,
     stride_nr,
     seed_ptr,
+    first_group,
+    groups_per_row,
     threshold,
     stream,
     DROPOUT: tl.constexpr,
@@ -118,7 +120,10 @@ def narrow_sum(
         wide = tl.load(wide_ptrs, mask=inside_m[:, None] & inside[None, :], other=0.0)
         narrow = tl.load(narrow_ptrs, mask=inside[:, None] & inside_r, other=0.0)
         if DROPOUT:
-            keep = keep_tile(seed, rows, start, depth, threshold, stream, BLOCK_D, LONG_COUNTER)
+            keep = keep_tile(
+                seed, rows, start, first_group, groups_per_row, threshold, stream, BLOCK_D,
+                LONG_COUNTER,
+            )  # fmt: skip
             wide = tl.where(keep, wide, 0.0)
         accumulator = narrow_dot(wide, narrow, accumulator, PRECISION)
         wide_ptrs += step_wide
@@ -126,7 +131,7 @@ def narrow_sum(
     return accumulator
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLACE)
 def routed_shrink_kernel(
     wide_ptr,  # [M, D]: x, or dy of all slices
     storage_ptr,
@@ -140,6 +145,8 @@ def routed_shrink_kernel(
     out_ptr,  # [P, H] fp32; [parts, P, H] if SPLIT; unused without HAS_OUT
     rounded_ptr,  # [P, H], rows stride_rounded apart; unused without HAS_ROUNDED
     seed_ptr,  # []
+    first_group: tl.int64,  # where the mask stands: see MaskPlace
+    groups_per_row: tl.int64,
     M,
     P,
     D,
@@ -201,7 +208,7 @@ def routed_shrink_kernel(
     if OF_A:
         accumulator = narrow_sum(
             accumulator, wide_ptr, storage_ptr + offset, rows, inside_m, ranks, rank, first, last,
-            D, stride_wm, stride_wd, 1, D, seed_ptr, threshold, slot,
+            D, stride_wm, stride_wd, 1, D, seed_ptr, first_group, groups_per_row, threshold, slot,
             DROPOUT, LONG_COUNTER, PRECISION, BLOCK_D,
         )  # fmt: skip
     else:
@@ -211,14 +218,14 @@ def routed_shrink_kernel(
             pitch = rank // VECTOR * VECTOR
             accumulator = narrow_sum(
                 accumulator, wide_ptr, storage_ptr + offset, rows, inside_m, ranks, pitch, first,
-                last, depth, stride_wm, stride_wd, pitch, 1, seed_ptr, threshold, slot,
-                DROPOUT, LONG_COUNTER, PRECISION, BLOCK_D,
+                last, depth, stride_wm, stride_wd, pitch, 1, seed_ptr, first_group,
+                groups_per_row, threshold, slot, DROPOUT, LONG_COUNTER, PRECISION, BLOCK_D,
             )  # fmt: skip
         else:
             accumulator = narrow_sum(
                 accumulator, wide_ptr, storage_ptr + offset, rows, inside_m, ranks, rank, first,
-                last, depth, stride_wm, stride_wd, rank, 1, seed_ptr, threshold, slot,
-                DROPOUT, LONG_COUNTER, PRECISION, BLOCK_D,
+                last, depth, stride_wm, stride_wd, rank, 1, seed_ptr, first_group,
+                groups_per_row, threshold, slot, DROPOUT, LONG_COUNTER, PRECISION, BLOCK_D,
             )  # fmt: skip
 
     has_rank = (ranks < rank)[None, :]

@@ -138,6 +138,8 @@ class RoutedLaunch:
             wide if out is None else out,
             wide if rounded is None else rounded,
             self.seed if dropout else wide,
+            self.place.first_group(wide.shape[1]),
+            self.place.groups_per_row(wide.shape[1]),
             wide.shape[0],
             self.pairs,
             wide.shape[1],
@@ -156,7 +158,7 @@ class RoutedLaunch:
             FILL=out is not None and not split,
             SPLIT=split,
             DROPOUT=dropout,
-            LONG_COUNTER=dropout and _counts_long(wide.shape[0], wide.shape[1]),
+            LONG_COUNTER=dropout and self.place.needs_long_counter(*wide.shape),
             PRECISION=precision(wide.dtype),
             BLOCK_M=routing.block,
             BLOCK_D=tile.BLOCK_D,
@@ -261,6 +263,8 @@ class RoutedLaunch:
             out if bias is None else bias.contiguous(),
             out,
             self.seed if dropout else out,
+            self.place.first_group(out.shape[1]),
+            self.place.groups_per_row(out.shape[1]),
             *out.shape,
             left.shape[1],
             bank.width,
@@ -274,7 +278,7 @@ class RoutedLaunch:
             NUM_FACTORS=self.num_factors,
             HAS_BIAS=bias is not None,
             DROPOUT=dropout,
-            LONG_COUNTER=dropout and _counts_long(*out.shape),
+            LONG_COUNTER=dropout and self.place.needs_long_counter(*out.shape),
             PRECISION=precision(out.dtype),
             BLOCK_M=routing.block,
             BLOCK_C=tile.BLOCK_C,
@@ -314,6 +318,8 @@ class RoutedLaunch:
             target,
             has_delta,
             self.seed if dropout else out,
+            self.place.first_group(columns),
+            self.place.groups_per_row(columns),
             out.shape[0],
             self.pairs,
             columns,
@@ -330,7 +336,7 @@ class RoutedLaunch:
             OVERWRITE=overwrite,
             BY_PAIR=by_pair,
             DROPOUT=dropout,
-            LONG_COUNTER=dropout and _counts_long(*out.shape),
+            LONG_COUNTER=dropout and self.place.needs_long_counter(*out.shape),
             PRECISION=precision(out.dtype),
             BLOCK_M=routing.block,
             BLOCK_C=tile.BLOCK_C,
@@ -405,6 +411,8 @@ class RoutedLaunch:
             grad,
             partials,
             self.seed if dropout else wide,
+            self.place.first_group(columns),
+            self.place.groups_per_row(columns),
             wide.shape[0],
             columns,
             width,
@@ -417,7 +425,7 @@ class RoutedLaunch:
             NUM_FACTORS=self.num_factors,
             HAS_WEIGHTS=self.has_weights and not of_a,
             DROPOUT=dropout,
-            LONG_COUNTER=dropout and _counts_long(*wide.shape),
+            LONG_COUNTER=dropout and self.place.needs_long_counter(*wide.shape),
             PRECISION=precision(wide.dtype),
             WINDOW=tile.window,
             TILE=routing.block,
@@ -465,8 +473,3 @@ def _rows_are_aligned(matrix: Tensor) -> bool:
         and matrix.stride(0) * size % 16 == 0
         and matrix.storage_offset() * size % 16 == 0
     )
-
-
-def _counts_long(rows: int, columns: int) -> bool:
-    """32 bits count the mask's groups until there are 2^31 of them."""
-    return rows * cdiv(columns, 8) >= 2**31
