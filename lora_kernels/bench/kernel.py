@@ -126,7 +126,7 @@ def triton_gemm(strategy: str, inputs: KernelInputs, case: KernelCase) -> Tensor
 
     right, tail = inputs.right(case)
     out = inputs.left.new_empty((case.m, right.shape[1]))
-    cell = tiles.Cell(
+    cell = tiles.LinearCell(
         direction="backward" if case.what == "dx" else "forward",
         dtype=str(case.torch_dtype).removeprefix("torch."),
         itemsize=case.torch_dtype.itemsize,
