@@ -23,7 +23,7 @@ from lora_kernels.measuring import machine
 from lora_kernels.ops.linear.triton import tiles
 from lora_kernels.ops.linear.triton.operands import Dropout
 from lora_kernels.runtime import cuda_extension, dispatch
-from lora_kernels.runtime.dropout import drop_threshold, keep_mask
+from lora_kernels.runtime.dropout import ActiveDropout, drop_threshold, keep_mask
 from lora_kernels.testing import error_bound
 
 MAX_SETS = 64
@@ -72,7 +72,7 @@ class KernelInputs:
         if not case.dropout:
             return None
         seed = torch.tensor(SEED, device=self.left.device)
-        return Dropout(seed, case.dropout, case.m, case.k)
+        return Dropout(ActiveDropout(case.dropout, seed), case.m, case.k)
 
 
 def make_inputs(case: KernelCase, seed: int) -> KernelInputs:
