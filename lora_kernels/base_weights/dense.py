@@ -92,9 +92,4 @@ class DenseWeight(BaseWeight):
         return DenseWeight(merged)
 
 
-def base_of(weight: Tensor | BaseWeight | None) -> BaseWeight | None:
-    """A weight as the value that it is, or is stored as."""
-    return weight if weight is None or isinstance(weight, BaseWeight) else DenseWeight(weight)
-
-
 register(DenseWeight.format, lambda tensors, _: DenseWeight(*tensors))

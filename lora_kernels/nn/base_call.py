@@ -19,6 +19,13 @@ from torch.nn.modules import module as nn_module
 from lora_kernels.runtime.eager import PLAIN
 
 COMPUTED = object()
+# Of all modules: any(GLOBAL_HOOKS) says whether there are any.
+GLOBAL_HOOKS = (
+    nn_module._global_forward_hooks,
+    nn_module._global_forward_pre_hooks,
+    nn_module._global_backward_hooks,
+    nn_module._global_backward_pre_hooks,
+)
 OWN_FORWARD = "a forward or a hook of its own (accelerate's offload or device map)"
 
 
@@ -37,15 +44,6 @@ def bypassed(*modules: nn.Module) -> str | None:
         if "forward" in own or "_hf_hook" in own:
             return OWN_FORWARD
     return None
-
-
-def global_hooks() -> bool:
-    return bool(
-        nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    )
 
 
 def tensor_of(module: nn.Module, name: str) -> Any:
@@ -68,7 +66,7 @@ def is_plain_linear(base: nn.Module) -> bool:
     """Whether ``base(x)`` is ``F.linear`` of its plain parameters and nothing else."""
     if type(base) is not Linear and type(base).forward is not Linear.forward:
         return False
-    if bypassed(base) or global_hooks():
+    if bypassed(base) or any(GLOBAL_HOOKS):
         return False
     own = base._parameters
     weight, bias = own.get("weight"), own.get("bias", COMPUTED)
@@ -79,9 +77,9 @@ def is_plain_linear(base: nn.Module) -> bool:
 
 def is_plain_embedding(base: nn.Module) -> bool:
     """Whether ``base(x)`` looks up the indices x and nothing else."""
-    return (
-        type(base).forward is nn.Embedding.forward and bypassed(base) is None and not global_hooks()
-    )
+    if type(base).forward is not nn.Embedding.forward or any(GLOBAL_HOOKS):
+        return False
+    return bypassed(base) is None
 
 
 def called(base: nn.Module, x: Tensor, features: int) -> Tensor:

@@ -11,10 +11,10 @@ from lora_kernels.adapters.initial_values import draw_lora_a_, draw_lora_b_, dra
 from lora_kernels.base_weights import DenseWeight
 from lora_kernels.nn.adapter_layer import AdapterLayer
 from lora_kernels.nn.base_call import (
+    GLOBAL_HOOKS,
     bypassed,
     called,
     check_factor,
-    global_hooks,
     is_plain_linear,
     parameter_of,
 )
@@ -242,7 +242,7 @@ class LoRALinear(AdapterLayer):
             and type(of_base.get("weight")) is nn.Parameter
             and type(of_base.get("bias")) in _PARAMETER_OR_NONE
             and bypassed(base_layer, lora_a, lora_b) is None
-            and not global_hooks()
+            and not any(GLOBAL_HOOKS)
         ):
             check_factor("lora_A", lora_a)
             check_factor("lora_B", lora_b)

@@ -267,7 +267,7 @@ class RoutedGroups:
             groups = int((routing.plan[:, 0] >= 0).sum())
         # Regions with memory of their own are offset from a matrix, before it or behind.
         reach = storage.numel() if storage.ndim == 1 else -1
-        self._groups = extension().Routed(
+        self._groups = _found()[0].Routed(
             storage.data_ptr(),
             reach,
             _NUMBER[storage.dtype],
@@ -298,14 +298,14 @@ class RoutedGroups:
     def shrink(self, x: Tensor, mask: Tensor | None, *, zeros: bool) -> Tensor:
         """h ``[P, H]`` in fp32; what is not written is zero where ``zeros`` asks for it."""
         h = self._narrow(zeros)
-        rows, mask = rows_of(x), _bytes(mask)  # maybe copies, which have to outlive the call
-        self._groups.shrink(*_wide(rows), *_packed(mask), *_packed(h))
+        rows, mask = rows_of(x), None if mask is None else _bytes(mask)  # they outlive the call
+        self._groups.shrink(*_wide(rows), *_packed(mask), h.data_ptr(), h.stride(0))
         return h
 
     def expand_(self, out: Tensor, h: Tensor) -> None:
         """``out += w s h B^T``; out ``[M, N]`` with unit stride in N."""
         h = _single(h)
-        self._groups.expand(*_wide(out), *_packed(h))
+        self._groups.expand(*_wide(out), h.data_ptr(), h.stride(0))
 
     def expand_backward(
         self, dy: Tensor, h: Tensor | None, needs_weights: bool, *, zeros: bool = False

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_kernels.adapters.factors import LoRAFactors
 from lora_kernels.base_weights import DenseWeight
-from lora_kernels.nn.base_call import COMPUTED, OWN_FORWARD, bypassed, global_hooks, tensor_of
+from lora_kernels.nn.base_call import COMPUTED, GLOBAL_HOOKS, OWN_FORWARD, bypassed, tensor_of
 from lora_kernels.runtime import dispatch
 
 _MIXED = "mixed batch (adapter_names)"
@@ -91,7 +91,9 @@ def read_ordinary(layer: LoraLayer) -> OrdinaryCall | None:
     if type(base) is not nn.Linear or type(lora_a) is not nn.Linear:
         return None
     lora_b, dropout = children["lora_B"]._modules[name], children["lora_dropout"]._modules[name]
-    if type(lora_b) is not nn.Linear or global_hooks() or bypassed(base, lora_a, lora_b, dropout):
+    if type(lora_b) is not nn.Linear or any(GLOBAL_HOOKS):
+        return None
+    if bypassed(base, lora_a, lora_b, dropout):
         return None
     dropout_p = 0.0
     if type(dropout) is nn.Dropout:
@@ -202,7 +204,7 @@ def _unsupported_layer(layer: LoraLayer) -> str | None:
     own = layer.__dict__
     if "forward" in own or "_hf_hook" in own:
         return f"the layer has {OWN_FORWARD}"
-    if global_hooks():
+    if any(GLOBAL_HOOKS):
         return "global module hooks are registered"
     base = layer._modules["base_layer"]
     forward = type(base).forward

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lora_kernels.adapters.factors import LoRAFactors
-from lora_kernels.base_weights import BaseWeight, DenseWeight, base_of
+from lora_kernels.base_weights import BaseWeight, DenseWeight
 from lora_kernels.ops.linear import op
 from lora_kernels.ops.linear.call import LinearCall
 from lora_kernels.ops.linear.checks import check_call
@@ -174,7 +174,7 @@ def _as_under_autocast(
     dtype = autocast_dtype(x)
     if dtype is None:
         return x, base, bias
-    base = None if base is None else base.to(dtype)
+    base = base.to(dtype) if isinstance(base, BaseWeight) else base
     return x.to(dtype), base, bias.to(dtype) if isinstance(bias, Tensor) else bias
 
 
@@ -219,7 +219,8 @@ def explain(
     Returns:
         A named tuple ``(backend, reason)``.
     """
-    x, base, bias = _as_under_autocast(x, base_of(weight), bias)
+    base = DenseWeight(weight) if isinstance(weight, Tensor) else weight
+    x, base, bias = _as_under_autocast(x, base, bias)
     factors = LoRAFactors(lora_a, lora_b, scaling, output_scale, rank_scale)
     place = MaskPlace(row_offset, column_offset, pitch)
     check_call(x, base, factors, bias, dropout_p, seed, place)

@@ -9,6 +9,7 @@ tail is added to it, so that the GEMM is the one the frozen layer runs.
 """
 
 import torch
+from torch import Tensor
 
 from lora_kernels.base_weights import product_or_bias
 from lora_kernels.ops.linear.call import Gradients, LinearCall, Result
@@ -25,14 +26,14 @@ def why_not(call: LinearCall) -> str | None:
 
 def forward(call: LinearCall) -> Result:
     x, factors, dropout = call.x, call.factors, call.dropout
+    scaling = factors.scaling
+    scaling = scaling.item() if isinstance(scaling, Tensor) else scaling
     rows = x if x.is_contiguous() else cpu_extension.rows_of(x)  # [..., K] or [M, K]
     # Before the product, which leaves little of Python's code in the caches.
     h, mask = cpu_extension.allocate_saved(rows, factors.a.shape[0], dropout)
     bias = call.bias if factors.output_scale is None else None
     y, add = product_or_bias(call.base, rows, bias, factors.b.shape[0])
-    cpu_extension.adapter_forward(
-        y, rows, factors.a, factors.b, h, mask, host_number(factors.scaling), dropout, add=add
-    )
+    cpu_extension.adapter_forward(y, rows, factors.a, factors.b, h, mask, scaling, dropout, add=add)
     unscaled = None
     if factors.output_scale is not None:
         y = y.view(-1, y.shape[-1])

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from lora_kernels.base_weights import BaseWeight, base_of
+from lora_kernels.base_weights import BaseWeight, DenseWeight
 from lora_kernels.ops.norm import op  # noqa: F401  (registers the op)
 from lora_kernels.runtime.checks import check_floating
 from lora_kernels.runtime.scaling import as_tensor, check_scaling
@@ -45,7 +45,7 @@ def lora_weight_norm(
             that stands for other tensors (DTensor, a quantised weight).
         ValueError: a shape or a device does not fit.
     """
-    base = base_of(weight)
+    base = weight if isinstance(weight, BaseWeight) else DenseWeight(weight)
     _check(base, lora_a, lora_b, scaling)
     with torch.no_grad():
         return torch.ops.lora_kernels.lora_weight_norm(

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_kernels.base_weights import BaseWeight, base_of
+from lora_kernels.base_weights import BaseWeight, DenseWeight
 from lora_kernels.ops.routed import op, reference
 from lora_kernels.ops.routed.bank.bank import Adapter, AdapterBank
 from lora_kernels.ops.routed.bank.slots import AdapterSlots
@@ -159,9 +159,9 @@ def routed_lora_linear(
     Raises:
         TypeError, ValueError, RuntimeError: as for :func:`routed_lora`.
     """
-    base = base_of(weight)
+    base = DenseWeight(weight) if isinstance(weight, Tensor) else weight
     if (dtype := autocast_dtype(x)) is not None:
-        x, base = x.to(dtype), None if base is None else base.to(dtype)
+        x, base = x.to(dtype), base.to(dtype) if isinstance(base, BaseWeight) else base
         bias = bias.to(dtype) if isinstance(bias, Tensor) else bias
     place = MaskPlace(row_offset, column_offset, pitch)
     batch = _prepared(x, bank, routing, seed, place, backend, (base, bias))
@@ -309,7 +309,14 @@ def _prepared(
     """The call, its plan looked up with the bank's version or made after the full check."""
     base, bias = layer or (None, None)
     plan = key = None
-    if is_plain_eager(x) and place == _WHOLE and _belong_together(bank, routing):
+    alone = is_plain_eager(x)
+    if (
+        alone
+        and place == _WHOLE
+        and isinstance(bank, AdapterBank)
+        and isinstance(routing, Routing)
+        and routing.slots is bank.slots
+    ):
         slots = routing.trained_slots()
         version = bank.version_for(routing.pinned, slots, routing.capacity)
         key = _key_of(x, base, bias, routing, seed, backend, layer is None, of_h)
@@ -336,24 +343,16 @@ def _prepared(
         tensors,
         routing.tensors(with_plan=plan.reads_groups),
         plan.choice.backend,
+        alone,
         x,
         base,
         bias,
-        None,
-        seed,
-        place,
+        seed=seed,
+        place=place,
     )
-    if torch.is_grad_enabled() or not is_plain_eager(x):
+    if torch.is_grad_enabled() or not alone:
         call.layout, call.trained = version.gradients(slots, routing.capacity)
     return _Batch(call, version, slots)
-
-
-def _belong_together(bank: AdapterBank, routing: Routing) -> bool:
-    return (
-        isinstance(bank, AdapterBank)
-        and isinstance(routing, Routing)
-        and routing.slots is bank.slots
-    )
 
 
 def _key_of(x, base, bias, routing, seed, backend, alone, of_h) -> tuple | None:

@@ -36,6 +36,7 @@ class RoutedCall:
     bank: BankTensors
     routing: RoutingTensors
     backend: str  # the one that serves
+    alone: bool = False  # whether nothing else has to see the call
     x: Tensor | None = None  # [M, K]; in a backward None where no A needs a gradient
     base: BaseWeight | None = None
     bias: Tensor | None = None  # [N]

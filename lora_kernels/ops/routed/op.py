@@ -170,7 +170,7 @@ def _arguments_of(name: str, call: RoutedCall) -> list:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return _with_values(x).reshape(-1, x.shape[-1])
+    return (_with_values(x) if x.is_neg() or x._is_zerotensor() else x).reshape(-1, x.shape[-1])
 
 
 def _with_values(x: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def _forward(call: RoutedCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(y, h, mask)``; x is ``[..., K]``, and so is y."""
     x, call.x = call.x, _rows(call.x)
     y, h, mask = module_of(call.backend, x).forward(call)
-    return restore_leading_dims(y, x), h, mask
+    return y if x.ndim == 2 else restore_leading_dims(y, x), h, mask
 
 
 def _shrink(call: RoutedCall) -> tuple[Tensor, None, Tensor | None]:
@@ -393,20 +393,21 @@ class RoutedFunction(torch.autograd.Function):
             if needs_h and not trains_a and ctx.needs_input_grad[2]:
                 ctx.edge_to_x = missing_edge(operand, second_order.X_WAS_NOT_SAVED)
         elif kind is _SHRINK:
-            x, h = operand, None
+            x, h, pair_weights = operand, None, None
         else:
             h = operand
         base = call.base
+        weights = () if base is None else base.tensors()
         ctx.save_for_backward(
-            x, h, mask, call.seed, pair_weights, *(() if base is None else base.tensors()),
+            x, h, mask, call.seed, pair_weights, *weights,
             # For their versions: a routing that was filled again must not be read, and changing a
             # parameter before the backward raises.
             call.routing.tokens, *call.trained.used(call.routing),
         )  # fmt: skip
-        ctx.base = ([], "", []) if base is None else (base.tensors(), base.format, base.meta)
-        ctx.base = len(ctx.base[0]), *ctx.base[1:]
+        ctx.base = len(weights), *(("", ()) if base is None else (base.format, base.meta))
         bank = call.bank
-        if is_captured(bank.storage.device):  # only then may the tables hold something else later
+        if bank.storage.is_cuda and is_captured(bank.storage.device):
+            # Only then may the tables hold something else later.
             bank = bank._replace(
                 scaling=bank.scaling.clone(), threshold_table=bank.threshold_table.clone()
             )
@@ -456,7 +457,7 @@ def _parameters_of(call: RoutedCall) -> tuple[tuple[Tensor, ...], list[int]]:
 
 def _with_saved(kind: _Kind, call: RoutedCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(y, h, mask)`` of a forward that a backward follows."""
-    if is_plain_eager(call.routing.tokens):
+    if call.alone:
         y, h, mask = kind.forward(call)
         return y, h, mask if stores_mask(y.device, call.seed, call.backend) else None
     if kind is _EXPAND:
@@ -478,28 +479,24 @@ def _op(name: str, call: RoutedCall):
     return getattr(_OPS, name)(*_arguments_of(name, call))
 
 
-def _needs_gradient(kind: _Kind, call: RoutedCall) -> bool:
+def _tensors_of(kind: _Kind, call: RoutedCall) -> tuple[Tensor | None, ...]:
+    """What may need a gradient, in the order of :class:`RoutedFunction`."""
     operand = call.h if kind is _EXPAND else call.x
-    return requires_grad((operand, call.bias, call.routing.pair_weights, *call.trained.parameters))
-
-
-def _apply(apply: Callable, kind: _Kind, call: RoutedCall) -> Tensor:
-    operand = call.h if kind is _EXPAND else call.x
-    weights, parameters = call.routing.pair_weights, call.trained.parameters
-    return apply(kind, call, operand, call.bias, weights, *parameters)
+    return operand, call.bias, call.routing.pair_weights, *call.trained.parameters
 
 
 def run(name: str, call: RoutedCall) -> Tensor:
     """The op, or past it the backend straight where nothing else has to see the call."""
-    if not is_plain_eager(call.routing.tokens):
+    if not call.alone:
         return _op(name, call)
     kind = _KINDS[name]
+    tensors = () if call.trained is None else _tensors_of(kind, call)
     with autocast_off(call.routing.tokens):
-        if call.trained is None or not _needs_gradient(kind, call):
+        if not requires_grad(tensors):
             with _below_autograd():
                 return kind.forward(call)[0]
         try:
-            return _apply(_apply_eagerly, kind, call)
+            return _apply_eagerly(kind, call, *tensors)
         except RuntimeError as error:
             saved = {name: getattr(call, name) for name in kind.saved}
             weight = None if call.base is None else call.base.tensors()[0]
@@ -509,7 +506,7 @@ def run(name: str, call: RoutedCall) -> Tensor:
 
 def run_in_place(name: str, call: RoutedCall) -> None:
     """Add into ``call.out``, which autograd does not see: no gradient is needed."""
-    if is_plain_eager(call.routing.tokens):
+    if call.alone:
         with autocast_off(call.out), _below_autograd():
             _KERNELS[name][0](call)
         torch.autograd.graph.increment_version(call.out)
@@ -520,8 +517,9 @@ def run_in_place(name: str, call: RoutedCall) -> None:
 def _differentiable(name: str):
     def kernel(*arguments):
         kind, call = _KINDS[name], _call_of(name, arguments)
-        if _needs_gradient(kind, call):
-            return _apply(RoutedFunction.apply, kind, call)
+        tensors = _tensors_of(kind, call)
+        if requires_grad(tensors):
+            return RoutedFunction.apply(kind, call, *tensors)
         call.trained = TrainableFactors([], [], [])
         with _below_autograd():
             return _op(name, call)

@@ -62,6 +62,7 @@ class Routing:
         pairs_per_token: how many adapters a token may use.
         slots: the slots that the ids are numbers of.
         adapters: the names outside of which no token uses an adapter; None for all of ``slots``.
+        capacity: how many slots there were when it was made.
     """
 
     @torch.inference_mode(False)  # a routing made while serving may train
@@ -85,7 +86,7 @@ class Routing:
         on_device = computes_in_64_bits(self.device)
         self._built_on = self.device if on_device else torch.device("cpu")
         self.num_tokens = 0
-        self._capacity = model.capacity
+        self.capacity = model.capacity
         pairs, groups = max_tokens * pairs_per_token, model.capacity + 1
         self.block = _SMALL_BLOCK if pairs <= _SMALL_BATCH else _LARGE_BLOCK
         num_tiles = pairs // self.block + min(groups, pairs)
@@ -101,6 +102,7 @@ class Routing:
         self._names: dict[str, int] = model.names
         self._plan: Tensor | None = None
         self._padded_plan: Tensor | None = None
+        self._as_tensors: dict[bool, RoutingTensors] = {}  # of this filling, by whether with a plan
         self.adapters = adapters
         self._bound: tuple[int, ...] | None = None  # the slots of ``adapters``
         self._is_bound: Tensor | None = None  # [L + 1] bool: whether a slot is one of them
@@ -393,11 +395,11 @@ class Routing:
 
     def _check_capacity(self, model: ModelVersion, used: tuple[int, ...] | None) -> None:
         """Raise where slots may be used that came after the routing was made."""
-        fits = used is not None and max(used, default=0) < self._capacity
-        if fits or model.capacity == self._capacity:
+        fits = used is not None and max(used, default=0) < self.capacity
+        if fits or model.capacity == self.capacity:
             return
         raise ValueError(
-            f"routing: there are {model.capacity} slots now and were {self._capacity} when this "
+            f"routing: there are {model.capacity} slots now and were {self.capacity} when this "
             "routing was made; make a new one (and capture CUDA graphs again)"
         )
 
@@ -418,9 +420,7 @@ class Routing:
             return
         self._bound = bound
         if self._is_bound is None:
-            self._is_bound = torch.empty(
-                self._capacity + 1, dtype=torch.bool, device=self._built_on
-            )
+            self._is_bound = torch.empty(self.capacity + 1, dtype=torch.bool, device=self._built_on)
         self._is_bound.fill_(False)
         # By fills and not from a list: a copy to a device would have to be waited for.
         for start, end in runs_of(self._bound):
@@ -464,11 +464,12 @@ class Routing:
 
         model: what ids are slots of. used: the slots among them, where that is known.
         """
-        pairs, none, device = self._tokens.shape[0], self._capacity, self._built_on
+        pairs, none, device = self._tokens.shape[0], self.capacity, self._built_on
         self.num_tokens = num_tokens
         self._names, self._serials, self._changes = model.names, model.serials, model.changes
         self._used = used
         self._plan = self._padded_plan = None
+        self._as_tensors = {}
         ids = ids.to(device, torch.int64)
         ids = torch.nn.functional.pad(ids, (0, pairs - ids.shape[0]), value=-1)
         group = torch.where((ids >= 0) & (ids < none), ids, none)
@@ -507,9 +508,10 @@ class Routing:
 
         A graph outlives this filling, be it compiled or captured: it serves any other one too.
         """
-        if torch.compiler.is_compiling() or self._used is None or is_captured(self.device):
+        if torch.compiler.is_compiling() or self._used is None:
             return self._bound
-        return self._used
+        captured = self.device.type == "cuda" and is_captured(self.device)
+        return self._bound if captured else self._used
 
     def pair_weights(self) -> Tensor | None:
         """``[P]`` in the order of the pairs, or None where every weight is 1."""
@@ -545,7 +547,7 @@ class Routing:
                 )
             self._plan = groups_of(self._offsets, self._tokens)
             # For graphs, which would be compiled again for another number of groups.
-            rows = min(self._capacity, self._tokens.shape[0]) - self._plan.shape[0]
+            rows = min(self.capacity, self._tokens.shape[0]) - self._plan.shape[0]
             self._padded_plan = torch.nn.functional.pad(self._plan, (0, 0, 0, rows), value=-1)
         return self._plan
 
@@ -581,15 +583,13 @@ class Routing:
         """A number that changes with every filling."""
         return self._tokens._version
 
-    @property
-    def capacity(self) -> int:
-        """How many slots there were when it was made."""
-        return self._capacity
-
     def tensors(self, *, with_plan: bool) -> RoutingTensors:
         """The routing as the backends take it."""
+        tensors = self._as_tensors.get(with_plan)
+        if tensors is not None and not torch.compiler.is_compiling():
+            return tensors
         plan = self.plan() if with_plan else torch.empty((0, 4), dtype=torch.int64)
-        return RoutingTensors(
+        tensors = RoutingTensors(
             self._tokens,
             self._offsets,
             self._tiles,
@@ -599,9 +599,14 @@ class Routing:
             self.pairs_per_token,
             self.block,
         )
+        # Weights that require grad are sorted for every call.
+        kept = self._weights is None or self._weights is self._weight_buffer
+        if kept and not torch.compiler.is_compiling():
+            self._as_tensors[with_plan] = tensors
+        return tensors
 
     def __repr__(self) -> str:
         return (
             f"Routing({self.num_tokens} of at most {self.max_tokens} tokens, "
-            f"{self.pairs_per_token} adapters each, {self._capacity} slots, {self.device})"
+            f"{self.pairs_per_token} adapters each, {self.capacity} slots, {self.device})"
         )

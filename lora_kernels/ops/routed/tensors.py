@@ -7,6 +7,7 @@ A *factor* of an adapter is its A of all slices ``[R, K]``, or its B of one slic
 1 + S factors, A first.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -74,9 +75,8 @@ class GradientLayout(NamedTuple):
 
     def trains(self, bank: BankTensors) -> tuple[bool, bool]:
         """Whether any A, and whether any B, needs a gradient."""
-        of_a = self.offsets[:: 1 + bank.num_slices]
-        needed = sum(offset >= 0 for offset in self.offsets)
-        needed_of_a = sum(offset >= 0 for offset in of_a)
+        of_a = self.offsets[:: len(bank.slice_columns)]
+        needed, needed_of_a = len(self.offsets) - self.offsets.count(-1), len(of_a) - of_a.count(-1)
         return needed_of_a > 0, needed > needed_of_a
 
     def by_slot(self, bank: BankTensors) -> dict[int, list[int]]:
@@ -99,8 +99,8 @@ class TrainableFactors(NamedTuple):
         """The parameters of the adapters that the batch uses, as far as the host knows."""
         if type(routing.plan) is not Tensor or torch._C._len_torch_dispatch_stack() > 0:
             return []  # a graph is being traced: there are no values to look at
-        slots = set(routing.plan[:, 0].tolist())
-        return [p for p, slot in zip(self.parameters, self.slots, strict=True) if slot in slots]
+        is_used = set(routing.plan[:, 0].tolist()).__contains__
+        return list(itertools.compress(self.parameters, map(is_used, self.slots)))
 
     def gradients(self, flat: Tensor) -> list[Tensor | None]:
         return [

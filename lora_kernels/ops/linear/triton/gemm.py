@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.ops.linear.triton import tiles
-from lora_kernels.ops.linear.triton.operands import Dropout, is_aligned, outer_axis
+from lora_kernels.ops.linear.triton.operands import Dropout, outer_axis
 from lora_kernels.ops.narrow.triton.gemm_tail import gemm_tail_kernel, gemm_tail_tma_kernel
 from lora_kernels.runtime.device_limits import cdiv, limits_of, precision
 
@@ -44,15 +44,16 @@ def gemm_with_tail(
         if bias is not None:
             out += bias
         return
-    lefts = (tail_left, out) if right is None else (left, tail_left, out)
-    rights = (tail_right,) if right is None else (right, tail_right)
+    lefts = [tail_left, out] if right is None else [left, tail_left, out]
+    rights = [tail_right] if right is None else [right, tail_right]
+    axes = list(map(outer_axis, lefts + rights))
     tile = tiles.gemm_tile(
         cell,
         out.shape[1],
         limits,
-        aligned=all(map(is_aligned, lefts + rights)),
+        aligned=None not in axes,
         # TMA transposes right operands, not left ones.
-        row_major=all(outer_axis(matrix) == 0 for matrix in lefts),
+        row_major=axes[: len(lefts)] == [0] * len(lefts),
         has_main=right is not None,
         two_results=unscaled is not None,
     )

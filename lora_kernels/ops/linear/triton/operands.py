@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lora_kernels.runtime.dropout import ActiveDropout, MaskPlace
+from lora_kernels.runtime.dropout import GROUP, ActiveDropout
 from lora_kernels.runtime.scaling import host_number
 
 
@@ -11,10 +11,12 @@ class Dropout:
 
     def __init__(self, dropout: ActiveDropout | None, rows: int, columns: int) -> None:
         self.on = dropout is not None
-        self.threshold, self.scale, self.seed, place = 0, 1.0, None, MaskPlace()
-        if dropout is not None:
-            self.threshold, self.scale, self.seed = dropout.threshold, dropout.scale, dropout.seed
-            place = dropout.place
+        self.threshold, self.scale, self.seed = 0, 1.0, None
+        self.first_group, self.groups_per_row, self.long_counter = 0, -(-columns // GROUP), False
+        if dropout is None:
+            return
+        self.threshold, self.scale, self.seed = dropout.threshold, dropout.scale, dropout.seed
+        place = dropout.place
         self.first_group = place.first_group(columns)
         self.groups_per_row = place.groups_per_row(columns)
         self.long_counter = place.needs_long_counter(rows, columns)

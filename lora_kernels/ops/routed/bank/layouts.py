@@ -4,6 +4,7 @@ Dimensions: L slots, S slices.
 """
 
 import functools
+import operator
 from typing import NamedTuple
 
 import torch
@@ -47,8 +48,8 @@ class GradientLayouts:
         if torch.compiler.is_compiling():
             return self._of_a_graph(version, slots)
         key = slots, capacity
-        made = self._made.get(key)
-        if made is None or made.needed != _needed_of(version.entries_in(slots)):
+        made, bound = self._made.get(key), version.part(slots, capacity).bound
+        if made is None or made.needed != list(map(_needs_gradient, bound)):
             made = _make(version, slots, capacity)
             if not is_captured(version.device):  # its table is filled by a replay
                 self._made = dict([*list(self._made.items())[1 - _KEPT :], (key, made)])
@@ -66,6 +67,9 @@ class GradientLayouts:
             return made.layout, made.trained
         named = [entry for entry in zip(*made.trained, strict=True) if entry[2] in slots]
         return made.layout, TrainableFactors(*([entry[i] for entry in named] for i in range(3)))
+
+
+_needs_gradient = operator.attrgetter("parameter.requires_grad")
 
 
 def _make(version, slots: tuple[int, ...] | None, capacity: int) -> _Made:

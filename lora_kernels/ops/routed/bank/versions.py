@@ -148,6 +148,7 @@ class BankVersion:
     ) -> None:
         self.bank = bank
         self.shapes, self.storage, self.tables = shapes, storage, tables
+        self.dtype, self.device = storage.dtype, storage.device
         self._by_slot, self.thresholds, self.reserved = entries, thresholds, reserved
         self.trains, self._widest = trains, widest
         self.slice_columns = shapes.slice_columns
@@ -158,14 +159,6 @@ class BankVersion:
         self._resized: dict[int, SlotTables] = {}
         self._layouts = GradientLayouts(self)
         self.plans = Plans()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.storage.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.storage.device
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -204,7 +197,7 @@ class BankVersion:
         """
         if torch.compiler.is_compiling():
             return self._tensors(self.entries, self.tables)
-        if is_captured(self.device):
+        if self.device.type == "cuda" and is_captured(self.device):
             if self.reserved is None:
                 raise RuntimeError(
                     "a captured CUDA graph holds addresses: call reserve() on the bank before, so "
