@@ -8,8 +8,7 @@ tensors and autograd see plain tensors; :func:`rebuild` makes the value again on
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -19,8 +18,10 @@ from torch import Tensor
 Place = tuple[slice, slice]
 
 
-class BaseWeight(ABC):
+class BaseWeight:
     """A frozen weight W ``[N, K]``; subclasses are frozen dataclasses of plain tensors.
+
+    The constructor of a format takes its tensors, then its integers.
 
     Attributes:
         format: its name, the only thing beside tensors and integers that crosses an op.
@@ -33,34 +34,28 @@ class BaseWeight(ABC):
     __slots__ = ()
     format: ClassVar[str]
     meta: tuple[int, ...] = ()
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
 
-    @property
-    @abstractmethod
-    def shape(self) -> torch.Size: ...
+    def __init_subclass__(cls) -> None:
+        _FORMATS[cls.format] = cls
 
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device: ...
-
-    @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
         """What it is stored as: what an op takes and a backward saves."""
+        raise NotImplementedError
 
-    @abstractmethod
     def to(self, dtype: torch.dtype) -> BaseWeight:
         """The same weight with products in another dtype."""
+        raise NotImplementedError
 
-    @abstractmethod
     def matmul(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x W^T + b``: ``[..., K] -> [..., N]``, exactly as the frozen layer computes it."""
+        raise NotImplementedError
 
-    @abstractmethod
     def matmul_t(self, dy: Tensor) -> Tensor:
         """``dy W``: ``[..., N] -> [..., K]``."""
+        raise NotImplementedError
 
     def add_matmul_(self, out: Tensor, x: Tensor) -> None:
         """``out += x W^T`` for ``[M, N]`` and ``[M, K]``."""
@@ -70,37 +65,32 @@ class BaseWeight(ABC):
         """``out += dy W`` for ``[M, K]`` and ``[M, N]``."""
         out += self.matmul_t(dy)
 
-    @abstractmethod
     def dequantise(self, rows: slice = slice(None)) -> Tensor:
         """The rows as numbers ``[n, K]`` in ``dtype``: what the weight is defined to be."""
+        raise NotImplementedError
 
-    @abstractmethod
     def adapted_blocks(self, left: Tensor, right: Tensor) -> Iterator[tuple[Place, Tensor]]:
         """Blocks of ``W + left @ right`` (``[N, R]`` and ``[R, K]``), in left's dtype.
 
         All are the same buffer: one is valid until the next is asked for.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def merged(self, blocks: Iterator[tuple[Place, Tensor]]) -> BaseWeight:
         """A new weight of this format with the values of ``blocks``.
 
         Raises:
             ValueError: a value is not finite once it is rounded.
         """
+        raise NotImplementedError
 
 
-# By name: what makes a format's weight from its tensors and integers.
-_FORMATS: dict[str, Callable[[Sequence[Tensor], Sequence[int]], BaseWeight]] = {}
-
-
-def register(format: str, make: Callable[[Sequence[Tensor], Sequence[int]], BaseWeight]) -> None:
-    _FORMATS[format] = make
+_FORMATS: dict[str, type[BaseWeight]] = {}
 
 
 def rebuild(tensors: Sequence[Tensor], format: str, meta: Sequence[int]) -> BaseWeight | None:
     """The weight that was passed as these; no tensors are no weight."""
-    return _FORMATS[format](tensors, meta) if tensors else None
+    return _FORMATS[format](*tensors, *meta) if tensors else None
 
 
 def product_or_bias(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lora_kernels.base_weights.base import BaseWeight, Place, register
+from lora_kernels.base_weights.base import BaseWeight, Place
 
 # Elements of a block. On a CPU it stays near a second-level cache (smaller blocks were slower);
 # a GPU wants few launches, and 2**22 fp32 elements are 40 % of the last-level cache of an A100.
@@ -49,7 +49,7 @@ class DenseWeight(BaseWeight):
         return linear(x, self.weight, bias)
 
     def matmul_t(self, dy: Tensor) -> Tensor:
-        return torch.matmul(dy, self.weight)
+        return torch.mm(dy, self.weight) if dy.ndim == 2 else torch.matmul(dy, self.weight)
 
     def add_matmul_(self, out: Tensor, x: Tensor) -> None:
         out.addmm_(x, self.weight.t())
@@ -90,6 +90,3 @@ class DenseWeight(BaseWeight):
                 "overflows the base layer's dtype"
             )
         return DenseWeight(merged)
-
-
-register(DenseWeight.format, lambda tensors, _: DenseWeight(*tensors))

@@ -167,14 +167,14 @@ def adapter_forward(
     For bf16 on a processor that multiplies pairs of bf16, h and s B are rounded to bf16 for their
     product, as for any GEMM in bf16.
     """
-    h_scale, drawn = 1.0, (0, 0, 0, 0)
+    threads = torch.get_num_threads()
+    how = (1.0, scaling, 0, 0, 0, 0, add, threads)
     if dropout is not None:
-        h_scale, columns, place = dropout.scale, x.shape[-1], dropout.place
-        drawn = (
-            place.first_group(columns), place.groups_per_row(columns), dropout.seed.item(),
-            dropout.threshold,
+        columns, place = x.shape[-1], dropout.place
+        how = (
+            dropout.scale, scaling, place.first_group(columns), place.groups_per_row(columns),
+            dropout.seed.item(), dropout.threshold, add, threads,
         )  # fmt: skip
-    how = h_scale, scaling, *drawn, add, torch.get_num_threads()
     kernel = _found()[0].adapter_forward
     # It looks at its operands itself: the ordinary ones need nothing here.
     if kernel(y, x, lora_a, lora_b, h, mask, *how):

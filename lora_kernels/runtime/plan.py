@@ -44,27 +44,24 @@ def forget_plans() -> None:
 
 
 def metadata_of(x: Tensor, *others: Tensor | None) -> tuple | None:
-    """The types, dtypes, shapes, devices and layouts of tensors, of x's shape the last size only.
+    """The types, dtypes, shapes and devices of tensors, of x's shape the last size only.
 
     None where only the full check can tell: something is no tensor, has no memory of its own (a
-    transform's or a mode's wrapper, a storage that was freed, torch's lazy zero), or is empty, or
-    x has no dimension.
+    sparse one, a transform's or a mode's wrapper, a storage that was freed, torch's lazy zero), or
+    is empty, or x has no dimension.
     """
     try:
         lowest = tensor_state.LOWEST_ADDRESS
-        if x.data_ptr() < lowest or x.ndim == 0:
+        if x.data_ptr() < lowest:
             return None
-        found = [type(x), x.dtype, x.shape[-1:], x.is_cpu or x.device, x.layout]
+        found = [type(x), x.dtype, x.shape[-1], x.is_cpu or x.device]
         for tensor in others:
             if tensor is None:
                 found.append(None)
-                continue
-            if tensor.data_ptr() < lowest:
+            elif tensor.data_ptr() < lowest:
                 return None
-            found += (
-                type(tensor), tensor.dtype, tensor.shape, tensor.is_cpu or tensor.device,
-                tensor.layout,
-            )  # fmt: skip
-    except (AttributeError, RuntimeError):
+            else:
+                found += type(tensor), tensor.dtype, tensor.shape, tensor.is_cpu or tensor.device
+    except (AttributeError, RuntimeError, IndexError):
         return None
     return tuple(found)

@@ -6,13 +6,16 @@ Dimensions: M tokens, K in_features, N out_features, R rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from lora_kernels.adapters.factors import LoRAFactors
 from lora_kernels.base_weights import BaseWeight
 from lora_kernels.runtime.dropout import ActiveDropout
+
+if TYPE_CHECKING:
+    from lora_kernels.ops.linear.plan import LinearPlan
 
 
 class Needs(NamedTuple):
@@ -37,6 +40,8 @@ class LinearCall:
     factors: LoRAFactors
     bias: Tensor | None  # [N]; None in a backward
     dropout: ActiveDropout | None  # None where nothing is dropped
+    backend: str = "auto"  # as it was asked for
+    plan: LinearPlan | None = None  # None for a call of an op
     save_unscaled: bool = False
     dy: Tensor | None = None  # [..., N]
     h: Tensor | None = None  # [M, R], needed for the gradient of B

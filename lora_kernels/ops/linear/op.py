@@ -10,6 +10,7 @@ weight. Optional results of the ops are empty tensors of shape ``[0]`` where the
 call that nothing else has to see goes past the ops to the backends that its plan names.
 """
 
+import functools
 import math
 
 import torch
@@ -195,84 +196,89 @@ class LoRALinearFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, x, a, b, bias, output_scale, call: LinearCall, plan: LinearPlan | None, backend
-    ):
-        needs = ctx.needs_input_grad
-        call.save_unscaled = needs[4]
+    def forward(ctx, x, a, b, bias, output_scale, call):
+        needs_x, needs_a, needs_b, _, needs_output_scale, _ = ctx.needs_input_grad
+        plan = call.plan
+        call.save_unscaled = needs_output_scale
         if plan is None:
-            y, h, mask, unscaled = _FORWARD(*_operands(call), call.save_unscaled, backend)
-            unscaled = unscaled if needs[4] else None
+            y, h, mask, unscaled = _FORWARD(*_operands(call), needs_output_scale, call.backend)
+            unscaled = unscaled if needs_output_scale else None
         else:
             y, h, mask, unscaled = plan.forward.forward(call)
         base, dropout, scaling = call.base, call.dropout, call.factors.scaling
+        number, format, meta, weights = None, "", (), ()
+        if not isinstance(scaling, Tensor):
+            number, scaling = scaling, constant(scaling)
+        if base is not None:
+            format, meta, weights = base.format, base.meta, base.tensors()
+        # As many tensors whichever way the call took: checkpointing counts them.
         ctx.save_for_backward(
-            x if needs[1] else None,
+            x if needs_a else None,
             a,
             b,
-            scaling if isinstance(scaling, Tensor) else constant(scaling),
-            h if needs[2] else None,
+            scaling,
+            h if needs_b else None,
             output_scale,
             unscaled,
-            # As many tensors whichever way the call took: checkpointing counts them.
             mask if mask is not None and mask.numel() else None,
             None if dropout is None else dropout.seed,
-            *(() if base is None else base.tensors()),
+            *weights,
         )
-        ctx.base = (None, ()) if base is None else (base.format, base.meta)
-        ctx.dropout = None if dropout is None else dropout._replace(seed=None)
-        ctx.plan, ctx.backend = plan, backend
-        ctx.scaling = None if isinstance(scaling, Tensor) else scaling
-        if needs[0] and not needs[1] and (needs[2] or needs[4]):
+        if dropout is not None:
+            dropout = dropout._replace(seed=None)
+        ctx.kept = format, meta, number, dropout, plan, call.backend
+        if needs_x and not needs_a and (needs_b or needs_output_scale):
             # Their gradients read x by way of h and of the result, which are constants once saved.
             ctx.edge_to_x = missing_edge(x, X_WAS_NOT_SAVED)
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        dx, *grads = _gradients(ctx, dy)
-        return dx, *grads, None, None, None
+        return *_gradients(ctx, dy), None
+
+
+@functools.cache
+def _needs_of(needs_input_grad: tuple[bool, ...]) -> Needs:
+    return Needs(*needs_input_grad[:5])
 
 
 def _gradients(ctx, dy: Tensor) -> Gradients:
-    x, a, b, scaling, h, output_scale, unscaled, mask, seed, *tensors = ctx.saved_tensors
-    needs_x, needs_a, needs_b, needs_bias, needs_output_scale, *_ = ctx.needs_input_grad
+    x, a, b, scaling, h, output_scale, unscaled, mask, seed, *weights = ctx.saved_tensors
+    format, meta, number, dropout, plan, backend = ctx.kept
+    needs = _needs_of(ctx.needs_input_grad)
     # By torch's operations with create_graph, and for many at once (is_grads_batched): no rule of
     # vmap takes an op with a list of tensors.
     differentiated = torch.is_grad_enabled() or _is_legacy_batched(dy)
     if differentiated:
-        tensors = [tensor.detach() for tensor in tensors]
+        weights = [weight.detach() for weight in weights]
+    factors = LoRAFactors(a, b, scaling if number is None else number, output_scale)
+    if dropout is not None:
+        dropout = dropout._replace(seed=seed)
+    base = rebuild(weights, format, meta)
     call = LinearCall(
-        x=x,
-        base=rebuild(tensors, *ctx.base),
-        factors=LoRAFactors(a, b, scaling if ctx.scaling is None else ctx.scaling, output_scale),
-        bias=None,
-        dropout=None if ctx.dropout is None else ctx.dropout._replace(seed=seed),
-        dy=dy,
-        h=h,
-        mask=mask,
-        unscaled=unscaled,
-        needs=Needs(needs_x, needs_a, needs_b, needs_bias, needs_output_scale),
+        x, base, factors, None, dropout, backend, plan, False, dy, h, mask, unscaled, needs
     )
-    with autocast_off(dy):
-        if differentiated:
+    if differentiated:
+        with autocast_off(dy):
             return differentiable_backward(call, getattr(ctx, "edge_to_x", None))
-        return _first_gradients(call, ctx.plan, ctx.backend)
-
-
-def _first_gradients(call: LinearCall, plan: LinearPlan | None, backend: str) -> Gradients:
-    dy = call.dy
-    if plan is not None and is_plain_eager(dy):
-        module = plan.backward if dy.is_cpu or dy.is_contiguous() else plan.strided_backward
-        if module is not cpu:  # whose kernels look themselves
-            _check_factors(call.factors)
+    if plan is None or not is_plain_eager(dy):
+        return _gradients_of_op(call)
+    module = plan.backward if dy.is_cpu or dy.is_contiguous() else plan.strided_backward
+    if module is not cpu:  # whose kernels look themselves
+        _check_factors(factors)
+    if not _autocasts():
         return module.backward(call)
-    factors = call.factors
+    with autocast_off(dy):
+        return module.backward(call)
+
+
+def _gradients_of_op(call: LinearCall) -> Gradients:
+    factors, dy = call.factors, call.dy
     grads = _BACKWARD(
         dy, call.x, *_base_of(call), factors.a, factors.b, as_tensor(factors.scaling), call.h,
         factors.output_scale, call.unscaled,
         dy.new_empty(0, dtype=torch.uint8) if call.mask is None else call.mask,
-        *_dropout_of(call), call.needs, backend,
+        *_dropout_of(call), call.needs, call.backend,
     )  # fmt: skip
     return Gradients(
         *(grad if needed else None for grad, needed in zip(grads, call.needs, strict=True))
@@ -307,7 +313,8 @@ def _autograd(*arguments):
     *operands, backend = arguments
     call = _call_of(*operands)
     if requires_grad(operands):
-        return LoRALinearFunction.apply(*_differentiable(call), call, None, backend)
+        call.backend = backend
+        return LoRALinearFunction.apply(*_differentiable(call), call)
     with torch._C._AutoDispatchBelowAutograd():
         return _OP(*arguments)
 
@@ -327,6 +334,7 @@ def run(call: LinearCall, plan: LinearPlan) -> Tensor:
     if _autocasts():
         with torch.autocast(call.x.device.type, enabled=False):
             return run(call, plan)
+    call.plan, call.backend = plan, plan.backend
     if call.factors.rank_scale is not None:
         call.factors = call.factors.without_rank_scale()
     x, bias, (a, b, _, output_scale, _) = call.x, call.bias, call.factors
@@ -338,7 +346,7 @@ def run(call: LinearCall, plan: LinearPlan) -> Tensor:
         or (output_scale is not None and output_scale.requires_grad)
     ):
         try:
-            return _apply_eagerly(x, a, b, bias, output_scale, call, plan, plan.backend)
+            return _apply_eagerly(x, a, b, bias, output_scale, call)
         except RuntimeError as error:
             _name_unsaved(error, call)
             raise

@@ -59,30 +59,29 @@ def key_of(
     ``known_as`` is what conditions of a caller depend on.
     """
     a, b, scaling, output_scale, rank_scale = factors
-    tensor, number = None, type(scaling)
+    tensors, kind, number = (), None, type(scaling)
+    if type(dropout_p) not in _NUMBERS:
+        return None
+    if base is not None:
+        if not isinstance(base, BaseWeight):
+            return None
+        tensors, kind = base.tensors(), base.format
+        for weight in tensors:
+            if weight.requires_grad and torch.is_grad_enabled():
+                return None
     if number not in _NUMBERS:
         if not isinstance(scaling, Tensor):
             return None
-        tensor, number = scaling, scaling.requires_grad
-    if type(dropout_p) not in _NUMBERS:
-        return None
-    weights, kind = (), None
-    try:
-        if base is not None:
-            weights, kind = base.tensors(), (base.format, base.meta)
-            for weight in weights:
-                if weight.requires_grad and torch.is_grad_enabled():
-                    return None
-    except AttributeError:  # it is no weight
-        return None
-    found = metadata_of(x, a, b, bias, output_scale, rank_scale, seed, tensor, *weights)
+        tensors, number = (*tensors, scaling), scaling.requires_grad
+    found = metadata_of(x, a, b, bias, output_scale, rank_scale, seed, *tensors)
     if found is None:
         return None
     measured = None
     if not x.is_cpu:
         measured = x.is_contiguous(), next_power_of_two(x.numel() // x.shape[-1])
     return (
-        found, number, dropout_p, kind, measured, backend, dispatch.PROCESS_DEFAULT, known_as,
+        found, number, dropout_p, kind, None if base is None else base.meta, measured, backend,
+        dispatch.PROCESS_DEFAULT, known_as,
     )  # fmt: skip
 
 
