@@ -59,6 +59,23 @@ def test_freed_before_a_forward(name, offset, scaled, backend, extension, monkey
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scaled", [True, False], ids=["output_scale", "plain"])
+@pytest.mark.parametrize("offset", [True, False], ids=["behind an offset", "from the start"])
+@pytest.mark.parametrize("name", ["x", "bias", "output_scale", "rank_scale"])
+def test_freed_before_a_forward_without_a_base(name, offset, scaled, backend):
+    """No product of torch's looks at these."""
+    arguments = operands() | {"weight": None, "rank_scale": torch.randn(R)}
+    if not scaled:
+        arguments["output_scale"] = None
+    if arguments[name] is None:
+        return
+    arguments[name] = behind_an_offset(arguments[name]) if offset else arguments[name].clone()
+    free(arguments[name])
+    with pytest.raises(ValueError, match=rf"^{name}: expected a tensor with memory.*freed"):
+        lora_linear(**arguments, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("name", ["lora_a", "lora_b"])
 def test_freed_between_a_forward_and_its_backward(name, dropout_p, backend):
@@ -176,7 +193,7 @@ def test_a_low_address_alone_is_no_reason(monkeypatch):
     """In processes whose heap begins low, the storage itself is asked."""
     from lora_kernels.runtime import tensor_state
 
-    monkeypatch.setattr(tensor_state, "_LOWEST", 1 << 62)
+    monkeypatch.setattr(tensor_state, "LOWEST_ADDRESS", 1 << 62)
     tensor = behind_an_offset(torch.ones(3, 4))
     assert tensor_state.has_memory(tensor) and tensor_state.has_memory(tensor[:0])
     free(tensor)

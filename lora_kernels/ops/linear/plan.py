@@ -60,7 +60,7 @@ def key_of(
     """
     a, b, scaling, output_scale, rank_scale = factors
     tensors, kind, number = (), None, type(scaling)
-    if type(dropout_p) not in _NUMBERS:
+    if type(dropout_p) not in _NUMBERS or type(backend) is not str:
         return None
     if base is not None:
         if not isinstance(base, BaseWeight):
