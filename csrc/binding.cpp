@@ -41,23 +41,6 @@ void draw_mask(uintptr_t out, int64_t stride, uint64_t first_group, uint64_t gro
                   uint64_t(seed), stream, threshold, threads);
 }
 
-// Whether `lora_linear` can hand these to the kernels as they are: x [..., K] and the base's weight
-// [N, K] and bias [N] of one dtype, A [R, K], B [N, R]; the last two of the base may be None.
-bool fits(py::handle x, py::handle weight, py::handle a, py::handle b, py::handle bias) {
-  Tensor in, base, down, up, shift;
-  for (const py::handle tensor : {x, weight, a, b, bias})
-    if (!tensor.is_none() && !lora::is_plain(tensor)) return false;
-  if (!in.read(x) || !down.read(a) || !up.read(b)) return false;
-  if (in.ndim == 0 || down.ndim != 2 || up.ndim != 2 || !down.numel || !up.numel) return false;
-  const int64_t rank = down.size(0), in_columns = down.size(1), out_columns = up.size(0);
-  if (up.size(1) != rank || in.columns() != in_columns) return false;
-  if (!weight.is_none() &&
-      !(base.read(weight) && base.dtype() == in.dtype() && base.is_shape(out_columns, in_columns)))
-    return false;
-  return bias.is_none() || (shift.read(bias) && shift.dtype() == in.dtype() && shift.ndim == 1 &&
-                            shift.size(0) == out_columns);
-}
-
 // Of what was not read, nothing.
 lora::Wide wide_of(const Tensor& t) {
   return {t.data, t.dtype(), t.data ? t.pitch() : 0, nullptr, 0};
@@ -350,7 +333,6 @@ PYBIND11_MODULE(_native, m) {
   typedef py::call_guard<py::gil_scoped_release> Released;
   m.def("draw_mask", &draw_mask, Released());
   m.def("ignore_table", &lora::ignore_table);
-  m.def("fits", &fits);
   m.def("adapter_forward", &adapter_forward);
   m.def("adapter_backward", &adapter_backward);
   // Local, so that a second build of this module may live in the process: tests have one.

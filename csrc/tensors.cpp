@@ -28,13 +28,12 @@ constexpr uint8_t FLOAT = 2, BFLOAT = 4, UNSIGNED = 1;
 // What is needed of torch. Kept for the life of the process: the interpreter may be gone when
 // statics are destroyed.
 struct Torch {
-  py::object tensor, parameter, dtypes[4];
+  py::object tensor, dtypes[4];
   const ExchangeTable* table = nullptr;
 
   Torch() {
     const py::module_ torch = py::module_::import("torch");
     tensor = torch.attr("Tensor");
-    parameter = torch.attr("nn").attr("Parameter");
     int number = 0;
     for (const char* name : {"float32", "bfloat16", "float16", "uint8"})
       dtypes[number++] = torch.attr(name);
@@ -72,11 +71,6 @@ int number_of(const DLTensor& t) {
 bool ignore_table(bool ignored) {
   table_is_ignored = ignored;
   return torch().table;
-}
-
-bool is_plain(py::handle object) {
-  const PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr()));
-  return type == torch().tensor.ptr() || type == torch().parameter.ptr();
 }
 
 bool Tensor::read_any(py::handle object) {

@@ -14,9 +14,6 @@ namespace lora {
 // For tests: reads as if torch had no table. Says whether it has one.
 bool ignore_table(bool ignored);
 
-// Whether it is a torch.Tensor or Parameter and not of a class derived from them.
-bool is_plain(pybind11::handle object);
-
 // A dense tensor in the CPU's memory. Nothing here keeps it alive.
 class Tensor {
  public:

@@ -8,6 +8,8 @@ import torch
 from gemm_that_reads_gaps import gemm_that_reads_gaps
 from hypothesis import settings
 
+from lora_kernels.runtime.plan import forget_plans
+
 # The same examples on every machine and run. HYPOTHESIS_PROFILE=search draws new ones.
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("search", deadline=None, max_examples=1000)
@@ -26,6 +28,14 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(20240607)
+
+
+@pytest.fixture
+def plans_forgotten():
+    """For tests that change what a plan is made from: nobody else meets such a plan."""
+    forget_plans()
+    yield
+    forget_plans()
 
 
 @pytest.fixture(scope="module", params=["its_gemm", *([] if _READS_GAPS else ["one_reads_gaps"])])

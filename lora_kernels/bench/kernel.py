@@ -23,7 +23,7 @@ from lora_kernels.measuring import machine
 from lora_kernels.ops.linear.triton import tiles
 from lora_kernels.ops.linear.triton.operands import Dropout
 from lora_kernels.runtime import cuda_extension, dispatch
-from lora_kernels.runtime.dropout import drop_threshold, keep_mask
+from lora_kernels.runtime.dropout import ActiveDropout, drop_threshold, keep_mask
 from lora_kernels.testing import error_bound
 
 MAX_SETS = 64
@@ -72,7 +72,7 @@ class KernelInputs:
         if not case.dropout:
             return None
         seed = torch.tensor(SEED, device=self.left.device)
-        return Dropout(seed, case.dropout, case.m, case.k)
+        return Dropout(ActiveDropout(case.dropout, seed), case.m, case.k)
 
 
 def make_inputs(case: KernelCase, seed: int) -> KernelInputs:
@@ -126,7 +126,7 @@ def triton_gemm(strategy: str, inputs: KernelInputs, case: KernelCase) -> Tensor
 
     right, tail = inputs.right(case)
     out = inputs.left.new_empty((case.m, right.shape[1]))
-    cell = tiles.Cell(
+    cell = tiles.LinearCell(
         direction="backward" if case.what == "dx" else "forward",
         dtype=str(case.torch_dtype).removeprefix("torch."),
         itemsize=case.torch_dtype.itemsize,

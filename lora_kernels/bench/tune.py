@@ -118,8 +118,8 @@ def write(path: Path, table: dict) -> None:
     os.replace(draft, path)
 
 
-def cell_of(case: op.OpCase, direction: str) -> tiles.Cell:
-    return tiles.Cell(
+def cell_of(case: op.OpCase, direction: str) -> tiles.LinearCell:
+    return tiles.LinearCell(
         direction=direction,
         dtype=str(case.torch_dtype).removeprefix("torch."),
         itemsize=case.torch_dtype.itemsize,

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from lora_kernels.adapters.factors import LoRAFactors
+from lora_kernels.base_weights import DenseWeight
+from lora_kernels.ops.linear.call import LinearCall, Needs
 from lora_kernels.ops.linear.triton import gemm, launch, tiles
 from lora_kernels.ops.routed import triton as routed_launch
 from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout, RoutingTensors
 from lora_kernels.ops.routed.triton import launch as routed_grids
 from lora_kernels.ops.routed.triton import tiles as routed_tiles
 from lora_kernels.runtime.device_limits import DeviceLimits
+from lora_kernels.runtime.dropout import ActiveDropout
 from lora_kernels.testing.compile_only import Launch, Resources, compile_launch, record_launches
 
 # As cudaDeviceProp has them: A100, H200, B200.
@@ -56,15 +60,19 @@ class Call:
         scaling = empty(dtype=torch.float32) if self.scaling_on_device else torch.tensor(2.0)
         seed = empty(dtype=torch.int64) if self.dropout_p else None
         scale = empty(n, dtype=torch.float32) if self.with_output_scale else None
+        call = LinearCall(
+            x=x,
+            base=DenseWeight(weight),
+            factors=LoRAFactors(lora_a, lora_b, scaling, scale),
+            bias=bias,
+            dropout=ActiveDropout(self.dropout_p, seed) if self.dropout_p else None,
+            save_unscaled=self.with_output_scale,
+            dy=dy,
+            needs=Needs(True, True, True, False, self.with_output_scale),
+        )
         with tiles.use_cells({"*": {"strategy": self.strategy}}):
-            _, h, _, unscaled = launch.forward(
-                x, weight, lora_a, lora_b, scaling, bias, scale, self.dropout_p, seed,
-                self.with_output_scale,
-            )  # fmt: skip
-            launch.backward(
-                dy, x, weight, lora_a, lora_b, scaling, h, scale, unscaled, None, self.dropout_p,
-                seed, (True, True, True, False, self.with_output_scale),
-            )  # fmt: skip
+            _, call.h, _, call.unscaled = launch.forward(call)
+            launch.backward(call)
 
 
 @dataclass(frozen=True)

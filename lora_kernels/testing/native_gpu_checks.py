@@ -17,7 +17,7 @@ from lora_kernels.ops.linear.triton.operands import Dropout
 from lora_kernels.ops.routed import Routing, routed_lora
 from lora_kernels.runtime import cuda_extension
 from lora_kernels.runtime.device_limits import padded_rows
-from lora_kernels.runtime.dropout import keep_mask
+from lora_kernels.runtime.dropout import ActiveDropout, keep_mask
 from lora_kernels.testing import gpu_checks
 from lora_kernels.testing.gaps import vendor_gap
 from lora_kernels.testing.gpu_checks import BF16, FP16, FP32, Check, Skip, Target, poisoned_memory
@@ -240,7 +240,7 @@ def _gemm_tail(
         right, tail_right = draw(c, d, d**-0.5).t(), draw(c, r).t()
     bias, scale = draw(1, c)[0], draw(1, c)[0]
     seed = torch.tensor(0x1234_5678_9ABC_DEF1, device=target.device)
-    drop = Dropout(seed, p, m, c)
+    drop = Dropout(ActiveDropout(p, seed) if p else None, m, c)
     keep = keep_mask(seed, p, m, c) if p else torch.ones(m, c, dtype=torch.bool, device=seed.device)
 
     def formula(precision: torch.dtype) -> Tensor:

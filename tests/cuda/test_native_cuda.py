@@ -11,12 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from linear_calls import call_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_kernels import explain, lora_linear
 from lora_kernels.__main__ import doctor
+from lora_kernels.adapters.factors import LoRAFactors
+from lora_kernels.base_weights import DenseWeight
 from lora_kernels.ops.linear import op as autograd
 from lora_kernels.ops.linear import tuned as measured
+from lora_kernels.ops.linear.plan import make_plan
 from lora_kernels.ops.linear.reference import lora_linear_reference
 from lora_kernels.ops.linear.triton import tiles
 from lora_kernels.ops.routed import op as routed_autograd
@@ -24,6 +28,7 @@ from lora_kernels.runtime import cpu_extension as native
 from lora_kernels.runtime import cuda_extension as native_cuda
 from lora_kernels.runtime import dispatch
 from lora_kernels.runtime.device_limits import DeviceLimits
+from lora_kernels.runtime.dropout import ActiveDropout
 from lora_kernels.testing import (
     LoRAProblem,
     assert_within_policy,
@@ -193,6 +198,10 @@ def fake(*shape: int, dtype: torch.dtype = BF16, device: str = "cuda") -> torch.
         return torch.empty(shape, dtype=dtype, device=device)
 
 
+def factors(lora_a, lora_b) -> LoRAFactors:
+    return LoRAFactors(lora_a, lora_b, 1.0)
+
+
 def test_the_modules_that_serve(built):
     from lora_kernels.ops.linear import cpu as compiled
     from lora_kernels.ops.linear import cuda
@@ -201,13 +210,13 @@ def test_the_modules_that_serve(built):
 
     built()
     x = fake(3, 8)
-    call = (x, fake(6, 8), fake(2, 8), fake(6, 2), 0.0)
-    assert autograd._implementation("native", "forward", *call) is cuda
-    assert autograd._implementation("native", "backward", *call) is cuda
-    on_cpu = tuple(torch.randn(shape) for shape in ((3, 8), (6, 8), (2, 8), (6, 2)))
-    assert autograd._implementation("native", "forward", *on_cpu, 0.0) is compiled
+    plan = make_plan("native", x, DenseWeight(fake(6, 8)), factors(fake(2, 8), fake(6, 2)), 0.0)
+    assert plan.forward is plan.backward is plan.strided_backward is cuda
+    on_cpu, weight, a, b = (torch.randn(shape) for shape in ((3, 8), (6, 8), (2, 8), (6, 2)))
+    plan = make_plan("native", on_cpu, DenseWeight(weight), factors(a, b), 0.0)
+    assert plan.forward is plan.backward is plan.strided_backward is compiled
     assert routed_autograd._module("native", x) is routed_cuda
-    assert routed_autograd._module("native", on_cpu[0]) is routed_compiled
+    assert routed_autograd._module("native", on_cpu) is routed_compiled
 
 
 def test_the_second_half_takes_what_the_first_returns(built, monkeypatch):
@@ -240,8 +249,8 @@ def test_routed_cuda_is_a_whole_backend():
 def test_fake_results_agree_with_the_kernels(built):
     """On a GPU no mask is stored, and h is fp32."""
     built()
-    assert not autograd.stores_mask(CUDA, 0.5, "native")
-    assert autograd.stores_mask(torch.device("cpu"), 0.5, "native")
+    assert not autograd.stores_mask(CUDA, True, "native")
+    assert autograd.stores_mask(torch.device("cpu"), True, "native")
     assert not routed_autograd.stores_mask(CUDA, torch.tensor(1), "native")
     for dtype in (BF16, FP16):
         assert autograd._dtype_of_h(fake(3, 8, dtype=dtype), "native") == FP32
@@ -252,18 +261,19 @@ def test_a_table_may_name_native(built):
     key = "forward/bfloat16/M8/K4096/N1024/R16/p0"
     seconds = {"composed": 4e-5, "hybrid": 3.5e-5, "fused": 3e-5, "native": 1e-5}
     cells = {key: {"backend": "native", "strategy": "fused", "seconds": seconds}}
-    call = (fake(8, 4096), fake(1024, 4096), fake(16, 4096), fake(1024, 16))
+    call = x, weight, a, b = fake(8, 4096), fake(1024, 4096), fake(16, 4096), fake(1024, 16)
+    sizes = measured.Sizes.of(DenseWeight(weight), a, b, False)
     with tiles.use_cells(cells):
-        choice = measured.choose("auto", "forward", *call, 0.0)
+        choice = measured.choose("auto", "forward", x, sizes)
         assert choice.backend == "native" and "native was the fastest measured" in choice.reason
         said = explain(*call).reason
         assert "one CUDA kernel for base and adapter" in said and "; backward composed" in said
         built("")  # an installation without nvcc
-        choice = measured.choose("auto", "forward", *call, 0.0)
+        choice = measured.choose("auto", "forward", x, sizes)
         assert choice.backend == "triton" and "triton (fused) was the fastest" in choice.reason
         assert "but for native: the compiled extension was built without" in choice.reason
     with tiles.use_cells({key: {"backend": "native"}}):  # and no times
-        assert measured.choose("auto", "forward", *call, 0.0).backend == "composed"
+        assert measured.choose("auto", "forward", x, sizes).backend == "composed"
 
 
 @pytest.mark.parametrize(
@@ -318,11 +328,8 @@ def no_triton(monkeypatch):
 def forward(problem: LoRAProblem):
     from lora_kernels.ops.linear import cuda
 
-    p = problem
-    y, h, mask, unscaled = cuda.forward(
-        p.x, p.weight, p.lora_a, p.lora_b, p.scaling, p.bias, p.output_scale, p.dropout_p, p.seed,
-        p.output_scale is not None,
-    )  # fmt: skip
+    call = call_of(problem, save_unscaled=problem.output_scale is not None)
+    y, h, mask, unscaled = cuda.forward(call)
     assert mask is None and unscaled is None
     return y, h
 
@@ -444,17 +451,17 @@ def cell(**tile) -> dict:
     return {"*": {"native": tile} if tile else {}}
 
 
-def a_cell(**changes) -> tiles.Cell:
+def a_cell(**changes) -> tiles.LinearCell:
     options = dict(direction="forward", dtype="float16", itemsize=2, tokens=40, in_features=72,
                    out_features=48, rank=8, dropout=False, ieee=False)  # fmt: skip
-    return tiles.Cell(**options | changes)
+    return tiles.LinearCell(**options | changes)
 
 
 def test_the_gemm_takes_what_it_can_and_leaves_the_rest(emulated, no_triton):
     from lora_kernels.ops.linear import cuda
     from lora_kernels.ops.linear.triton.operands import Dropout
 
-    drop = Dropout(torch.tensor(3), 0.5, 40, 48)
+    drop = Dropout(ActiveDropout(0.5, torch.tensor(3)), 40, 48)
     vector = torch.ones(48, dtype=FP16)
     by_rows, by_columns = matrices(), matrices(transposed=True)
     left, _, tail_left, tail_right, out = by_rows
@@ -462,7 +469,7 @@ def test_the_gemm_takes_what_it_can_and_leaves_the_rest(emulated, no_triton):
         (by_rows, {}),
         (by_columns, {}),
         (by_rows, {"drop": drop}),
-        (by_columns, {"drop": Dropout(None, 0.0, 40, 48)}),
+        (by_columns, {"drop": Dropout(None, 40, 48)}),
         (by_rows, {"bias": vector, "output_scale": 3 * vector}),
     ):
         cuda.gemm_with_tail(a_cell(), *operands, **options)
@@ -491,7 +498,7 @@ def test_the_gemm_takes_what_it_can_and_leaves_the_rest(emulated, no_triton):
         ("both", (left, by_columns[1], tail_left, tail_right, out), {}),
         ("dropout", by_columns, {"drop": drop}),
     ):
-        assert cuda.unfit(*operands, **options) is not None, reason
+        assert cuda.why_not_gemm(*operands, **options) is not None, reason
         with pytest.raises(LookupError, match="gemm"):
             cuda.gemm_with_tail(a_cell(), *operands, **options)
 

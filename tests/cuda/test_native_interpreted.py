@@ -13,6 +13,7 @@ import torch
 
 from lora_kernels import lora_linear
 from lora_kernels.ops.linear import op as autograd
+from lora_kernels.ops.linear import plan
 from lora_kernels.ops.routed import op as routed_autograd
 from lora_kernels.runtime import cpu_extension as native
 from lora_kernels.runtime import cuda_extension as native_cuda
@@ -27,7 +28,7 @@ FP16, FP32 = torch.float16, torch.float32
 
 
 @pytest.fixture(autouse=True)
-def calls(emulated, monkeypatch):
+def calls(emulated, monkeypatch, plans_forgotten):
     """native as on a GPU, and how often each CUDA kernel was called."""
     from lora_kernels.ops.linear import cuda
     from lora_kernels.ops.routed import cuda as routed_cuda
@@ -45,7 +46,8 @@ def calls(emulated, monkeypatch):
 
     for name in ("decode_linear", "decode_routed_", "gemm_tail"):
         monkeypatch.setattr(native_cuda, name, counted(name))
-    monkeypatch.setattr(autograd, "_implementation", lambda *args: cuda)
+    for module in (plan, autograd):
+        monkeypatch.setattr(module, "module_of", lambda *args: cuda)
     monkeypatch.setattr(routed_autograd, "_module", lambda backend, like: routed_cuda)
     monkeypatch.setattr(native, "missing", lambda: None)
     return counts

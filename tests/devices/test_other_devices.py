@@ -62,13 +62,15 @@ def test_shapes_of_a_call(device, dtype):
         assert (seed.dtype, seed.shape, seed.device.type) == (torch.int64, (), device)
         scaling = torch.tensor(0.5, dtype=torch.float64)
         operands = call["lora_a"], call["lora_b"], scaling
+        base, place = ([call["weight"]], "dense", []), (0, 0, 23)
         y, h, mask, _ = torch.ops.lora_kernels.lora_linear_forward(
-            call["x"], call["weight"], *operands, None, None, 0.1, seed, False, "auto"
+            call["x"], *base, *operands, None, None, 0.1, seed, *place, False, "auto"
         )
-        # What is saved: h as wide as a product can be, and no mask.
-        assert (h.shape, h.dtype, mask.numel()) == ((6, 4), torch.float32, 0)
+        # What is saved: h as wide as a product can be, and the mask, which composed has drawn.
+        assert (h.shape, h.dtype) == ((6, 4), torch.float32)
+        assert (mask.shape, mask.dtype) == ((6, 3), torch.uint8)
         dx, grad_a, grad_b, _, _ = torch.ops.lora_kernels.lora_linear_backward(
-            y, call["x"], call["weight"], *operands, h, None, None, mask, 0.1, seed,
+            y, call["x"], *base, *operands, h, None, None, mask, 0.1, seed, *place,
             (True, True, True, False, False), "auto",
         )  # fmt: skip
         assert (dx.shape, dx.dtype) == (call["x"].shape, dtype)

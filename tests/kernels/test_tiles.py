@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_kernels.ops.linear.triton import tiles
-from lora_kernels.ops.linear.triton.tiles import Cell, DeviceLimits
+from lora_kernels.ops.linear.triton.tiles import DeviceLimits, LinearCell
 
 A100 = DeviceLimits("A100", 80, 108, 166_912)
 RTX_4090 = DeviceLimits("RTX 4090", 89, 128, 101_376)
@@ -18,7 +18,7 @@ B200 = DeviceLimits("B200", 100, 148, 232_448)
 def cell_of(tokens=8192, in_features=4096, out_features=4096, rank=16, dtype="bfloat16", **options):
     ieee = options.pop("ieee", dtype == "float32")
     itemsize = 4 if dtype == "float32" else 2
-    return Cell(
+    return LinearCell(
         "forward", dtype, itemsize, tokens, in_features, out_features, rank,
         options.get("dropout", False), ieee,
     )  # fmt: skip

@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_kernels.adapters.factors import LoRAFactors
+from lora_kernels.base_weights import DenseWeight, dense
 from lora_kernels.nn import LoRAEmbedding, LoRALinear
 from lora_kernels.nn.merging import merged_weight
-from lora_kernels.ops.norm import composed
 from lora_kernels.testing import assert_within_policy
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -83,8 +84,9 @@ def test_merged_weight_is_rounded_once(
 
     frozen = bits(weight)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(composed, "_CPU_BLOCK", block)
-        merged = merged_weight(weight, lora_a, lora_b, scaling, output_scale)
+        patch.setattr(dense, "_CPU_BLOCK", block)
+        factors = LoRAFactors(lora_a, lora_b, scaling, output_scale)
+        (merged,) = merged_weight(DenseWeight(weight), factors).tensors()
     assert merged.dtype == dtype and merged.stride() == torch.empty_like(weight).stride()
     assert torch.equal(bits(weight), frozen)
     exact = formula(torch.float64)
@@ -112,7 +114,7 @@ def test_no_wide_copy_of_the_weight_is_made(monkeypatch, kind):
             return out
 
     layer = make(torch.bfloat16, **KINDS[kind])
-    monkeypatch.setattr(composed, "_CPU_BLOCK", 150)
+    monkeypatch.setattr(dense, "_CPU_BLOCK", 150)
     with LargestWide() as wide:
         layer.merge()
     assert 0 < wide.elements <= 150 < layer.weight.numel()

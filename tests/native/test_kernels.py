@@ -66,10 +66,15 @@ def as_given(factor: torch.Tensor, turned: bool) -> torch.Tensor:
     return factor.t().contiguous().t() if turned else factor
 
 
+def dropped_with(p: float) -> dropout.ActiveDropout | None:
+    return dropout.ActiveDropout(p, SEED) if p else None
+
+
 def forward(y, x, a, b, scaling: float = 1.0, p: float = 0.0, *, add: bool = True):
     """``y (+)= s h B^T``; h and the packed mask."""
-    h, packed = native.kept_by_forward(x, a.shape[0], p)
-    native.adapter_forward(y, x, a, b, h, packed, scaling, p, SEED, add=add)
+    drops = dropped_with(p)
+    h, packed = native.allocate_saved(x, a.shape[0], drops)
+    native.adapter_forward(y, x, a, b, h, packed, scaling, drops, add=add)
     return h, packed
 
 
@@ -77,7 +82,8 @@ def backward(dx, dy, x, a, b, h, packed, scaling: float = 1.0, p: float = 0.0, *
     """``dx (+)= keep * (t A)``; the gradients of A and B where there is an x and an h."""
     grad_a = None if x is None else torch.empty_like(a)
     grad_b = None if h is None else torch.empty_like(b)
-    native.adapter_backward(dx, grad_a, grad_b, dy, x, a, b, h, packed, scaling, p, add=add)
+    drops = dropped_with(p)
+    native.adapter_backward(dx, grad_a, grad_b, dy, x, a, b, h, packed, scaling, drops, add=add)
     return grad_a, grad_b
 
 

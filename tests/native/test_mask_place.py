@@ -5,7 +5,7 @@ import torch
 
 from lora_kernels import AdapterBank, Routing
 from lora_kernels.runtime import cpu_extension as native
-from lora_kernels.runtime.dropout import MaskPlace, packed_keep_mask
+from lora_kernels.runtime.dropout import ActiveDropout, MaskPlace, packed_keep_mask
 
 SEED = torch.tensor(-0x1234_5678_9ABC_DEF1)
 P = 0.3
@@ -47,9 +47,10 @@ def test_the_walk_over_an_adapters_rows(level, rows, columns, before, threads, m
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     whole = packed_keep_mask(SEED, P, 300, 700, 0, MaskPlace(before))
     x, a = torch.randn(300, 700)[rows, columns], torch.randn(4, 700)[:, columns]
-    h, mask = native.kept_by_forward(x, 4, P)
-    y, place = torch.zeros(x.shape[0], 24), place_of(before, rows, columns)
-    native.adapter_forward(y, x, a, torch.randn(24, 4), h, mask, 1.0, P, SEED, place, add=True)
+    dropout = ActiveDropout(P, SEED, place_of(before, rows, columns))
+    h, mask = native.allocate_saved(x, 4, dropout)
+    y = torch.zeros(x.shape[0], 24)
+    native.adapter_forward(y, x, a, torch.randn(24, 4), h, mask, 1.0, dropout, add=True)
     assert torch.equal(mask, of_slice(whole, rows, columns))
 
 

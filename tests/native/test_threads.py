@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lora_kernels.runtime import cpu_extension as native
+from lora_kernels.runtime.dropout import ActiveDropout
 from lora_kernels.testing import LoRAProblem, run_forward_backward
 from lora_kernels.testing.routed_inputs import RoutedProblem, run_routed
 
@@ -27,10 +28,11 @@ def kernels(dtype: torch.dtype) -> list[torch.Tensor]:
             draw(rows, n, dtype=dtype) for n in (columns, out_columns, out_columns, columns)
         )
         a, b = draw(rank, columns), draw(out_columns, rank)
-        h, mask = native.kept_by_forward(x, rank, 0.2)
-        native.adapter_forward(y, x, a, b, h, mask, 0.5, 0.2, torch.tensor(7), add=True)
+        dropout = ActiveDropout(0.2, torch.tensor(7))
+        h, mask = native.allocate_saved(x, rank, dropout)
+        native.adapter_forward(y, x, a, b, h, mask, 0.5, dropout, add=True)
         grads = torch.empty_like(a), torch.empty_like(b)
-        native.adapter_backward(dx, *grads, dy, x, a, b, h, mask, 0.5, 0.2, add=True)
+        native.adapter_backward(dx, *grads, dy, x, a, b, h, mask, 0.5, dropout, add=True)
         results += [y, h, mask, dx, *grads]
     return results
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linear_calls import call_of
 
 from lora_kernels import lora_linear
 from lora_kernels.ops.linear import composed
 from lora_kernels.ops.linear import cpu as compiled
+from lora_kernels.ops.linear.call import Needs
 from lora_kernels.ops.linear.reference import lora_linear_reference
 from lora_kernels.runtime import cpu_extension as native
 from lora_kernels.runtime.dropout import drop_threshold, keep_mask, keep_scale, packed_keep_mask
@@ -335,13 +337,10 @@ def test_a_mask_that_was_not_kept_is_made_again(adapter_dtype):
     h = torch.randn(33, 3, dtype=torch.bfloat16)
     backend = compiled if Under.backend == "native" else composed
     mask = packed_keep_mask(p.seed, 0.4, 33, 21)
-    needs = (True, True, True, False, False)
+    needs = Needs(True, True, True, False, False)
     kept, made_again = (
-        backend.backward(
-            p.dy, p.x, p.weight, p.lora_a, p.lora_b, p.scaling, h, None, None, given, 0.4, p.seed,
-            needs,
-        )[:3]
+        backend.backward(call_of(p, dy=p.dy, h=h, mask=given, needs=needs))[:3]
         for given in (mask, None)
-    )  # fmt: skip
+    )
     assert all(torch.equal(a, b) for a, b in zip(kept, made_again, strict=True))
     assert [grad.dtype for grad in kept] == [torch.bfloat16, adapter_dtype, adapter_dtype]

@@ -5,22 +5,30 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 import torch._dynamo.testing
+from linear_calls import BACKWARD, FORWARD, OP, backward_operands, forward_operands
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels import explain, lora_linear
-from lora_kernels.testing import LoRAProblem, assert_within_policy
+from lora_kernels.ops.linear.reference import lora_linear_reference
+from lora_kernels.testing import (
+    LoRAProblem,
+    assert_draws_within_policy,
+    assert_within_policy,
+    oracle_results,
+    run_forward_backward,
+)
 
 OPERANDS = (
     "x", "weight", "lora_a", "lora_b", "scaling", "bias", "output_scale", "dropout_p",
 )  # fmt: skip
-OP = torch.ops.lora_kernels.lora_linear.default
 
 
 def leaves(problem: LoRAProblem, requires_grad: bool = True):
@@ -48,28 +56,17 @@ def test_opcheck(requires_grad, dropout_p, whole):
         dropout_p=dropout_p,
     )  # fmt: skip
     leaves(p, requires_grad)
-    arguments = (
-        p.x, p.weight, p.lora_a, p.lora_b, p.scaling, p.bias, p.output_scale, dropout_p, p.seed,
-        "auto",
-    )  # fmt: skip
-    torch.library.opcheck(OP, arguments)
+    torch.library.opcheck(OP, (*forward_operands(p), "auto"))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_opcheck_of_the_inner_ops(dropout_p):
     p = LoRAProblem.random((11,), 21, 13, 3, with_output_scale=True, dropout_p=dropout_p)
-    operands = (
-        p.x, p.weight, p.lora_a, p.lora_b, p.scaling, p.bias, p.output_scale, dropout_p, p.seed,
-    )  # fmt: skip
-    forward = torch.ops.lora_kernels.lora_linear_forward.default
-    torch.library.opcheck(forward, (*operands, True, "auto"))
-    _, h, mask, unscaled = forward(*operands, True, "auto")
+    operands = (*forward_operands(p), True, "auto")
+    torch.library.opcheck(FORWARD, operands)
+    _, h, mask, unscaled = FORWARD(*operands)
     for needs in ([True] * 5, [False] * 5, [True, False, True, False, True]):
-        torch.library.opcheck(
-            torch.ops.lora_kernels.lora_linear_backward.default,
-            (p.dy, p.x, p.weight, p.lora_a, p.lora_b, p.scaling, h, p.output_scale, unscaled, mask,
-             dropout_p, p.seed, needs, "auto"),
-        )  # fmt: skip
+        torch.library.opcheck(BACKWARD, (*backward_operands(p, h, unscaled, mask, needs), "auto"))
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
@@ -311,6 +308,7 @@ def test_the_ordinary_call_is_the_general_one(whole, rows, dtype, dropout_p, nee
         assert ours.dtype == general.dtype and torch.equal(ours, general)
 
 
+@pytest.mark.filterwarnings("error:Dynamo does not know")
 @pytest.mark.parametrize("compiled_as", ["backward", "grad"])
 def test_a_compiled_function_calls_the_backward_of_an_eager_forward(compiled_as):
     problem = LoRAProblem.random((9,), 21, 13, 3)
@@ -419,7 +417,7 @@ def test_the_backward_is_asked_for_what_is_needed_alone(needed, monkeypatch):
 
     asked = []
     backward = composed.backward
-    monkeypatch.setattr(composed, "backward", lambda *a: asked.append(a[-1]) or backward(*a))
+    monkeypatch.setattr(composed, "backward", lambda c: asked.append(c.needs) or backward(c))
     problem = LoRAProblem.random((9,), 21, 13, 3, with_output_scale=True)
     named = leaves(problem, requires_grad=False)
     named[needed].requires_grad_()
@@ -445,13 +443,42 @@ def test_checkpointing_under_a_mode_and_recomputing_outside_of_it(scaled, dropou
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("backend", ["auto", "composed"])
-def test_batched_gradients_are_those_one_by_one(backend):
-    """vmap's tensors have no memory: the op sees them, and takes one after another."""
-    problem = LoRAProblem.random((9,), 21, 13, 3)
-    named = list(leaves(problem).values())
-    y = call(problem, backend=backend)
-    dys = torch.randn(3, *y.shape)
-    batched = torch.autograd.grad(y, named, dys, is_grads_batched=True, retain_graph=True)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("scaled", [True, False], ids=["output_scale", ""])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_batched_gradients_are_those_one_by_one(dtype, scaled, dropout_p, backend):
+    """vmap's tensors have no memory: torch's own operations compute their gradients."""
+    problem = LoRAProblem.random(
+        (9,), 21, 13, 3, dtype=dtype, with_output_scale=scaled, dropout_p=dropout_p
+    )
+    dys = torch.randn(3, 9, 13, generator=torch.Generator().manual_seed(4)).to(dtype)
+
+    def batched(problem: LoRAProblem, function=lora_linear) -> list[dict[str, torch.Tensor]]:
+        given = {name: value for name, value in vars(problem).items() if name != "dy"}
+        named = {name: tensor.detach().requires_grad_() for name, tensor in leaves(problem).items()}
+        y = function(**{**given, **named})
+        gradients = torch.autograd.grad(
+            y, list(named.values()), dys.to(y.dtype), is_grads_batched=True
+        )
+        return [
+            {name: many[i] for name, many in zip(named, gradients, strict=True)}
+            for i in range(len(dys))
+        ]
+
+    ours = partial(lora_linear, backend=backend)
+    if dtype == torch.float64:
+        for dy, several in zip(dys, batched(problem, ours), strict=True):
+            one = run_forward_backward(ours, problem.with_(dy=dy))
+            for name, gradient in several.items():
+                torch.testing.assert_close(gradient, one[name], rtol=1e-12, atol=1e-13)
+        return
     for i, dy in enumerate(dys):
-        one = torch.autograd.grad(y, named, dy, retain_graph=True)
-        assert all(torch.equal(many[i], grad) for many, grad in zip(batched, one, strict=True))
+
+        def draw(number: int, i=i, dy=dy):
+            drawn = problem.redrawn(number).with_(dy=dy)
+            eager = run_forward_backward(lora_linear_reference, drawn)
+            oracle = oracle_results(drawn)
+            several = batched(drawn, ours)[i]
+            return several, *({name: each[name] for name in several} for each in (eager, oracle))
+
+        assert_draws_within_policy(draw, dtype)

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from linear_calls import BACKWARD, FORWARD, backward_operands, forward_operands
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -166,7 +167,7 @@ def test_the_ordinary_backward_is_left_to_its_kernels(monkeypatch):
     from lora_kernels.ops.linear import op as autograd
 
     problem = LoRAProblem.random((9,), 21, 13, 3)
-    monkeypatch.setattr(autograd, "_differentiable_backward", None)
+    monkeypatch.setattr(autograd, "differentiable_backward", None)
     problem.x.requires_grad_()
     y = lora_linear(problem.x, problem.weight, problem.lora_a, problem.lora_b, 0.7)
     y.backward(problem.dy)
@@ -175,18 +176,14 @@ def test_the_ordinary_backward_is_left_to_its_kernels(monkeypatch):
 
 def test_inner_ops_refuse_gradients():
     problem = LoRAProblem.random((8,), 16, 12, 3)
-    h = problem.x @ problem.lora_a.t()
+    h, no_mask = problem.x @ problem.lora_a.t(), torch.empty(0, dtype=torch.uint8)
+    problem.dy.requires_grad_()
     with pytest.raises(RuntimeError, match="lora_linear_backward is not differentiable"):
-        torch.ops.lora_kernels.lora_linear_backward(
-            problem.dy.requires_grad_(), problem.x, problem.weight, problem.lora_a, problem.lora_b,
-            problem.scaling, h, None, None, torch.empty(0, dtype=torch.uint8), 0.0, None,
-            [True] * 5, "auto",
-        )  # fmt: skip
+        BACKWARD(*backward_operands(problem, h, None, no_mask, [True] * 5), "auto")
+    problem.dy.requires_grad_(False)
+    problem.x.requires_grad_()
     with pytest.raises(RuntimeError, match="lora_linear_forward is not differentiable"):
-        torch.ops.lora_kernels.lora_linear_forward(
-            problem.x.requires_grad_(), problem.weight, problem.lora_a, problem.lora_b,
-            problem.scaling, None, None, 0.0, None, False, "auto",
-        )  # fmt: skip
+        FORWARD(*forward_operands(problem), False, "auto")
 
 
 # --- what it is for --------------------------------------------------------------------------

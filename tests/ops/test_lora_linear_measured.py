@@ -1,16 +1,23 @@
 """What auto takes where a table has recorded measurements; CUDA tensors are fakes here."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from lora_kernels import explain
+from lora_kernels import explain, lora_linear
+from lora_kernels.adapters.factors import LoRAFactors
+from lora_kernels.base_weights import DenseWeight, base_of
+from lora_kernels.ops.linear import composed
 from lora_kernels.ops.linear import tuned as measured
+from lora_kernels.ops.linear.plan import PLANS, make_plan, module_of
 from lora_kernels.ops.linear.triton import tiles
 from lora_kernels.runtime import dispatch
+from lora_kernels.runtime.dropout import drop_threshold
 
 H200 = tiles.DeviceLimits("NVIDIA H200", 90, 132, 232_448)
 FORWARD = "forward/bfloat16/M8192/K4096/N1024/R16/p0"
@@ -51,10 +58,16 @@ def call(shape=(4, 2048, 4096), out_features=1024, rank=16, dtype=torch.bfloat16
         )
 
 
+def sizes_of(weight, lora_a, lora_b, dropout_p=0.0):
+    return measured.Sizes.of(base_of(weight), lora_a, lora_b, drop_threshold(dropout_p) > 0)
+
+
 def chosen(direction="forward", dropout_p=0.0, backend="auto", **options):
     x, weight, lora_a, lora_b = call(**options)
     activation = x if direction == "forward" else x.new_empty(*x.shape[:-1], lora_b.shape[0])
-    return measured.choose(backend, direction, activation, weight, lora_a, lora_b, dropout_p)
+    return measured.choose(
+        backend, direction, activation, sizes_of(weight, lora_a, lora_b, dropout_p)
+    )
 
 
 def test_a_recorded_cell_takes_its_fastest_backend():
@@ -97,7 +110,8 @@ def test_what_was_not_measured_stays_composed():
         ]
     with tiles.use_cells(CELLS):
         for activation, base in (*((each, weight) for each in strided), (x, None)):
-            choice = measured.choose("auto", "forward", activation, base, lora_a, lora_b, 0.0)
+            sizes = sizes_of(base, lora_a, lora_b)
+            choice = measured.choose("auto", "forward", activation, sizes)
             assert choice.backend == "composed" and "measured" in choice.reason
     with tiles.use_cells({"*": {"strategy": "fused"}}):  # tile options are no measurement
         assert "nothing is recorded" in chosen().reason
@@ -156,23 +170,53 @@ def test_shipped_tables_are_read_once_and_hits_are_cached(tmp_path, monkeypatch)
         tiles.shipped_cells.cache_clear()
 
 
-def test_the_op_asks_once_per_direction(monkeypatch):
-    """The op asks once per direction, with that direction's activation.
-
-    In fp64, which is not the compiled kernels': a call on a CPU that they serve asks nobody.
-    """
-    from lora_kernels import lora_linear
-    from lora_kernels.ops.linear import op as autograd
-
+@pytest.mark.parametrize("seen", [False, True], ids=["by a plan", "through the op"])
+def test_how_often_a_call_asks(seen, monkeypatch, plans_forgotten):
+    """A plan once, for all calls like it; the op once per direction, with its activation."""
     asked = []
     choose = measured.choose
 
-    def spy(backend, direction, *args):
-        asked.append((direction, tuple(args[0].shape)))
-        return choose(backend, direction, *args)
+    def spy(backend, direction, activation, sizes):
+        asked.append((direction, tuple(activation.shape), sizes))
+        return choose(backend, direction, activation, sizes)
 
-    monkeypatch.setattr(autograd.tuned, "choose", spy)
-    x = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    monkeypatch.setattr(measured, "choose", spy)
     lora_a, lora_b = torch.randn(2, 8), torch.randn(6, 2)
-    lora_linear(x, torch.randn(6, 8).double(), lora_a, lora_b, 1.0).sum().backward()
-    assert asked == [("forward", (3, 5, 8)), ("backward", (3, 5, 6))]
+    weight, sizes = torch.randn(6, 8), measured.Sizes(True, 8, 6, 2, False)
+    forward, backward = ("forward", (3, 5, 8), sizes), ("backward", (3, 5, 6), sizes)
+    for expected in ([forward], []) if not seen else ([forward, backward],) * 2:
+        x = torch.randn(3, 5, 8, requires_grad=True)
+        with FlopCounterMode(display=False) if seen else nullcontext():
+            lora_linear(x, weight, lora_a, lora_b, 1.0).sum().backward()
+        assert asked == expected
+        asked.clear()
+
+
+def test_a_plan_has_a_backend_for_each_direction():
+    """And composed for a dy that no table knows of, which is not contiguous."""
+    x, weight, lora_a, lora_b = call()
+    factors = LoRAFactors(lora_a, lora_b, 1.0)
+    with tiles.use_cells(CELLS):
+        plan = make_plan("auto", x, DenseWeight(weight), factors, 0.0)
+        assert plan.forward is module_of("triton", x) and plan.choice.backend == "triton"
+        assert plan.backward is plan.strided_backward is composed and not plan.drops
+        named = make_plan("triton", x, DenseWeight(weight), factors, 0.3)
+        assert named.forward is named.backward is named.strided_backward is plan.forward
+        assert named.drops
+    with tiles.use_cells({FORWARD: CELLS[BACKWARD], BACKWARD: CELLS[FORWARD]}):
+        plan = make_plan("auto", x, DenseWeight(weight), factors, 0.0)
+        assert plan.forward is plan.strided_backward is composed
+        assert plan.backward is module_of("triton", x)
+        alone = make_plan("auto", x, None, factors, 0.0)
+        assert alone.forward is alone.backward is alone.strided_backward is composed
+
+
+def test_other_tables_forget_what_was_planned():
+    x, weight, lora_a, lora_b = (torch.randn(size) for size in ((3, 8), (6, 8), (2, 8), (6, 2)))
+    lora_linear(x, weight, lora_a, lora_b, 1.0)
+    assert PLANS
+    with tiles.use_cells({}):
+        assert not PLANS
+        lora_linear(x, weight, lora_a, lora_b, 1.0)
+        assert PLANS
+    assert not PLANS

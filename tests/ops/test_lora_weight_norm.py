@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_kernels.adapters.factors import LoRAFactors
+from lora_kernels.base_weights import DenseWeight, dense
 from lora_kernels.ops.norm import composed, lora_weight_norm
 from lora_kernels.ops.norm.reference import lora_weight_norm_reference
 from lora_kernels.testing import assert_draws_within_policy, redrawn
@@ -78,14 +80,14 @@ def test_any_shape_block_dtype_and_layout(
     elif layout == "expanded":
         weight = weight[:1].expand(rows, columns)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(composed, "_CPU_BLOCK", block)
+        patch.setattr(dense, "_CPU_BLOCK", block)
         assert_accurate(weight, lora_a, lora_b, -1.7)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_more_than_one_block_of_the_real_size(poisoned_memory, dtype, transposed):
-    rows, columns = 1100, composed._CPU_BLOCK // 1024 + 3
+    rows, columns = 1100, dense._CPU_BLOCK // 1024 + 3
     weight, lora_a, lora_b = draw(rows, columns, 7, dtype)
     if transposed:
         weight = weight.t().contiguous().t()
@@ -154,9 +156,9 @@ def test_no_wide_copy_of_the_weight_is_made(monkeypatch, transposed):
     weight, lora_a, lora_b = draw(64, 48, 3, torch.bfloat16)
     if transposed:
         weight = weight.t().contiguous().t()
-    monkeypatch.setattr(composed, "_CPU_BLOCK", 500)
+    monkeypatch.setattr(dense, "_CPU_BLOCK", 500)
     with LargestWide() as wide:
-        composed.weight_norm(weight, lora_a, lora_b, torch.tensor(1.0))
+        composed.weight_norm(DenseWeight(weight), LoRAFactors(lora_a, lora_b, torch.tensor(1.0)))
     assert 48 <= wide.elements <= 500
 
 
@@ -170,7 +172,8 @@ def test_detached_whatever_requires_grad():
 
 def test_opcheck_and_compile_with_many_scalings():
     arguments = draw(33, 21, 5, torch.bfloat16, torch.float32)
-    torch.library.opcheck(OP, (*arguments, torch.tensor(0.5)))
+    weight, *factors = arguments
+    torch.library.opcheck(OP, ([weight], "dense", [], *factors, torch.tensor(0.5)))
     torch._dynamo.reset()
     compiled = torch.compile(
         lambda *a: lora_weight_norm(*a) * 2, fullgraph=True, dynamic=True, backend="aot_eager"

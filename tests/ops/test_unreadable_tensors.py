@@ -176,7 +176,7 @@ def test_a_low_address_alone_is_no_reason(monkeypatch):
     """In processes whose heap begins low, the storage itself is asked."""
     from lora_kernels.runtime import tensor_state
 
-    monkeypatch.setattr(tensor_state, "_LOWEST", 1 << 62)
+    monkeypatch.setattr(tensor_state, "LOWEST_ADDRESS", 1 << 62)
     tensor = behind_an_offset(torch.ones(3, 4))
     assert tensor_state.has_memory(tensor) and tensor_state.has_memory(tensor[:0])
     free(tensor)

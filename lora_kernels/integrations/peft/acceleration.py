@@ -254,9 +254,9 @@ def _note(layer: nn.Module, state) -> str | None:
             return "sharded by FSDP between its calls: fused in a call if whole by then"
         return None
     for adapter in state.adapters:
-        for tensor in (adapter.lora_a, adapter.lora_b):
-            if state.weight.element_size() < min(tensor.element_size(), 4):
-                adapters, base = _short(tensor.dtype), _short(state.weight.dtype)
+        for tensor in (adapter.factors.a, adapter.factors.b):
+            if state.base.weight.element_size() < min(tensor.element_size(), 4):
+                adapters, base = _short(tensor.dtype), _short(state.base.weight.dtype)
                 return (
                     f"{adapters} adapters over a {base} base: computed in {base}, "
                     "as PEFT does under autocast"

@@ -50,7 +50,7 @@ def backward(call: LinearCall) -> Gradients:
 
 
 def gemm_with_tail(
-    cell: tiles.Cell,
+    cell: tiles.LinearCell,
     left: Tensor,  # [M, D]
     right: Tensor | None,  # [D, C]
     tail_left: Tensor,  # [M, R]

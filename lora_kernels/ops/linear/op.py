@@ -14,6 +14,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from lora_kernels.adapters.factors import LoRAFactors
 from lora_kernels.base_weights import rebuild
@@ -239,7 +240,7 @@ def _gradients(ctx, dy: Tensor) -> Gradients:
     needs_x, needs_a, needs_b, needs_bias, needs_output_scale, *_ = ctx.needs_input_grad
     # By torch's operations with create_graph, and for many at once (is_grads_batched): no rule of
     # vmap takes an op with a list of tensors.
-    differentiated = torch.is_grad_enabled() or _is_legacy_batched(dy)
+    differentiated = torch.is_grad_enabled() or (not is_compiling() and _is_legacy_batched(dy))
     if differentiated:
         tensors = [tensor.detach() for tensor in tensors]
     call = LinearCall(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from linear_calls import BACKWARD, FORWARD, OP, backward_operands, forward_operands
 
 from lora_kernels import explain, lora_linear
 from lora_kernels.ops.linear.reference import lora_linear_reference
@@ -261,19 +262,16 @@ def test_second_derivatives(dropout_p):
 def test_opcheck(dropout_p, requires_grad):
     """Schema, fake implementation (no mask here) and autograd registration."""
     p = LoRAProblem.random((5,), 24, 16, 3, with_output_scale=True, dropout_p=dropout_p)
-    x, a, b = (t.requires_grad_(requires_grad) for t in (p.x, p.lora_a, p.lora_b))
-    operands = (x, p.weight, a, b, p.scaling, p.bias, p.output_scale, dropout_p, p.seed)
-    torch.library.opcheck(torch.ops.lora_kernels.lora_linear.default, (*operands, "triton"))
+    for tensor in (p.x, p.lora_a, p.lora_b):
+        tensor.requires_grad_(requires_grad)
+    operands = forward_operands(p)
+    torch.library.opcheck(OP, (*operands, "triton"))
     if not requires_grad:
-        forward = torch.ops.lora_kernels.lora_linear_forward.default
-        torch.library.opcheck(forward, (*operands, True, "triton"))
-        _, h, mask, unscaled = forward(*operands, True, "triton")
+        torch.library.opcheck(FORWARD, (*operands, True, "triton"))
+        _, h, mask, unscaled = FORWARD(*operands, True, "triton")
         assert mask.numel() == 0
-        torch.library.opcheck(
-            torch.ops.lora_kernels.lora_linear_backward.default,
-            (p.dy, x, p.weight, a, b, p.scaling, h, p.output_scale, unscaled, mask, dropout_p,
-             p.seed, [True] * 5, "triton"),
-        )  # fmt: skip
+        of_backward = backward_operands(p, h, unscaled, mask, [True] * 5)
+        torch.library.opcheck(BACKWARD, (*of_backward, "triton"))
 
 
 def test_messages():

@@ -5,7 +5,7 @@ import torch
 
 from lora_kernels.ops.linear.triton import gemm, launch, operands, tiles
 from lora_kernels.runtime.device_limits import limits_of, padded_rows
-from lora_kernels.runtime.dropout import keep_mask, keep_scale
+from lora_kernels.runtime.dropout import ActiveDropout, keep_mask, keep_scale
 from lora_kernels.testing import assert_within_policy
 from lora_kernels.testing.inputs import without_gaps
 
@@ -20,7 +20,7 @@ def draw(*shape, dtype=torch.float32, scale=1.0, seed=0):
 
 
 def cell_of(dtype, tokens, in_features, out_features, rank, dropout=False):
-    return tiles.Cell(
+    return tiles.LinearCell(
         "forward", str(dtype)[6:], dtype.itemsize, tokens, in_features, out_features, rank, dropout,
         ieee=dtype == torch.float32,
     )  # fmt: skip
@@ -50,7 +50,7 @@ def test_shrink(tokens, depth, rank, p, narrow_dtype, dtype, poisoned_memory):
     a = draw(rank, depth, dtype=narrow_dtype or dtype, scale=depth**-0.5, seed=1)
     cell = cell_of(dtype, tokens, depth, depth, rank, p > 0)
     h = torch.empty(tokens, rank)
-    drop = operands.Dropout(SEED, p, tokens, depth)
+    drop = operands.Dropout(ActiveDropout(p, SEED) if p else None, tokens, depth)
     tail = launch._shrink(cell, x, a, h, drop, keep_scale(p))
     oracle = dropped(x, p) @ a.double().t()
     check("h", h, (dropped(x, p).to(dtype) @ a.to(dtype).t()), oracle)
@@ -101,7 +101,7 @@ def test_gemm_with_tail(
     out = left.new_empty(tokens, columns)
     unscaled = torch.empty_like(out) if epilogue == "unscaled" else None
     cell = cell_of(dtype, tokens, depth, columns, rank, p > 0)
-    drop = operands.Dropout(SEED, p, tokens, columns)
+    drop = operands.Dropout(ActiveDropout(p, SEED) if p else None, tokens, columns)
     tile = tiles.gemm_tile(
         cell, columns, limits_of(left.device),
         aligned=tma, row_major=True, has_main=True, two_results=unscaled is not None,
@@ -133,7 +133,7 @@ def test_rank_gradient(tokens, depth, rank, p, rank_first, projection, dtype, po
     factor = draw(depth, rank, scale=depth**-0.5, seed=2)
     cell = cell_of(dtype, tokens, depth, depth, rank, p > 0)
     tile = tiles.rank_gradient_tile(cell, depth, limits_of(wide.device), aligned=False)
-    drop = operands.Dropout(SEED, p, tokens, depth)
+    drop = operands.Dropout(ActiveDropout(p, SEED) if p else None, tokens, depth)
     parts, projections = launch._rank_gradient(
         tile, wide, narrow, factor if projection else None, drop, rank_first
     )

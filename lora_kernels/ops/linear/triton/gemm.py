@@ -16,7 +16,7 @@ from lora_kernels.runtime.device_limits import cdiv, limits_of, precision
 
 
 def gemm_with_tail(
-    cell: tiles.Cell,
+    cell: tiles.LinearCell,
     left: Tensor,  # [M, D]
     right: Tensor | None,  # [D, C]; None: the tail alone
     tail_left: Tensor,  # [M, R]
