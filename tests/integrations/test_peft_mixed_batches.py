@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import lora_kernels
 from lora_kernels.integrations.peft import layers as peft_layers
 from lora_kernels.integrations.peft.layers import delegated_calls
-from lora_kernels.ops.routed import unpacked as loose
+from lora_kernels.ops.routed import unpacked
 from lora_kernels.ops.routed.bank.storage import ALIGNMENT
 from lora_kernels.runtime import dispatch
 
@@ -61,9 +61,9 @@ def counted(monkeypatch):
 
     def counting(*args):
         calls.append(1)
-        return loose.routed_linear_loose(*args)
+        return unpacked.routed_linear_unpacked(*args)
 
-    monkeypatch.setattr(peft_layers, "routed_linear_loose", counting)
+    monkeypatch.setattr(peft_layers, "routed_linear_unpacked", counting)
     return calls
 
 
@@ -199,11 +199,11 @@ def test_caches_hold_numbers_and_stay_small():
     fast = accelerated(three())
     for length in range(1, 50):
         mixed()(fast, inputs(7, length).detach())
-    assert loose._routing.cache_info().currsize <= 32
-    hits = loose._routing.cache_info().hits
+    assert unpacked._routing.cache_info().currsize <= 32
+    hits = unpacked._routing.cache_info().hits
     renamed = [{"one": "three", "three": "one"}.get(name, name) for name in NAMES]
     mixed(renamed)(fast, inputs(7, 49).detach())
-    assert loose._routing.cache_info().hits == hits + len(LAYERS)  # the same pattern of names
+    assert unpacked._routing.cache_info().hits == hits + len(LAYERS)  # the same pattern of names
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -211,8 +211,8 @@ def test_without_gradients_in_either_way(mode):
     plain = three()
     fast = accelerated(plain)
     x = inputs(7).detach()
-    loose._routing.cache_clear()
-    loose._numbers.cache_clear()
+    unpacked._routing.cache_clear()
+    unpacked._numbers.cache_clear()
     with mode():
         y = fast(x, adapter_names=NAMES)
     assert_parity(fast, plain, x, mixed())
@@ -419,15 +419,18 @@ def test_offsets_reach_every_factor_from_the_first():
         for start, (rows, columns) in zip(starts, shapes, strict=True)
     ]
     first = min(factors, key=Tensor.data_ptr)
-    assert loose._offsets([0, 2], factors, first, ALIGNMENT) == ((0, 3, 960, 0), (2, 5, 448, 1984))
-    table = loose._table(((0, 3, 960, 0), (2, 5, 448, 1984)), 3, torch.device("cpu"))
+    assert unpacked._offsets([0, 2], factors, first, ALIGNMENT) == (
+        (0, 3, 960, 0),
+        (2, 5, 448, 1984),
+    )
+    table = unpacked._table(((0, 3, 960, 0), (2, 5, 448, 1984)), 3, torch.device("cpu"))
     assert table[:, :, 0].tolist() == [[3, 3], [0, 0], [5, 5], [0, 0]]
     assert table[:, :, 2].tolist() == [[960, 0], [0, 0], [448, 1984], [0, 0]]
     for factor in (factors[0].bfloat16(), factors[0].t(), memory[1:70].view(3, 23)):
-        assert loose._offsets([0, 2], [factor, *factors[1:]], first, ALIGNMENT) is None
+        assert unpacked._offsets([0, 2], [factor, *factors[1:]], first, ALIGNMENT) is None
 
 
-def test_a_named_backend_that_has_no_use_for_loose_adapters(monkeypatch):
+def test_a_named_backend_that_has_no_use_for_unpacked_adapters(monkeypatch):
     monkeypatch.setattr(dispatch, "PROCESS_DEFAULT", "reference")
     plain = three()
     assert_parity(accelerated(plain), plain, inputs(7).detach(), mixed())
