@@ -104,6 +104,32 @@ def test_these_are_all_ops():
     assert registered == set(OPS) and len(OPS) == 10
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("name", OPS[:3])
+def test_an_op_that_gets_copies_of_its_arguments_trains_them(name, backend):
+    """The bank's own factors lie where the offsets lead, and hold something else by then."""
+    p = problem_of(0.3, sliced=True)
+    bank = p.bank()
+    h = torch.randn(14, bank.tensors().width)
+    call = differentiable_call(p, backend, True, h=h, rows=7, dtype=torch.float32)
+    expected = results_and_gradients(name, call)
+    original = call.bank
+    call.bank = original._replace(
+        storage=original.storage.clone(), factors=[factor.clone() for factor in original.factors]
+    )
+    for factor in original.factors:
+        factor.detach().fill_(torch.nan)
+    ours = results_and_gradients(name, call)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def results_and_gradients(name: str, call) -> list[torch.Tensor]:
+    y = op(name)(*operands(name, call))
+    leaves = [leaf for leaf in call.trained.parameters if leaf.requires_grad]
+    gradients = torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
+    return [y.detach(), *(g for g in gradients if g is not None)]
+
+
 @pytest.mark.parametrize("half", [False, True], ids=["whole", "shrink"])
 def test_no_result_of_an_op_holds_uninitialised_memory(half, poisoned_memory, monkeypatch):
     """Rows of the mask that nobody reads neither: results would differ from run to run."""

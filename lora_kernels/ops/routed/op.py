@@ -237,9 +237,8 @@ def _expand_in_place(call: RoutedCall) -> None:
 # --- kernels ---------------------------------------------------------------------------------
 
 
-def _received(name: str, arguments: tuple) -> RoutedCall:
+def _received(call: RoutedCall) -> RoutedCall:
     """The call of an op that runs: in a graph, or with copies of its arguments."""
-    call = _call_of(name, arguments)
     storage = call.bank.storage
     if storage.ndim == 2 and is_captured(storage.device):  # by a compiled graph
         raise RuntimeError(
@@ -255,7 +254,7 @@ def _received(name: str, arguments: tuple) -> RoutedCall:
 
 def _kernel(name: str, run: Callable, results: Callable | None):
     def kernel(*arguments):
-        call = _received(name, arguments)
+        call = _received(_call_of(name, arguments))
         call.save = name.endswith("_forward")
         with autocast_off(call.routing.tokens):
             found = run(call)
@@ -521,6 +520,8 @@ def _differentiable(name: str):
     def kernel(*arguments):
         kind, call = _KINDS[name], _call_of(name, arguments)
         if _needs_gradient(kind, call):
+            if is_plain_eager(call.routing.tokens):  # the Function goes past the inner ops
+                call = _received(call)
             return _apply(RoutedFunction.apply, kind, call)
         call.trained = TrainableFactors([], [], [])
         with _below_autograd():
