@@ -15,6 +15,7 @@ from lora_kernels.adapters.factors import LoRAFactors
 from lora_kernels.base_weights import DenseWeight
 from lora_kernels.ops.linear.call import LinearCall, Needs
 from lora_kernels.ops.linear.triton import gemm, launch, tiles
+from lora_kernels.ops.routed import call as routed
 from lora_kernels.ops.routed import triton as routed_launch
 from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout, RoutingTensors
 from lora_kernels.ops.routed.triton import launch as routed_grids
@@ -125,13 +126,16 @@ class RoutedCall:
             [0], [0] * factors, 1 << 24, empty(slots + 1, factors, dtype=torch.int64)
         )
         x, dy, weight = empty(m, k), empty(m, columns[-1]), empty(columns[-1], k)
-        weight = weight if self.with_weight else None
-        seed = empty(dtype=torch.int64) if self.dropout else None
-        needs = (True, self.weighted, False)
+        call = routed.RoutedCall(
+            bank, routing, "triton", x,
+            base=DenseWeight(weight) if self.with_weight else None,
+            seed=empty(dtype=torch.int64) if self.dropout else None,
+            dy=dy, layout=layout, in_features=k, needs=routed.Needs(True, self.weighted),
+        )  # fmt: skip
         with routed_tiles.use_strategy(self.strategy):
-            routed_launch.forward(x, weight, None, bank, routing, seed, False)
-            _, h, _ = routed_launch.forward(x, weight, None, bank, routing, seed, True)
-            routed_launch.backward(dy, x, weight, bank, routing, layout, h, None, seed, k, needs)
+            for call.save in (False, True):
+                _, call.h, _ = routed_launch.forward(call)
+            routed_launch.backward(call)
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from linear_calls import call_of
+from routed_calls import call_of as routed_call_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lora_kernels import explain, lora_linear
@@ -23,7 +24,8 @@ from lora_kernels.ops.linear import tuned as measured
 from lora_kernels.ops.linear.plan import make_plan
 from lora_kernels.ops.linear.reference import lora_linear_reference
 from lora_kernels.ops.linear.triton import tiles
-from lora_kernels.ops.routed import op as routed_autograd
+from lora_kernels.ops.routed import call as routed_call
+from lora_kernels.ops.routed import plan as routed_plan
 from lora_kernels.runtime import cpu_extension as native
 from lora_kernels.runtime import cuda_extension as native_cuda
 from lora_kernels.runtime import dispatch
@@ -215,8 +217,8 @@ def test_the_modules_that_serve(built):
     on_cpu, weight, a, b = (torch.randn(shape) for shape in ((3, 8), (6, 8), (2, 8), (6, 2)))
     plan = make_plan("native", on_cpu, DenseWeight(weight), factors(a, b), 0.0)
     assert plan.forward is plan.backward is plan.strided_backward is compiled
-    assert routed_autograd._module("native", x) is routed_cuda
-    assert routed_autograd._module("native", on_cpu) is routed_compiled
+    assert routed_plan.module_of("native", x) is routed_cuda
+    assert routed_plan.module_of("native", on_cpu) is routed_compiled
 
 
 def test_the_second_half_takes_what_the_first_returns(built, monkeypatch):
@@ -228,7 +230,7 @@ def test_the_second_half_takes_what_the_first_returns(built, monkeypatch):
     bank = problem.bank().requires_grad_(False)
     routing = problem.routing(bank)
     monkeypatch.setattr(module, "check_h", lambda *_: None)  # the device: bank is on the CPU
-    monkeypatch.setattr(module._Call, "differentiable", lambda call, *_: call.backend)
+    monkeypatch.setattr(module.op, "run", lambda name, call: call.backend)
     for h_dtype in (FP32, BF16):
         h = fake(9, 16, dtype=h_dtype)
         assert module.routed_expand(h, bank, routing, backend="native") == "native"
@@ -241,7 +243,7 @@ def test_routed_cuda_is_a_whole_backend():
     from lora_kernels.ops.routed import triton as launch
 
     for name in (
-        "forward", "backward", "shrink", "shrink_backward", "expand_", "expand_backward", "add_",
+        "forward", "backward", "shrink", "shrink_backward", "expand_", "expand_backward",
     ):  # fmt: skip
         assert callable(getattr(cuda, name)) and callable(getattr(launch, name))
 
@@ -251,7 +253,7 @@ def test_fake_results_agree_with_the_kernels(built):
     built()
     assert not autograd.stores_mask(CUDA, True, "native")
     assert autograd.stores_mask(torch.device("cpu"), True, "native")
-    assert not routed_autograd.stores_mask(CUDA, torch.tensor(1), "native")
+    assert not routed_call.stores_mask(CUDA, torch.tensor(1), "native")
     for dtype in (BF16, FP16):
         assert autograd._dtype_of_h(fake(3, 8, dtype=dtype), "native") == FP32
 
@@ -321,7 +323,6 @@ def no_triton(monkeypatch):
 
     for module in (launch, routed_launch):
         monkeypatch.setattr(module, "forward", left("forward"))
-    monkeypatch.setattr(routed_launch, "add_", left("add_"))
     monkeypatch.setattr(gemm, "gemm_with_tail", left("gemm"))
 
 
@@ -534,19 +535,12 @@ def test_default_tiles():
 def routed_forward(problem: RoutedProblem, save: bool = False):
     from lora_kernels.ops.routed import cuda
 
+    out = None if problem.out is None else problem.out.clone()
     bank = problem.bank().requires_grad_(False)
-    tensors = bank.tensors()
-    routing = problem.routing(bank).tensors(with_plan=False)
-    seed = problem.seed if any(tensors.thresholds) else None
-    if problem.out is None:
-        y, h, mask = cuda.forward(
-            problem.x, problem.weight, problem.bias, tensors, routing, seed, save
-        )
-        assert mask is None and (h is not None) == save
-        return y, h, tensors, routing
-    out = problem.out.clone()
-    cuda.add_(out, problem.x, tensors, routing, seed)
-    return out, None, tensors, routing
+    call = routed_call_of(problem, bank, "native", save=save, out=out)
+    y, h, mask = cuda.forward(call)
+    assert mask is None and (h is not None) == save and (out is None or y is out)
+    return y, h, call.bank, call.routing
 
 
 ROUTED_SHAPES = {
@@ -616,7 +610,7 @@ def test_what_routed_leaves_to_triton(emulated, no_triton):
             raise AssertionError(name)
     into = RoutedProblem.random(ids, ranks, columns, width, with_out=True, **usual)
     routed_forward(into)
-    with pytest.raises(LookupError, match="add_"):
+    with pytest.raises(LookupError, match="forward"):
         routed_forward(into.with_(out=into.out.t().contiguous().t()))
 
 
@@ -634,7 +628,7 @@ def test_a_refilled_routing_is_read_when_the_kernel_runs(emulated, no_triton):
         routing.set_tokens_(ids[:, 0])
         again = routing.tensors(with_plan=False)
         assert all(a is b for a, b in zip(tensors[:4], again[:4], strict=True))
-        y, _, _ = cuda.forward(problem.x, None, None, bank.tensors(), tensors, None, False)
+        y = cuda.forward(routed_call_of(problem, bank, "native", tensors)).y
         filled = torch.full((20, 1), -1)
         filled[: len(ids)] = ids
         expected = problem.with_(ids=filled)

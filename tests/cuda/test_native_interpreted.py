@@ -14,7 +14,7 @@ import torch
 from lora_kernels import lora_linear
 from lora_kernels.ops.linear import op as autograd
 from lora_kernels.ops.linear import plan
-from lora_kernels.ops.routed import op as routed_autograd
+from lora_kernels.ops.routed import op as routed_op
 from lora_kernels.runtime import cpu_extension as native
 from lora_kernels.runtime import cuda_extension as native_cuda
 from lora_kernels.testing import LoRAProblem, check_linear
@@ -48,7 +48,7 @@ def calls(emulated, monkeypatch, plans_forgotten):
         monkeypatch.setattr(native_cuda, name, counted(name))
     for module in (plan, autograd):
         monkeypatch.setattr(module, "module_of", lambda *args: cuda)
-    monkeypatch.setattr(routed_autograd, "_module", lambda backend, like: routed_cuda)
+    monkeypatch.setattr(routed_op, "module_of", lambda backend, like: routed_cuda)
     monkeypatch.setattr(native, "missing", lambda: None)
     return counts
 

@@ -17,7 +17,7 @@ from lora_kernels.ops import routed as routed_lora
 from lora_kernels.ops.linear import op as linear_autograd
 from lora_kernels.ops.linear.reference import lora_linear_reference
 from lora_kernels.ops.norm import lora_weight_norm
-from lora_kernels.ops.routed import op as routed_autograd
+from lora_kernels.ops.routed import op as routed_op
 from lora_kernels.runtime import dispatch, dropout
 from lora_kernels.testing import (
     LoRAProblem,
@@ -44,9 +44,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def served(monkeypatch):
     """The device is one of those that the operations are registered for."""
     library = torch.library.Library("lora_kernels", "FRAGMENT")
-    for kernels in (linear_autograd._KERNELS, routed_autograd._KERNELS):
-        for name, kernel in kernels.items():
-            library.impl(name, kernel, KEY)
+    routed_kernels = {
+        name: routed_op._kernel(name, *kernel) for name, kernel in routed_op._KERNELS.items()
+    }
+    for name, kernel in {**linear_autograd._KERNELS, **routed_kernels}.items():
+        library.impl(name, kernel, KEY)
     monkeypatch.setitem(dispatch.DISPATCH_KEYS, DEVICE, KEY)
     yield
     library._destroy()

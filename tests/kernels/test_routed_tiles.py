@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_kernels.ops.routed.triton import tiles
-from lora_kernels.ops.routed.triton.tiles import Cell
+from lora_kernels.ops.routed.triton.tiles import RoutedCell
 from lora_kernels.runtime.device_limits import DeviceLimits, cdiv
 
 A100 = DeviceLimits("A100", 80, 108, 166_912)
@@ -16,9 +16,11 @@ H200 = DeviceLimits("NVIDIA H200", 90, 132, 232_448)
 B200 = DeviceLimits("B200", 100, 148, 232_448)
 
 
-def cell_of(pairs=8192, width=16, itemsize=2, factor_itemsize=2, slots=64, ieee=False) -> Cell:
+def cell_of(
+    pairs=8192, width=16, itemsize=2, factor_itemsize=2, slots=64, ieee=False
+) -> RoutedCell:
     block = 16 if pairs <= 256 else 64  # as Routing has it
-    return Cell(
+    return RoutedCell(
         itemsize=4 if ieee else itemsize,
         factor_itemsize=factor_itemsize,
         pairs=pairs,
@@ -103,6 +105,6 @@ def test_windows_give_every_multiprocessor_work(pairs):
 def test_nothing_here_sees_a_routing():
     for function in (tiles.shrink_tile, tiles.expand_tile, tiles.gradient_tile):
         assert not {"routing", "offsets", "tokens"} & set(inspect.signature(function).parameters)
-    assert set(Cell.__dataclass_fields__) == {
+    assert set(RoutedCell.__dataclass_fields__) == {
         "itemsize", "factor_itemsize", "pairs", "block", "num_tiles", "width", "ieee",
     }  # fmt: skip

@@ -53,7 +53,7 @@ def test_a_table_that_does_not_fit_the_call(where, value):
     tensors = bank.tensors()
     tensors = tensors._replace(table=changed(tensors.table, *where, value))
     with pytest.raises(RuntimeError, match=rf"slot {where[0]} has rank"):
-        native.RoutedCall(tensors, routing.tensors(with_plan=True), COLUMNS, None)
+        native.RoutedGroups(tensors, routing.tensors(with_plan=True), COLUMNS, None)
 
 
 @pytest.mark.parametrize(
@@ -66,19 +66,19 @@ def test_a_plan_that_does_not_fit_the_call(column, value):
     tensors = routing.tensors(with_plan=True)
     plan = changed(tensors.plan, 0, column, value)
     with pytest.raises(RuntimeError, match="expected slots below"):
-        native.RoutedCall(bank.tensors(), tensors._replace(plan=plan), COLUMNS, None)
+        native.RoutedGroups(bank.tensors(), tensors._replace(plan=plan), COLUMNS, None)
 
 
 @pytest.mark.parametrize("of_a", [True, False], ids=["A", "B"])
 def test_a_gradient_without_room(of_a):
     bank, routing = bank_and_routing()
-    call = native.RoutedCall(bank.tensors(), routing.tensors(with_plan=True), COLUMNS, None)
+    groups = native.RoutedGroups(bank.tensors(), routing.tensors(with_plan=True), COLUMNS, None)
     x, dy = torch.randn(6, COLUMNS), torch.randn(6, sum(WIDTHS))
-    h = call.shrink(x, None, zeros=True)
+    h = groups.shrink(x, None, zeros=True)
     layout, _ = bank.gradients(routing.trained_slots())
     layout = layout._replace(numel=1)  # as if the adapters had become wider since
     with pytest.raises(RuntimeError, match="its gradient has no room for it"):
-        call.gradients(None if of_a else dy, h, x if of_a else None, h, None, layout)
+        groups.gradients(None if of_a else dy, h, x if of_a else None, h, None, layout)
 
 
 def test_what_a_call_was_made_with_is_what_it_computes():
@@ -87,16 +87,16 @@ def test_what_a_call_was_made_with_is_what_it_computes():
     seed, x = draw_seed(torch.device("cpu")), torch.randn(6, COLUMNS)
     tensors = bank.tensors()
     tensors = tensors._replace(table=tensors.table.clone(), scaling=tensors.scaling.clone())
-    call = native.RoutedCall(tensors, routing.tensors(with_plan=True), COLUMNS, seed)
-    mask = call.draw_mask()
-    h = call.shrink(x, mask, zeros=True)
+    groups = native.RoutedGroups(tensors, routing.tensors(with_plan=True), COLUMNS, seed)
+    mask = groups.draw_mask()
+    h = groups.shrink(x, mask, zeros=True)
     expected, out = torch.zeros(6, sum(WIDTHS)), torch.zeros(6, sum(WIDTHS))
-    call.expand_(expected, h)
+    groups.expand_(expected, h)
     tensors.table.fill_(1 << 30)
     tensors.scaling.fill_(float("nan"))
-    assert torch.equal(call.draw_mask()[:5], mask[:5])  # the last pair has no adapter
-    assert torch.equal(call.shrink(x, mask, zeros=True), h)
-    call.expand_(out, h)
+    assert torch.equal(groups.draw_mask()[:5], mask[:5])  # the last pair has no adapter
+    assert torch.equal(groups.shrink(x, mask, zeros=True), h)
+    groups.expand_(out, h)
     assert torch.equal(out, expected) and out.abs().max() > 0
 
 

@@ -45,8 +45,8 @@ def captured(monkeypatch):
 
 def replayed(operands, routing: Routing, x: torch.Tensor) -> torch.Tensor:
     y = torch.zeros(x.shape[0], N)
-    call = native.RoutedCall(operands, routing.tensors(with_plan=True), K, None)
-    call.expand_(y, call.shrink(x, None, zeros=True))
+    groups = native.RoutedGroups(operands, routing.tensors(with_plan=True), K, None)
+    groups.expand_(y, groups.shrink(x, None, zeros=True))
     return y
 
 

@@ -1,9 +1,12 @@
 """routed_lora as torch sees it: op registration, checkpointing, what is saved."""
 
+import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from routed_calls import OPS, call_of, op, operands
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels.ops.routed import (
@@ -14,9 +17,10 @@ from lora_kernels.ops.routed import (
     routed_lora_linear,
     routed_shrink,
 )
+from lora_kernels.ops.routed.call import Needs
+from lora_kernels.runtime.dropout import MaskPlace
 from lora_kernels.testing.routed_inputs import BACKENDS, RoutedProblem, call_routed, run_routed
 
-OPS = torch.ops.lora_kernels
 IDS = [[2, 0], [0, -1], [1, 1], [-1, -1], [0, 2], [2, 2], [-1, 1]]
 
 
@@ -27,81 +31,114 @@ def problem_of(dropout: float = 0.0, sliced: bool = False, **options) -> RoutedP
     return RoutedProblem.random(IDS, ranks, 21, widths, dropout=dropout, **options)
 
 
-def parts_of(p: RoutedProblem, requires_grad: bool):
-    """The bank and the routing as an op takes them, and the parameters."""
+def differentiable_call(p: RoutedProblem, backend: str, requires_grad: bool, **changes):
     bank = p.bank().requires_grad_(requires_grad)
     for tensor in (p.x, p.bias, p.weights):
         if tensor is not None:
             tensor.requires_grad_(requires_grad)
-    routing = p.routing(bank)
-    tensors, fields = bank.tensors(), routing.tensors(with_plan=True)
-    return bank, (*tensors, *fields), *bank.gradients(routing.trained_slots())
+    return call_of(p, bank, backend, **changes)
+
+
+def opcheck(name: str, call, **options) -> None:
+    torch.library.opcheck(op(name), operands(name, call), **options)
+
+
+# The part is of an activation whose width is no multiple of 8 either.
+PLACES = {"whole": MaskPlace(), "part": MaskPlace(5, 16, 77)}
+each_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("requires_grad", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("dropout, sliced, whole", [(0.0, False, True), (0.3, True, False)])
-def test_opcheck_of_routed_lora(backend, requires_grad, dropout, sliced, whole):
+@each_place
+def test_opcheck_of_routed_lora(backend, requires_grad, dropout, sliced, whole, place):
     p = problem_of(dropout, sliced, with_weight=whole)
-    _, context, layout, parameters = parts_of(p, requires_grad)
-    torch.library.opcheck(
-        OPS.routed_lora.default,
-        (*context, *layout, p.x, p.weight, p.bias, p.seed, backend, *parameters),
-    )
+    opcheck("routed_lora", differentiable_call(p, backend, requires_grad, place=place))
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("requires_grad", [True, False], ids=["grad", "no_grad"])
-def test_opcheck_of_the_halves(backend, requires_grad):
+@each_place
+def test_opcheck_of_the_halves(backend, requires_grad, place):
     p = problem_of(0.3, sliced=True)
-    bank, context, layout, parameters = parts_of(p, requires_grad)
-    torch.library.opcheck(
-        OPS.routed_shrink.default, (*context, *layout, p.x, p.seed, backend, *parameters)
-    )
-    h = torch.randn(14, bank.tensors().width, requires_grad=requires_grad)
-    torch.library.opcheck(
-        OPS.routed_expand.default,
-        (*context, *layout, h, 7, torch.float32, backend, *parameters),
-    )
+    call = differentiable_call(p, backend, requires_grad, place=place)
+    opcheck("routed_shrink", call)
+    call.h = torch.randn(14, call.bank.width, requires_grad=requires_grad)
+    call.rows, call.dtype = 7, torch.float32
+    opcheck("routed_expand", call)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
-def test_opcheck_of_the_inner_ops(backend):
+@each_place
+def test_opcheck_of_the_inner_ops(backend, place):
     p = problem_of(0.3, sliced=True, dtype=torch.bfloat16, adapter_dtype=torch.float32)
-    bank = p.bank()
-    context = (*bank.tensors(), *p.routing(bank).tensors(with_plan=True))
-    layout, _ = bank.gradients(None)
+    call = call_of(p, p.bank(), backend, place=place, dy=p.dy)
 
-    def check(name: str, *arguments):
+    def check(name: str, call):
         # They are not differentiated: what is left is the schema and the fake kernel.
-        tests = ("test_schema", "test_faketensor")
-        torch.library.opcheck(getattr(OPS, name).default, (*context, *arguments), test_utils=tests)
+        opcheck(name, call, test_utils=("test_schema", "test_faketensor"))
 
-    check("routed_lora_forward", p.x, p.weight, p.bias, p.seed, backend)
-    check("routed_shrink_forward", p.x, p.seed, backend)
-    _, h, mask = OPS.routed_lora_forward(*context, p.x, p.weight, p.bias, p.seed, backend)
-    for needs in ([True] * 3, [False] * 3, [False, True, True], [True, False, False]):
-        operands = (p.dy, p.x, p.weight, h, mask, p.seed, 21, needs)
-        check("routed_lora_backward", *layout, *operands, backend)
-    for needs in ([True, True], [False, False], [True, False], [False, True]):
-        check("routed_expand_backward", *layout, p.dy, h, needs, backend)
-        check("routed_shrink_backward", *layout, h, p.x, mask, p.seed, needs[0], backend)
-    out = torch.zeros_like(p.dy)
-    check("routed_lora_", out, p.x, p.seed, backend)
-    check("routed_expand_", out, h, backend)
+    check("routed_lora_forward", call)
+    check("routed_shrink_forward", call)
+    forward = "routed_lora_forward"
+    _, call.h, call.mask = op(forward)(*operands(forward, call))
+    assert call.mask.numel() and call.h.any()
+    call.out = torch.zeros_like(p.dy)
+    check("routed_lora_", call)
+    check("routed_expand_", call)
+    for needs in itertools.product([True, False], repeat=3):
+        call.needs = Needs(*needs)
+        check("routed_lora_backward", call)
+        check("routed_expand_backward", call)
+        check("routed_shrink_backward", replace(call, dy=call.h))
+
+
+def test_these_are_all_ops():
+    """Whoever adds one checks it above."""
+    registered = {
+        name.removeprefix("lora_kernels::").partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("lora_kernels::routed_")
+    }
+    assert registered == set(OPS) and len(OPS) == 10
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("name", OPS[:3])
+def test_an_op_that_gets_copies_of_its_arguments_trains_them(name, backend):
+    """The bank's own factors lie where the offsets lead, and hold something else by then."""
+    p = problem_of(0.3, sliced=True)
+    bank = p.bank()
+    h = torch.randn(14, bank.tensors().width)
+    call = differentiable_call(p, backend, True, h=h, rows=7, dtype=torch.float32)
+    expected = results_and_gradients(name, call)
+    original = call.bank
+    call.bank = original._replace(
+        storage=original.storage.clone(), factors=[factor.clone() for factor in original.factors]
+    )
+    for factor in original.factors:
+        factor.detach().fill_(torch.nan)
+    ours = results_and_gradients(name, call)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def results_and_gradients(name: str, call) -> list[torch.Tensor]:
+    y = op(name)(*operands(name, call))
+    leaves = [leaf for leaf in call.trained.parameters if leaf.requires_grad]
+    gradients = torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
+    return [y.detach(), *(g for g in gradients if g is not None)]
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["whole", "shrink"])
 def test_no_result_of_an_op_holds_uninitialised_memory(half, poisoned_memory, monkeypatch):
     """Rows of the mask that nobody reads neither: results would differ from run to run."""
-    p = problem_of(0.3)
-    bank = p.bank()
-    context = (*bank.tensors(), *p.routing(bank).tensors(with_plan=True))
+    p = problem_of(0.3, with_weight=False)
+    call = call_of(p, p.bank(), "composed")
+    name = "routed_shrink_forward" if half else "routed_lora_forward"
 
     def run():
-        if half:
-            return OPS.routed_shrink_forward(*context, p.x, p.seed, "composed")
-        return OPS.routed_lora_forward(*context, p.x, None, None, p.seed, "composed")
+        return op(name)(*operands(name, call))
 
     poisoned = run()
     monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
@@ -226,12 +263,11 @@ def test_a_change_of_x_in_place_is_noticed():
 
 def test_inner_ops_refuse_gradients():
     p = problem_of()
-    bank = p.bank()
-    context = (*bank.tensors(), *p.routing(bank).tensors(with_plan=True))
-    with pytest.raises(RuntimeError, match="routed_lora_forward is not differentiable; routed_lo"):
-        OPS.routed_lora_forward(*context, p.x.requires_grad_(), None, None, None, "composed")
-    with pytest.raises(RuntimeError, match="routed_lora_ is not differentiable"):
-        OPS.routed_lora_(*context, torch.zeros(7, 13), p.x, None, "composed")
+    p.x.requires_grad_()
+    call = call_of(p, p.bank(), "composed", out=torch.zeros(7, 13))
+    for name in ("routed_lora_forward", "routed_lora_"):
+        with pytest.raises(RuntimeError, match=f"{name} is not differentiable; routed_lora is"):
+            op(name)(*operands(name, call))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from routed_calls import call_of
 from torch.nn import functional as F
 
 from lora_kernels.ops.routed import (
@@ -183,11 +184,10 @@ def test_forward_alone_holds_one_group(dropout):
     rows, columns = 512, 256
     problem = RoutedProblem.random(ids_of("unsorted", 32, rows), [4] * 32, columns, columns,
                                    dropout=dropout)  # fmt: skip
-    bank = problem.bank()
-    operands = (bank.tensors(), problem.routing(bank).tensors(with_plan=True), problem.seed)
+    call = call_of(problem, problem.bank(), "composed")
 
     def step():
-        return composed.forward(problem.x, problem.weight, None, *operands, False)
+        return composed.forward(call)
 
     step()
     # A group has a 33rd of the rows: y itself, and some copies of so many rows.

@@ -237,9 +237,8 @@ def _expand_in_place(call: RoutedCall) -> None:
 # --- kernels ---------------------------------------------------------------------------------
 
 
-def _received(name: str, arguments: tuple) -> RoutedCall:
+def _received(call: RoutedCall) -> RoutedCall:
     """The call of an op that runs: in a graph, or with copies of its arguments."""
-    call = _call_of(name, arguments)
     storage = call.bank.storage
     if storage.ndim == 2 and is_captured(storage.device):  # by a compiled graph
         raise RuntimeError(
@@ -255,7 +254,7 @@ def _received(name: str, arguments: tuple) -> RoutedCall:
 
 def _kernel(name: str, run: Callable, results: Callable | None):
     def kernel(*arguments):
-        call = _received(name, arguments)
+        call = _received(_call_of(name, arguments))
         call.save = name.endswith("_forward")
         with autocast_off(call.routing.tokens):
             found = run(call)

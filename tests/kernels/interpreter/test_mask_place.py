@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lora_kernels.ops.linear.triton import gemm, launch, operands, tiles
 from lora_kernels.ops.routed import AdapterBank, Routing
+from lora_kernels.ops.routed.call import RoutedCall
 from lora_kernels.ops.routed.triton import tiles as routed_tiles
-from lora_kernels.ops.routed.triton.launch import Launches, Tail
+from lora_kernels.ops.routed.triton.launch import RoutedLaunch, Tail
 from lora_kernels.runtime.device_limits import limits_of
 from lora_kernels.runtime.dropout import ActiveDropout, MaskPlace, keep_mask
 
@@ -112,20 +113,21 @@ def test_routed(rows, columns, before, tokens, poisoned_memory):
     of_pairs = mask[tensors.tokens.long()]
 
     x = torch.ones(tokens, features, dtype=DTYPE)
-    call = Launches(x, bank.tensors(), tensors, SEED, place)
+    call = RoutedCall(bank.tensors(), tensors, "triton", seed=SEED, place=place)
+    run = RoutedLaunch(x, call)
     h = torch.empty(len(tensors.tokens), features)
-    tail = call.shrink(x, h)
+    tail = run.shrink(x, h)
     assert isinstance(tail, Tail) and torch.equal(h != 0, of_pairs), "shrink"
 
     t = torch.zeros_like(h, dtype=DTYPE)
     t[:] = 1
     dx = torch.empty_like(x)
-    call.expand_a(dx, t, overwrite=True)
+    run.expand_a(dx, t, overwrite=True)
     assert torch.equal(dx != 0, mask), "expand"
 
     with routed_tiles.use_strategy("fused"):
-        assert call.fuses == (call.routing.block > 16)
-        dx = call.gemm_a(x.new_zeros(tokens, 9), x.new_zeros(9, features), t)
+        assert run.fuses == (call.routing.block > 16)
+        dx = run.gemm_a(x.new_zeros(tokens, 9), x.new_zeros(9, features), t)
     assert torch.equal(dx != 0, mask), "gemm"
 
     layout, _ = bank.gradients(routing.trained_slots())
@@ -133,7 +135,7 @@ def test_routed(rows, columns, before, tokens, poisoned_memory):
         pair = (tensors.tokens == token).nonzero()[0, 0]
         grad, t = torch.zeros(layout.numel), torch.zeros_like(h)
         t[pair, 0] = 1
-        call.a_gradient(x, t, layout, grad)
+        run.a_gradient(x, t, layout, grad)
         offset = layout.table[slots[token], 0]
         assert torch.equal(grad[offset : offset + features] != 0, mask[token]), "gradient of A"
 

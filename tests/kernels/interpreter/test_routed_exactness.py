@@ -5,11 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from routed_calls import call_of
 from torch.nn import functional as F
 
 from lora_kernels.ops.routed import AdapterBank, Routing, routed_expand, routed_lora, routed_shrink
 from lora_kernels.ops.routed import triton as launch
-from lora_kernels.ops.routed.tensors import BankTensors, in_one_piece
+from lora_kernels.ops.routed.tensors import in_one_piece
 from lora_kernels.ops.routed.triton import tiles
 from lora_kernels.runtime.dropout import keep_mask, keep_scale
 from lora_kernels.testing.routed_inputs import RoutedProblem, call_routed, run_routed
@@ -237,9 +238,8 @@ def test_an_adapter_wider_than_h_reads_and_writes_nothing_beyond(poisoned_memory
     problem = RoutedProblem.random(mixed_ids(2, 40), [3, 24], 21, 17, with_weight=False)
     bank = problem.bank()
     expected = routed_lora(problem.x, bank, problem.routing(bank), backend=BACKEND)
-    routing = problem.routing(bank).tensors(with_plan=False)
-    tensors: BankTensors = bank.tensors()._replace(width=3)
-    y, h, _ = launch.forward(problem.x, None, None, tensors, routing, None, True)
+    call = call_of(problem, bank, BACKEND, save=True)
+    y, h, _ = launch.forward(replace(call, bank=call.bank._replace(width=3)))
     narrow = problem.ids[:, 0] == 0
     assert h.shape == (40, 3) and torch.equal(y[narrow], expected[narrow])
 
@@ -247,22 +247,20 @@ def test_an_adapter_wider_than_h_reads_and_writes_nothing_beyond(poisoned_memory
 def test_offsets_beyond_2_31(poisoned_memory):
     """Factors and rows of x more than 2^31 elements from the start."""
     problem = RoutedProblem.random([1, 0, 1], [2, 5], 24, 16, dtype=torch.float16)
-    bank = problem.bank()
-    routing = problem.routing(bank).tensors(with_plan=False)
-    tensors, shift = in_one_piece(bank.tensors()), 2**31
-    expected, *_ = launch.forward(problem.x, None, None, tensors, routing, None, False)
+    problem = problem.with_(weight=None, bias=None)
+    call, shift = call_of(problem, problem.bank(), BACKEND), 2**31
+    tensors = call.bank = in_one_piece(call.bank)
+    expected = launch.forward(call).y
     # Not torch.empty: what is filled with NaN is also taken from the machine.
     memory = torch.frombuffer(_reserve(2 * (shift + 2**20)), dtype=torch.float16)
     memory[shift : shift + tensors.storage.numel()] = tensors.storage
     table = tensors.table.clone()
     table[:, :, 2] += shift
     far = tensors._replace(storage=memory, table=table)
-    y, *_ = launch.forward(problem.x, None, None, far, routing, None, False)
-    assert torch.equal(y, expected)
+    assert torch.equal(launch.forward(replace(call, bank=far)).y, expected)
     x = memory.as_strided((3, 24), (2**30 + 2**16, 1))
     x.copy_(problem.x)
-    y, *_ = launch.forward(x, None, None, tensors, routing, None, False)
-    assert torch.equal(y, expected)
+    assert torch.equal(launch.forward(replace(call, x=x)).y, expected)
 
 
 def _reserve(size: int):

@@ -21,9 +21,9 @@ def fused():
 def launched(monkeypatch):
     """How often the fused GEMM was launched."""
     calls = []
-    gemm = grids.Launches._gemm
+    gemm = grids.RoutedLaunch._gemm
     monkeypatch.setattr(
-        grids.Launches, "_gemm", lambda *args, **kw: calls.append(kw) or gemm(*args, **kw)
+        grids.RoutedLaunch, "_gemm", lambda *args, **kw: calls.append(kw) or gemm(*args, **kw)
     )
     return calls
 

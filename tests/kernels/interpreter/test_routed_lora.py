@@ -2,11 +2,14 @@
 
 import contextlib
 import functools
+import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from routed_calls import call_of, op, operands
 
 from lora_kernels.ops.routed import (
     Routing,
@@ -15,7 +18,9 @@ from lora_kernels.ops.routed import (
     routed_lora_linear,
     routed_shrink,
 )
+from lora_kernels.ops.routed.call import Needs
 from lora_kernels.ops.routed.triton import tiles
+from lora_kernels.runtime.dropout import MaskPlace
 from lora_kernels.testing import assert_within_policy
 from lora_kernels.testing.routed_inputs import (
     AsOnADevice,
@@ -323,28 +328,25 @@ def test_opcheck_of_the_ops(poisoned_memory):
         ids_of("pairs", 3, 9), [(3, 0), (0, 2), (1, 5)], 21, (7, 10), dtype=torch.float16,
         adapter_dtype=torch.float32, weighted=True, dropout=0.3,
     )  # fmt: skip
-    p, ops = problem, torch.ops.lora_kernels
-    bank = p.bank()
-    context = (*bank.tensors(), *p.routing(bank).tensors(with_plan=False))
-    layout, _ = bank.gradients(None)
+    call = call_of(problem, problem.bank(), "triton", dy=problem.dy, place=MaskPlace(5, 16, 77))
 
-    def check(name: str, *arguments):
+    def check(name: str, call):
         tests = ("test_schema", "test_faketensor")
-        torch.library.opcheck(getattr(ops, name).default, (*context, *arguments), test_utils=tests)
+        torch.library.opcheck(op(name), operands(name, call), test_utils=tests)
 
-    check("routed_lora_forward", p.x, p.weight, p.bias, p.seed, "triton")
-    check("routed_shrink_forward", p.x, p.seed, "triton")
-    _, h, mask = ops.routed_lora_forward(*context, p.x, p.weight, p.bias, p.seed, "triton")
-    assert not mask.numel() and torch.isfinite(h).all()
-    for needs in ([True] * 3, [False] * 3, [False, True, True], [True, False, False]):
-        operands = (p.dy, p.x, p.weight, h, mask, p.seed, 21, needs)
-        check("routed_lora_backward", *layout, *operands, "triton")
-    for needs in ([True, True], [False, False], [True, False], [False, True]):
-        check("routed_expand_backward", *layout, p.dy, h, needs, "triton")
-        check("routed_shrink_backward", *layout, h, p.x, mask, p.seed, needs[0], "triton")
-    out = torch.zeros_like(p.dy)
-    check("routed_lora_", out, p.x, p.seed, "triton")
-    check("routed_expand_", out, h, "triton")
+    check("routed_lora_forward", call)
+    check("routed_shrink_forward", call)
+    forward = "routed_lora_forward"
+    _, call.h, call.mask = op(forward)(*operands(forward, call))
+    assert not call.mask.numel() and torch.isfinite(call.h).all()
+    call.out = torch.zeros_like(problem.dy)
+    check("routed_lora_", call)
+    check("routed_expand_", call)
+    for needs in itertools.product([True, False], repeat=3):
+        call.needs = Needs(*needs)
+        check("routed_lora_backward", call)
+        check("routed_expand_backward", call)
+        check("routed_shrink_backward", replace(call, dy=call.h))
 
 
 @pytest.mark.parametrize("per_token", [1, 2])

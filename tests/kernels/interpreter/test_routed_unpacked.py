@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lora_kernels.ops.routed import unpacked as loose
+from lora_kernels.adapters.factors import LoRAFactors
+from lora_kernels.base_weights import DenseWeight
+from lora_kernels.ops.routed import unpacked
 from lora_kernels.runtime import dispatch
 from lora_kernels.testing import assert_within_policy
 
@@ -26,7 +28,7 @@ def eager(x, weight, bias, adapters, dtype):
     for name, row in zip(NAMES, x.to(dtype), strict=True):
         y = F.linear(row, weight.to(dtype), bias.to(dtype))
         if name in adapters:
-            a, b, scaling = adapters[name]
+            a, b, scaling, *_ = adapters[name]
             y = y + F.linear(F.linear(row, a.to(dtype)), b.to(dtype)) * scaling
         rows.append(y)
     return torch.stack(rows)
@@ -38,7 +40,7 @@ def test_scattered_adapters(dtype, adapter_dtype, monkeypatch):
     monkeypatch.setattr(dispatch, "PROCESS_DEFAULT", "triton")
     generator = torch.Generator().manual_seed(0)
     adapters = {
-        name: loose.LooseAdapter(
+        name: LoRAFactors(
             aligned(rank, K, dtype=adapter_dtype, generator=generator),
             aligned(N, rank, dtype=adapter_dtype, generator=generator),
             scaling,
@@ -48,9 +50,9 @@ def test_scattered_adapters(dtype, adapter_dtype, monkeypatch):
     x, weight, bias = (
         torch.randn(shape, generator=generator).to(dtype) for shape in [(6, 5, K), (N, K), (N,)]
     )
-    _, backend = loose._bank(list(enumerate(adapters.values())), 3, x, N)
+    _, backend = unpacked._bank(list(enumerate(adapters.values())), 3, x, N)
     assert backend == "triton"
-    y = loose.routed_linear_loose(x, weight, bias, adapters, NAMES)
+    y = unpacked.routed_linear_unpacked(x, DenseWeight(weight), bias, adapters, NAMES)
     plain = eager(x, weight, bias, adapters, dtype)
     assert_within_policy("y", y, plain, eager(x, weight, bias, adapters, torch.float64))
     base = [row for row, name in enumerate(NAMES) if name not in adapters]
@@ -62,10 +64,10 @@ def test_what_the_kernels_cannot_reach_goes_to_composed(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     a = aligned(3, K, dtype=torch.float32, generator=generator)
     b = aligned(N, 3, dtype=torch.float16, generator=generator)
-    adapters = {"one": loose.LooseAdapter(a, b, 0.5)}
+    adapters = {"one": LoRAFactors(a, b, 0.5)}
     x, weight, bias = torch.randn(6, 5, K), torch.randn(N, K), torch.randn(N)
-    _, backend = loose._bank([(0, adapters["one"])], 1, x, N)
+    _, backend = unpacked._bank([(0, adapters["one"])], 1, x, N)
     assert backend == "composed"
-    y = loose.routed_linear_loose(x, weight, bias, adapters, NAMES)
+    y = unpacked.routed_linear_unpacked(x, DenseWeight(weight), bias, adapters, NAMES)
     plain = eager(x, weight, bias, adapters, torch.float32)
     assert_within_policy("y", y, plain, eager(x, weight, bias, adapters, torch.float64))
