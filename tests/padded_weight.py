@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.base_weights import BaseWeight, DenseWeight
-from lora_kernels.base_weights.base import Place, register
+from lora_kernels.base_weights.base import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,3 @@ class PaddedWeight(BaseWeight):
 
     def _dense(self) -> DenseWeight:
         return DenseWeight(self.tall[: self.rows])
-
-
-register(PaddedWeight.format, lambda tensors, meta: PaddedWeight(*tensors, *meta))

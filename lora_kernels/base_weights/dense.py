@@ -90,3 +90,8 @@ class DenseWeight(BaseWeight):
                 "overflows the base layer's dtype"
             )
         return DenseWeight(merged)
+
+
+def base_of(weight: Tensor | BaseWeight | None) -> BaseWeight | None:
+    """A weight as the value that it is, or is stored as."""
+    return DenseWeight(weight) if isinstance(weight, Tensor) else weight

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lora_kernels.adapters.factors import LoRAFactors
-from lora_kernels.base_weights import BaseWeight, DenseWeight
+from lora_kernels.base_weights import BaseWeight, DenseWeight, base_of
 from lora_kernels.ops.linear import op
 from lora_kernels.ops.linear.call import LinearCall
 from lora_kernels.ops.linear.checks import check_call
@@ -219,8 +219,7 @@ def explain(
     Returns:
         A named tuple ``(backend, reason)``.
     """
-    base = DenseWeight(weight) if isinstance(weight, Tensor) else weight
-    x, base, bias = _as_under_autocast(x, base, bias)
+    x, base, bias = _as_under_autocast(x, base_of(weight), bias)
     factors = LoRAFactors(lora_a, lora_b, scaling, output_scale, rank_scale)
     place = MaskPlace(row_offset, column_offset, pitch)
     check_call(x, base, factors, bias, dropout_p, seed, place)

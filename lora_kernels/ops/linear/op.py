@@ -332,8 +332,8 @@ def through_the_op(call: LinearCall, backend: str) -> Tensor:
 
 def run(call: LinearCall, plan: LinearPlan) -> Tensor:
     """A call that nothing else has to see."""
-    if _autocasts():
-        with torch.autocast(call.x.device.type, enabled=False):
+    if _autocasts() and torch.is_autocast_enabled(call.x.device.type):
+        with autocast_off(call.x):
             return run(call, plan)
     call.plan, call.backend = plan, plan.backend
     if call.factors.rank_scale is not None:

@@ -59,16 +59,15 @@ def key_of(
     ``known_as`` is what conditions of a caller depend on.
     """
     a, b, scaling, output_scale, rank_scale = factors
-    tensors, kind, number = (), None, type(scaling)
+    tensors = weights = ()
+    kind, number = None, type(scaling)
     if type(dropout_p) not in _NUMBERS or type(backend) is not str:
         return None
     if base is not None:
         if not isinstance(base, BaseWeight):
             return None
-        tensors, kind = base.tensors(), base.format
-        for weight in tensors:
-            if weight.requires_grad and torch.is_grad_enabled():
-                return None
+        kind, weights = base.format, base.tensors()
+        tensors = weights
     if number not in _NUMBERS:
         if not isinstance(scaling, Tensor):
             return None
@@ -76,6 +75,9 @@ def key_of(
     found = metadata_of(x, a, b, bias, output_scale, rank_scale, seed, *tensors)
     if found is None:
         return None
+    for weight in weights:
+        if weight.requires_grad and torch.is_grad_enabled():
+            return None
     measured = None
     if not x.is_cpu:
         measured = x.is_contiguous(), next_power_of_two(x.numel() // x.shape[-1])

@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 
+_autocasts = torch._C._is_any_autocast_enabled
 _WHOLE = MaskPlace()
 
 
@@ -160,7 +161,7 @@ def routed_lora_linear(
         TypeError, ValueError, RuntimeError: as for :func:`routed_lora`.
     """
     base = DenseWeight(weight) if isinstance(weight, Tensor) else weight
-    if (dtype := autocast_dtype(x)) is not None:
+    if (_autocasts() or getattr(x, "is_mps", False)) and (dtype := autocast_dtype(x)) is not None:
         x, base = x.to(dtype), base.to(dtype) if isinstance(base, BaseWeight) else base
         bias = bias.to(dtype) if isinstance(bias, Tensor) else bias
     place = MaskPlace(row_offset, column_offset, pitch)
@@ -343,12 +344,12 @@ def _prepared(
         tensors,
         routing.tensors(with_plan=plan.reads_groups),
         plan.choice.backend,
-        alone,
         x,
         base,
         bias,
         seed=seed,
         place=place,
+        alone=alone,
     )
     if torch.is_grad_enabled() or not alone:
         call.layout, call.trained = version.gradients(slots, routing.capacity)
@@ -358,21 +359,20 @@ def _prepared(
 def _key_of(x, base, bias, routing, seed, backend, alone, of_h) -> tuple | None:
     """All that the full check and the choice look at beside the version; None where only the check
     can tell."""
-    weights, kind = (), alone
-    try:
-        if base is not None:
-            weights, kind = base.tensors(), (base.format, base.meta)
-        for weight in weights:
-            if weight.requires_grad and torch.is_grad_enabled():
-                return None
-    except AttributeError:  # it is no weight
-        return None
+    weights, kind, meta = (), alone, ()
+    if base is not None:
+        if not isinstance(base, BaseWeight):
+            return None
+        weights, kind, meta = base.tensors(), base.format, base.meta
     found = metadata_of(x, bias, seed, *weights)
     if found is None:
         return None
+    for weight in weights:
+        if weight.requires_grad and torch.is_grad_enabled():
+            return None
     if of_h is None and x.numel() // x.shape[-1] not in (routing.num_tokens, routing.max_tokens):
         return None
-    return found, kind, routing.device, backend, dispatch.PROCESS_DEFAULT, of_h
+    return found, kind, meta, routing.device, backend, dispatch.PROCESS_DEFAULT, of_h
 
 
 def _check(x, bank, routing, seed, place, layer, of_h) -> None:

@@ -36,7 +36,6 @@ class RoutedCall:
     bank: BankTensors
     routing: RoutingTensors
     backend: str  # the one that serves
-    alone: bool = False  # whether nothing else has to see the call
     x: Tensor | None = None  # [M, K]; in a backward None where no A needs a gradient
     base: BaseWeight | None = None
     bias: Tensor | None = None  # [N]
@@ -53,6 +52,7 @@ class RoutedCall:
     trained: TrainableFactors | None = None
     in_features: int = 0
     needs: Needs | None = None
+    alone: bool = False  # whether nothing else has to see the call
 
 
 def stores_mask(device: torch.device, seed: Tensor | None, backend: str) -> bool:

@@ -47,6 +47,7 @@ from lora_kernels.runtime.tensor_state import name_unsaved
 
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
 _OPS = torch.ops.lora_kernels
+_autocasts = torch._C._is_any_autocast_enabled
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
@@ -380,7 +381,8 @@ class RoutedFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kind, call, operand, bias, pair_weights, *parameters):
         """``operand`` is x, or h for an expand."""
-        call.routing = call.routing._replace(pair_weights=pair_weights)
+        if kind is not _SHRINK:
+            call.routing = call.routing._replace(pair_weights=pair_weights)
         call.save = True
         with _below_autograd():
             y, h, mask = _with_saved(kind, call)
@@ -392,7 +394,7 @@ class RoutedFunction(torch.autograd.Function):
             if needs_h and not trains_a and ctx.needs_input_grad[2]:
                 ctx.edge_to_x = missing_edge(operand, second_order.X_WAS_NOT_SAVED)
         elif kind is _SHRINK:
-            x, h, pair_weights = operand, None, None
+            x, h = operand, None
         else:
             h = operand
         base = call.base
@@ -405,14 +407,14 @@ class RoutedFunction(torch.autograd.Function):
         )  # fmt: skip
         ctx.base = len(weights), *(("", ()) if base is None else (base.format, base.meta))
         bank = call.bank
-        if bank.storage.is_cuda and is_captured(bank.storage.device):
-            # Only then may the tables hold something else later.
+        if is_captured(bank.storage.device):  # only then may the tables hold something else later
             bank = bank._replace(
                 scaling=bank.scaling.clone(), threshold_table=bank.threshold_table.clone()
             )
         ctx.kind, ctx.call = kind, RoutedCall(
             bank, call.routing._replace(pair_weights=None), call.backend, place=call.place,
             layout=call.layout, trained=call.trained, in_features=operand.shape[-1],
+            alone=call.alone,
         )  # fmt: skip
         return y
 
@@ -426,7 +428,7 @@ class RoutedFunction(torch.autograd.Function):
             kept.bank, kept.routing._replace(pair_weights=pair_weights), kept.backend, x=x, h=h,
             mask=mask, seed=seed, base=rebuild(others[:count], *base), place=kept.place, dy=dy,
             layout=kept.layout, trained=kept.trained, in_features=kept.in_features,
-            needs=Needs(needs_x, needs_weights, needs_bias),
+            needs=Needs(needs_x, needs_weights, needs_bias), alone=kept.alone,
         )  # fmt: skip
         with autocast_off(dy):
             if torch.is_grad_enabled() or _is_batched(dy):  # create_graph, vectorize
@@ -458,7 +460,8 @@ def _with_saved(kind: _Kind, call: RoutedCall) -> tuple[Tensor, Tensor | None, T
     """``(y, h, mask)`` of a forward that a backward follows."""
     if call.alone:
         y, h, mask = kind.forward(call)
-        return y, h, mask if stores_mask(y.device, call.seed, call.backend) else None
+        stored = mask is not None and stores_mask(y.device, call.seed, call.backend)
+        return y, h, mask if stored else None
     if kind is _EXPAND:
         return _op(kind.name, call), None, None
     y, *others = _op(f"{kind.name}_forward", call)
@@ -469,7 +472,7 @@ def _with_saved(kind: _Kind, call: RoutedCall) -> tuple[Tensor, Tensor | None, T
 
 def _first_gradients(kind: _Kind, call: RoutedCall) -> Gradients:
     with _below_autograd():
-        if is_plain_eager(call.routing.tokens):
+        if call.alone and is_plain_eager(call.routing.tokens):
             return kind.backward(call)
         return Gradients(*_op(f"{kind.name}_backward", call))
 
@@ -481,26 +484,29 @@ def _op(name: str, call: RoutedCall):
 def _tensors_of(kind: _Kind, call: RoutedCall) -> tuple[Tensor | None, ...]:
     """What may need a gradient, in the order of :class:`RoutedFunction`."""
     operand = call.h if kind is _EXPAND else call.x
-    return operand, call.bias, call.routing.pair_weights, *call.trained.parameters
+    weights = None if kind is _SHRINK else call.routing.pair_weights
+    return operand, call.bias, weights, *call.trained.parameters
 
 
 def run(name: str, call: RoutedCall) -> Tensor:
     """The op, or past it the backend straight where nothing else has to see the call."""
     if not call.alone:
         return _op(name, call)
-    kind = _KINDS[name]
+    tokens, kind = call.routing.tokens, _KINDS[name]
+    if _autocasts() and torch.is_autocast_enabled(tokens.device.type):
+        with autocast_off(tokens):
+            return run(name, call)
     tensors = () if call.trained is None else _tensors_of(kind, call)
-    with autocast_off(call.routing.tokens):
-        if not requires_grad(tensors):
-            with _below_autograd():
-                return kind.forward(call)[0]
-        try:
-            return _apply_eagerly(kind, call, *tensors)
-        except RuntimeError as error:
-            saved = {name: getattr(call, name) for name in kind.saved}
-            weight = None if call.base is None else call.base.tensors()[0]
-            name_unsaved(error, **saved, weight=weight)
-            raise
+    if not requires_grad(tensors):
+        with _below_autograd():
+            return kind.forward(call)[0]
+    try:
+        return _apply_eagerly(kind, call, *tensors)
+    except RuntimeError as error:
+        saved = {name: getattr(call, name) for name in kind.saved}
+        weight = None if call.base is None else call.base.tensors()[0]
+        name_unsaved(error, **saved, weight=weight)
+        raise
 
 
 def run_in_place(name: str, call: RoutedCall) -> None:

@@ -508,10 +508,9 @@ class Routing:
 
         A graph outlives this filling, be it compiled or captured: it serves any other one too.
         """
-        if torch.compiler.is_compiling() or self._used is None:
+        if torch.compiler.is_compiling() or self._used is None or is_captured(self.device):
             return self._bound
-        captured = self.device.type == "cuda" and is_captured(self.device)
-        return self._bound if captured else self._used
+        return self._used
 
     def pair_weights(self) -> Tensor | None:
         """``[P]`` in the order of the pairs, or None where every weight is 1."""
@@ -585,8 +584,8 @@ class Routing:
 
     def tensors(self, *, with_plan: bool) -> RoutingTensors:
         """The routing as the backends take it."""
-        tensors = self._as_tensors.get(with_plan)
-        if tensors is not None and not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()  # a call that is being traced only reads
+        if not compiling and (tensors := self._as_tensors.get(with_plan)) is not None:
             return tensors
         plan = self.plan() if with_plan else torch.empty((0, 4), dtype=torch.int64)
         tensors = RoutingTensors(
@@ -601,7 +600,7 @@ class Routing:
         )
         # Weights that require grad are sorted for every call.
         kept = self._weights is None or self._weights is self._weight_buffer
-        if kept and not torch.compiler.is_compiling():
+        if kept and not compiling:
             self._as_tensors[with_plan] = tensors
         return tensors
 

@@ -64,7 +64,7 @@ def routed_linear_unpacked(
         bank, backend = _bank(present, capacity, x, base.shape[0])
         routing = _routing(ids, x.shape[1:-1].numel(), capacity, x.device)
         tensors = routing.tensors(with_plan=backend != "triton")
-        call = RoutedCall(bank, tensors, backend, is_plain_eager(x), x, base, bias)
+        call = RoutedCall(bank, tensors, backend, x, base, bias, alone=is_plain_eager(x))
         call.layout = GradientLayout([], [], 0, bank.table)
         call.trained = TrainableFactors([], [], [])
         return run("routed_lora", call)

@@ -197,7 +197,7 @@ class BankVersion:
         """
         if torch.compiler.is_compiling():
             return self._tensors(self.entries, self.tables)
-        if self.device.type == "cuda" and is_captured(self.device):
+        if is_captured(self.device):
             if self.reserved is None:
                 raise RuntimeError(
                     "a captured CUDA graph holds addresses: call reserve() on the bank before, so "
