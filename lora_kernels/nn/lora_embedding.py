@@ -17,6 +17,7 @@ from lora_kernels.nn.checks import adapter_dtype_over, check_adapter, check_base
 from lora_kernels.nn.merging import merged_weight
 from lora_kernels.nn.sharded import draw, whole
 from lora_kernels.nn.weight_reads import note_call
+from lora_kernels.ops.linear.halves import lora_expand
 from lora_kernels.ops.norm import lora_weight_norm
 
 
@@ -221,7 +222,7 @@ class LoRAEmbedding(AdapterLayer):
             embed_scale = embed_scale.to(hidden.dtype)
         if embed_scale is not None:
             hidden = hidden * embed_scale
-        y = base + hidden @ self.lora_embedding_B.t()
+        y = lora_expand(hidden, self.lora_embedding_B, out=base)
         if output_scale is not None:
             y = y * output_scale
         return y.to(base.dtype)

@@ -79,7 +79,7 @@ def check_call(
     check_scaling(scaling, "x", x)
     if isinstance(scaling, Tensor) and scaling.requires_grad:
         raise ValueError("scaling: expected a tensor without gradient, got one that requires grad")
-    _check_dropout(dropout_p, seed, x)
+    check_dropout(dropout_p, seed, x)
     if place != MaskPlace():
         check_place(*place, in_features)
 
@@ -109,7 +109,7 @@ def _check_weight(base: BaseWeight, x: Tensor, out_features: int, in_features: i
         )
 
 
-def _check_dropout(dropout_p: float, seed: Tensor | None, x: Tensor) -> None:
+def check_dropout(dropout_p: float, seed: Tensor | None, x: Tensor) -> None:
     if not isinstance(dropout_p, (int, float)):
         raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
     if not 0 <= dropout_p < 1:

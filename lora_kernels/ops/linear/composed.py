@@ -40,7 +40,7 @@ def forward(call: LinearCall) -> Result:
     mask = None
     if dropout is not None:
         mask = packed_keep_mask(dropout.seed, dropout.p, *rows.shape, place=dropout.place)
-    h = _shrink(rows, factors.a, mask, dropout)
+    h = shrink_rows(rows, factors.a, mask, dropout)
     tail = h.to(x.dtype)  # [M, R]
     scaled_b = scaled(factors.b, host_number(factors.scaling), x.dtype)  # [N, R]
     # The tail first: the wide GEMM then adds to a result that is still in the cache.
@@ -107,7 +107,7 @@ def backward(call: LinearCall) -> Gradients:
     return Gradients(dx, grad_a, grad_b, grad_bias, grad_output_scale)
 
 
-def _shrink(
+def shrink_rows(
     x: Tensor, lora_a: Tensor, mask: Tensor | None, dropout: ActiveDropout | None
 ) -> Tensor:
     """``h = D(x) A^T`` ``[M, R]``."""
