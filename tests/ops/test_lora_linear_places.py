@@ -225,7 +225,7 @@ def test_no_graph_for_every_place(argument, dynamic):
             column_offset=column_offset, pitch=pitch,
         ).relu()  # fmt: skip
 
-    settled = 1 if dynamic else 2  # the second value makes it symbolic
+    settled, graphs = 1 if dynamic else 2, 0  # the second value makes it symbolic
     for step in range(10):
         place = {"row_offset": 3, "column_offset": 16, "pitch": 1000}
         place[argument] += 8 * step
