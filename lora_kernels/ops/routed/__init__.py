@@ -360,6 +360,8 @@ def _key_of(x, base, bias, routing, seed, backend, alone, of_h) -> tuple | None:
     """All that the full check and the choice look at beside the version; None where only the check
     can tell."""
     weights, kind = (), alone
+    if not isinstance(backend, str):  # it may have no hash
+        return None
     try:
         if base is not None:
             weights, kind = base.tensors(), (base.format, base.meta)
