@@ -120,7 +120,8 @@ class World:
         else:
             base, of_h = base_of(given["weight"]), None
         bias, seed, backend = given.get("bias"), given.get("seed"), given["backend"]
-        key = routed._key_of(x, base, bias, routing, seed, backend, alone, of_h)
+        device = None if routing.pinned is None else bank.device
+        key = routed._key_of(x, base, bias, routing, seed, backend, alone, of_h, device)
         return None if key is None else (version.plans, key)
 
     def verdict(self):
@@ -424,10 +425,29 @@ def differs_once_known(changes: list[str], *options) -> str | None:
     return None
 
 
+@pytest.mark.parametrize("pinned", [False, True], ids=["", "pinned"])
 @pytest.mark.parametrize("options", KINDS, ids=str)
-def test_a_changed_call_ends_as_on_a_fresh_bank(options):
-    differing = [differs_once_known([change], *options) for change in changes_of(options[0])]
-    assert not any(differing), [each for each in differing if each]
+def test_a_changed_call_ends_as_on_a_fresh_bank(options, pinned):
+    """Also in a batch that reads the version that it began with."""
+    before = ["routing pinned"] if pinned else []
+    found = (differs_once_known([*before, change], *options) for change in changes_of(options[0]))
+    assert [each for each in found if each] == []
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_bank_that_moves_between_check_and_call(function, monkeypatch):
+    """What was checked of one version is not kept with the next."""
+    world, check = World(function), routed._check
+
+    def then_move(*arguments):
+        check(*arguments)
+        world.bank.to("meta")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(routed, "_check", then_move)
+        patched.setattr(routed.op, "run", lambda name, call: torch.zeros(()))
+        world.call()
+    assert world.call() == (ValueError, "bank: expected x's device cpu, got meta")
 
 
 @settings(
