@@ -4,6 +4,8 @@ Plans are kept with the version of a bank. What a call is given, the bank and th
 here after a valid call; then it has to end as on a bank that has never been called.
 """
 
+import sys
+import threading
 from contextlib import ExitStack
 from types import SimpleNamespace
 
@@ -22,6 +24,7 @@ from lora_kernels.ops.routed import AdapterBank, AdapterSlots, Routing
 from lora_kernels.ops.routed.bank.versions import BankVersion
 from lora_kernels.runtime import dispatch
 from lora_kernels.runtime.dropout import MaskPlace
+from lora_kernels.runtime.plan import forget_plans
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -474,6 +477,31 @@ def test_the_known_call_is_not_checked_again(function, monkeypatch):
         world.replace("x", lambda x: x[None])
         world.routing.set_tokens_([1, 1, 0, -1, 1])
         assert world.call()[0][2] != expected[0][2] or function == "routed_shrink"
+
+
+def test_versions_are_made_while_plans_are_forgotten():
+    """Each has plans of its own, which must be found among all."""
+    world, done, errors = World("routed_lora_linear"), threading.Event(), []
+
+    def forget():
+        try:
+            while not done.is_set():
+                forget_plans()
+        except BaseException as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        thread = threading.Thread(target=forget)
+        thread.start()
+        for turn in range(1500):
+            world.bank["a"].scaling = float(turn)
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert not errors
 
 
 # --- planted faults --------------------------------------------------------------------------
