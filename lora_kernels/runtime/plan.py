@@ -6,6 +6,7 @@ key is known has passed the check, and one that has not is always checked.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import TypeVar
 
@@ -17,6 +18,7 @@ Plan = TypeVar("Plan")
 
 _LIMIT = 4096
 _ALL: weakref.WeakSet[Plans] = weakref.WeakSet()
+_LOCK = threading.Lock()  # of _ALL: it cannot be read while it grows
 
 
 class Plans(dict):
@@ -26,7 +28,8 @@ class Plans(dict):
 
     def __init__(self) -> None:
         super().__init__()
-        _ALL.add(self)
+        with _LOCK:
+            _ALL.add(self)
 
     def keep(self, key: tuple | None, plan: Plan) -> Plan:
         """Remember a plan; None is no key."""
@@ -39,7 +42,9 @@ class Plans(dict):
 
 def forget_plans() -> None:
     """To be called where what plans were made from has changed: a table, the extension."""
-    for plans in list(_ALL):
+    with _LOCK:
+        found = list(_ALL)
+    for plans in found:
         plans.clear()
 
 

@@ -1,5 +1,7 @@
 """routed_lora under torch.compile: one graph for all routings of a capacity, for all tokens."""
 
+import itertools
+
 import pytest
 import torch
 import torch._dynamo.testing
@@ -64,6 +66,36 @@ def test_compiled_equals_eager_for_routings_of_one_capacity(backend, dropout, sl
     compare(layer, eager, x, routing.set_tokens_([1, 1, -1, 1, 0, 2, 2]), parameters)
     compare(layer, eager, x, Routing.from_tokens([1] * 7, bank), parameters)
     assert counter.frame_count == frames == 1
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["whole", "shrink"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_for_other_places(backend, half):
+    """The offset of a micro-batch is no constant of the graph: none is compiled for it."""
+    torch._dynamo.reset()
+    p = problem_of(0.4)
+    bank, x = p.bank(), p.x.requires_grad_()
+    parameters = [x, *([bank[n].lora_a for n in bank] if half else bank.parameters())]
+    routing = Routing.from_tokens([0, 1, 2, -1, 2, 0, 1], bank)
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+
+    def layer(x, routing, row_offset):
+        place = {"seed": p.seed, "row_offset": row_offset, "pitch": 77}
+        if half:
+            return routed_shrink(x, bank, routing, **place)
+        return routed_lora_linear(x, p.weight, bank, routing, p.bias, **place)
+
+    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    results = []
+    for row_offset in (5, 7, 12, 3000, 2**33, 2**40 + 1):
+        results.append(compiled(x, routing, row_offset))
+        expected = layer(x, routing, row_offset)
+        dy = torch.randn_like(expected)
+        ours, theirs = (torch.autograd.grad(y, parameters, dy) for y in (results[-1], expected))
+        for one, other in zip((results[-1], *ours), (expected, *theirs), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(results, 2))
 
 
 def test_compiled_for_other_numbers_of_tokens():

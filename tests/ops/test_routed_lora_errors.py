@@ -169,6 +169,7 @@ BAD = {
         "seed: expected it on cpu, got meta",
     ),
     "backend_unknown": (ALL, {"backend": "cuda"}, ValueError, "backend: expected 'auto' or one of"),
+    "backend_list": (ALL, {"backend": ["auto"]}, ValueError, "backend: expected 'auto' or one of"),
     "backend_absent": (ALL, {"backend": "triton"}, ValueError, "backend='triton' cannot serve"),
     "out_list": (OF_OUT, {"out": [0.0]}, TypeError, "out: expected a tensor, got list"),
     "out_shape": (OF_OUT, {"out": torch.zeros(ROWS, N + 1)}, ValueError, "out: expected [5, 6] in"),

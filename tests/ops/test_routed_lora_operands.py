@@ -1,9 +1,14 @@
 """Operands as they come: any strides, torch's lazy tensors, parameters whose data was swapped."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
+from padded_weight import PaddedWeight
+from torch.utils.flop_counter import FlopCounterMode
 
+from lora_kernels.base_weights import DenseWeight
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.ops.routed import AdapterBank, Routing, routed_lora, routed_lora_linear
 from lora_kernels.testing.routed_inputs import BACKENDS
@@ -53,6 +58,51 @@ def test_x_and_dy_of_any_layout(layout, backend, base):
     plain_x, plain_dy = (torch.zeros(t.shape).copy_(t) for t in (x, dy))
     for got, expected in zip(run(x, dy), run(plain_x, plain_dy), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("again", [False, True], ids=["first", "known"])
+def test_a_dense_weight_is_its_tensor(backend, dtype, autocast, again):
+    """Bit for bit, whichever of them has been called before; gradients and second ones too."""
+    bank, weight = filled(), torch.randn(N, K, dtype=dtype)
+    bias = torch.randn(N, dtype=dtype, requires_grad=True)
+    x = torch.randn(50, K, dtype=dtype, requires_grad=True)
+    routing = Routing.from_tokens(torch.arange(50) % 4 - 1, bank)
+    leaves = [x, bias, *bank.parameters()]
+
+    def run(base):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            y = routed_lora_linear(x, base, bank, routing, bias, backend=backend)
+        dy = torch.linspace(-1, 1, y.numel()).view(y.shape).to(y.dtype)
+        first = torch.autograd.grad(y, leaves, dy, create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum(), [*bank.parameters()])
+        return [y, *first, *second]
+
+    if again:
+        run(weight), run(DenseWeight(weight))
+    for ours, expected in zip(run(DenseWeight(weight)), run(weight), strict=True):
+        assert ours.dtype == expected.dtype and torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("through_the_op", [False, True], ids=["eager", "op"])
+def test_a_weight_of_another_format(backend, through_the_op):
+    """Rebuilt from its tensors and integers on the other side of the op, and of autograd."""
+    bank, weight = filled(), torch.randn(N, K)
+    x = torch.randn(50, K, requires_grad=True)
+    routing = Routing.from_tokens(torch.arange(50) % 4 - 1, bank)
+    leaves = [x, *bank.parameters()]
+
+    def run(base):
+        y = routed_lora_linear(x, base, bank, routing, backend=backend)
+        return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    expected = run(weight)
+    with FlopCounterMode(display=False) if through_the_op else nullcontext():
+        found = run(PaddedWeight.of(weight))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["composed", "native"])

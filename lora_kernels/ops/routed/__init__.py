@@ -309,7 +309,7 @@ def _prepared(
 ) -> _Batch:
     """The call, its plan looked up with the bank's version or made after the full check."""
     base, bias = layer or (None, None)
-    plan = key = None
+    plan = key = plans = None
     alone = is_plain_eager(x)
     if (
         alone
@@ -320,8 +320,11 @@ def _prepared(
     ):
         slots = routing.trained_slots()
         version = bank.version_for(routing.pinned, slots, routing.capacity)
-        key = _key_of(x, base, bias, routing, seed, backend, layer is None, of_h)
-        plan = version.plans.get(key)
+        # A batch may read an older version, and the check asks where the bank is now.
+        device = None if routing.pinned is None else bank.device
+        key = _key_of(x, base, bias, routing, seed, backend, layer is None, of_h, device)
+        plans = version.plans
+        plan = plans.get(key)
     if plan is None:
         _check(x, bank, routing, seed, place, layer, of_h)
         dtype = x.dtype
@@ -330,8 +333,8 @@ def _prepared(
         plan = make_plan(dispatch.choose(backend, x.device, dtype), x)
         slots = routing.trained_slots()
         version = bank.version_for(routing.pinned, slots, routing.capacity)
-        if key is not None:
-            version.plans.keep(key, plan)
+        if version.plans is plans:  # or another thread has made one that the check did not see
+            plans.keep(key, plan)
     routing.check_current()
     tensors = version.tensors(slots, routing.capacity)
     if version.device.type == "cuda" and not torch.compiler.is_compiling():
@@ -356,10 +359,12 @@ def _prepared(
     return _Batch(call, version, slots)
 
 
-def _key_of(x, base, bias, routing, seed, backend, alone, of_h) -> tuple | None:
+def _key_of(x, base, bias, routing, seed, backend, alone, of_h, device) -> tuple | None:
     """All that the full check and the choice look at beside the version; None where only the check
     can tell."""
     weights, kind, meta = (), alone, ()
+    if not isinstance(backend, str):  # it may have no hash
+        return None
     if base is not None:
         if not isinstance(base, BaseWeight):
             return None
@@ -372,7 +377,9 @@ def _key_of(x, base, bias, routing, seed, backend, alone, of_h) -> tuple | None:
             return None
     if of_h is None and x.numel() // x.shape[-1] not in (routing.num_tokens, routing.max_tokens):
         return None
-    return found, kind, meta, routing.device, backend, dispatch.PROCESS_DEFAULT, of_h
+    return (
+        found, kind, meta, routing.device, backend, dispatch.PROCESS_DEFAULT, of_h, device,
+    )  # fmt: skip
 
 
 def _check(x, bank, routing, seed, place, layer, of_h) -> None:

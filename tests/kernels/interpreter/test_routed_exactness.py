@@ -8,7 +8,14 @@ import torch
 from routed_calls import call_of
 from torch.nn import functional as F
 
-from lora_kernels.ops.routed import AdapterBank, Routing, routed_expand, routed_lora, routed_shrink
+from lora_kernels.ops.routed import (
+    AdapterBank,
+    Routing,
+    routed_expand,
+    routed_lora,
+    routed_lora_linear,
+    routed_shrink,
+)
 from lora_kernels.ops.routed import triton as launch
 from lora_kernels.ops.routed.tensors import in_one_piece
 from lora_kernels.ops.routed.triton import tiles
@@ -58,6 +65,34 @@ def test_the_masks_are_the_definitions(rows, p, poisoned_memory):
         expected = torch.where(keep, x[rows_of_slot] * keep_scale(p), 0)
         assert torch.equal(h[pairs], expected)
         assert torch.equal(dx[rows_of_slot] != 0, keep)
+
+
+@pytest.mark.parametrize("strategy", tiles.STRATEGIES)
+@pytest.mark.parametrize("whole", [True, False], ids=["base", "alone"])
+@pytest.mark.parametrize("first", [0, 2**40 + 3])
+def test_a_part_of_the_rows_is_that_part_of_the_whole(first, whole, strategy, poisoned_memory):
+    """Forward and backward: the masks go by where the rows stand in the whole activation."""
+    problem = RoutedProblem.random(
+        mixed_ids(3, 400), [3, 5, 8], 27, 17, with_weight=whole, dropout=[0.3, 0.0, 0.5]
+    )
+
+    def run(rows: slice) -> dict:
+        p = problem.with_(x=problem.x[rows].clone().requires_grad_(), ids=problem.ids[rows])
+        bank = p.bank()
+        given = (p.x, p.weight, bank, p.routing(bank)) if whole else (p.x, bank, p.routing(bank))
+        function = routed_lora_linear if whole else routed_lora
+        place = {"row_offset": first + rows.start, "pitch": 27}
+        y = function(*given, seed=p.seed, backend=BACKEND, **place)
+        leaves = {"x": p.x, **dict(bank.named_parameters())}
+        found = torch.autograd.grad(y, leaves.values(), problem.dy[rows])
+        return {"y": y.detach(), **dict(zip(leaves, found, strict=True))}
+
+    with tiles.use_strategy(strategy):
+        expected, parts = run(slice(0, 400)), [run(slice(0, 290)), run(slice(290, 400))]
+    for name, result in expected.items():
+        found = [part[name] for part in parts]
+        found = torch.cat(found) if name in ("x", "y") else sum(found)
+        torch.testing.assert_close(found, result, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float16], ids=str)
