@@ -14,6 +14,7 @@ from lora_kernels.adapters.factors import LoRAFactors
 from lora_kernels.base_weights import DenseWeight, base_of
 from lora_kernels.ops.linear import composed
 from lora_kernels.ops.linear import tuned as measured
+from lora_kernels.ops.linear.call import LinearCall
 from lora_kernels.ops.linear.plan import PLANS, make_plan, module_of
 from lora_kernels.ops.linear.triton import tiles
 from lora_kernels.runtime import dispatch
@@ -182,7 +183,7 @@ def test_how_often_a_call_asks(seen, monkeypatch):
 
     monkeypatch.setattr(measured, "choose", spy)
     lora_a, lora_b = torch.randn(2, 8), torch.randn(6, 2)
-    weight, sizes = torch.randn(6, 8), measured.Sizes(True, 8, 6, 2, False)
+    weight, sizes = torch.randn(6, 8), measured.Sizes("dense", 8, 6, 2, False)
     forward, backward = ("forward", (3, 5, 8), sizes), ("backward", (3, 5, 6), sizes)
     for expected in ([forward], []) if not seen else ([forward, backward],) * 2:
         x = torch.randn(3, 5, 8, requires_grad=True)
@@ -196,9 +197,10 @@ def test_a_plan_has_a_backend_for_each_direction():
     """And composed for a dy that no table knows of, which is not contiguous."""
     x, weight, lora_a, lora_b = call()
     factors = LoRAFactors(lora_a, lora_b, 1.0)
+    served = LinearCall(x, DenseWeight(weight), factors, None, None)
     with tiles.use_cells(CELLS):
         plan = make_plan("auto", x, DenseWeight(weight), factors, 0.0)
-        assert plan.forward is module_of("triton", x) and plan.choice.backend == "triton"
+        assert plan.forward is module_of("triton", served, x) and plan.choice.backend == "triton"
         assert plan.backward is plan.strided_backward is composed and not plan.drops
         named = make_plan("triton", x, DenseWeight(weight), factors, 0.3)
         assert named.forward is named.backward is named.strided_backward is plan.forward
@@ -206,7 +208,7 @@ def test_a_plan_has_a_backend_for_each_direction():
     with tiles.use_cells({FORWARD: CELLS[BACKWARD], BACKWARD: CELLS[FORWARD]}):
         plan = make_plan("auto", x, DenseWeight(weight), factors, 0.0)
         assert plan.forward is plan.strided_backward is composed
-        assert plan.backward is module_of("triton", x)
+        assert plan.backward is module_of("triton", served, x)
         alone = make_plan("auto", x, None, factors, 0.0)
         assert alone.forward is alone.backward is alone.strided_backward is composed
 

@@ -78,8 +78,8 @@ def lora_linear(
     Gradients reach x, lora_a, lora_b, bias, output_scale and rank_scale, each computed only if
     needed, each in the dtype of its tensor. For the backward x itself, ``D(x) A^T`` ``[M, R]`` in
     fp32 (bf16 for bf16 on a CPU with ``composed``, where a product has no wider result) and, under
-    dropout, a mask of one bit per element (but on a GPU) are kept; x only where lora_a requires
-    grad. Under autocast x, weight and bias are cast to autocast's dtype.
+    dropout, a mask of one bit per element (on a CUDA device with ``composed`` alone) are kept; x
+    only where lora_a requires grad. Under autocast x, weight and bias are cast to autocast's dtype.
 
     They can be differentiated again, any number of times: with ``create_graph=True`` the backward
     is computed by torch's own differentiable operations from what was kept, whatever backend ran

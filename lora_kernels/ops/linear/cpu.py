@@ -14,14 +14,14 @@ from torch import Tensor
 from lora_kernels.base_weights import product_or_bias
 from lora_kernels.ops.linear.call import Gradients, LinearCall, Result
 from lora_kernels.ops.narrow.columns import column_dot, scale_columns
-from lora_kernels.runtime import cpu_extension, dispatch
+from lora_kernels.runtime import cpu_extension
 from lora_kernels.runtime.eager import restore_leading_dims
 from lora_kernels.runtime.scaling import host_number
 
 
 def why_not(call: LinearCall) -> str | None:
-    """Why these kernels cannot serve a call; None when they can."""
-    return dispatch.unavailable("native", call.x.device, call.x.dtype)
+    """Why a call on this device, in this dtype, cannot be served: any can, over any base weight."""
+    return None
 
 
 def forward(call: LinearCall) -> Result:

@@ -11,16 +11,11 @@ Elsewhere (8.x, 10.0) they stay Triton's.
 from torch import Tensor
 
 from lora_kernels.ops.linear.call import Gradients, LinearCall, Result
-from lora_kernels.ops.linear.triton import gemm, launch, tiles
+from lora_kernels.ops.linear.triton import gemm, launch, tiles, why_not  # noqa: F401  (of a backend)
 from lora_kernels.ops.linear.triton.operands import Dropout, outer_axis
-from lora_kernels.runtime import cpu_extension, cuda_extension, dispatch
+from lora_kernels.runtime import cpu_extension, cuda_extension
 from lora_kernels.runtime.device_limits import limits_of
 from lora_kernels.runtime.eager import below_autograd, restore_leading_dims
-
-
-def why_not(call: LinearCall) -> str | None:
-    """Why these kernels cannot serve a call; None when they can."""
-    return dispatch.unavailable("native", call.x.device, call.x.dtype)
 
 
 def why_not_decode(call: LinearCall) -> str | None:

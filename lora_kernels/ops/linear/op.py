@@ -94,7 +94,8 @@ def _module(direction: str, activation: Tensor, call: LinearCall, backend: str):
     """Chosen when the op runs, not when a graph is traced, so that it adds no guards."""
     factors = call.factors
     sizes = tuned.Sizes.of(call.base, factors.a, factors.b, call.dropout is not None)
-    return module_of(tuned.choose(backend, direction, activation, sizes).backend, activation)
+    choice = tuned.choose(backend, direction, activation, sizes)
+    return module_of(choice.backend, call, activation)
 
 
 def _forward(call: LinearCall, backend: str) -> Result:

@@ -95,23 +95,30 @@ def make_plan(
     drops = drop_threshold(dropout_p) > 0
     sizes = tuned.Sizes.of(base, factors.a, factors.b, drops)
     choice = tuned.choose(backend, "forward", x, sizes)
-    forward = backward = module_of(choice.backend, x)
-    strided = backward
-    if backend == "auto" and x.is_cuda and base is not None:
+    call = LinearCall(x, base, factors, None, None)
+    forward = backward = strided = module_of(choice.backend, call, x)
+    if backend == "auto" and x.is_cuda and sizes.base_format == "dense":
         # dy is not known yet: taken as contiguous, which it is in a model.
-        backward = module_of(tuned.of_sizes("backward", x, sizes).backend, x)
+        backward = module_of(tuned.of_sizes("backward", x, sizes).backend, call, x)
         strided = composed
     return LinearPlan(backend, choice, forward, backward, strided, drops)
 
 
-def module_of(backend: str, like: Tensor) -> ModuleType:
-    """The module of a backend; those that import Triton when they are first asked for."""
-    if backend == "native" and like.is_cpu:
-        return cpu
-    if backend in ("native", "triton"):
+def module_of(backend: str, call: LinearCall, activation: Tensor) -> ModuleType:
+    """The module of a backend; those that import Triton when they are first asked for.
+
+    Raises:
+        ValueError: it cannot serve the call.
+    """
+    module = composed
+    if backend == "native" and activation.is_cpu:
+        module = cpu
+    elif backend in ("native", "triton"):
         name = "cuda" if backend == "native" else "triton"
-        return import_module(f"lora_kernels.ops.linear.{name}")
-    return composed
+        module = import_module(f"lora_kernels.ops.linear.{name}")
+    if reason := module.why_not(call):
+        raise ValueError(f"backend={backend!r} cannot serve this call: {reason}")
+    return module
 
 
 def explain_plan(plan: LinearPlan, call: LinearCall) -> Choice:
@@ -121,9 +128,9 @@ def explain_plan(plan: LinearPlan, call: LinearCall) -> Choice:
     x, base = call.x, call.base
     if backend == "native" and x.device.type == "cuda":
         reason = f"{reason}; {_native_kernels(call)}"
-    if plan.backend != "auto" or x.device.type != "cuda" or base is None:
-        return Choice(backend, reason)
     sizes = tuned.Sizes.of(base, call.factors.a, call.factors.b, call.dropout is not None)
+    if plan.backend != "auto" or x.device.type != "cuda" or sizes.base_format != "dense":
+        return Choice(backend, reason)
     backward = tuned.of_sizes("backward", x, sizes)
     return Choice(backend, f"{reason}; backward {backward.backend}: {backward.reason}")
 

@@ -29,7 +29,7 @@ from lora_kernels.runtime.dispatch import Choice
 class Sizes(NamedTuple):
     """What a choice depends on beside the activation."""
 
-    has_base: bool
+    base_format: str | None
     in_features: int
     out_features: int
     rank: int
@@ -38,7 +38,8 @@ class Sizes(NamedTuple):
     @staticmethod
     def of(base: BaseWeight | None, lora_a: Tensor, lora_b: Tensor, drops: bool) -> Sizes:
         rank, in_features = lora_a.shape
-        return Sizes(base is not None, in_features, lora_b.shape[0], rank, drops)
+        format = None if base is None else base.format
+        return Sizes(format, in_features, lora_b.shape[0], rank, drops)
 
 
 def choose(
@@ -50,8 +51,10 @@ def choose(
     """The backend of one direction of one call, and why; a named one that cannot serve raises."""
     if activation.device.type != "cuda" or dispatch.requested(backend) != "auto":
         return dispatch.choose(backend, activation.device, activation.dtype)
-    if not sizes.has_base:
+    if sizes.base_format is None:
         return Choice("composed", "only calls with a base weight have been measured")
+    if sizes.base_format != "dense":
+        return Choice("composed", "only calls with a plain base weight have been measured")
     if not activation.is_contiguous():
         return Choice("composed", "only contiguous activations have been measured")
     return of_sizes(direction, activation, sizes)

@@ -1,13 +1,14 @@
 """``lora_linear`` on our Triton kernels. Importing this package imports no Triton."""
 
 from lora_kernels.ops.linear.call import Gradients, LinearCall, Result
-from lora_kernels.runtime import dispatch
 from lora_kernels.runtime.eager import below_autograd
 
 
 def why_not(call: LinearCall) -> str | None:
-    """Why these kernels cannot serve a call; None when they can."""
-    return dispatch.unavailable("triton", call.x.device, call.x.dtype)
+    """Why a call on this device, in this dtype, cannot be served; None where it can."""
+    if call.base is None or call.base.format == "dense":
+        return None
+    return f"its kernels read plain weights, and the base weight is {call.base.format}"
 
 
 @below_autograd

@@ -23,7 +23,8 @@ def forward(call: RoutedCall) -> Result:
     nothing = _is_nothing(x, call)
     launch = None if nothing else RoutedLaunch(x, call)
     h = narrow(x, call) if call.save else None
-    if launch is not None and y is None and base is not None and launch.fuses:
+    dense = base is not None and base.format == "dense"
+    if launch is not None and y is None and dense and launch.fuses:
         with on_device(x):
             return Result(launch.gemm(x, base.weight, call.bias, launch.shrink(x, h)), h)
     begun = True
@@ -60,7 +61,7 @@ def backward(call: RoutedCall) -> Gradients:
         if needs.x or needs_a or needs.weights:
             t = narrow(dy, call) if needs_a else None
             rounded = launch.project(dy, t, call.h, grad_weights, rounded=needs.x)
-        if needs.x and base is not None and launch.fuses:
+        if needs.x and base is not None and base.format == "dense" and launch.fuses:
             dx = launch.gemm_a(dy, base.weight, rounded)
         elif needs.x:
             fresh = base is None and call.routing.pairs_per_token == 1
