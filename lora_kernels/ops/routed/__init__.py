@@ -325,7 +325,8 @@ def _prepared(
         plan = make_plan(dispatch.choose(backend, x.device, dtype), x)
         slots = routing.trained_slots()
         version = bank.version_for(routing.pinned, slots, routing.capacity)
-        if version.plans is plans:  # or another thread has made one that the check did not see
+        # Or another thread has made a version that the check did not see.
+        if plans is not None and version.plans is plans:
             plans.keep(key, plan)
     routing.check_current()
     tensors = version.tensors(slots, routing.capacity)
