@@ -49,7 +49,7 @@ pytest.importorskip("triton", reason="what has no CUDA kernel goes to Triton's")
 
 
 @pytest.fixture
-def built(monkeypatch):
+def built(monkeypatch, plans_forgotten):
     """``built(targets, capability)``: an extension and a device that are not there."""
 
     unavailable = dispatch._native_unavailable_on_cuda.__wrapped__

@@ -278,7 +278,7 @@ def test_the_ops_and_the_calls_past_them_go_together(seen, dropout_p, scaled):
     named = list(leaves(problem).values())
     results = []
     for modes in (("forward", "backward"), (seen,)):
-        torch.manual_seed(3)  # the seed is drawn: with one that is given the call takes another way
+        torch.manual_seed(3)
         with Passing() if "forward" in modes else nullcontext():
             y = call(problem, seed=None, scaling=0.5)
         with Passing() if "backward" in modes else nullcontext():
@@ -291,21 +291,27 @@ def test_the_ops_and_the_calls_past_them_go_together(seen, dropout_p, scaled):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [(0,), (), (1,), (2, 9), (300,)], ids=str)
 @pytest.mark.parametrize("whole", [True, False], ids=["", "adapter_alone"])
-def test_the_ordinary_call_is_the_general_one(whole, rows, dtype, dropout_p, needed):
-    """A number for the scaling and a drawn seed let a call on a CPU past all choices. The general
-    way, which the other tests hold against fp64, has the same bits."""
+def test_every_way_of_a_call_has_the_same_bits(
+    whole, rows, dtype, dropout_p, needed, plans_forgotten
+):
+    """The first call of its kind, one whose plan is known, with a tensor for the scaling, and one
+    that something else has to see."""
     problem = LoRAProblem.random(
         rows, 21, 13, 3, dtype=dtype, dropout_p=dropout_p, with_weight=whole, with_bias=whole
     )
     named = leaves(problem, requires_grad=False)
     wanted = [named[name].requires_grad_() for name in needed.split() if name in named]
-    results = []
-    for scaling in (0.75, torch.tensor(0.75, dtype=torch.float64)):
+    results, in_a_tensor = [], torch.tensor(0.75, dtype=torch.float64)
+    for scaling, seen in ((0.75, 0), (0.75, 0), (in_a_tensor, 0), (0.75, 1), (in_a_tensor, 1)):
         torch.manual_seed(3)
-        y = call(problem, scaling=scaling, seed=None)
-        results.append([y, *(torch.autograd.grad(y, wanted, problem.dy) if wanted else ())])
-    for ours, general in zip(*results, strict=True):
-        assert ours.dtype == general.dtype and torch.equal(ours, general)
+        with Passing() if seen else nullcontext():
+            y = call(problem, scaling=scaling, seed=None)
+            grads = torch.autograd.grad(y, wanted, problem.dy) if wanted else ()
+        results.append([y, *grads])
+    first, *others = results
+    for other in others:
+        for ours, expected in zip(other, first, strict=True):
+            assert ours.dtype == expected.dtype and torch.equal(ours, expected)
 
 
 @pytest.mark.filterwarnings("error:Dynamo does not know")

@@ -190,6 +190,76 @@ BAD = {
         ValueError,
         "seed: expected a 0-d tensor on x's device cpu, got shape [1]",
     ),
+    "backend_list": (
+        {"backend": ["auto"]},
+        ValueError,
+        "backend: expected 'auto' or one of ('reference', 'composed', 'triton', 'native'), "
+        "got ['auto']",
+    ),
+    "weight_not_a_tensor": ({"weight": [1.0]}, TypeError, "weight: expected a tensor, got list"),
+    "bias_not_a_tensor": ({"bias": [1.0]}, TypeError, "bias: expected a tensor, got list"),
+    "rank_scale_shape": (
+        {"rank_scale": torch.randn(6)},
+        ValueError,
+        "rank_scale: expected [2], got [6]",
+    ),
+    "rank_scale_integer": (
+        {"rank_scale": torch.ones(2, dtype=torch.int32)},
+        TypeError,
+        "rank_scale: expected dtype bfloat16, float16, float32 or float64, got torch.int32",
+    ),
+    "rank_scale_device": (
+        {"rank_scale": torch.randn(2, device="meta")},
+        ValueError,
+        "rank_scale: expected x's device cpu, got meta",
+    ),
+    "rank_scale_lazy_zero": (
+        {"rank_scale": torch._efficientzerotensor((2,))},
+        ValueError,
+        "rank_scale: expected a tensor with memory, got one of torch's lazy zeros",
+    ),
+    "row_offset_negative": (
+        {"row_offset": -1},
+        ValueError,
+        "row_offset: expected 0 or more, got -1",
+    ),
+    "row_offset_fraction": (
+        {"row_offset": 1.5},
+        TypeError,
+        "row_offset: expected an integer, got 1.5",
+    ),
+    "row_offset_none": (
+        {"row_offset": None},
+        TypeError,
+        "row_offset: expected an integer, got None",
+    ),
+    "row_offset_far": (
+        {"row_offset": 1 << 62},
+        ValueError,
+        "row_offset: expected fewer than 2**62 groups of 8 columns before the activation, "
+        f"got {1 << 62} rows",
+    ),
+    "column_offset_in_a_group": (
+        {"column_offset": 4, "pitch": 80},
+        ValueError,
+        "column_offset: expected a multiple of 8, 0 or more, got 4",
+    ),
+    "column_offset_negative": (
+        {"column_offset": -8, "pitch": 80},
+        ValueError,
+        "column_offset: expected a multiple of 8, 0 or more, got -8",
+    ),
+    "column_offset_without_pitch": (
+        {"column_offset": 8},
+        ValueError,
+        "pitch: expected the columns of the whole activation, at least 8 + 8, got None",
+    ),
+    "pitch_too_small": (
+        {"column_offset": 16, "pitch": 23},
+        ValueError,
+        "pitch: expected the columns of the whole activation, at least 16 + 8, got 23",
+    ),
+    "pitch_true": ({"pitch": True}, TypeError, "pitch: expected an integer, got True"),
     "backend_unknown": ({"backend": "cuda"}, ValueError, "backend: expected 'auto' or one of"),
     "backend_absent": (
         {"backend": "triton"},
@@ -205,6 +275,16 @@ def test_message(case, function):
     changes, error, message = BAD[case]
     with pytest.raises(error, match=re.escape(message)):
         function(**{**arguments(), **changes})
+
+
+@pytest.mark.parametrize("function", [lora_linear, explain])
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "lora_a", "output_scale"])
+def test_what_is_no_tensor_is_named_under_autocast(name, function):
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(TypeError, match=f"^{name}: expected a tensor, got list$"),
+    ):
+        function(**{**arguments(), name: [1.0]})
 
 
 def test_trainable_weight_is_accepted_without_gradients():

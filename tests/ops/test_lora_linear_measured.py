@@ -33,7 +33,7 @@ CELLS = {
 
 
 @pytest.fixture(autouse=True)
-def h200(monkeypatch):
+def h200(monkeypatch, plans_forgotten):
     unavailable = dispatch.unavailable
     monkeypatch.setattr(
         dispatch,
@@ -171,7 +171,7 @@ def test_shipped_tables_are_read_once_and_hits_are_cached(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("seen", [False, True], ids=["by a plan", "through the op"])
-def test_how_often_a_call_asks(seen, monkeypatch, plans_forgotten):
+def test_how_often_a_call_asks(seen, monkeypatch):
     """A plan once, for all calls like it; the op once per direction, with its activation."""
     asked = []
     choose = measured.choose

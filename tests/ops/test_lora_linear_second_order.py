@@ -122,8 +122,8 @@ def test_gradgradcheck_and_values_for_every_subset(operands, needs, dropout_p):
 def test_any_forward_by_the_error_policy(
     monkeypatch, ordinary, dtype, adapter_dtype, scaled, dropout_p
 ):
-    """The kernels that ``auto`` takes (on a CPU the compiled ones) ran the forward. A number for
-    the scaling lets a call without output_scale past all choices."""
+    """The kernels that ``auto`` takes (on a CPU the compiled ones) ran the forward, its seed given
+    or drawn."""
     problem = LoRAProblem.random(
         (3, 29), 43, 37, 5, dtype=dtype, adapter_dtype=adapter_dtype, with_output_scale=scaled,
         dropout_p=dropout_p,

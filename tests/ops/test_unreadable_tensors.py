@@ -34,21 +34,22 @@ def operands(**options) -> dict:
     return {name: getattr(p, name) for name in names}
 
 
-@pytest.mark.parametrize("extension", ["with the extension", "without"])
+@pytest.mark.parametrize("known", [True, False], ids=["known", "first"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scaled", [True, False], ids=["output_scale", "plain"])
 @pytest.mark.parametrize("offset", [True, False], ids=["behind an offset", "from the start"])
 @pytest.mark.parametrize("name", ["x", "weight", "lora_a", "lora_b", "bias", "output_scale"])
-def test_freed_before_a_forward(name, offset, scaled, backend, extension, monkeypatch):
-    if extension == "without":
-        monkeypatch.setattr(native, "extension", lambda: None)
-        backend = "auto"
+def test_freed_before_a_forward(name, offset, scaled, backend, known, plans_forgotten):
+    """Whether the call is a first one or such calls have been served."""
     arguments = operands()
     if not scaled:
         arguments["scaling"] = 0.5
         del arguments["output_scale"]
     if name not in arguments:
         return
+    if known:
+        lora_linear(**arguments, backend=backend)
+        lora_linear(**arguments | {"weight": None}, backend=backend)
     arguments[name] = behind_an_offset(arguments[name]) if offset else arguments[name].clone()
     free(arguments[name])
     with pytest.raises((ValueError, RuntimeError), match=r"freed|out of bounds|not allocated"):
@@ -56,6 +57,23 @@ def test_freed_before_a_forward(name, offset, scaled, backend, extension, monkey
     if name in ("lora_a", "lora_b"):
         with pytest.raises(ValueError, match=rf"^{name}: expected a tensor with memory.*freed"):
             lora_linear(**arguments | {"weight": None}, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scaled", [True, False], ids=["output_scale", "plain"])
+@pytest.mark.parametrize("offset", [True, False], ids=["behind an offset", "from the start"])
+@pytest.mark.parametrize("name", ["x", "bias", "output_scale", "rank_scale"])
+def test_freed_before_a_forward_without_a_base(name, offset, scaled, backend):
+    """No product of torch's looks at these."""
+    arguments = operands() | {"weight": None, "rank_scale": torch.randn(R)}
+    if not scaled:
+        arguments["output_scale"] = None
+    if arguments[name] is None:
+        return
+    arguments[name] = behind_an_offset(arguments[name]) if offset else arguments[name].clone()
+    free(arguments[name])
+    with pytest.raises(ValueError, match=rf"^{name}: expected a tensor with memory.*freed"):
+        lora_linear(**arguments, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -109,7 +109,9 @@ def read_ordinary(layer: LoraLayer) -> OrdinaryCall | None:
     if weight is None or hasattr(weight, "ds_id"):
         return None
     factors = LoRAFactors(of_a.get("weight"), of_b.get("weight"), layer.scaling[name])
-    known_as = layer.out_features, layer.in_features, layer.cast_input_dtype_enabled
+    known_as = (
+        layer.out_features, layer.in_features, layer.cast_input_dtype_enabled, weight.requires_grad,
+    )  # fmt: skip
     return OrdinaryCall(DenseWeight(weight), factors, bias, dropout_p, known_as)
 
 

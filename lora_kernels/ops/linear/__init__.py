@@ -174,7 +174,7 @@ def _as_under_autocast(
     dtype = autocast_dtype(x)
     if dtype is None:
         return x, base, bias
-    base = None if base is None else base.to(dtype)
+    base = base.to(dtype) if isinstance(base, BaseWeight) else base
     return x.to(dtype), base, bias.to(dtype) if isinstance(bias, Tensor) else bias
 
 

@@ -74,8 +74,8 @@ def check_call(
             check_has_values("rank_scale", rank_scale)
         if output_scale is not None:
             check_has_values("output_scale", output_scale)
-            if bias is not None:
-                check_has_values("bias", bias)
+        if bias is not None and (output_scale is not None or base is None):  # no product reads it
+            check_has_values("bias", bias)
     check_scaling(scaling, "x", x)
     if isinstance(scaling, Tensor) and scaling.requires_grad:
         raise ValueError("scaling: expected a tensor without gradient, got one that requires grad")

@@ -64,7 +64,7 @@ def key_of(
         if not isinstance(scaling, Tensor):
             return None
         tensor, number = scaling, scaling.requires_grad
-    if type(dropout_p) not in _NUMBERS:
+    if type(dropout_p) not in _NUMBERS or type(backend) is not str:
         return None
     weights, kind = (), None
     try:

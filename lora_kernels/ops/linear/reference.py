@@ -16,7 +16,8 @@ from lora_kernels.runtime.dropout import (
 
 def reference(call: LinearCall) -> Tensor:
     """:func:`lora_linear_reference` of a call."""
-    base, factors, dropout = call.base, call.factors, call.dropout
+    base, dropout = call.base, call.dropout
+    factors = call.factors.without_rank_scale()
     dropout = ActiveDropout(0.0, None) if dropout is None else dropout
     return lora_linear_reference(
         call.x, None if base is None else base.dequantise(), factors.a, factors.b, factors.scaling,
