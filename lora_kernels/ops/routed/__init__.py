@@ -333,7 +333,8 @@ def _prepared(
         plan = make_plan(dispatch.choose(backend, x.device, dtype), x)
         slots = routing.trained_slots()
         version = bank.version_for(routing.pinned, slots, routing.capacity)
-        if version.plans is plans:  # or another thread has made one that the check did not see
+        # Not where another thread has made a version that the check may not have seen.
+        if plans is not None and version.plans is plans:
             plans.keep(key, plan)
     routing.check_current()
     tensors = version.tensors(slots, routing.capacity)

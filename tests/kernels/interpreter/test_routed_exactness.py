@@ -71,7 +71,8 @@ def test_the_masks_are_the_definitions(rows, p, poisoned_memory):
 @pytest.mark.parametrize("whole", [True, False], ids=["base", "alone"])
 @pytest.mark.parametrize("first", [0, 2**40 + 3])
 def test_a_part_of_the_rows_is_that_part_of_the_whole(first, whole, strategy, poisoned_memory):
-    """Forward and backward: the masks go by where the rows stand in the whole activation."""
+    """Forward, backward and its derivative: masks go by where rows stand in the whole activation,
+    and no backend here stores them."""
     problem = RoutedProblem.random(
         mixed_ids(3, 400), [3, 5, 8], 27, 17, with_weight=whole, dropout=[0.3, 0.0, 0.5]
     )
@@ -84,8 +85,11 @@ def test_a_part_of_the_rows_is_that_part_of_the_whole(first, whole, strategy, po
         place = {"row_offset": first + rows.start, "pitch": 27}
         y = function(*given, seed=p.seed, backend=BACKEND, **place)
         leaves = {"x": p.x, **dict(bank.named_parameters())}
-        found = torch.autograd.grad(y, leaves.values(), problem.dy[rows])
-        return {"y": y.detach(), **dict(zip(leaves, found, strict=True))}
+        found = torch.autograd.grad(y, leaves.values(), problem.dy[rows], retain_graph=True)
+        (dx,) = torch.autograd.grad(y, p.x, problem.dy[rows], create_graph=True)
+        second = torch.autograd.grad(dx.square().sum(), [bank["a0"].lora_a, bank["a2"].lora_b])
+        results = {"y": y.detach(), **dict(zip(leaves, found, strict=True))}
+        return results | dict(zip(("of A", "of B"), second, strict=True))
 
     with tiles.use_strategy(strategy):
         expected, parts = run(slice(0, 400)), [run(slice(0, 290)), run(slice(290, 400))]
