@@ -207,28 +207,25 @@ class LoRALinearFunction(torch.autograd.Function):
             unscaled = unscaled if needs_output_scale else None
         else:
             y, h, mask, unscaled = plan.forward.forward(call)
-        base, dropout, scaling = call.base, call.dropout, call.factors.scaling
-        number, format, meta, weights = None, "", (), ()
-        if not isinstance(scaling, Tensor):
-            number, scaling = scaling, constant(scaling)
+        base, factors, dropout = call.base, call.factors, call.dropout
+        scaling, kind, meta, weights = factors.scaling, None, (), ()
         if base is not None:
-            format, meta, weights = base.format, base.meta, base.tensors()
-        # As many tensors whichever way the call took: checkpointing counts them.
+            kind, meta, weights = type(base), base.meta, base.tensors()
+        # As many tensors whichever way the call took: checkpointing counts them. The factors are
+        # kept too, which are small or parameters; these tell whether somebody has changed them.
         ctx.save_for_backward(
             x if needs_a else None,
-            a,
-            b,
-            scaling,
             h if needs_b else None,
-            output_scale,
             unscaled,
             mask if mask is not None and mask.numel() else None,
             None if dropout is None else dropout.seed,
+            a,
+            b,
+            scaling if isinstance(scaling, Tensor) else constant(scaling),
+            output_scale,
             *weights,
         )
-        if dropout is not None:
-            dropout = dropout._replace(seed=None)
-        ctx.kept = format, meta, number, dropout, plan, call.backend
+        ctx.kept = factors, kind, meta, dropout, plan, call.backend
         if needs_x and not needs_a and (needs_b or needs_output_scale):
             # Their gradients read x by way of h and of the result, which are constants once saved.
             ctx.edge_to_x = missing_edge(x, X_WAS_NOT_SAVED)
@@ -245,18 +242,15 @@ def _needs_of(needs_input_grad: tuple[bool, ...]) -> Needs:
 
 
 def _gradients(ctx, dy: Tensor) -> Gradients:
-    x, a, b, scaling, h, output_scale, unscaled, mask, seed, *weights = ctx.saved_tensors
-    format, meta, number, dropout, plan, backend = ctx.kept
+    x, h, unscaled, mask, _, _, _, _, _, *weights = ctx.saved_tensors
+    factors, kind, meta, dropout, plan, backend = ctx.kept
     needs = _needs_of(ctx.needs_input_grad)
     # By torch's operations with create_graph, and for many at once (is_grads_batched): no rule of
     # vmap takes an op with a list of tensors.
     differentiated = torch.is_grad_enabled() or (not is_compiling() and _is_legacy_batched(dy))
     if differentiated:
         weights = [weight.detach() for weight in weights]
-    factors = LoRAFactors(a, b, scaling if number is None else number, output_scale)
-    if dropout is not None:
-        dropout = dropout._replace(seed=seed)
-    base = rebuild(weights, format, meta)
+    base = None if kind is None else kind(*weights, *meta)
     call = LinearCall(
         x, base, factors, None, dropout, backend, plan, False, dy, h, mask, unscaled, needs
     )
