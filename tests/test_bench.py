@@ -13,6 +13,7 @@ from torch import nn
 
 import lora_kernels
 from lora_kernels.bench import memory, op, providers, step
+from lora_kernels.bench.case import OpCase, StepCase
 from lora_kernels.measuring import machine
 from lora_kernels.measuring import timing as measure
 from lora_kernels.measuring.timing import Spread
@@ -143,7 +144,7 @@ def test_meta_names_no_path_and_no_host():
 
 
 def test_floor_is_the_frozen_gemms_and_one_pass_over_each_operand():
-    case = op.OpCase(m=100, k=20, n=30, dtype="bf16")
+    case = OpCase(m=100, k=20, n=30, dtype="bf16")
     flops, x, w, y = 2 * 100 * 20 * 30, 2 * 100 * 20, 2 * 20 * 30, 2 * 100 * 30
     compute_bound = op.floor(case, {"flops_per_second": 1e3, "bytes_per_second": 1e6})
     assert compute_bound["forward"] == pytest.approx(flops / 1e3 + x / 1e6)
@@ -192,8 +193,8 @@ def parsed(argv):
 @pytest.mark.parametrize(
     "case",
     [
-        op.OpCase(m=3, k=5, n=7, dtype="fp16", dropout=0.25, rank=3, alpha=1.5),
-        step.StepCase(dtype="fp32", dropout=0.1, batch=3, length=7, layers=2, kv_heads=1),
+        OpCase(m=3, k=5, n=7, dtype="fp16", dropout=0.25, rank=3, alpha=1.5),
+        StepCase(dtype="fp32", dropout=0.1, batch=3, length=7, layers=2, kv_heads=1),
     ],
     ids=["op", "step"],
 )
@@ -201,7 +202,7 @@ def test_a_case_survives_its_own_command_line(case):
     assert parsed(case.argv()) == [case]
 
 
-SMALL = op.OpCase(m=24, k=40, n=56, dtype="fp32", rank=4, alpha=6)
+SMALL = OpCase(m=24, k=40, n=56, dtype="fp32", rank=4, alpha=6)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -238,14 +239,14 @@ def test_a_provider_with_a_wrong_result_is_not_timed(what, broken, monkeypatch):
 
 def test_op_saved_bytes_are_those_of_the_formula():
     """Naive without dropout: x and h, and nothing but them."""
-    case = op.OpCase(m=24, k=40, n=56, dtype="fp32", rank=4)
+    case = OpCase(m=24, k=40, n=56, dtype="fp32", rank=4)
     contestant = op.Op(case, "naive", [op.make_inputs(case, 0)])
     named = {storage.name: storage.bytes for storage in contestant.saved()}
     assert named == {"x": 24 * 40 * 4, "h float32[24,4]": 24 * 4 * 4}
 
 
 def test_ours_saves_less_than_naive_with_dropout():
-    case = op.OpCase(m=64, k=128, n=64, dtype="bf16", dropout=0.1, rank=4)
+    case = OpCase(m=64, k=128, n=64, dtype="bf16", dropout=0.1, rank=4)
     inputs = [op.make_inputs(case, 0)]
     ours = {s.name: s.bytes for s in op.Op(case, "ours", inputs).saved()}
     naive = op.Op(case, "naive", inputs).saved()
@@ -262,12 +263,12 @@ def test_a_provider_that_fails_is_skipped_with_its_reason(monkeypatch):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setitem(providers.OP_PROVIDERS, "broken", broken)
-    ops, skipped = op.prepare(op.OpCase(m=8, k=8, n=8, dtype="fp32", rank=2), ["frozen", "broken"])
+    ops, skipped = op.prepare(OpCase(m=8, k=8, n=8, dtype="fp32", rank=2), ["frozen", "broken"])
     assert list(ops) == ["frozen"]
     assert skipped == {"broken": "RuntimeError: no such kernel"}
 
 
-SMALL_STEP = step.StepCase(
+SMALL_STEP = StepCase(
     dtype="fp32", batch=2, length=8, layers=2, hidden=32, heads=4, kv_heads=2,
     intermediate=48, vocab=64, rank=4,
 )  # fmt: skip
@@ -325,7 +326,7 @@ def test_a_step_that_peft_serves_is_not_timed_as_ours(monkeypatch):
 
 def test_frozen_makes_dx_down_to_the_first_layer():
     pytest.importorskip("transformers")
-    case = step.StepCase(
+    case = StepCase(
         dtype="fp32", batch=1, length=4, layers=1, hidden=16, heads=2, kv_heads=1,
         intermediate=24, vocab=32,
     )  # fmt: skip

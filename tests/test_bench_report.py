@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_kernels.bench import op, report
+from lora_kernels.bench import report
+from lora_kernels.bench.case import OpCase
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "readme_tables.py"
 META = {
@@ -19,7 +20,7 @@ META = {
 
 
 def known_rows():
-    case = op.OpCase(m=2, k=3, n=4)
+    case = OpCase(m=2, k=3, n=4)
 
     def laps(total):
         return [{"forward": 0.25 * t, "backward": 0.75 * t, "both": t} for t in total]

@@ -25,7 +25,6 @@ CLASSES = {
     "adapter_files": "AdapterFile ModuleAdapter",
     "adapter_patterns": "Allowance EndPatterns",
     "adapter_renaming": "Renaming",
-    "bench.case": "Progress",
     "bench.layer": "LayerCase",
     "bench.measure": "Clock Spread",
     "bench.memory": "PeakMemory SavedStorage",

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from lora_kernels import lora_linear
+from lora_kernels.bench.case import KernelCase
 from lora_kernels.bench.memory import SavedStorage
 from lora_kernels.bench.providers import Unavailable, forced_strategy
 from lora_kernels.bench.replay import Replayed
-from lora_kernels.bench.step import DTYPES
 from lora_kernels.measuring import machine
 from lora_kernels.ops.linear.triton import tiles
 from lora_kernels.ops.linear.triton.operands import Dropout
@@ -28,28 +28,6 @@ from lora_kernels.testing import error_bound
 
 MAX_SETS = 64
 SCALING, SEED = 2.0, 20_240_607
-
-
-@dataclass(frozen=True)
-class KernelCase:
-    what: str  # "decode", "y" or "dx"
-    m: int
-    k: int
-    n: int
-    rank: int
-    dropout: float = 0.0  # dx only
-    dtype: str = "bf16"
-    device: str = "cuda"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
-    @property
-    def title(self) -> str:
-        what = {"decode": "decoding", "y": "the GEMM of y", "dx": "the GEMM of dx"}[self.what]
-        drops = f", dropout {self.dropout:g}" if self.dropout else ""
-        return f"{what}: M {self.m}, K {self.k}, N {self.n}, r {self.rank}, {self.dtype}{drops}"
 
 
 @dataclass(frozen=True)

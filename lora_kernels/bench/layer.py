@@ -15,52 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_kernels.bench.case import LayerCase
 from lora_kernels.bench.memory import PeakMemory, SavedStorage, peak_of, saved_for_backward
 from lora_kernels.bench.providers import forced_strategy, naive_formula, naive_fp32_formula
-from lora_kernels.bench.step import DTYPES
 from lora_kernels.measuring import timing
 
 # linear(x, weight, lora_a, lora_b, scaling, dropout_p)
 Linear = Callable[[Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
-
-
-@dataclass(frozen=True)
-class LayerCase:
-    batch: int = 4
-    length: int = 2048
-    hidden: int = 4096
-    heads: int = 32
-    kv_heads: int = 8
-    intermediate: int = 14336
-    dtype: str = "bf16"
-    dropout: float = 0.0
-    rank: int = 16
-    alpha: float = 32
-    device: str = "cuda"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
-    @property
-    def title(self) -> str:
-        return (
-            f"decoder layer: hidden {self.hidden}, {self.batch}x{self.length} tokens, "
-            f"r {self.rank}, {self.dtype}, dropout {self.dropout:g}"
-        )
-
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """name -> (out_features, in_features)"""
-        head = self.hidden // self.heads
-        return {
-            "q": (self.heads * head, self.hidden),
-            "k": (self.kv_heads * head, self.hidden),
-            "v": (self.kv_heads * head, self.hidden),
-            "o": (self.hidden, self.heads * head),
-            "gate": (self.intermediate, self.hidden),
-            "up": (self.intermediate, self.hidden),
-            "down": (self.hidden, self.intermediate),
-        }
 
 
 def frozen_linear(x, weight, lora_a, lora_b, scaling, dropout_p) -> Tensor:

@@ -6,11 +6,12 @@ captured in two graphs, forward and backward, so that no launch is timed that a 
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from lora_kernels.bench.case import OpCase
 from lora_kernels.bench.memory import (
     PeakMemory,
     SavedStorage,
@@ -19,44 +20,10 @@ from lora_kernels.bench.memory import (
     saved_for_backward,
 )
 from lora_kernels.bench.providers import OP_PROVIDERS, Call, MissingExtra, OpInputs, naive_formula
-from lora_kernels.bench.step import DTYPES
 from lora_kernels.measuring import machine, timing
 from lora_kernels.testing import error_bound
 
 MAX_SETS = 64
-
-
-@dataclass(frozen=True)
-class OpCase:
-    m: int
-    k: int
-    n: int
-    dtype: str = "bf16"
-    dropout: float = 0.0
-    rank: int = 16
-    alpha: float = 32
-    device: str = "cpu"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / self.rank
-
-    @property
-    def title(self) -> str:
-        return (
-            f"lora_linear: M {self.m}, K {self.k}, N {self.n}, r {self.rank}, {self.dtype}, "
-            f"dropout {self.dropout:g}"
-        )
-
-    def argv(self) -> list[str]:
-        """The command line that asks for this case again."""
-        values = asdict(self)
-        shape = "x".join(str(values.pop(dim)) for dim in ("m", "k", "n"))
-        return ["op", f"--shapes={shape}", *(f"--{name}={value}" for name, value in values.items())]
 
 
 def make_inputs(case: OpCase, seed: int) -> OpInputs:

@@ -9,18 +9,14 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_kernels.bench.case import OpCase, StepCase
 from lora_kernels.ops.linear.triton import tiles
 from lora_kernels.runtime.device_limits import limits_of
-
-if TYPE_CHECKING:
-    from lora_kernels.bench.op import OpCase
-    from lora_kernels.bench.step import StepCase
 
 
 class Unavailable(Exception):
@@ -69,7 +65,7 @@ def _adapters(inputs: OpInputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     )
 
 
-def frozen_op(inputs: OpInputs, case: "OpCase") -> Call:
+def frozen_op(inputs: OpInputs, case: OpCase) -> Call:
     return Call(lambda: F.linear(inputs.x, inputs.weight), [inputs.x], frozen=[inputs.weight])
 
 
@@ -85,7 +81,7 @@ def naive_formula(
     return F.linear(x, weight) + scaling * F.linear(h, lora_b)
 
 
-def naive_op(inputs: OpInputs, case: "OpCase", formula: Callable = naive_formula) -> Call:
+def naive_op(inputs: OpInputs, case: OpCase, formula: Callable = naive_formula) -> Call:
     lora_a, lora_b = _adapters(inputs, inputs.x.dtype)
     return Call(
         lambda: formula(inputs.x, inputs.weight, lora_a, lora_b, case.scaling, case.dropout),
@@ -107,7 +103,7 @@ def naive_fp32_formula(
     return (F.linear(x, weight) + scaling * F.linear(h, lora_b)).to(x.dtype)
 
 
-def naive_fp32_op(inputs: OpInputs, case: "OpCase") -> Call:
+def naive_fp32_op(inputs: OpInputs, case: OpCase) -> Call:
     lora_a, lora_b = _adapters(inputs, torch.float32)
     return Call(
         lambda: naive_fp32_formula(
@@ -118,11 +114,11 @@ def naive_fp32_op(inputs: OpInputs, case: "OpCase") -> Call:
     )
 
 
-def compiled_op(inputs: OpInputs, case: "OpCase") -> Call:
+def compiled_op(inputs: OpInputs, case: OpCase) -> Call:
     return naive_op(inputs, case, torch.compile(naive_formula))
 
 
-def peft_op(inputs: OpInputs, case: "OpCase", base_dtype: bool = False) -> Call:
+def peft_op(inputs: OpInputs, case: OpCase, base_dtype: bool = False) -> Call:
     peft = _peft()
     out_features, in_features = inputs.weight.shape
     with torch.device("meta"):
@@ -142,9 +138,7 @@ def peft_op(inputs: OpInputs, case: "OpCase", base_dtype: bool = False) -> Call:
     return Call(lambda: layer(inputs.x), [inputs.x, lora_a, lora_b], frozen=[inputs.weight])
 
 
-def our_op(
-    inputs: OpInputs, case: "OpCase", backend: str = "auto", base_dtype: bool = False
-) -> Call:
+def our_op(inputs: OpInputs, case: OpCase, backend: str = "auto", base_dtype: bool = False) -> Call:
     from lora_kernels import lora_linear
 
     # fp32 adapters unless asked: that is what PEFT makes, over any base.
@@ -164,7 +158,7 @@ def our_op(
     )
 
 
-def triton_op(inputs: OpInputs, case: "OpCase", strategy: str) -> Call:
+def triton_op(inputs: OpInputs, case: OpCase, strategy: str) -> Call:
     """Our kernels with the strategy forced; tile sizes stay those of the shipped table."""
     return replace(
         our_op(inputs, case, "triton"), around=lambda: forced_strategy(strategy, inputs.x.device)
@@ -177,7 +171,7 @@ def forced_strategy(strategy: str, device: torch.device) -> contextlib.AbstractC
     return tiles.use_cells({"*": {"strategy": strategy}} | cells)
 
 
-OP_PROVIDERS: dict[str, Callable[[OpInputs, "OpCase"], Call]] = {
+OP_PROVIDERS: dict[str, Callable[[OpInputs, OpCase], Call]] = {
     "frozen": frozen_op,
     "naive": naive_op,
     "naive-fp32": naive_fp32_op,
@@ -217,7 +211,7 @@ def _own_copy(base: nn.Module) -> nn.Module:
     return copy.deepcopy(base, memo)
 
 
-def frozen_step(base: nn.Module, case: "StepCase") -> Contestant:
+def frozen_step(base: nn.Module, case: StepCase) -> Contestant:
     model = _own_copy(base)
     # Backward then makes dx down to the first layer, as it must below adapters.
     model.get_input_embeddings().register_forward_hook(
@@ -229,7 +223,7 @@ def frozen_step(base: nn.Module, case: "StepCase") -> Contestant:
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def _with_adapters(base: nn.Module, case: "StepCase", base_dtype: bool) -> nn.Module:
+def _with_adapters(base: nn.Module, case: StepCase, base_dtype: bool) -> nn.Module:
     peft = _peft()
     config = peft.LoraConfig(
         r=case.rank,
@@ -257,11 +251,11 @@ def _randomise_adapters(named_parameters: Iterable[tuple[str, Tensor]]) -> None:
                 parameter.copy_(values * spread)
 
 
-def peft_step(base: nn.Module, case: "StepCase", base_dtype: bool = False) -> Contestant:
+def peft_step(base: nn.Module, case: StepCase, base_dtype: bool = False) -> Contestant:
     return Contestant(_with_adapters(base, case, base_dtype))
 
 
-def peft_autocast_step(base: nn.Module, case: "StepCase") -> Contestant:
+def peft_autocast_step(base: nn.Module, case: StepCase) -> Contestant:
     if case.torch_dtype is torch.float32:
         raise Unavailable("autocast changes nothing for an fp32 run; use --dtype bf16 or fp16")
     return Contestant(
@@ -271,7 +265,7 @@ def peft_autocast_step(base: nn.Module, case: "StepCase") -> Contestant:
 
 
 def our_step(
-    base: nn.Module, case: "StepCase", backend: str | None = None, base_dtype: bool = False
+    base: nn.Module, case: StepCase, backend: str | None = None, base_dtype: bool = False
 ) -> Contestant:
     from lora_kernels import accelerate
 
@@ -281,7 +275,7 @@ def our_step(
     return Contestant(model, around_step=around, impostor=lambda: _left_to_peft(report))
 
 
-def joint_step(base: nn.Module, case: "StepCase", count: int = 8) -> Contestant:
+def joint_step(base: nn.Module, case: StepCase, count: int = 8) -> Contestant:
     """``count`` adapters trained at once: sequence i belongs to adapter i mod count."""
     from lora_kernels.integrations.routed import route
 
@@ -324,7 +318,7 @@ def _forced_backend(backend: str):
         dispatch.PROCESS_DEFAULT = before
 
 
-STEP_PROVIDERS: dict[str, Callable[[nn.Module, "StepCase"], Contestant]] = {
+STEP_PROVIDERS: dict[str, Callable[[nn.Module, StepCase], Contestant]] = {
     "frozen": frozen_step,
     "peft": peft_step,
     "peft-base-dtype": lambda base, case: peft_step(base, case, base_dtype=True),

@@ -6,98 +6,20 @@ goes through several sets of inputs, together larger than the last-level cache, 
 of its own; on CUDA it is the replay of a graph where the provider can be captured.
 """
 
-import contextlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lora_kernels.bench.case import RoutedCase
 from lora_kernels.bench.memory import PeakMemory, SavedStorage, peak_of, saved_for_backward
-from lora_kernels.bench.providers import MissingExtra
+from lora_kernels.bench.providers import Call, MissingExtra
 from lora_kernels.bench.replay import Replayed
-from lora_kernels.bench.step import DTYPES
+from lora_kernels.bench.routed_providers import OTHER_FUNCTIONS, ROUTED_PROVIDERS, RoutedInputs
 from lora_kernels.measuring import machine, timing
 from lora_kernels.testing import error_bound
 
 MAX_SETS = 16
-
-
-@dataclass(frozen=True)
-class RoutedCase:
-    """sequences x tokens rows; sequence i uses adapter i mod adapters, whose ranks are ``ranks``,
-    over and over. slices: out_features of each, side by side."""
-
-    sequences: int = 64
-    tokens: int = 1
-    k: int = 2048
-    slices: tuple[int, ...] = (2048,)
-    adapters: int = 16
-    ranks: tuple[int, ...] = (8, 16, 24, 32, 40, 48, 56, 64)
-    dtype: str = "bf16"
-    adapter_dtype: str = ""  # as dtype
-    train: bool = False
-    base: bool = True  # False: the adapters alone, without the frozen layer
-    device: str = "cpu"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
-    @property
-    def torch_adapter_dtype(self) -> torch.dtype:
-        return DTYPES[self.adapter_dtype or self.dtype]
-
-    @property
-    def rows(self) -> int:
-        return self.sequences * self.tokens
-
-    @property
-    def n(self) -> int:
-        return sum(self.slices)
-
-    def rank_of(self, adapter: int) -> int:
-        return self.ranks[adapter % len(self.ranks)]
-
-    @property
-    def adapter_of_row(self) -> list[int]:
-        return [i % self.adapters for i in range(self.sequences) for _ in range(self.tokens)]
-
-    @property
-    def title(self) -> str:
-        what = "training" if self.train else "inference"
-        ranks = sorted(set(self.ranks))
-        spread = f"r {ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"r {ranks[0]}"
-        out = "+".join(map(str, self.slices))
-        adapters = f"{self.adapters} {self.adapter_dtype or self.dtype} adapters of {spread}"
-        alone = "" if self.base else ", without the base layer"
-        return (
-            f"routed, {what}: {self.sequences}x{self.tokens} tokens, {adapters}, "
-            f"{self.k} to {out}, {self.dtype}{alone}"
-        )
-
-
-@dataclass(frozen=True)
-class RoutedInputs:
-    """What every provider gets, bit for bit the same."""
-
-    x: Tensor  # [sequences, tokens, K]
-    weight: Tensor  # [N, K], frozen
-    lora_a: list[list[Tensor]]  # per adapter and slice [R, K]
-    lora_b: list[list[Tensor]]  # per adapter and slice [N_s, R]
-    scaling: list[float]  # per adapter
-    dy: Tensor  # [sequences, tokens, N]
-
-
-@dataclass(frozen=True)
-class RoutedCall:
-    """One provider's layer on one set of inputs."""
-
-    forward: Callable[[], Tensor]
-    leaves: list[Tensor]  # x first, what a training step makes gradients for
-    # Entered around forward and backward, not around the replay of a graph that has captured them.
-    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
 def make_inputs(case: RoutedCase, seed: int) -> RoutedInputs:
@@ -136,7 +58,7 @@ def how_many_sets(case: RoutedCase) -> int:
 class Routed(Replayed):
     """One provider's calls on all sets of inputs."""
 
-    def __init__(self, case: RoutedCase, calls: list[RoutedCall], sets: list[RoutedInputs]) -> None:
+    def __init__(self, case: RoutedCase, calls: list[Call], sets: list[RoutedInputs]) -> None:
         super().__init__(torch.device(case.device), self._call_all, len(calls), "layer")
         self._case, self._contestants, self._sets = case, calls, sets
         self.first_loss = None
@@ -158,7 +80,7 @@ class Routed(Replayed):
             run_once(self._case, call, inputs)
 
 
-def run_once(case: RoutedCase, call: RoutedCall, inputs: RoutedInputs) -> None:
+def run_once(case: RoutedCase, call: Call, inputs: RoutedInputs) -> None:
     with call.around(), torch.set_grad_enabled(case.train):
         y = call.forward()
         if case.train:
@@ -186,7 +108,7 @@ def formula(
     return y.view(*x.shape[:2], case.n), leaves
 
 
-def wrong(case: RoutedCase, call: RoutedCall, inputs: RoutedInputs) -> str | None:
+def wrong(case: RoutedCase, call: Call, inputs: RoutedInputs) -> str | None:
     """What in this provider's results breaks the package's error policy; None when nothing does."""
 
     def results(y: Tensor, leaves: list[Tensor]) -> dict[str, Tensor]:
@@ -217,8 +139,6 @@ def wrong(case: RoutedCase, call: RoutedCall, inputs: RoutedInputs) -> str | Non
 
 def prepare(case: RoutedCase, names: list[str]) -> tuple[dict[str, Routed], dict[str, str]]:
     """The layers that can run here, and for those that cannot, why."""
-    from lora_kernels.bench.routed_providers import OTHER_FUNCTIONS, ROUTED_PROVIDERS
-
     sets = [make_inputs(case, seed) for seed in range(how_many_sets(case))]
     layers, skipped = {}, {}
     for name in names:

@@ -5,51 +5,14 @@ adapters) is a lap of its own, outside `step`: it is the same for every provider
 """
 
 import gc
-from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.bench.case import StepCase
 from lora_kernels.bench.memory import PeakMemory, SavedStorage, peak_of, saved_for_backward
 from lora_kernels.bench.providers import STEP_PROVIDERS, Contestant, MissingExtra
 from lora_kernels.measuring import timing
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class StepCase:
-    dtype: str = "bf16"
-    dropout: float = 0.0
-    rank: int = 16
-    alpha: float = 32
-    batch: int = 2
-    length: int = 256
-    layers: int = 30
-    hidden: int = 576
-    heads: int = 9
-    kv_heads: int = 3
-    intermediate: int = 1536
-    vocab: int = 49152
-    device: str = "cpu"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
-    @property
-    def title(self) -> str:
-        return (
-            f"training step: {self.layers} layers of {self.hidden}, {self.batch}x{self.length} "
-            f"tokens, r {self.rank}, {self.dtype}, dropout {self.dropout:g}"
-        )
-
-    def argv(self) -> list[str]:
-        """The command line that asks for this case again."""
-        values = asdict(self)
-        tokens = f"{values.pop('batch')}x{values.pop('length')}"
-        options = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
-        return ["step", f"--tokens={tokens}", *options]
 
 
 def base_model(case: StepCase) -> nn.Module:
