@@ -51,10 +51,10 @@ def test_interleave_runs_everyone_once_per_repetition_and_keeps_the_order_of_rep
         return {"step": float(counts[name])}
 
     runs = {name: lambda name=name: run(name) for name in counts}
-    laps = measure.interleave(runs, 4, lambda rep, name, took: told.append((rep, name, took)))
+    samples = measure.interleave(runs, 4, lambda rep, name, took: told.append((rep, name, took)))
 
     assert ran == [name for order in measure.rounds(["a", "b", "c"], 4) for name in order]
-    assert laps == {name: [{"step": float(i)} for i in (1, 2, 3, 4)] for name in "abc"}
+    assert samples == {name: [{"step": float(i)} for i in (1, 2, 3, 4)] for name in "abc"}
     assert [rep for rep, *_ in told] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
 
 
@@ -62,7 +62,7 @@ def test_ratios_are_taken_within_a_repetition():
     # The machine becomes three times slower in the middle: the quotient does not move, while the
     # quotient of the medians (40 / 10) would.
     ours = [{"step": seconds, "optimizer": 1.0} for seconds in (10.0, 30.0, 10.0, 40.0, 40.0)]
-    frozen = [{"step": lap["step"] / 2} for lap in ours]
+    frozen = [{"step": sample["step"] / 2} for sample in ours]
     frozen[4]["step"] = 10.0
     assert measure.ratios(ours, frozen) == {"step": Spread(2.0, 2.0, 2.0)}
     with pytest.raises(ValueError, match="zip"):
@@ -75,8 +75,8 @@ def test_clock_adds_laps_of_one_name_and_drops_what_lies_before_a_start(monkeypa
     clock = measure.Clock(torch.device("cpu"))
     for _ in range(2):
         clock.start()
-        clock.lap("forward")
-        clock.lap("backward")
+        clock.mark("forward")
+        clock.mark("backward")
     assert clock.seconds() == {"forward": 1.0 + 5.0, "backward": 2.0 + 7.0}
 
 
@@ -240,8 +240,8 @@ def test_a_provider_with_a_wrong_result_is_not_timed(what, broken, monkeypatch):
 def test_op_saved_bytes_are_those_of_the_formula():
     """Naive without dropout: x and h, and nothing but them."""
     case = OpCase(m=24, k=40, n=56, dtype="fp32", rank=4)
-    contestant = op.Op(case, "naive", [op.make_inputs(case, 0)])
-    named = {storage.name: storage.bytes for storage in contestant.saved()}
+    timed = op.Op(case, "naive", [op.make_inputs(case, 0)])
+    named = {storage.name: storage.bytes for storage in timed.saved()}
     assert named == {"x": 24 * 40 * 4, "h float32[24,4]": 24 * 4 * 4}
 
 
@@ -274,7 +274,7 @@ SMALL_STEP = StepCase(
 )  # fmt: skip
 
 
-def test_step_contestants_share_weights_and_agree():
+def test_step_providers_share_weights_and_agree():
     pytest.importorskip("peft")
     case = SMALL_STEP
     base = step.base_model(case)
@@ -283,20 +283,20 @@ def test_step_contestants_share_weights_and_agree():
         for name in ("frozen", "peft", "peft-base-dtype", "ours")
     }
     weight = base.model.layers[0].mlp.up_proj.weight
-    for contestant in made.values():
-        pointers = {p.data_ptr() for p in contestant.model.parameters()}
+    for provider in made.values():
+        pointers = {p.data_ptr() for p in provider.model.parameters()}
         assert weight.data_ptr() in pointers
     assert not any(p.requires_grad for p in made["frozen"].model.parameters())
     trained = [n for n, p in made["ours"].model.named_parameters() if p.requires_grad]
     assert len(trained) == 2 * 7 * 2 and all("lora_" in name for name in trained)
 
-    assert made["ours"].impostor() is None
-    steps = {name: step.Step(case, contestant) for name, contestant in made.items()}
-    laps = {name: contestant.run() for name, contestant in steps.items()}
-    assert set(laps["frozen"]) == {"forward", "backward", "step"}
-    assert set(laps["ours"]) == {"forward", "backward", "step", "optimizer"}
-    assert laps["ours"]["step"] == laps["ours"]["forward"] + laps["ours"]["backward"]
-    loss = {name: contestant.first_loss for name, contestant in steps.items()}
+    assert made["ours"].fallback_reason() is None
+    steps = {name: step.Step(case, provider) for name, provider in made.items()}
+    samples = {name: timed.run() for name, timed in steps.items()}
+    assert set(samples["frozen"]) == {"forward", "backward", "step"}
+    assert set(samples["ours"]) == {"forward", "backward", "step", "optimizer"}
+    assert samples["ours"]["step"] == samples["ours"]["forward"] + samples["ours"]["backward"]
+    loss = {name: timed.first_loss for name, timed in steps.items()}
     assert loss["ours"] == pytest.approx(loss["peft"], rel=1e-5)
     assert loss["peft-base-dtype"] == pytest.approx(loss["peft"], rel=1e-5)
     assert abs(loss["frozen"] - loss["peft"]) > 1e-6  # the adapters do something
@@ -304,8 +304,8 @@ def test_step_contestants_share_weights_and_agree():
     dropping = replace(case, dropout=0.1)
     saved = {}
     for name in ("peft", "ours"):
-        contestant = providers.STEP_PROVIDERS[name](base, dropping)
-        saved[name] = sum(storage.bytes for storage in step.Step(dropping, contestant).saved())
+        provider = providers.STEP_PROVIDERS[name](base, dropping)
+        saved[name] = sum(storage.bytes for storage in step.Step(dropping, provider).saved())
     assert saved["ours"] < saved["peft"]
 
 
@@ -330,14 +330,14 @@ def test_frozen_makes_dx_down_to_the_first_layer():
         dtype="fp32", batch=1, length=4, layers=1, hidden=16, heads=2, kv_heads=1,
         intermediate=24, vocab=32,
     )  # fmt: skip
-    contestant = providers.frozen_step(step.base_model(case), case)
+    provider = providers.frozen_step(step.base_model(case), case)
     seen = []
 
     def watch(module, args, output):
         output.register_hook(seen.append)
 
-    contestant.model.get_input_embeddings().register_forward_hook(watch)
-    step.Step(case, contestant).run()
+    provider.model.get_input_embeddings().register_forward_hook(watch)
+    step.Step(case, provider).run()
     assert len(seen) == 1 and seen[0].abs().sum() > 0
 
 

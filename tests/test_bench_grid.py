@@ -120,10 +120,10 @@ def test_the_strategy_is_forced_in_forward_and_backward(monkeypatch):
 
     monkeypatch.setattr(providers, "our_op", our_op)
     case = OpCase(m=8, k=4, n=6, dtype="fp32", rank=2)
-    contestant = op.Op(case, "triton-fused", [op.make_inputs(case, 0)])
-    contestant.warm_up()
-    contestant.run()
-    contestant.peak()
+    timed = op.Op(case, "triton-fused", [op.make_inputs(case, 0)])
+    timed.warm_up()
+    timed.run()
+    timed.peak()
     assert len(seen) == 6 and all(cells["*"] == {"strategy": "fused"} for cells in seen)
     assert tiles._replacement is None
 
@@ -166,8 +166,10 @@ def test_layer_providers_agree_and_the_adapters_do_something():
     for name in names[2:]:
         assert loss[name] == pytest.approx(loss["naive"], rel=1e-4)
     assert abs(loss["frozen"] - loss["naive"]) > 1e-6
-    laps = measure.interleave({name: step.run for name, step in steps.items()}, 2)
-    assert all(lap["step"] == lap["forward"] + lap["backward"] for lap in laps["ours"])
+    samples = measure.interleave({name: step.run for name, step in steps.items()}, 2)
+    assert all(
+        sample["step"] == sample["forward"] + sample["backward"] for sample in samples["ours"]
+    )
     assert len(steps["frozen"]._trained) == 0 and len(steps["ours"]._trained) == 14
 
 

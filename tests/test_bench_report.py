@@ -22,13 +22,13 @@ META = {
 def known_rows():
     case = OpCase(m=2, k=3, n=4)
 
-    def laps(total):
+    def samples(total):
         return [{"forward": 0.25 * t, "backward": 0.75 * t, "both": t} for t in total]
 
     taken = {
-        "frozen": laps([1.0, 2.0, 4.0]),
-        "peft": laps([2.0, 4.0, 8.0]),
-        "ours": laps([1.1, 2.2, 4.4]),
+        "frozen": samples([1.0, 2.0, 4.0]),
+        "peft": samples([2.0, 4.0, 8.0]),
+        "ours": samples([1.1, 2.2, 4.4]),
     }
     details = {
         name: {

@@ -18,7 +18,7 @@ from lora_kernels import lora_linear
 from lora_kernels.bench.case import KernelCase
 from lora_kernels.bench.memory import SavedStorage
 from lora_kernels.bench.providers import Unavailable, forced_strategy
-from lora_kernels.bench.replay import Replayed
+from lora_kernels.bench.replay import GraphReplay
 from lora_kernels.measuring import machine
 from lora_kernels.ops.linear.triton import tiles
 from lora_kernels.ops.linear.triton.operands import Dropout
@@ -69,7 +69,7 @@ def make_inputs(case: KernelCase, seed: int) -> KernelInputs:
     )
 
 
-def how_many_sets(case: KernelCase) -> int:
+def inputs_to_exceed_cache(case: KernelCase) -> int:
     """Enough for three times the last-level cache, and at least two."""
     elements = case.m * (case.k + case.n) + case.n * case.k
     cache = machine.last_level_cache_bytes(torch.device(case.device))
@@ -158,7 +158,7 @@ def providers(case: KernelCase) -> dict[str, Callable[[KernelInputs, KernelCase]
 # ---- running them
 
 
-class Kernel(Replayed):
+class Kernel(GraphReplay):
     """One provider's calls on all sets of inputs."""
 
     first_loss = None
@@ -206,7 +206,7 @@ def wrong(case: KernelCase, ours: Tensor, inputs: KernelInputs) -> str | None:
 
 def prepare(case: KernelCase, names: list[str]) -> tuple[dict[str, Kernel], dict[str, str]]:
     """The calls that can run here, and for those that cannot, why."""
-    sets = [make_inputs(case, seed) for seed in range(how_many_sets(case))]
+    sets = [make_inputs(case, seed) for seed in range(inputs_to_exceed_cache(case))]
     kernels, skipped = {}, {}
     for name in names:
         call = providers(case)[name]

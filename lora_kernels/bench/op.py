@@ -43,7 +43,7 @@ def make_inputs(case: OpCase, seed: int) -> OpInputs:
     )
 
 
-def how_many_sets(case: OpCase) -> int:
+def inputs_to_exceed_cache(case: OpCase) -> int:
     """Enough for three times the last-level cache, and at least two."""
     elements = case.m * case.k + case.n * case.k + case.m * case.n
     cache = machine.last_level_cache_bytes(torch.device(case.device))
@@ -70,21 +70,21 @@ class Op:
         if self.device.type == "cuda":
             self._capture()
 
-    def run(self) -> timing.Laps:
+    def run(self) -> timing.Sample:
         """Seconds per call, over all sets."""
         clock = timing.Clock(self.device)
         if self._graphs:
             forward, backward = self._graphs
             clock.start()
             forward.replay()
-            clock.lap("forward")
+            clock.mark("forward")
             backward.replay()
-            clock.lap("backward")
+            clock.mark("backward")
         else:
             self._forward_and_backward(clock)
-        laps = {name: took / len(self._calls) for name, took in clock.seconds().items()}
-        laps["both"] = laps["forward"] + laps["backward"]
-        return laps
+        sample = {name: took / len(self._calls) for name, took in clock.seconds().items()}
+        sample["both"] = sample["forward"] + sample["backward"]
+        return sample
 
     def saved(self) -> list[SavedStorage]:
         call, inputs = self._calls[0], self._sets[0]
@@ -115,9 +115,9 @@ class Op:
             for call, inputs in zip(self._calls, self._sets, strict=True):
                 clock.start()
                 y = call.forward()
-                clock.lap("forward")
+                clock.mark("forward")
                 grads = torch.autograd.grad(y, call.leaves, inputs.dy)
-                clock.lap("backward")
+                clock.mark("backward")
                 del y, grads
 
     def _capture(self) -> None:
@@ -180,7 +180,7 @@ def wrong(case: OpCase, name: str, inputs: OpInputs) -> str | None:
 
 def prepare(case: OpCase, names: list[str]) -> tuple[dict[str, Op], dict[str, str]]:
     """The calls that can run here, and for those that cannot, why."""
-    sets = [make_inputs(case, seed) for seed in range(how_many_sets(case))]
+    sets = [make_inputs(case, seed) for seed in range(inputs_to_exceed_cache(case))]
     ops, skipped = {}, {}
     for name in names:
         try:
@@ -210,7 +210,7 @@ def forward_and_backward(call: Call, inputs: OpInputs) -> None:
         torch.autograd.grad(call.forward(), call.leaves, inputs.dy)
 
 
-def floor(case: OpCase, ceilings: dict[str, float]) -> timing.Laps:
+def floor(case: OpCase, ceilings: dict[str, float]) -> timing.Sample:
     """The time nothing can beat: the frozen GEMMs at the measured ceilings, and the passes over
     x (forward), dy and x (backward) that the adapter's products need."""
     size = case.torch_dtype.itemsize
@@ -220,9 +220,9 @@ def floor(case: OpCase, ceilings: dict[str, float]) -> timing.Laps:
         gemm_flops / ceilings["flops_per_second"],
         (x + weight + y) / ceilings["bytes_per_second"],
     )
-    laps = {
+    sample = {
         "forward": gemm + x / ceilings["bytes_per_second"],
         "backward": gemm + (x + y) / ceilings["bytes_per_second"],
     }
-    laps["both"] = laps["forward"] + laps["backward"]
-    return laps
+    sample["both"] = sample["forward"] + sample["backward"]
+    return sample

@@ -1,7 +1,7 @@
 """Who competes.
 
 An op provider is a function from the inputs of one call to a `Call`; a step provider is a function
-from the shared base model to a `Contestant`. To add one, write the function and put it in the
+from the shared base model to a `StepProvider`. To add one, write the function and put it in the
 table below it: the command line, the memory process and the reports know it by that name.
 """
 
@@ -193,7 +193,7 @@ OP_PROVIDERS: dict[str, Callable[[OpInputs, OpCase], Call]] = {
 
 
 @dataclass(frozen=True)
-class Contestant:
+class StepProvider:
     """One provider's model, ready to train."""
 
     model: nn.Module
@@ -202,22 +202,22 @@ class Contestant:
     # Entered around the whole step.
     around_step: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     # Asked after a step: why this model is not what its name says; None when it is.
-    impostor: Callable[[], str | None] = lambda: None
+    fallback_reason: Callable[[], str | None] = lambda: None
 
 
 def _own_copy(base: nn.Module) -> nn.Module:
-    """A copy of the modules around the same parameters: all contestants read the same weights."""
+    """A copy of the modules around the same parameters: all providers read the same weights."""
     memo = {id(parameter): parameter for parameter in base.parameters()}
     return copy.deepcopy(base, memo)
 
 
-def frozen_step(base: nn.Module, case: StepCase) -> Contestant:
+def frozen_step(base: nn.Module, case: StepCase) -> StepProvider:
     model = _own_copy(base)
     # Backward then makes dx down to the first layer, as it must below adapters.
     model.get_input_embeddings().register_forward_hook(
         lambda module, args, output: output.requires_grad_()
     )
-    return Contestant(model)
+    return StepProvider(model)
 
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -240,7 +240,7 @@ def _with_adapters(base: nn.Module, case: StepCase, base_dtype: bool) -> nn.Modu
 
 
 def _randomise_adapters(named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-    """Same values in every contestant; B is not left at zero, where half the work multiplies 0."""
+    """Same values for every provider; B is not left at zero, where half the work multiplies 0."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in named_parameters:
@@ -251,14 +251,14 @@ def _randomise_adapters(named_parameters: Iterable[tuple[str, Tensor]]) -> None:
                 parameter.copy_(values * spread)
 
 
-def peft_step(base: nn.Module, case: StepCase, base_dtype: bool = False) -> Contestant:
-    return Contestant(_with_adapters(base, case, base_dtype))
+def peft_step(base: nn.Module, case: StepCase, base_dtype: bool = False) -> StepProvider:
+    return StepProvider(_with_adapters(base, case, base_dtype))
 
 
-def peft_autocast_step(base: nn.Module, case: StepCase) -> Contestant:
+def peft_autocast_step(base: nn.Module, case: StepCase) -> StepProvider:
     if case.torch_dtype is torch.float32:
         raise Unavailable("autocast changes nothing for an fp32 run; use --dtype bf16 or fp16")
-    return Contestant(
+    return StepProvider(
         _with_adapters(base, case, base_dtype=False),
         around_forward=lambda: torch.autocast(case.device, dtype=case.torch_dtype),
     )
@@ -266,16 +266,16 @@ def peft_autocast_step(base: nn.Module, case: StepCase) -> Contestant:
 
 def our_step(
     base: nn.Module, case: StepCase, backend: str | None = None, base_dtype: bool = False
-) -> Contestant:
+) -> StepProvider:
     from lora_kernels import accelerate
 
     model = _with_adapters(base, case, base_dtype)
     report = accelerate(model)
     around = contextlib.nullcontext if backend is None else lambda: _forced_backend(backend)
-    return Contestant(model, around_step=around, impostor=lambda: _left_to_peft(report))
+    return StepProvider(model, around_step=around, fallback_reason=lambda: _left_to_peft(report))
 
 
-def joint_step(base: nn.Module, case: StepCase, count: int = 8) -> Contestant:
+def joint_step(base: nn.Module, case: StepCase, count: int = 8) -> StepProvider:
     """``count`` adapters trained at once: sequence i belongs to adapter i mod count."""
     from lora_kernels.integrations.routed import route
 
@@ -292,7 +292,7 @@ def joint_step(base: nn.Module, case: StepCase, count: int = 8) -> Contestant:
         first = routed.model.named_parameters()
         _randomise_adapters((key, p) for key, p in first if f".{name}." in key)
     chosen = [names[i % count] for i in range(case.batch)]
-    return Contestant(routed.model.train(), around_step=lambda: routed.adapters(chosen))
+    return StepProvider(routed.model.train(), around_step=lambda: routed.adapters(chosen))
 
 
 def _left_to_peft(report) -> str | None:
@@ -318,7 +318,7 @@ def _forced_backend(backend: str):
         dispatch.PROCESS_DEFAULT = before
 
 
-STEP_PROVIDERS: dict[str, Callable[[nn.Module, StepCase], Contestant]] = {
+STEP_PROVIDERS: dict[str, Callable[[nn.Module, StepCase], StepProvider]] = {
     "frozen": frozen_step,
     "peft": peft_step,
     "peft-base-dtype": lambda base, case: peft_step(base, case, base_dtype=True),

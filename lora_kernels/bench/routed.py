@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_kernels.bench.case import RoutedCase
 from lora_kernels.bench.memory import PeakMemory, SavedStorage, peak_of, saved_for_backward
 from lora_kernels.bench.providers import Call, MissingExtra
-from lora_kernels.bench.replay import Replayed
+from lora_kernels.bench.replay import GraphReplay
 from lora_kernels.bench.routed_providers import OTHER_FUNCTIONS, ROUTED_PROVIDERS, RoutedInputs
 from lora_kernels.measuring import machine, timing
 from lora_kernels.testing import error_bound
@@ -46,7 +46,7 @@ def make_inputs(case: RoutedCase, seed: int) -> RoutedInputs:
     )
 
 
-def how_many_sets(case: RoutedCase) -> int:
+def inputs_to_exceed_cache(case: RoutedCase) -> int:
     """Enough for three times the last-level cache, and at least two."""
     ranks = sum(case.rank_of(adapter) for adapter in range(case.adapters))
     elements = case.rows * (case.k + case.n) + case.n * case.k * case.base
@@ -55,28 +55,26 @@ def how_many_sets(case: RoutedCase) -> int:
     return min(MAX_SETS, max(2, math.ceil(3 * cache / (elements * case.torch_dtype.itemsize))))
 
 
-class Routed(Replayed):
+class Routed(GraphReplay):
     """One provider's calls on all sets of inputs."""
 
     def __init__(self, case: RoutedCase, calls: list[Call], sets: list[RoutedInputs]) -> None:
         super().__init__(torch.device(case.device), self._call_all, len(calls), "layer")
-        self._case, self._contestants, self._sets = case, calls, sets
+        self._case, self._calls, self._sets = case, calls, sets
         self.first_loss = None
 
     def saved(self) -> list[SavedStorage]:
         if not self._case.train:
             return []
-        call, inputs = self._contestants[0], self._sets[0]
+        call, inputs = self._calls[0], self._sets[0]
         own = [inputs.weight, *(leaf for leaf in call.leaves if leaf is not inputs.x)]
         return saved_for_backward(call.forward, own)
 
     def peak(self) -> PeakMemory:
-        return peak_of(
-            lambda: run_once(self._case, self._contestants[0], self._sets[0]), self.device
-        )
+        return peak_of(lambda: run_once(self._case, self._calls[0], self._sets[0]), self.device)
 
     def _call_all(self) -> None:
-        for call, inputs in zip(self._contestants, self._sets, strict=True):
+        for call, inputs in zip(self._calls, self._sets, strict=True):
             run_once(self._case, call, inputs)
 
 
@@ -139,7 +137,7 @@ def wrong(case: RoutedCase, call: Call, inputs: RoutedInputs) -> str | None:
 
 def prepare(case: RoutedCase, names: list[str]) -> tuple[dict[str, Routed], dict[str, str]]:
     """The layers that can run here, and for those that cannot, why."""
-    sets = [make_inputs(case, seed) for seed in range(how_many_sets(case))]
+    sets = [make_inputs(case, seed) for seed in range(inputs_to_exceed_cache(case))]
     layers, skipped = {}, {}
     for name in names:
         try:
@@ -158,11 +156,11 @@ def prepare(case: RoutedCase, names: list[str]) -> tuple[dict[str, Routed], dict
     return layers, skipped
 
 
-def with_parts(case: RoutedCase, laps: dict[str, list[timing.Laps]]) -> None:
-    """Adds each repetition's `part` to the laps."""
-    frozen = laps.get("frozen")
-    for name, taken in laps.items():
+def with_parts(case: RoutedCase, samples: dict[str, list[timing.Sample]]) -> None:
+    """Adds each repetition's `part` to the samples."""
+    frozen = samples.get("frozen")
+    for name, taken in samples.items():
         if name == "frozen" or (case.base and not frozen):
             continue
-        for rep, lap in enumerate(taken):
-            lap["part"] = lap["layer"] - (frozen[rep]["layer"] if case.base else 0.0)
+        for rep, sample in enumerate(taken):
+            sample["part"] = sample["layer"] - (frozen[rep]["layer"] if case.base else 0.0)

@@ -29,24 +29,24 @@ def measure_case(
     """Times, saved bytes and peak memory of every provider in one case, as rows."""
     say("  preparing and warming up: " + ", ".join(names))
     device = torch.device(case.device)
-    contestants, skipped = CASES[kind].prepare(case, names)
+    prepared, skipped = CASES[kind].prepare(case, names)
     for name, reason in skipped.items():
         say(f"  {name} skipped: {reason}")
 
     details: dict[str, dict] = {}
-    for name, contestant in contestants.items():
-        saved = contestant.saved()
+    for name, timed in prepared.items():
+        saved = timed.saved()
         details[name] = {
-            "timing": contestant.timing,
+            "timing": timed.timing,
             "saved_bytes": sum(storage.bytes for storage in saved),
         }
         if kind == "op":
             details[name]["saved"] = [asdict(storage) for storage in saved]
         else:
-            details[name]["loss"] = contestant.first_loss
+            details[name]["loss"] = timed.first_loss
         if memory and device.type == "cuda":
             # The allocator counts exactly, whatever else lives in the process.
-            details[name]["memory"] = asdict(contestant.peak())
+            details[name]["memory"] = asdict(timed.peak())
 
     floor = None
     if kind == "op":
@@ -54,19 +54,19 @@ def measure_case(
         meta = meta | {"ceilings": limits}
         floor = op.floor(case, limits)
 
-    progress = Progress(reps, len(contestants))
-    runs = {name: contestant.run for name, contestant in contestants.items()}
-    laps = timing.interleave(runs, reps, progress.ran) if runs else {}
-    del runs, contestants
+    progress = Progress(reps, len(prepared))
+    runs = {name: timed.run for name, timed in prepared.items()}
+    samples = timing.interleave(runs, reps, progress.ran) if runs else {}
+    del runs, prepared
 
     if kind == "routed":
-        routed.with_parts(case, laps)
+        routed.with_parts(case, samples)
 
     if memory and device.type != "cuda" and kind in ("op", "step"):
-        for name in laps:
+        for name in samples:
             say(f"  peak memory of {name}, in its own process")
             details[name]["memory"] = memory_in_own_process(case, name, threads)
-    return report.rows_of(kind, case, meta, laps, skipped, details, floor)
+    return report.rows_of(kind, case, meta, samples, skipped, details, floor)
 
 
 def memory_in_own_process(case, name: str, threads: int | None) -> dict | None:
@@ -93,7 +93,7 @@ class Progress:
         self._done = 0
         self._began = time.perf_counter()
 
-    def ran(self, rep: int, name: str, laps: timing.Laps) -> None:
+    def ran(self, rep: int, name: str, sample: timing.Sample) -> None:
         self._done += 1
         if self._done % self._runs_per_rep:
             return

@@ -147,7 +147,7 @@ class Candidate:
 
 def tune(case: OpCase, reps: int) -> dict[str, dict]:
     """The two cells of a call: tiles, the fastest backend, and the seconds it was chosen by."""
-    sets = [op.make_inputs(case, seed) for seed in range(op.how_many_sets(case))]
+    sets = [op.make_inputs(case, seed) for seed in range(op.inputs_to_exceed_cache(case))]
     allowed = expected(case, sets[0])
     measured = functools.partial(seconds_of, case, sets, allowed, reps)
 
@@ -258,17 +258,18 @@ def seconds_of(
                 say(f"  {name} is wrong: {reason}")
                 continue
             calls = [call_of(candidate, inputs, case) for inputs in sets]
-            contestant = op.Op(case, name, sets, calls)
-            contestant.warm_up()
-            ops[name] = contestant
+            timed = op.Op(case, name, sets, calls)
+            timed.warm_up()
+            ops[name] = timed
         except Exception as error:  # too much shared memory, say: one candidate's trouble
             say(f"  {name} does not run: {type(error).__name__}: {str(error)[:200]}")
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # but a broken context is everybody's
-    laps = timing.interleave({name: each.run for name, each in ops.items()}, reps)
+    samples = timing.interleave({name: each.run for name, each in ops.items()}, reps)
     return {
         direction: {
-            name: statistics.median(lap[direction] for lap in taken) for name, taken in laps.items()
+            name: statistics.median(sample[direction] for sample in taken)
+            for name, taken in samples.items()
         }
         for direction in DIRECTIONS
     }

@@ -11,7 +11,7 @@ STRATEGIES = ["triton-hybrid", "triton-fused"]
 
 @pytest.fixture(autouse=True)
 def one_set_of_inputs(monkeypatch):
-    monkeypatch.setattr(op, "how_many_sets", lambda case: 1)
+    monkeypatch.setattr(op, "inputs_to_exceed_cache", lambda case: 1)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -29,8 +29,8 @@ def test_the_strategy_reaches_the_launcher(monkeypatch):
     case = OpCase(m=24, k=16, n=24, rank=4, dtype="fp32")
     for name in STRATEGIES:
         asked.clear()
-        contestant = op.Op(case, name, [op.make_inputs(case, 0)])
-        contestant.run()
+        timed = op.Op(case, name, [op.make_inputs(case, 0)])
+        timed.run()
         assert set(asked) == {name.removeprefix("triton-")} and len(asked) == 2
 
 
