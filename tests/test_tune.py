@@ -123,10 +123,9 @@ def test_every_tile_option_is_a_field_of_its_tile():
 
 
 def test_the_key_is_the_one_the_launcher_looks_up():
-    launch = pytest.importorskip("lora_kernels.ops.linear.triton.launch")
     for case in (CASE, OpCase(m=100, k=8, n=24, rank=3, dtype="bf16")):
         x = torch.empty(case.m, case.k, dtype=case.torch_dtype)
-        cell = launch.cell_of("forward", x, case.k, case.n, case.rank, case.dropout > 0)
+        cell = tiles.cell_of("forward", x, case.k, case.n, case.rank, case.dropout > 0)
         assert cell.key == tune.cell_of(case, "forward").key
 
 
