@@ -82,7 +82,7 @@ class RoutedCase:
     tokens: int
     in_features: int
     slices: tuple[int, ...]  # out_features of each
-    width: int  # the widest rank over the slices
+    max_total_rank: int  # of the widest adapter, its slices together
     dtype: torch.dtype
     adapter_dtype: torch.dtype
     dropout: bool = False
@@ -110,9 +110,10 @@ class RoutedCase:
 
         columns = [sum(self.slices[:s]) for s in range(factors)]
         bank = BankTensors(
-            factors=[], slots=[], thresholds=[], slice_columns=columns, width=self.width,
+            factors=[], slots=[], thresholds=[], slice_columns=columns,
+            max_total_rank=self.max_total_rank,
             storage=empty(1 << 24, dtype=self.adapter_dtype),
-            table=empty(slots + 1, factors, 3, dtype=torch.int64),
+            slot_table=empty(slots + 1, factors, 3, dtype=torch.int64),
             scaling=empty(slots + 1, dtype=torch.float64), threshold_table=ints(slots + 1),
         )  # fmt: skip
         routing = RoutingTensors(

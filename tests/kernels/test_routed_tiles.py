@@ -24,7 +24,7 @@ def cell_of(pairs=8192, width=16, itemsize=2, factor_itemsize=2, slots=64, ieee=
         pairs=pairs,
         block=block,
         num_tiles=pairs // block + min(slots + 1, pairs),
-        width=width,
+        max_total_rank=width,
         ieee=ieee,
     )
 
@@ -78,7 +78,7 @@ def test_gradient(cell, depth, count, limits, aligned):
     stage = tile.BLOCK_M * (tile.BLOCK_D * cell.itemsize + tile.BLOCK_R * 4)
     assert tile.num_stages * stage <= limits.shared_memory
     windows = cdiv(cell.num_tiles, tile.window)
-    partials = 2 * 4 * windows * depth * cell.width
+    partials = 2 * 4 * windows * depth * cell.max_total_rank
     assert windows == 1 or partials <= tiles.MAX_PARTIALS
 
 
@@ -104,5 +104,5 @@ def test_nothing_here_sees_a_routing():
     for function in (tiles.shrink_tile, tiles.expand_tile, tiles.gradient_tile):
         assert not {"routing", "offsets", "tokens"} & set(inspect.signature(function).parameters)
     assert set(Cell.__dataclass_fields__) == {
-        "itemsize", "factor_itemsize", "pairs", "block", "num_tiles", "width", "ieee",
+        "itemsize", "factor_itemsize", "pairs", "block", "num_tiles", "max_total_rank", "ieee",
     }  # fmt: skip

@@ -58,7 +58,7 @@ def test_opcheck_of_the_halves(backend, requires_grad):
     torch.library.opcheck(
         OPS.routed_shrink.default, (*context, *layout, p.x, p.seed, backend, *parameters)
     )
-    h = torch.randn(14, bank.tensors().width, requires_grad=requires_grad)
+    h = torch.randn(14, bank.tensors().max_total_rank, requires_grad=requires_grad)
     torch.library.opcheck(
         OPS.routed_expand.default,
         (*context, *layout, h, 7, torch.float32, backend, *parameters),
@@ -154,7 +154,7 @@ def test_meta_tensors(dropout, sliced):
         assert gradient.is_meta, name
         assert (gradient.shape, gradient.dtype) == (tensor.shape, tensor.dtype), name
     h = routed_shrink(p.x, bank, routing, seed=p.seed, backend="composed")
-    assert h.shape == (14, bank.tensors().width)
+    assert h.shape == (14, bank.tensors().max_total_rank)
     assert routed_expand(h, bank, routing, backend="composed").shape == (7, 13)
     assert explain(p.x, bank, routing).backend == "composed"
 

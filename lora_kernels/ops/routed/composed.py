@@ -92,7 +92,7 @@ def expand_backward(call: RoutedCall) -> Gradients:
     grad_weights = _weight_gradient(call)
     t = None
     if needs.x:
-        shape = (call.routing.tokens.shape[0], call.bank.width)
+        shape = (call.routing.tokens.shape[0], call.bank.max_total_rank)
         t = dy.new_zeros(shape, dtype=accumulator_dtype(dy.dtype))
     for group in _groups(call, dy.dtype):
         narrow = _expand_backward(group, call, grad, grad_weights, needs.x)
@@ -273,7 +273,7 @@ def _saved(call: RoutedCall) -> tuple[Tensor, Tensor | None]:
     """Empty h and mask for :func:`_shrink` to fill."""
     x, pairs = call.x, call.routing.tokens.shape[0]
     # Zero where nothing is written: pairs without an adapter, columns beyond an adapter's rank.
-    h = x.new_zeros((pairs, call.bank.width), dtype=product_dtype(x))
+    h = x.new_zeros((pairs, call.bank.max_total_rank), dtype=product_dtype(x))
     mask = None
     if stores_mask(x.device, call.seed, call.backend):
         mask = x.new_zeros((pairs, -(-x.shape[1] // 8)), dtype=torch.uint8)

@@ -64,8 +64,8 @@ class _Part(NamedTuple):
 
 _PARTS = {
     "bank": _Part(
-        "Tensor[] factors, int[] slots, int[] thresholds, int[] slice_columns, int width, "
-        "Tensor storage, Tensor table, Tensor scaling, Tensor threshold_table",
+        "Tensor[] factors, int[] slots, int[] thresholds, int[] slice_columns, int max_total_rank, "
+        "Tensor storage, Tensor slot_table, Tensor scaling, Tensor threshold_table",
         len(BankTensors._fields),
         BankTensors,
     ),
@@ -310,7 +310,7 @@ def _fake_h(call: RoutedCall) -> Tensor:
     x = call.x
     wide = call.backend in ("triton", "native")
     dtype = accumulator_dtype(x.dtype) if wide else product_dtype(x)
-    return x.new_empty((call.routing.tokens.shape[0], call.bank.width), dtype=dtype)
+    return x.new_empty((call.routing.tokens.shape[0], call.bank.max_total_rank), dtype=dtype)
 
 
 def _fake_mask(call: RoutedCall) -> Tensor:

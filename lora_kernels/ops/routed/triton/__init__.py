@@ -128,7 +128,7 @@ def expand_backward(call: RoutedCall) -> Gradients:
 
 def narrow(like: Tensor, call: RoutedCall) -> Tensor:
     """An empty h or t, ``[P, H]`` fp32."""
-    shape = call.routing.tokens.shape[0], call.bank.width
+    shape = call.routing.tokens.shape[0], call.bank.max_total_rank
     return like.new_empty(shape, dtype=torch.float32)
 
 
@@ -143,4 +143,4 @@ def _base_gradient(call: RoutedCall) -> Tensor | None:
 
 def _is_nothing(rows: Tensor, call: RoutedCall) -> bool:
     """Whether there is nothing to launch a kernel for."""
-    return rows.shape[0] == 0 or call.bank.width == 0 or call.routing.tokens.shape[0] == 0
+    return rows.shape[0] == 0 or call.bank.max_total_rank == 0 or call.routing.tokens.shape[0] == 0
