@@ -47,7 +47,7 @@ def emulated() -> bool:
 
 
 def status() -> str:
-    """Whether the CUDA kernels are there, as a phrase for people; why not if they are not."""
+    """For ``doctor``: a phrase that says whether the CUDA kernels were built, and if not, why."""
     if reason := cpu_extension.missing():
         return reason
     if not built_for():

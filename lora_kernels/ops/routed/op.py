@@ -387,10 +387,10 @@ class RoutedFunction(torch.autograd.Function):
             y, h, mask = _with_saved(kind, call)
         x, ctx.edge_to_x = None, None
         if kind is _LORA:
-            trains_a, trains_b = call.layout.trains(call.bank)
-            needs_h = trains_b or ctx.needs_input_grad[4]
-            x, h = operand if trains_a else None, h if needs_h else None
-            if needs_h and not trains_a and ctx.needs_input_grad[2]:
+            needs_a, needs_b = call.layout.needs_gradient(call.bank)
+            needs_h = needs_b or ctx.needs_input_grad[4]
+            x, h = operand if needs_a else None, h if needs_h else None
+            if needs_h and not needs_a and ctx.needs_input_grad[2]:
                 ctx.edge_to_x = missing_edge(operand, second_order.X_WAS_NOT_SAVED)
         elif kind is _SHRINK:
             x, h, pair_weights = operand, None, None

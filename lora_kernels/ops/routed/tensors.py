@@ -73,7 +73,7 @@ class GradientLayout(NamedTuple):
     numel: int
     table: Tensor  # [L + 1, 1 + S] int64: the same by slot, -1 for all other slots
 
-    def trains(self, bank: BankTensors) -> tuple[bool, bool]:
+    def needs_gradient(self, bank: BankTensors) -> tuple[bool, bool]:
         """Whether any A, and whether any B, needs a gradient."""
         of_a = self.offsets[:: len(bank.slice_columns)]
         needed, needed_of_a = len(self.offsets) - self.offsets.count(-1), len(of_a) - of_a.count(-1)

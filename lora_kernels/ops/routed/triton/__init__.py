@@ -42,7 +42,7 @@ def forward(call: RoutedCall) -> Result:
 
 def backward(call: RoutedCall) -> Gradients:
     dy, base, needs, layout = call.dy, call.base, call.needs, call.layout
-    needs_a, needs_b = layout.trains(call.bank)
+    needs_a, needs_b = layout.needs_gradient(call.bank)
     weights = call.routing.pair_weights
     grad = call.bank.storage.new_zeros(layout.numel)
     grad_bias = dy.sum(0) if needs.bias else None
@@ -96,7 +96,7 @@ def shrink_backward(call: RoutedCall) -> Gradients:
     with on_device(x):
         if needs_x:
             launch.expand_a(dx, t.to(x.dtype), overwrite=fresh)
-        if call.layout.trains(call.bank)[0]:
+        if call.layout.needs_gradient(call.bank)[0]:
             launch.a_gradient(x, t, call.layout, grad)
     return Gradients(dx, grad)
 
@@ -119,7 +119,7 @@ def expand_backward(call: RoutedCall) -> Gradients:
     grad_weights = torch.empty_like(weights) if needs.weights else None
     launch = RoutedLaunch(dy, call)
     with on_device(dy):
-        if call.layout.trains(call.bank)[1]:
+        if call.layout.needs_gradient(call.bank)[1]:
             launch.b_gradient(dy, call.h, call.layout, grad)
         if needs.x or needs.weights:
             launch.project(dy, t, call.h, grad_weights, rounded=False)
