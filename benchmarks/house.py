@@ -36,7 +36,7 @@ import subprocess
 import sys
 import tokenize
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 PACKAGE = "lora_kernels"
@@ -365,9 +365,10 @@ def count_calls_here(backend: str) -> dict:
     return counts
 
 
-def count_calls(tree: Path) -> dict:
+def count_calls(tree: Path, backends: Sequence[str] = ("native", "composed", "triton")) -> dict:
+    """Frames by case, forward and backward apart, in a process for each backend."""
     counts = {}
-    for backend in ("native", "composed", "triton"):
+    for backend in backends:
         interpreter = {"TRITON_INTERPRET": "1"} if backend == "triton" else {}
         worker = subprocess.run(
             [sys.executable, os.path.abspath(__file__), "--worker", backend],

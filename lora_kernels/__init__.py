@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lora_kernels.integrations.routed import route
 from lora_kernels.nn import LoRAEmbedding, LoRALinear, RoutedLoRALinear
+from lora_kernels.old_paths import find_old_paths
 from lora_kernels.ops import explain
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.ops.norm import lora_weight_norm
@@ -42,6 +43,8 @@ __all__ = [
     "routed_lora_linear",
     "routed_shrink",
 ]
+
+find_old_paths()
 
 
 def __getattr__(name: str):

@@ -13,6 +13,7 @@ from torch import nn
 
 import lora_kernels
 from lora_kernels.bench import memory, op, providers, step
+from lora_kernels.bench.case import OpCase, StepCase
 from lora_kernels.measuring import machine
 from lora_kernels.measuring import timing as measure
 from lora_kernels.measuring.timing import Spread
@@ -50,10 +51,10 @@ def test_interleave_runs_everyone_once_per_repetition_and_keeps_the_order_of_rep
         return {"step": float(counts[name])}
 
     runs = {name: lambda name=name: run(name) for name in counts}
-    laps = measure.interleave(runs, 4, lambda rep, name, took: told.append((rep, name, took)))
+    samples = measure.interleave(runs, 4, lambda rep, name, took: told.append((rep, name, took)))
 
     assert ran == [name for order in measure.rounds(["a", "b", "c"], 4) for name in order]
-    assert laps == {name: [{"step": float(i)} for i in (1, 2, 3, 4)] for name in "abc"}
+    assert samples == {name: [{"step": float(i)} for i in (1, 2, 3, 4)] for name in "abc"}
     assert [rep for rep, *_ in told] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
 
 
@@ -61,7 +62,7 @@ def test_ratios_are_taken_within_a_repetition():
     # The machine becomes three times slower in the middle: the quotient does not move, while the
     # quotient of the medians (40 / 10) would.
     ours = [{"step": seconds, "optimizer": 1.0} for seconds in (10.0, 30.0, 10.0, 40.0, 40.0)]
-    frozen = [{"step": lap["step"] / 2} for lap in ours]
+    frozen = [{"step": sample["step"] / 2} for sample in ours]
     frozen[4]["step"] = 10.0
     assert measure.ratios(ours, frozen) == {"step": Spread(2.0, 2.0, 2.0)}
     with pytest.raises(ValueError, match="zip"):
@@ -74,8 +75,8 @@ def test_clock_adds_laps_of_one_name_and_drops_what_lies_before_a_start(monkeypa
     clock = measure.Clock(torch.device("cpu"))
     for _ in range(2):
         clock.start()
-        clock.lap("forward")
-        clock.lap("backward")
+        clock.mark("forward")
+        clock.mark("backward")
     assert clock.seconds() == {"forward": 1.0 + 5.0, "backward": 2.0 + 7.0}
 
 
@@ -143,7 +144,7 @@ def test_meta_names_no_path_and_no_host():
 
 
 def test_floor_is_the_frozen_gemms_and_one_pass_over_each_operand():
-    case = op.OpCase(m=100, k=20, n=30, dtype="bf16")
+    case = OpCase(m=100, k=20, n=30, dtype="bf16")
     flops, x, w, y = 2 * 100 * 20 * 30, 2 * 100 * 20, 2 * 20 * 30, 2 * 100 * 30
     compute_bound = op.floor(case, {"flops_per_second": 1e3, "bytes_per_second": 1e6})
     assert compute_bound["forward"] == pytest.approx(flops / 1e3 + x / 1e6)
@@ -192,8 +193,8 @@ def parsed(argv):
 @pytest.mark.parametrize(
     "case",
     [
-        op.OpCase(m=3, k=5, n=7, dtype="fp16", dropout=0.25, rank=3, alpha=1.5),
-        step.StepCase(dtype="fp32", dropout=0.1, batch=3, length=7, layers=2, kv_heads=1),
+        OpCase(m=3, k=5, n=7, dtype="fp16", dropout=0.25, rank=3, alpha=1.5),
+        StepCase(dtype="fp32", dropout=0.1, batch=3, length=7, layers=2, kv_heads=1),
     ],
     ids=["op", "step"],
 )
@@ -201,7 +202,7 @@ def test_a_case_survives_its_own_command_line(case):
     assert parsed(case.argv()) == [case]
 
 
-SMALL = op.OpCase(m=24, k=40, n=56, dtype="fp32", rank=4, alpha=6)
+SMALL = OpCase(m=24, k=40, n=56, dtype="fp32", rank=4, alpha=6)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -238,14 +239,14 @@ def test_a_provider_with_a_wrong_result_is_not_timed(what, broken, monkeypatch):
 
 def test_op_saved_bytes_are_those_of_the_formula():
     """Naive without dropout: x and h, and nothing but them."""
-    case = op.OpCase(m=24, k=40, n=56, dtype="fp32", rank=4)
-    contestant = op.Op(case, "naive", [op.make_inputs(case, 0)])
-    named = {storage.name: storage.bytes for storage in contestant.saved()}
+    case = OpCase(m=24, k=40, n=56, dtype="fp32", rank=4)
+    timed = op.Op(case, "naive", [op.make_inputs(case, 0)])
+    named = {storage.name: storage.bytes for storage in timed.saved()}
     assert named == {"x": 24 * 40 * 4, "h float32[24,4]": 24 * 4 * 4}
 
 
 def test_ours_saves_less_than_naive_with_dropout():
-    case = op.OpCase(m=64, k=128, n=64, dtype="bf16", dropout=0.1, rank=4)
+    case = OpCase(m=64, k=128, n=64, dtype="bf16", dropout=0.1, rank=4)
     inputs = [op.make_inputs(case, 0)]
     ours = {s.name: s.bytes for s in op.Op(case, "ours", inputs).saved()}
     naive = op.Op(case, "naive", inputs).saved()
@@ -262,18 +263,18 @@ def test_a_provider_that_fails_is_skipped_with_its_reason(monkeypatch):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setitem(providers.OP_PROVIDERS, "broken", broken)
-    ops, skipped = op.prepare(op.OpCase(m=8, k=8, n=8, dtype="fp32", rank=2), ["frozen", "broken"])
+    ops, skipped = op.prepare(OpCase(m=8, k=8, n=8, dtype="fp32", rank=2), ["frozen", "broken"])
     assert list(ops) == ["frozen"]
     assert skipped == {"broken": "RuntimeError: no such kernel"}
 
 
-SMALL_STEP = step.StepCase(
+SMALL_STEP = StepCase(
     dtype="fp32", batch=2, length=8, layers=2, hidden=32, heads=4, kv_heads=2,
     intermediate=48, vocab=64, rank=4,
 )  # fmt: skip
 
 
-def test_step_contestants_share_weights_and_agree():
+def test_step_providers_share_weights_and_agree():
     pytest.importorskip("peft")
     case = SMALL_STEP
     base = step.base_model(case)
@@ -282,20 +283,20 @@ def test_step_contestants_share_weights_and_agree():
         for name in ("frozen", "peft", "peft-base-dtype", "ours")
     }
     weight = base.model.layers[0].mlp.up_proj.weight
-    for contestant in made.values():
-        pointers = {p.data_ptr() for p in contestant.model.parameters()}
+    for provider in made.values():
+        pointers = {p.data_ptr() for p in provider.model.parameters()}
         assert weight.data_ptr() in pointers
     assert not any(p.requires_grad for p in made["frozen"].model.parameters())
     trained = [n for n, p in made["ours"].model.named_parameters() if p.requires_grad]
     assert len(trained) == 2 * 7 * 2 and all("lora_" in name for name in trained)
 
-    assert made["ours"].impostor() is None
-    steps = {name: step.Step(case, contestant) for name, contestant in made.items()}
-    laps = {name: contestant.run() for name, contestant in steps.items()}
-    assert set(laps["frozen"]) == {"forward", "backward", "step"}
-    assert set(laps["ours"]) == {"forward", "backward", "step", "optimizer"}
-    assert laps["ours"]["step"] == laps["ours"]["forward"] + laps["ours"]["backward"]
-    loss = {name: contestant.first_loss for name, contestant in steps.items()}
+    assert made["ours"].fallback_reason() is None
+    steps = {name: step.Step(case, provider) for name, provider in made.items()}
+    samples = {name: timed.run() for name, timed in steps.items()}
+    assert set(samples["frozen"]) == {"forward", "backward", "step"}
+    assert set(samples["ours"]) == {"forward", "backward", "step", "optimizer"}
+    assert samples["ours"]["step"] == samples["ours"]["forward"] + samples["ours"]["backward"]
+    loss = {name: timed.first_loss for name, timed in steps.items()}
     assert loss["ours"] == pytest.approx(loss["peft"], rel=1e-5)
     assert loss["peft-base-dtype"] == pytest.approx(loss["peft"], rel=1e-5)
     assert abs(loss["frozen"] - loss["peft"]) > 1e-6  # the adapters do something
@@ -303,8 +304,8 @@ def test_step_contestants_share_weights_and_agree():
     dropping = replace(case, dropout=0.1)
     saved = {}
     for name in ("peft", "ours"):
-        contestant = providers.STEP_PROVIDERS[name](base, dropping)
-        saved[name] = sum(storage.bytes for storage in step.Step(dropping, contestant).saved())
+        provider = providers.STEP_PROVIDERS[name](base, dropping)
+        saved[name] = sum(storage.bytes for storage in step.Step(dropping, provider).saved())
     assert saved["ours"] < saved["peft"]
 
 
@@ -325,18 +326,18 @@ def test_a_step_that_peft_serves_is_not_timed_as_ours(monkeypatch):
 
 def test_frozen_makes_dx_down_to_the_first_layer():
     pytest.importorskip("transformers")
-    case = step.StepCase(
+    case = StepCase(
         dtype="fp32", batch=1, length=4, layers=1, hidden=16, heads=2, kv_heads=1,
         intermediate=24, vocab=32,
     )  # fmt: skip
-    contestant = providers.frozen_step(step.base_model(case), case)
+    provider = providers.frozen_step(step.base_model(case), case)
     seen = []
 
     def watch(module, args, output):
         output.register_hook(seen.append)
 
-    contestant.model.get_input_embeddings().register_forward_hook(watch)
-    step.Step(case, contestant).run()
+    provider.model.get_input_embeddings().register_forward_hook(watch)
+    step.Step(case, provider).run()
     assert len(seen) == 1 and seen[0].abs().sum() > 0
 
 

@@ -9,6 +9,7 @@ import torch
 
 from lora_kernels.__main__ import main
 from lora_kernels.bench import cells, grid, layer, op, providers, report
+from lora_kernels.bench.case import LayerCase, OpCase
 from lora_kernels.measuring import timing as measure
 from lora_kernels.ops.linear.triton import tiles
 
@@ -77,7 +78,7 @@ def test_grid_refuses_unknown_providers(capsys):
 
 def test_naive_fp32_is_pefts_default(monkeypatch):
     pytest.importorskip("peft")
-    case = op.OpCase(m=24, k=40, n=56, dtype="bf16", rank=4)
+    case = OpCase(m=24, k=40, n=56, dtype="bf16", rank=4)
     inputs = op.make_inputs(case, 0)
     results = []
     for name in ("peft", "naive-fp32"):
@@ -118,18 +119,18 @@ def test_the_strategy_is_forced_in_forward_and_backward(monkeypatch):
         return providers.Call(lambda: Spy.apply(inputs.x, lora_a), [inputs.x, lora_a])
 
     monkeypatch.setattr(providers, "our_op", our_op)
-    case = op.OpCase(m=8, k=4, n=6, dtype="fp32", rank=2)
-    contestant = op.Op(case, "triton-fused", [op.make_inputs(case, 0)])
-    contestant.warm_up()
-    contestant.run()
-    contestant.peak()
+    case = OpCase(m=8, k=4, n=6, dtype="fp32", rank=2)
+    timed = op.Op(case, "triton-fused", [op.make_inputs(case, 0)])
+    timed.warm_up()
+    timed.run()
+    timed.peak()
     assert len(seen) == 6 and all(cells["*"] == {"strategy": "fused"} for cells in seen)
     assert tiles._replacement is None
 
 
 # ---- the layer
 
-LAYER = layer.small(layer.LayerCase(device="cpu", dtype="fp32", rank=4))
+LAYER = layer.small(LayerCase(device="cpu", dtype="fp32", rank=4))
 
 
 def test_the_layer_is_llamas():
@@ -165,13 +166,15 @@ def test_layer_providers_agree_and_the_adapters_do_something():
     for name in names[2:]:
         assert loss[name] == pytest.approx(loss["naive"], rel=1e-4)
     assert abs(loss["frozen"] - loss["naive"]) > 1e-6
-    laps = measure.interleave({name: step.run for name, step in steps.items()}, 2)
-    assert all(lap["step"] == lap["forward"] + lap["backward"] for lap in laps["ours"])
+    samples = measure.interleave({name: step.run for name, step in steps.items()}, 2)
+    assert all(
+        sample["step"] == sample["forward"] + sample["backward"] for sample in samples["ours"]
+    )
     assert len(steps["frozen"]._trained) == 0 and len(steps["ours"]._trained) == 14
 
 
 def test_layer_saves_less_than_naive_and_makes_rows():
-    from lora_kernels.bench.case import measure_case
+    from lora_kernels.bench.rows import measure_case
 
     case = replace(LAYER, dropout=0.1, dtype="bf16", length=64)
     meta = {"device": "a", "device_type": "cpu", "threads": 1, "versions": {"torch": "2"}}

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_kernels.bench import op, report
+from lora_kernels.bench import report
+from lora_kernels.bench.case import OpCase
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "readme_tables.py"
 META = {
@@ -19,15 +20,15 @@ META = {
 
 
 def known_rows():
-    case = op.OpCase(m=2, k=3, n=4)
+    case = OpCase(m=2, k=3, n=4)
 
-    def laps(total):
+    def samples(total):
         return [{"forward": 0.25 * t, "backward": 0.75 * t, "both": t} for t in total]
 
     taken = {
-        "frozen": laps([1.0, 2.0, 4.0]),
-        "peft": laps([2.0, 4.0, 8.0]),
-        "ours": laps([1.1, 2.2, 4.4]),
+        "frozen": samples([1.0, 2.0, 4.0]),
+        "peft": samples([2.0, 4.0, 8.0]),
+        "ours": samples([1.1, 2.2, 4.4]),
     }
     details = {
         name: {

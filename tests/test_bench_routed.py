@@ -75,9 +75,9 @@ def test_the_last_adapter_is_noticed():
 
 def test_without_a_base_the_part_is_the_whole():
     case = replace(SMALL, base=False)
-    laps = {"composed": [{"layer": 2.0}, {"layer": 3.0}]}
-    routed.with_parts(case, laps)
-    assert [lap["part"] for lap in laps["composed"]] == [2.0, 3.0]
+    samples = {"composed": [{"layer": 2.0}, {"layer": 3.0}]}
+    routed.with_parts(case, samples)
+    assert [sample["part"] for sample in samples["composed"]] == [2.0, 3.0]
 
 
 def test_a_provider_that_cannot_run_here_is_skipped_with_its_reason():

@@ -282,11 +282,11 @@ def small_run(tiny, tmp_path, monkeypatch):
 
 
 def fake_costs() -> dict[str, step_cost.StepCost]:
-    laps = {
+    samples = {
         name: [{"forward": scale * f, "backward": 2 * scale * f} for f in (1.0, 5.0, 2.0)]
         for name, scale in zip(step_cost.PROVIDERS, (1.0, 1.6, 1.2), strict=True)
     }
-    return step_cost.costs_of(laps)
+    return step_cost.costs_of(samples)
 
 
 def test_the_story_holds_on_a_tiny_model(small_run):

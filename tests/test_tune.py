@@ -7,10 +7,11 @@ import torch
 
 from lora_kernels.__main__ import main
 from lora_kernels.bench import cells, op, tune
+from lora_kernels.bench.case import OpCase
 from lora_kernels.bench.tune import Candidate
 from lora_kernels.ops.linear.triton import tiles
 
-CASE = op.OpCase(m=64, k=48, n=40, rank=4, dropout=0.25, dtype="fp32")
+CASE = OpCase(m=64, k=48, n=40, rank=4, dropout=0.25, dtype="fp32")
 FORWARD, BACKWARD = (tune.cell_of(CASE, direction).key for direction in tune.DIRECTIONS)
 
 
@@ -122,7 +123,7 @@ def test_every_tile_option_is_a_field_of_its_tile():
 
 
 def test_the_key_is_the_one_the_launcher_looks_up():
-    for case in (CASE, op.OpCase(m=100, k=8, n=24, rank=3, dtype="bf16")):
+    for case in (CASE, OpCase(m=100, k=8, n=24, rank=3, dtype="bf16")):
         x = torch.empty(case.m, case.k, dtype=case.torch_dtype)
         cell = tiles.cell_of("forward", x, case.k, case.n, case.rank, case.dropout > 0)
         assert cell.key == tune.cell_of(case, "forward").key
@@ -130,7 +131,7 @@ def test_the_key_is_the_one_the_launcher_looks_up():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_a_wrong_candidate_is_not_timed(dropout, monkeypatch):
-    case = op.OpCase(m=64, k=48, n=40, rank=4, dropout=dropout, dtype="fp32")
+    case = OpCase(m=64, k=48, n=40, rank=4, dropout=dropout, dtype="fp32")
     sets = [op.make_inputs(case, 0)]
     allowed = tune.expected(case, sets[0])
     assert set(allowed) == {"y", "x", "lora_a", "lora_b"}

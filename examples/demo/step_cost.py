@@ -25,12 +25,12 @@ from demo.progress import Advance, quieten
 from demo.settings import Settings
 from demo.train import adapter_optimizer, add_adapter, loss_of
 from lora_kernels.bench.memory import STABLE_MALLOC, peak_of
-from lora_kernels.measuring.timing import Clock, Laps, interleave, ratios
+from lora_kernels.measuring.timing import Clock, Sample, interleave, ratios
 
 FROZEN, PEFT, OURS = "frozen model", "PEFT", "PEFT + accelerate"
 PROVIDERS = (FROZEN, PEFT, OURS)
 
-Step = Callable[[Tensor], Laps]
+Step = Callable[[Tensor], Sample]
 
 
 @dataclass
@@ -57,15 +57,15 @@ def training_step(provider: str, base: nn.Module, settings: Settings) -> Step:
     if provider == FROZEN:
         embed = base.get_input_embeddings()
 
-        def frozen_step(batch: Tensor) -> Laps:
+        def frozen_step(batch: Tensor) -> Sample:
             # Gradients flow to the embedded tokens, as they flow to the first adapter.
             embedded = embed(batch).detach().requires_grad_()
             clock = Clock(settings.device)
             clock.start()
             loss = base(inputs_embeds=embedded, labels=batch, use_cache=False).loss
-            clock.lap("forward")
+            clock.mark("forward")
             loss.backward()
-            clock.lap("backward")
+            clock.mark("backward")
             return clock.seconds()
 
         base.train()
@@ -77,16 +77,16 @@ def training_step(provider: str, base: nn.Module, settings: Settings) -> Step:
     model.train()
     optimizer = adapter_optimizer(model, settings)
 
-    def adapter_step(batch: Tensor) -> Laps:
+    def adapter_step(batch: Tensor) -> Sample:
         clock = Clock(settings.device)
         clock.start()
         loss = loss_of(model, batch)
-        clock.lap("forward")
+        clock.mark("forward")
         loss.backward()
-        clock.lap("backward")
+        clock.mark("backward")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        clock.lap("optimizer")
+        clock.mark("optimizer")
         return clock.seconds()
 
     return adapter_step
@@ -102,20 +102,23 @@ def time_steps(
         step(warm_up)
         advance("warming up")
     turn = {name: iter(rest) for name in steps}
-    laps = interleave(
+    samples = interleave(
         {name: lambda name=name: steps[name](next(turn[name])) for name in steps},
         len(rest),
         lambda _, name, took: advance(f"{name}: {sum(took.values()):.3f} s"),
     )
-    return costs_of(laps)
+    return costs_of(samples)
 
 
-def costs_of(laps: dict[str, list[Laps]]) -> dict[str, StepCost]:
-    """The medians of each provider's laps; a step is the sum of its laps."""
-    steps = {name: [{"step": sum(lap.values())} for lap in turns] for name, turns in laps.items()}
+def costs_of(samples: dict[str, list[Sample]]) -> dict[str, StepCost]:
+    """The medians of each provider; a step is the sum of its parts."""
+    steps = {
+        name: [{"step": sum(sample.values())} for sample in turns]
+        for name, turns in samples.items()
+    }
 
-    def median(turns: list[Laps], part: str) -> float:
-        return statistics.median(lap.get(part, 0.0) for lap in turns)
+    def median(turns: list[Sample], part: str) -> float:
+        return statistics.median(sample.get(part, 0.0) for sample in turns)
 
     return {
         name: StepCost(
@@ -126,7 +129,7 @@ def costs_of(laps: dict[str, list[Laps]]) -> dict[str, StepCost]:
             vs_frozen=ratios(steps[name], steps[FROZEN])["step"].median,
             vs_peft=ratios(steps[name], steps[PEFT])["step"].median,
         )
-        for name, turns in laps.items()
+        for name, turns in samples.items()
     }
 
 

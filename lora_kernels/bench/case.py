@@ -1,107 +1,190 @@
-"""Everything that is measured of one case, as rows."""
+"""What is measured: a dataclass of sizes and dtypes for each kind of benchmark."""
 
-import json
-import os
-import subprocess
-import sys
-import time
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
 import torch
 
-from lora_kernels.bench import kernel, layer, op, report, routed, step
-from lora_kernels.bench.memory import STABLE_MALLOC
-from lora_kernels.measuring import machine, timing
-
-CASES = {"op": op, "step": step, "layer": layer, "routed": routed, "kernel": kernel}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def measure_case(
-    kind: str,
-    case,
-    names: list[str],
-    meta: dict,
-    reps: int,
-    memory: bool,
-    threads: int | None = None,
-) -> list[dict]:
-    """Times, saved bytes and peak memory of every provider in one case, as rows."""
-    say("  preparing and warming up: " + ", ".join(names))
-    device = torch.device(case.device)
-    contestants, skipped = CASES[kind].prepare(case, names)
-    for name, reason in skipped.items():
-        say(f"  {name} skipped: {reason}")
+@dataclass(frozen=True)
+class OpCase:
+    m: int
+    k: int
+    n: int
+    dtype: str = "bf16"
+    dropout: float = 0.0
+    rank: int = 16
+    alpha: float = 32
+    device: str = "cpu"
 
-    details: dict[str, dict] = {}
-    for name, contestant in contestants.items():
-        saved = contestant.saved()
-        details[name] = {
-            "timing": contestant.timing,
-            "saved_bytes": sum(storage.bytes for storage in saved),
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def title(self) -> str:
+        return (
+            f"lora_linear: M {self.m}, K {self.k}, N {self.n}, r {self.rank}, {self.dtype}, "
+            f"dropout {self.dropout:g}"
+        )
+
+    def argv(self) -> list[str]:
+        """The command line that asks for this case again."""
+        values = asdict(self)
+        shape = "x".join(str(values.pop(dim)) for dim in ("m", "k", "n"))
+        return ["op", f"--shapes={shape}", *(f"--{name}={value}" for name, value in values.items())]
+
+
+@dataclass(frozen=True)
+class StepCase:
+    dtype: str = "bf16"
+    dropout: float = 0.0
+    rank: int = 16
+    alpha: float = 32
+    batch: int = 2
+    length: int = 256
+    layers: int = 30
+    hidden: int = 576
+    heads: int = 9
+    kv_heads: int = 3
+    intermediate: int = 1536
+    vocab: int = 49152
+    device: str = "cpu"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def title(self) -> str:
+        return (
+            f"training step: {self.layers} layers of {self.hidden}, {self.batch}x{self.length} "
+            f"tokens, r {self.rank}, {self.dtype}, dropout {self.dropout:g}"
+        )
+
+    def argv(self) -> list[str]:
+        """The command line that asks for this case again."""
+        values = asdict(self)
+        tokens = f"{values.pop('batch')}x{values.pop('length')}"
+        options = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+        return ["step", f"--tokens={tokens}", *options]
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    batch: int = 4
+    length: int = 2048
+    hidden: int = 4096
+    heads: int = 32
+    kv_heads: int = 8
+    intermediate: int = 14336
+    dtype: str = "bf16"
+    dropout: float = 0.0
+    rank: int = 16
+    alpha: float = 32
+    device: str = "cuda"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def title(self) -> str:
+        return (
+            f"decoder layer: hidden {self.hidden}, {self.batch}x{self.length} tokens, "
+            f"r {self.rank}, {self.dtype}, dropout {self.dropout:g}"
+        )
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """name -> (out_features, in_features)"""
+        head = self.hidden // self.heads
+        return {
+            "q": (self.heads * head, self.hidden),
+            "k": (self.kv_heads * head, self.hidden),
+            "v": (self.kv_heads * head, self.hidden),
+            "o": (self.hidden, self.heads * head),
+            "gate": (self.intermediate, self.hidden),
+            "up": (self.intermediate, self.hidden),
+            "down": (self.hidden, self.intermediate),
         }
-        if kind == "op":
-            details[name]["saved"] = [asdict(storage) for storage in saved]
-        else:
-            details[name]["loss"] = contestant.first_loss
-        if memory and device.type == "cuda":
-            # The allocator counts exactly, whatever else lives in the process.
-            details[name]["memory"] = asdict(contestant.peak())
-
-    floor = None
-    if kind == "op":
-        limits = machine.ceilings(device, case.torch_dtype)
-        meta = meta | {"ceilings": limits}
-        floor = op.floor(case, limits)
-
-    progress = Progress(reps, len(contestants))
-    runs = {name: contestant.run for name, contestant in contestants.items()}
-    laps = timing.interleave(runs, reps, progress.ran) if runs else {}
-    del runs, contestants
-
-    if kind == "routed":
-        routed.with_parts(case, laps)
-
-    if memory and device.type != "cuda" and kind in ("op", "step"):
-        for name in laps:
-            say(f"  peak memory of {name}, in its own process")
-            details[name]["memory"] = memory_in_own_process(case, name, threads)
-    return report.rows_of(kind, case, meta, laps, skipped, details, floor)
 
 
-def memory_in_own_process(case, name: str, threads: int | None) -> dict | None:
-    """Runs this command again with --only-memory; None, and a line saying so, if that fails."""
-    command = [sys.executable, "-m", "lora_kernels", "bench", *case.argv()]
-    command += [f"--only-memory={name}", *([f"--threads={threads}"] if threads else [])]
-    # The package that is running, also where it was found through the current directory.
-    package_root = str(Path(__file__).resolve().parents[2])
-    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | STABLE_MALLOC | {"PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        say(f"  no peak memory of {name}: {last}")
-        return None
-    return json.loads(done.stdout.strip().splitlines()[-1])
+@dataclass(frozen=True)
+class RoutedCase:
+    """sequences x tokens rows; sequence i uses adapter i mod adapters, whose ranks are ``ranks``,
+    over and over. slices: out_features of each, side by side."""
+
+    sequences: int = 64
+    tokens: int = 1
+    k: int = 2048
+    slices: tuple[int, ...] = (2048,)
+    adapters: int = 16
+    ranks: tuple[int, ...] = (8, 16, 24, 32, 40, 48, 56, 64)
+    dtype: str = "bf16"
+    adapter_dtype: str = ""  # as dtype
+    train: bool = False
+    base: bool = True  # False: the adapters alone, without the frozen layer
+    device: str = "cpu"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def torch_adapter_dtype(self) -> torch.dtype:
+        return DTYPES[self.adapter_dtype or self.dtype]
+
+    @property
+    def rows(self) -> int:
+        return self.sequences * self.tokens
+
+    @property
+    def n(self) -> int:
+        return sum(self.slices)
+
+    def rank_of(self, adapter: int) -> int:
+        return self.ranks[adapter % len(self.ranks)]
+
+    @property
+    def adapter_of_row(self) -> list[int]:
+        return [i % self.adapters for i in range(self.sequences) for _ in range(self.tokens)]
+
+    @property
+    def title(self) -> str:
+        what = "training" if self.train else "inference"
+        ranks = sorted(set(self.ranks))
+        spread = f"r {ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"r {ranks[0]}"
+        out = "+".join(map(str, self.slices))
+        adapters = f"{self.adapters} {self.adapter_dtype or self.dtype} adapters of {spread}"
+        alone = "" if self.base else ", without the base layer"
+        return (
+            f"routed, {what}: {self.sequences}x{self.tokens} tokens, {adapters}, "
+            f"{self.k} to {out}, {self.dtype}{alone}"
+        )
 
 
-class Progress:
-    """A line per repetition, with what is left."""
+@dataclass(frozen=True)
+class KernelCase:
+    what: str  # "decode", "y" or "dx"
+    m: int
+    k: int
+    n: int
+    rank: int
+    dropout: float = 0.0  # dx only
+    dtype: str = "bf16"
+    device: str = "cuda"
 
-    def __init__(self, reps: int, runs_per_rep: int) -> None:
-        self._reps, self._runs_per_rep = reps, runs_per_rep
-        self._done = 0
-        self._began = time.perf_counter()
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
 
-    def ran(self, rep: int, name: str, laps: timing.Laps) -> None:
-        self._done += 1
-        if self._done % self._runs_per_rep:
-            return
-        elapsed = time.perf_counter() - self._began
-        left = elapsed / (rep + 1) * (self._reps - rep - 1)
-        say(f"  repetition {rep + 1}/{self._reps}, {elapsed:.0f} s so far, about {left:.0f} s left")
-
-
-def say(line: str) -> None:
-    """Progress goes to stderr: stdout is the result."""
-    print(line, file=sys.stderr, flush=True)
+    @property
+    def title(self) -> str:
+        what = {"decode": "decoding", "y": "the GEMM of y", "dx": "the GEMM of dx"}[self.what]
+        drops = f", dropout {self.dropout:g}" if self.dropout else ""
+        return f"{what}: M {self.m}, K {self.k}, N {self.n}, r {self.rank}, {self.dtype}{drops}"

@@ -5,9 +5,7 @@ M tokens, K in_features, N out_features, r rank, p dropout; bf16, alpha = 2 r.
 
 import itertools
 
-from lora_kernels.bench.kernel import KernelCase
-from lora_kernels.bench.op import OpCase
-from lora_kernels.bench.routed import RoutedCase
+from lora_kernels.bench.case import KernelCase, OpCase, RoutedCase
 
 # K x N of the linears: q and o, k and v, gate and up, down.
 LLAMA_8B = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))

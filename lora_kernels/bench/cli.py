@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from lora_kernels.bench import grid, op, report, routed, step
-from lora_kernels.bench.case import CASES, measure_case, say
+from lora_kernels.bench import grid, report
+from lora_kernels.bench.case import DTYPES, OpCase, RoutedCase, StepCase
 from lora_kernels.bench.providers import (
     OP_PROVIDERS,
     STEP_PROVIDERS,
@@ -20,6 +20,7 @@ from lora_kernels.bench.providers import (
     default_providers,
 )
 from lora_kernels.bench.routed_providers import ROUTED_PROVIDERS
+from lora_kernels.bench.rows import CASES, measure_case, say
 from lora_kernels.measuring import machine
 
 PROVIDERS = {"op": OP_PROVIDERS, "step": STEP_PROVIDERS, "routed": ROUTED_PROVIDERS}
@@ -103,7 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
             add("--shapes", help=f"{shapes} (the default depends on the device)")
             add("--compile", action="store_true", help="add torch.compile of the naive formula")
         else:
-            defaults = step.StepCase()
+            defaults = StepCase()
             add(
                 "--tokens",
                 default=f"{defaults.batch}x{defaults.length}",
@@ -121,7 +122,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_routed_options(add) -> None:
-    case = routed.RoutedCase()
+    case = RoutedCase()
     batches = "comma-separated SEQUENCESxTOKENS (%(default)s)"
     add("--batches", default=f"{case.sequences}x{case.tokens},16x64", help=batches)
     layer = "KxN, or KxN+N+N for slices that read the same x (%(default)s)"
@@ -154,8 +155,8 @@ def cases_of(args: argparse.Namespace):
     """Every combination of the comma-separated options."""
     dtypes = args.dtype.split(",")
     for dtype in dtypes:
-        if dtype not in step.DTYPES:
-            raise ValueError(f"--dtype: expected {', '.join(step.DTYPES)}, got {dtype!r}")
+        if dtype not in DTYPES:
+            raise ValueError(f"--dtype: expected {', '.join(DTYPES)}, got {dtype!r}")
     try:
         dropouts = [float(text) for text in args.dropout.split(",")]
     except ValueError:
@@ -173,14 +174,14 @@ def cases_of(args: argparse.Namespace):
         shapes = args.shapes or DEFAULT_SHAPES[torch.device(args.device).type]
         sizes = [_sizes(text, "--shapes", "MxKxN") for text in shapes.split(",")]
         for (dtype, dropout), (m, k, n) in itertools.product(grid, sizes):
-            yield op.OpCase(m, k, n, dtype=dtype, dropout=dropout, **common)
+            yield OpCase(m, k, n, dtype=dtype, dropout=dropout, **common)
         return
     if args.kind == "routed":
         k, _, slices = args.layer.partition("x")
         widths = [_sizes(text, "--layer", "N")[0] for text in slices.split("+")]
         for dtype, batch in itertools.product(dtypes, args.batches.split(",")):
             sequences, tokens = _sizes(batch, "--batches", "SEQUENCESxTOKENS")
-            yield routed.RoutedCase(
+            yield RoutedCase(
                 sequences,
                 tokens,
                 _sizes(k, "--layer", "K")[0],
@@ -205,9 +206,7 @@ def cases_of(args: argparse.Namespace):
         for name in ("layers", "hidden", "heads", "kv_heads", "intermediate", "vocab")
     }
     for dtype, dropout in grid:
-        yield step.StepCase(
-            dtype=dtype, dropout=dropout, batch=batch, length=length, **model, **common
-        )
+        yield StepCase(dtype=dtype, dropout=dropout, batch=batch, length=length, **model, **common)
 
 
 def provider_names(args: argparse.Namespace) -> list[str] | None:

@@ -23,9 +23,10 @@ from pathlib import Path
 import torch
 
 from lora_kernels.bench import cells, kernel, layer, op
-from lora_kernels.bench.case import measure_case
+from lora_kernels.bench.case import KernelCase, LayerCase, OpCase
 from lora_kernels.bench.gpu_check import AGAIN, ROOT, append, read_part
 from lora_kernels.bench.providers import OP_PROVIDERS
+from lora_kernels.bench.rows import measure_case
 from lora_kernels.measuring import machine
 from lora_kernels.runtime import dispatch
 from lora_kernels.testing import (
@@ -112,7 +113,7 @@ def units_of(section: str, dry_run: bool) -> list[Unit]:
             Unit(case.title, functools.partial(benchmark, "op", case, names, reps)) for case in core
         ]
     if section == "layer":
-        cases = [layer.LayerCase(dropout=p, device=device) for p in (0.0, 0.1)]
+        cases = [LayerCase(dropout=p, device=device) for p in (0.0, 0.1)]
         if dry_run:
             cases = [layer.small(case) for case in cases]
         return [
@@ -247,7 +248,7 @@ def ceilings(device: str) -> list[dict]:
 # ---- benchmarks
 
 
-def right_at(case: op.OpCase, name: str) -> None:
+def right_at(case: OpCase, name: str) -> None:
     """The policy at a benchmark's size, and a call with dropout: compiles what will be timed."""
     inputs = op.make_inputs(case, seed=0)
     if reason := op.wrong(case, name, inputs):
@@ -268,7 +269,7 @@ def benchmark(kind: str, case, names: list[str], reps: int) -> list[dict]:
     return rows
 
 
-def kernel_benchmark(case: kernel.KernelCase, dry_run: bool, reps: int) -> list[dict]:
+def kernel_benchmark(case: KernelCase, dry_run: bool, reps: int) -> list[dict]:
     """Not every provider exists for every case, nor on every device; none may be wrong."""
     meta = machine.meta(torch.device(case.device), COMMAND)
     names = [name for name in kernel.providers(case) if not (dry_run and name.startswith("tri"))]

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from lora_kernels.bench import cells, report
-from lora_kernels.bench.case import measure_case, say
-from lora_kernels.bench.op import OpCase
+from lora_kernels.bench.case import OpCase
 from lora_kernels.bench.providers import OP_PROVIDERS, MissingExtra
+from lora_kernels.bench.rows import measure_case, say
 from lora_kernels.measuring import machine
 
 CELLS = {"core": cells.core, "full": cells.grid}

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from lora_kernels import lora_linear
+from lora_kernels.bench.case import KernelCase
 from lora_kernels.bench.memory import SavedStorage
 from lora_kernels.bench.providers import Unavailable, forced_strategy
-from lora_kernels.bench.replay import Replayed
-from lora_kernels.bench.step import DTYPES
+from lora_kernels.bench.replay import GraphReplay
 from lora_kernels.measuring import machine
 from lora_kernels.ops.linear.triton import tiles
 from lora_kernels.ops.linear.triton.operands import Dropout
@@ -28,28 +28,6 @@ from lora_kernels.testing import error_bound
 
 MAX_SETS = 64
 SCALING, SEED = 2.0, 20_240_607
-
-
-@dataclass(frozen=True)
-class KernelCase:
-    what: str  # "decode", "y" or "dx"
-    m: int
-    k: int
-    n: int
-    rank: int
-    dropout: float = 0.0  # dx only
-    dtype: str = "bf16"
-    device: str = "cuda"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
-    @property
-    def title(self) -> str:
-        what = {"decode": "decoding", "y": "the GEMM of y", "dx": "the GEMM of dx"}[self.what]
-        drops = f", dropout {self.dropout:g}" if self.dropout else ""
-        return f"{what}: M {self.m}, K {self.k}, N {self.n}, r {self.rank}, {self.dtype}{drops}"
 
 
 @dataclass(frozen=True)
@@ -91,7 +69,7 @@ def make_inputs(case: KernelCase, seed: int) -> KernelInputs:
     )
 
 
-def how_many_sets(case: KernelCase) -> int:
+def inputs_to_exceed_cache(case: KernelCase) -> int:
     """Enough for three times the last-level cache, and at least two."""
     elements = case.m * (case.k + case.n) + case.n * case.k
     cache = machine.last_level_cache_bytes(torch.device(case.device))
@@ -180,7 +158,7 @@ def providers(case: KernelCase) -> dict[str, Callable[[KernelInputs, KernelCase]
 # ---- running them
 
 
-class Kernel(Replayed):
+class Kernel(GraphReplay):
     """One provider's calls on all sets of inputs."""
 
     first_loss = None
@@ -228,7 +206,7 @@ def wrong(case: KernelCase, ours: Tensor, inputs: KernelInputs) -> str | None:
 
 def prepare(case: KernelCase, names: list[str]) -> tuple[dict[str, Kernel], dict[str, str]]:
     """The calls that can run here, and for those that cannot, why."""
-    sets = [make_inputs(case, seed) for seed in range(how_many_sets(case))]
+    sets = [make_inputs(case, seed) for seed in range(inputs_to_exceed_cache(case))]
     kernels, skipped = {}, {}
     for name in names:
         call = providers(case)[name]

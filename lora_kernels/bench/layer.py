@@ -15,52 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_kernels.bench.case import LayerCase
 from lora_kernels.bench.memory import PeakMemory, SavedStorage, peak_of, saved_for_backward
 from lora_kernels.bench.providers import forced_strategy, naive_formula, naive_fp32_formula
-from lora_kernels.bench.step import DTYPES
 from lora_kernels.measuring import timing
 
 # linear(x, weight, lora_a, lora_b, scaling, dropout_p)
-Linear = Callable[[Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
-
-
-@dataclass(frozen=True)
-class LayerCase:
-    batch: int = 4
-    length: int = 2048
-    hidden: int = 4096
-    heads: int = 32
-    kv_heads: int = 8
-    intermediate: int = 14336
-    dtype: str = "bf16"
-    dropout: float = 0.0
-    rank: int = 16
-    alpha: float = 32
-    device: str = "cuda"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
-    @property
-    def title(self) -> str:
-        return (
-            f"decoder layer: hidden {self.hidden}, {self.batch}x{self.length} tokens, "
-            f"r {self.rank}, {self.dtype}, dropout {self.dropout:g}"
-        )
-
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """name -> (out_features, in_features)"""
-        head = self.hidden // self.heads
-        return {
-            "q": (self.heads * head, self.hidden),
-            "k": (self.kv_heads * head, self.hidden),
-            "v": (self.kv_heads * head, self.hidden),
-            "o": (self.hidden, self.heads * head),
-            "gate": (self.intermediate, self.hidden),
-            "up": (self.intermediate, self.hidden),
-            "down": (self.hidden, self.intermediate),
-        }
+LinearFunction = Callable[[Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
 
 
 def frozen_linear(x, weight, lora_a, lora_b, scaling, dropout_p) -> Tensor:
@@ -74,29 +35,31 @@ def our_linear(backend: str, x, weight, lora_a, lora_b, scaling, dropout_p) -> T
 
 
 @dataclass(frozen=True)
-class Provider:
-    linear: Linear
+class LayerProvider:
+    linear: LinearFunction
     adapter_dtype: torch.dtype | None = torch.float32  # None: that of the base
     strategy: str | None = None
     adapted: bool = True
 
 
 PROVIDERS = {
-    "frozen": Provider(frozen_linear, adapted=False),
-    "naive": Provider(naive_formula, adapter_dtype=None),
-    "naive-fp32": Provider(naive_fp32_formula),
-    "composed": Provider(functools.partial(our_linear, "composed")),
-    "triton-hybrid": Provider(functools.partial(our_linear, "triton"), strategy="hybrid"),
-    "triton-fused": Provider(functools.partial(our_linear, "triton"), strategy="fused"),
-    "native": Provider(functools.partial(our_linear, "native")),
-    "ours": Provider(functools.partial(our_linear, "auto")),
+    "frozen": LayerProvider(frozen_linear, adapted=False),
+    "naive": LayerProvider(naive_formula, adapter_dtype=None),
+    "naive-fp32": LayerProvider(naive_fp32_formula),
+    "composed": LayerProvider(functools.partial(our_linear, "composed")),
+    "triton-hybrid": LayerProvider(functools.partial(our_linear, "triton"), strategy="hybrid"),
+    "triton-fused": LayerProvider(functools.partial(our_linear, "triton"), strategy="fused"),
+    "native": LayerProvider(functools.partial(our_linear, "native")),
+    "ours": LayerProvider(functools.partial(our_linear, "auto")),
 }
 
 
 class DecoderLayer(nn.Module):
     """x [B, T, hidden] -> [B, T, hidden]; every linear goes through ``linear``."""
 
-    def __init__(self, case: LayerCase, weights: dict[str, Tensor], provider: Provider) -> None:
+    def __init__(
+        self, case: LayerCase, weights: dict[str, Tensor], provider: LayerProvider
+    ) -> None:
         super().__init__()
         self.case, self._linear = case, provider.linear
         self._weights = weights
@@ -170,21 +133,21 @@ class LayerStep:
         )
         self._x.requires_grad_()
 
-    def run(self) -> timing.Laps:
+    def run(self) -> timing.Sample:
         clock = timing.Clock(self.device)
         with self._around():
             clock.start()
             y = self._layer(self._x)
-            clock.lap("forward")
+            clock.mark("forward")
             grads = torch.autograd.grad(y, [self._x, *self._trained], self._dy)
-            clock.lap("backward")
-        laps = clock.seconds()
-        laps["step"] = laps["forward"] + laps["backward"]
+            clock.mark("backward")
+        sample = clock.seconds()
+        sample["step"] = sample["forward"] + sample["backward"]
         if self.first_loss is None:
             if not all(torch.isfinite(tensor).all() for tensor in (y, *grads)):
                 raise FloatingPointError("the step's result or a gradient is not finite")
             self.first_loss = (y.detach().float() * self._dy.float()).mean().item()
-        return laps
+        return sample
 
     def saved(self) -> list[SavedStorage]:
         own = [*self._layer.parameters(), *self._weights.values()]

@@ -6,11 +6,12 @@ captured in two graphs, forward and backward, so that no launch is timed that a 
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from lora_kernels.bench.case import OpCase
 from lora_kernels.bench.memory import (
     PeakMemory,
     SavedStorage,
@@ -19,44 +20,10 @@ from lora_kernels.bench.memory import (
     saved_for_backward,
 )
 from lora_kernels.bench.providers import OP_PROVIDERS, Call, MissingExtra, OpInputs, naive_formula
-from lora_kernels.bench.step import DTYPES
 from lora_kernels.measuring import machine, timing
 from lora_kernels.testing import error_bound
 
 MAX_SETS = 64
-
-
-@dataclass(frozen=True)
-class OpCase:
-    m: int
-    k: int
-    n: int
-    dtype: str = "bf16"
-    dropout: float = 0.0
-    rank: int = 16
-    alpha: float = 32
-    device: str = "cpu"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / self.rank
-
-    @property
-    def title(self) -> str:
-        return (
-            f"lora_linear: M {self.m}, K {self.k}, N {self.n}, r {self.rank}, {self.dtype}, "
-            f"dropout {self.dropout:g}"
-        )
-
-    def argv(self) -> list[str]:
-        """The command line that asks for this case again."""
-        values = asdict(self)
-        shape = "x".join(str(values.pop(dim)) for dim in ("m", "k", "n"))
-        return ["op", f"--shapes={shape}", *(f"--{name}={value}" for name, value in values.items())]
 
 
 def make_inputs(case: OpCase, seed: int) -> OpInputs:
@@ -76,7 +43,7 @@ def make_inputs(case: OpCase, seed: int) -> OpInputs:
     )
 
 
-def how_many_sets(case: OpCase) -> int:
+def inputs_to_exceed_cache(case: OpCase) -> int:
     """Enough for three times the last-level cache, and at least two."""
     elements = case.m * case.k + case.n * case.k + case.m * case.n
     cache = machine.last_level_cache_bytes(torch.device(case.device))
@@ -103,21 +70,21 @@ class Op:
         if self.device.type == "cuda":
             self._capture()
 
-    def run(self) -> timing.Laps:
+    def run(self) -> timing.Sample:
         """Seconds per call, over all sets."""
         clock = timing.Clock(self.device)
         if self._graphs:
             forward, backward = self._graphs
             clock.start()
             forward.replay()
-            clock.lap("forward")
+            clock.mark("forward")
             backward.replay()
-            clock.lap("backward")
+            clock.mark("backward")
         else:
             self._forward_and_backward(clock)
-        laps = {name: took / len(self._calls) for name, took in clock.seconds().items()}
-        laps["both"] = laps["forward"] + laps["backward"]
-        return laps
+        sample = {name: took / len(self._calls) for name, took in clock.seconds().items()}
+        sample["both"] = sample["forward"] + sample["backward"]
+        return sample
 
     def saved(self) -> list[SavedStorage]:
         call, inputs = self._calls[0], self._sets[0]
@@ -148,9 +115,9 @@ class Op:
             for call, inputs in zip(self._calls, self._sets, strict=True):
                 clock.start()
                 y = call.forward()
-                clock.lap("forward")
+                clock.mark("forward")
                 grads = torch.autograd.grad(y, call.leaves, inputs.dy)
-                clock.lap("backward")
+                clock.mark("backward")
                 del y, grads
 
     def _capture(self) -> None:
@@ -213,7 +180,7 @@ def wrong(case: OpCase, name: str, inputs: OpInputs) -> str | None:
 
 def prepare(case: OpCase, names: list[str]) -> tuple[dict[str, Op], dict[str, str]]:
     """The calls that can run here, and for those that cannot, why."""
-    sets = [make_inputs(case, seed) for seed in range(how_many_sets(case))]
+    sets = [make_inputs(case, seed) for seed in range(inputs_to_exceed_cache(case))]
     ops, skipped = {}, {}
     for name in names:
         try:
@@ -243,7 +210,7 @@ def forward_and_backward(call: Call, inputs: OpInputs) -> None:
         torch.autograd.grad(call.forward(), call.leaves, inputs.dy)
 
 
-def floor(case: OpCase, ceilings: dict[str, float]) -> timing.Laps:
+def floor(case: OpCase, ceilings: dict[str, float]) -> timing.Sample:
     """The time nothing can beat: the frozen GEMMs at the measured ceilings, and the passes over
     x (forward), dy and x (backward) that the adapter's products need."""
     size = case.torch_dtype.itemsize
@@ -253,9 +220,9 @@ def floor(case: OpCase, ceilings: dict[str, float]) -> timing.Laps:
         gemm_flops / ceilings["flops_per_second"],
         (x + weight + y) / ceilings["bytes_per_second"],
     )
-    laps = {
+    sample = {
         "forward": gemm + x / ceilings["bytes_per_second"],
         "backward": gemm + (x + y) / ceilings["bytes_per_second"],
     }
-    laps["both"] = laps["forward"] + laps["backward"]
-    return laps
+    sample["both"] = sample["forward"] + sample["backward"]
+    return sample

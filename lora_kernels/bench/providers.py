@@ -1,7 +1,7 @@
 """Who competes.
 
 An op provider is a function from the inputs of one call to a `Call`; a step provider is a function
-from the shared base model to a `Contestant`. To add one, write the function and put it in the
+from the shared base model to a `StepProvider`. To add one, write the function and put it in the
 table below it: the command line, the memory process and the reports know it by that name.
 """
 
@@ -9,18 +9,14 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_kernels.bench.case import OpCase, StepCase
 from lora_kernels.ops.linear.triton import tiles
 from lora_kernels.runtime.device_limits import limits_of
-
-if TYPE_CHECKING:
-    from lora_kernels.bench.op import OpCase
-    from lora_kernels.bench.step import StepCase
 
 
 class Unavailable(Exception):
@@ -69,7 +65,7 @@ def _adapters(inputs: OpInputs, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     )
 
 
-def frozen_op(inputs: OpInputs, case: "OpCase") -> Call:
+def frozen_op(inputs: OpInputs, case: OpCase) -> Call:
     return Call(lambda: F.linear(inputs.x, inputs.weight), [inputs.x], frozen=[inputs.weight])
 
 
@@ -85,7 +81,7 @@ def naive_formula(
     return F.linear(x, weight) + scaling * F.linear(h, lora_b)
 
 
-def naive_op(inputs: OpInputs, case: "OpCase", formula: Callable = naive_formula) -> Call:
+def naive_op(inputs: OpInputs, case: OpCase, formula: Callable = naive_formula) -> Call:
     lora_a, lora_b = _adapters(inputs, inputs.x.dtype)
     return Call(
         lambda: formula(inputs.x, inputs.weight, lora_a, lora_b, case.scaling, case.dropout),
@@ -107,7 +103,7 @@ def naive_fp32_formula(
     return (F.linear(x, weight) + scaling * F.linear(h, lora_b)).to(x.dtype)
 
 
-def naive_fp32_op(inputs: OpInputs, case: "OpCase") -> Call:
+def naive_fp32_op(inputs: OpInputs, case: OpCase) -> Call:
     lora_a, lora_b = _adapters(inputs, torch.float32)
     return Call(
         lambda: naive_fp32_formula(
@@ -118,11 +114,11 @@ def naive_fp32_op(inputs: OpInputs, case: "OpCase") -> Call:
     )
 
 
-def compiled_op(inputs: OpInputs, case: "OpCase") -> Call:
+def compiled_op(inputs: OpInputs, case: OpCase) -> Call:
     return naive_op(inputs, case, torch.compile(naive_formula))
 
 
-def peft_op(inputs: OpInputs, case: "OpCase", base_dtype: bool = False) -> Call:
+def peft_op(inputs: OpInputs, case: OpCase, base_dtype: bool = False) -> Call:
     peft = _peft()
     out_features, in_features = inputs.weight.shape
     with torch.device("meta"):
@@ -142,9 +138,7 @@ def peft_op(inputs: OpInputs, case: "OpCase", base_dtype: bool = False) -> Call:
     return Call(lambda: layer(inputs.x), [inputs.x, lora_a, lora_b], frozen=[inputs.weight])
 
 
-def our_op(
-    inputs: OpInputs, case: "OpCase", backend: str = "auto", base_dtype: bool = False
-) -> Call:
+def our_op(inputs: OpInputs, case: OpCase, backend: str = "auto", base_dtype: bool = False) -> Call:
     from lora_kernels import lora_linear
 
     # fp32 adapters unless asked: that is what PEFT makes, over any base.
@@ -164,7 +158,7 @@ def our_op(
     )
 
 
-def triton_op(inputs: OpInputs, case: "OpCase", strategy: str) -> Call:
+def triton_op(inputs: OpInputs, case: OpCase, strategy: str) -> Call:
     """Our kernels with the strategy forced; tile sizes stay those of the shipped table."""
     return replace(
         our_op(inputs, case, "triton"), around=lambda: forced_strategy(strategy, inputs.x.device)
@@ -177,7 +171,7 @@ def forced_strategy(strategy: str, device: torch.device) -> contextlib.AbstractC
     return tiles.use_cells({"*": {"strategy": strategy}} | cells)
 
 
-OP_PROVIDERS: dict[str, Callable[[OpInputs, "OpCase"], Call]] = {
+OP_PROVIDERS: dict[str, Callable[[OpInputs, OpCase], Call]] = {
     "frozen": frozen_op,
     "naive": naive_op,
     "naive-fp32": naive_fp32_op,
@@ -199,7 +193,7 @@ OP_PROVIDERS: dict[str, Callable[[OpInputs, "OpCase"], Call]] = {
 
 
 @dataclass(frozen=True)
-class Contestant:
+class StepProvider:
     """One provider's model, ready to train."""
 
     model: nn.Module
@@ -208,28 +202,28 @@ class Contestant:
     # Entered around the whole step.
     around_step: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
     # Asked after a step: why this model is not what its name says; None when it is.
-    impostor: Callable[[], str | None] = lambda: None
+    fallback_reason: Callable[[], str | None] = lambda: None
 
 
 def _own_copy(base: nn.Module) -> nn.Module:
-    """A copy of the modules around the same parameters: all contestants read the same weights."""
+    """A copy of the modules around the same parameters: all providers read the same weights."""
     memo = {id(parameter): parameter for parameter in base.parameters()}
     return copy.deepcopy(base, memo)
 
 
-def frozen_step(base: nn.Module, case: "StepCase") -> Contestant:
+def frozen_step(base: nn.Module, case: StepCase) -> StepProvider:
     model = _own_copy(base)
     # Backward then makes dx down to the first layer, as it must below adapters.
     model.get_input_embeddings().register_forward_hook(
         lambda module, args, output: output.requires_grad_()
     )
-    return Contestant(model)
+    return StepProvider(model)
 
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def _with_adapters(base: nn.Module, case: "StepCase", base_dtype: bool) -> nn.Module:
+def _with_adapters(base: nn.Module, case: StepCase, base_dtype: bool) -> nn.Module:
     peft = _peft()
     config = peft.LoraConfig(
         r=case.rank,
@@ -246,7 +240,7 @@ def _with_adapters(base: nn.Module, case: "StepCase", base_dtype: bool) -> nn.Mo
 
 
 def _randomise_adapters(named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-    """Same values in every contestant; B is not left at zero, where half the work multiplies 0."""
+    """Same values for every provider; B is not left at zero, where half the work multiplies 0."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in named_parameters:
@@ -257,31 +251,31 @@ def _randomise_adapters(named_parameters: Iterable[tuple[str, Tensor]]) -> None:
                 parameter.copy_(values * spread)
 
 
-def peft_step(base: nn.Module, case: "StepCase", base_dtype: bool = False) -> Contestant:
-    return Contestant(_with_adapters(base, case, base_dtype))
+def peft_step(base: nn.Module, case: StepCase, base_dtype: bool = False) -> StepProvider:
+    return StepProvider(_with_adapters(base, case, base_dtype))
 
 
-def peft_autocast_step(base: nn.Module, case: "StepCase") -> Contestant:
+def peft_autocast_step(base: nn.Module, case: StepCase) -> StepProvider:
     if case.torch_dtype is torch.float32:
         raise Unavailable("autocast changes nothing for an fp32 run; use --dtype bf16 or fp16")
-    return Contestant(
+    return StepProvider(
         _with_adapters(base, case, base_dtype=False),
         around_forward=lambda: torch.autocast(case.device, dtype=case.torch_dtype),
     )
 
 
 def our_step(
-    base: nn.Module, case: "StepCase", backend: str | None = None, base_dtype: bool = False
-) -> Contestant:
+    base: nn.Module, case: StepCase, backend: str | None = None, base_dtype: bool = False
+) -> StepProvider:
     from lora_kernels import accelerate
 
     model = _with_adapters(base, case, base_dtype)
     report = accelerate(model)
     around = contextlib.nullcontext if backend is None else lambda: _forced_backend(backend)
-    return Contestant(model, around_step=around, impostor=lambda: _left_to_peft(report))
+    return StepProvider(model, around_step=around, fallback_reason=lambda: _left_to_peft(report))
 
 
-def joint_step(base: nn.Module, case: "StepCase", count: int = 8) -> Contestant:
+def joint_step(base: nn.Module, case: StepCase, count: int = 8) -> StepProvider:
     """``count`` adapters trained at once: sequence i belongs to adapter i mod count."""
     from lora_kernels.integrations.routed import route
 
@@ -298,7 +292,7 @@ def joint_step(base: nn.Module, case: "StepCase", count: int = 8) -> Contestant:
         first = routed.model.named_parameters()
         _randomise_adapters((key, p) for key, p in first if f".{name}." in key)
     chosen = [names[i % count] for i in range(case.batch)]
-    return Contestant(routed.model.train(), around_step=lambda: routed.adapters(chosen))
+    return StepProvider(routed.model.train(), around_step=lambda: routed.adapters(chosen))
 
 
 def _left_to_peft(report) -> str | None:
@@ -324,7 +318,7 @@ def _forced_backend(backend: str):
         dispatch.PROCESS_DEFAULT = before
 
 
-STEP_PROVIDERS: dict[str, Callable[[nn.Module, "StepCase"], Contestant]] = {
+STEP_PROVIDERS: dict[str, Callable[[nn.Module, StepCase], StepProvider]] = {
     "frozen": frozen_step,
     "peft": peft_step,
     "peft-base-dtype": lambda base, case: peft_step(base, case, base_dtype=True),

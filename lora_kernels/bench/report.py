@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from lora_kernels.measuring.timing import Laps, Spread, by_quantity, ratios
+from lora_kernels.measuring.timing import Sample, Spread, by_quantity, ratios
 
 SCHEMA = 1
 QUANTITIES = {
@@ -41,15 +41,15 @@ def rows_of(
     kind: str,
     case,
     meta: dict,
-    laps: dict[str, list[Laps]],
+    samples: dict[str, list[Sample]],
     skipped: dict[str, str],
     details: dict[str, dict],
-    floor: Laps | None = None,
+    floor: Sample | None = None,
 ) -> list[dict]:
     """One row per provider. details: what else is known of a provider (memory, saved bytes)."""
     rows = []
-    for provider in [*laps, *skipped]:
-        taken = laps.get(provider)
+    for provider in [*samples, *skipped]:
+        taken = samples.get(provider)
         row = {
             "schema": SCHEMA,
             "kind": kind,
@@ -59,8 +59,8 @@ def rows_of(
             "skipped": skipped.get(provider),
             "reps": len(taken) if taken else 0,
             "seconds": {},
-            "over_frozen": _ratios(taken, laps.get("frozen")),
-            "peft_over": _ratios(laps.get("peft"), taken),
+            "over_frozen": _ratios(taken, samples.get("frozen")),
+            "peft_over": _ratios(samples.get("peft"), taken),
             "floor": floor,
             "timing": None,
             "saved_bytes": None,
@@ -69,13 +69,13 @@ def rows_of(
             "loss": None,
             "meta": meta,
         }
-        for quantity, samples in by_quantity(taken).items() if taken else ():
-            row["seconds"][quantity] = {**asdict(Spread.of(samples)), "samples": samples}
+        for quantity, values in by_quantity(taken).items() if taken else ():
+            row["seconds"][quantity] = {**asdict(Spread.of(values)), "samples": values}
         rows.append(row | details.get(provider, {}))
     return rows
 
 
-def _ratios(numerator: list[Laps] | None, denominator: list[Laps] | None) -> dict[str, dict]:
+def _ratios(numerator: list[Sample] | None, denominator: list[Sample] | None) -> dict[str, dict]:
     if not numerator or not denominator:
         return {}
     return {name: asdict(spread) for name, spread in ratios(numerator, denominator).items()}

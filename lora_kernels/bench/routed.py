@@ -6,98 +6,20 @@ goes through several sets of inputs, together larger than the last-level cache, 
 of its own; on CUDA it is the replay of a graph where the provider can be captured.
 """
 
-import contextlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lora_kernels.bench.case import RoutedCase
 from lora_kernels.bench.memory import PeakMemory, SavedStorage, peak_of, saved_for_backward
-from lora_kernels.bench.providers import MissingExtra
-from lora_kernels.bench.replay import Replayed
-from lora_kernels.bench.step import DTYPES
+from lora_kernels.bench.providers import Call, MissingExtra
+from lora_kernels.bench.replay import GraphReplay
+from lora_kernels.bench.routed_providers import OTHER_FUNCTIONS, ROUTED_PROVIDERS, RoutedInputs
 from lora_kernels.measuring import machine, timing
 from lora_kernels.testing import error_bound
 
 MAX_SETS = 16
-
-
-@dataclass(frozen=True)
-class RoutedCase:
-    """sequences x tokens rows; sequence i uses adapter i mod adapters, whose ranks are ``ranks``,
-    over and over. slices: out_features of each, side by side."""
-
-    sequences: int = 64
-    tokens: int = 1
-    k: int = 2048
-    slices: tuple[int, ...] = (2048,)
-    adapters: int = 16
-    ranks: tuple[int, ...] = (8, 16, 24, 32, 40, 48, 56, 64)
-    dtype: str = "bf16"
-    adapter_dtype: str = ""  # as dtype
-    train: bool = False
-    base: bool = True  # False: the adapters alone, without the frozen layer
-    device: str = "cpu"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
-    @property
-    def torch_adapter_dtype(self) -> torch.dtype:
-        return DTYPES[self.adapter_dtype or self.dtype]
-
-    @property
-    def rows(self) -> int:
-        return self.sequences * self.tokens
-
-    @property
-    def n(self) -> int:
-        return sum(self.slices)
-
-    def rank_of(self, adapter: int) -> int:
-        return self.ranks[adapter % len(self.ranks)]
-
-    @property
-    def adapter_of_row(self) -> list[int]:
-        return [i % self.adapters for i in range(self.sequences) for _ in range(self.tokens)]
-
-    @property
-    def title(self) -> str:
-        what = "training" if self.train else "inference"
-        ranks = sorted(set(self.ranks))
-        spread = f"r {ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"r {ranks[0]}"
-        out = "+".join(map(str, self.slices))
-        adapters = f"{self.adapters} {self.adapter_dtype or self.dtype} adapters of {spread}"
-        alone = "" if self.base else ", without the base layer"
-        return (
-            f"routed, {what}: {self.sequences}x{self.tokens} tokens, {adapters}, "
-            f"{self.k} to {out}, {self.dtype}{alone}"
-        )
-
-
-@dataclass(frozen=True)
-class RoutedInputs:
-    """What every provider gets, bit for bit the same."""
-
-    x: Tensor  # [sequences, tokens, K]
-    weight: Tensor  # [N, K], frozen
-    lora_a: list[list[Tensor]]  # per adapter and slice [R, K]
-    lora_b: list[list[Tensor]]  # per adapter and slice [N_s, R]
-    scaling: list[float]  # per adapter
-    dy: Tensor  # [sequences, tokens, N]
-
-
-@dataclass(frozen=True)
-class RoutedCall:
-    """One provider's layer on one set of inputs."""
-
-    forward: Callable[[], Tensor]
-    leaves: list[Tensor]  # x first, what a training step makes gradients for
-    # Entered around forward and backward, not around the replay of a graph that has captured them.
-    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
 
 
 def make_inputs(case: RoutedCase, seed: int) -> RoutedInputs:
@@ -124,7 +46,7 @@ def make_inputs(case: RoutedCase, seed: int) -> RoutedInputs:
     )
 
 
-def how_many_sets(case: RoutedCase) -> int:
+def inputs_to_exceed_cache(case: RoutedCase) -> int:
     """Enough for three times the last-level cache, and at least two."""
     ranks = sum(case.rank_of(adapter) for adapter in range(case.adapters))
     elements = case.rows * (case.k + case.n) + case.n * case.k * case.base
@@ -133,32 +55,30 @@ def how_many_sets(case: RoutedCase) -> int:
     return min(MAX_SETS, max(2, math.ceil(3 * cache / (elements * case.torch_dtype.itemsize))))
 
 
-class Routed(Replayed):
+class Routed(GraphReplay):
     """One provider's calls on all sets of inputs."""
 
-    def __init__(self, case: RoutedCase, calls: list[RoutedCall], sets: list[RoutedInputs]) -> None:
+    def __init__(self, case: RoutedCase, calls: list[Call], sets: list[RoutedInputs]) -> None:
         super().__init__(torch.device(case.device), self._call_all, len(calls), "layer")
-        self._case, self._contestants, self._sets = case, calls, sets
+        self._case, self._calls, self._sets = case, calls, sets
         self.first_loss = None
 
     def saved(self) -> list[SavedStorage]:
         if not self._case.train:
             return []
-        call, inputs = self._contestants[0], self._sets[0]
+        call, inputs = self._calls[0], self._sets[0]
         own = [inputs.weight, *(leaf for leaf in call.leaves if leaf is not inputs.x)]
         return saved_for_backward(call.forward, own)
 
     def peak(self) -> PeakMemory:
-        return peak_of(
-            lambda: run_once(self._case, self._contestants[0], self._sets[0]), self.device
-        )
+        return peak_of(lambda: run_once(self._case, self._calls[0], self._sets[0]), self.device)
 
     def _call_all(self) -> None:
-        for call, inputs in zip(self._contestants, self._sets, strict=True):
+        for call, inputs in zip(self._calls, self._sets, strict=True):
             run_once(self._case, call, inputs)
 
 
-def run_once(case: RoutedCase, call: RoutedCall, inputs: RoutedInputs) -> None:
+def run_once(case: RoutedCase, call: Call, inputs: RoutedInputs) -> None:
     with call.around(), torch.set_grad_enabled(case.train):
         y = call.forward()
         if case.train:
@@ -186,7 +106,7 @@ def formula(
     return y.view(*x.shape[:2], case.n), leaves
 
 
-def wrong(case: RoutedCase, call: RoutedCall, inputs: RoutedInputs) -> str | None:
+def wrong(case: RoutedCase, call: Call, inputs: RoutedInputs) -> str | None:
     """What in this provider's results breaks the package's error policy; None when nothing does."""
 
     def results(y: Tensor, leaves: list[Tensor]) -> dict[str, Tensor]:
@@ -217,9 +137,7 @@ def wrong(case: RoutedCase, call: RoutedCall, inputs: RoutedInputs) -> str | Non
 
 def prepare(case: RoutedCase, names: list[str]) -> tuple[dict[str, Routed], dict[str, str]]:
     """The layers that can run here, and for those that cannot, why."""
-    from lora_kernels.bench.routed_providers import OTHER_FUNCTIONS, ROUTED_PROVIDERS
-
-    sets = [make_inputs(case, seed) for seed in range(how_many_sets(case))]
+    sets = [make_inputs(case, seed) for seed in range(inputs_to_exceed_cache(case))]
     layers, skipped = {}, {}
     for name in names:
         try:
@@ -238,11 +156,11 @@ def prepare(case: RoutedCase, names: list[str]) -> tuple[dict[str, Routed], dict
     return layers, skipped
 
 
-def with_parts(case: RoutedCase, laps: dict[str, list[timing.Laps]]) -> None:
-    """Adds each repetition's `part` to the laps."""
-    frozen = laps.get("frozen")
-    for name, taken in laps.items():
+def with_parts(case: RoutedCase, samples: dict[str, list[timing.Sample]]) -> None:
+    """Adds each repetition's `part` to the samples."""
+    frozen = samples.get("frozen")
+    for name, taken in samples.items():
         if name == "frozen" or (case.base and not frozen):
             continue
-        for rep, lap in enumerate(taken):
-            lap["part"] = lap["layer"] - (frozen[rep]["layer"] if case.base else 0.0)
+        for rep, sample in enumerate(taken):
+            sample["part"] = sample["layer"] - (frozen[rep]["layer"] if case.base else 0.0)

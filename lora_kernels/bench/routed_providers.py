@@ -1,25 +1,37 @@
 """Who competes in serving or training many adapters with one layer.
 
-A provider is a function from the inputs of one call to a `RoutedCall` whose leaves are x, then A
+A provider is a function from the inputs of one call to a `Call` whose leaves are x, then A
 and B of each adapter and slice.
 """
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_kernels.bench.providers import MissingExtra, Unavailable
-from lora_kernels.bench.routed import RoutedCall, RoutedCase, RoutedInputs
+from lora_kernels.bench.case import RoutedCase
+from lora_kernels.bench.providers import Call, MissingExtra, Unavailable
 
 
-def frozen(inputs: RoutedInputs, case: RoutedCase) -> RoutedCall:
+@dataclass(frozen=True)
+class RoutedInputs:
+    """What every provider gets, bit for bit the same."""
+
+    x: Tensor  # [sequences, tokens, K]
+    weight: Tensor  # [N, K], frozen
+    lora_a: list[list[Tensor]]  # per adapter and slice [R, K]
+    lora_b: list[list[Tensor]]  # per adapter and slice [N_s, R]
+    scaling: list[float]  # per adapter
+    dy: Tensor  # [sequences, tokens, N]
+
+
+def frozen(inputs: RoutedInputs, case: RoutedCase) -> Call:
     if not case.base:
         raise Unavailable("without a base layer there is nothing frozen")
-    return RoutedCall(lambda: F.linear(inputs.x, inputs.weight), [inputs.x])
+    return Call(lambda: F.linear(inputs.x, inputs.weight), [inputs.x])
 
 
 def _base(inputs: RoutedInputs, case: RoutedCase) -> Tensor:  # [M, N]
@@ -42,7 +54,7 @@ def _leaves(inputs: RoutedInputs, factors: list[list[tuple[Tensor, Tensor]]]) ->
     return [inputs.x, *(factor for slices in factors for pair in slices for factor in pair)]
 
 
-def loop(inputs: RoutedInputs, case: RoutedCase) -> RoutedCall:
+def loop(inputs: RoutedInputs, case: RoutedCase) -> Call:
     """One adapter after the other in plain torch, the rows' indices known beforehand."""
     factors = _own_factors(inputs, case)
     owner = torch.tensor(case.adapter_of_row, device=inputs.x.device)
@@ -57,7 +69,7 @@ def loop(inputs: RoutedInputs, case: RoutedCase) -> RoutedCall:
             y = y.index_add(0, mine, (delta * inputs.scaling[adapter]).to(y.dtype))
         return y.view(*inputs.x.shape[:2], case.n)
 
-    return RoutedCall(forward, _leaves(inputs, factors))
+    return Call(forward, _leaves(inputs, factors))
 
 
 def _padded(inputs: RoutedInputs, case: RoutedCase) -> list[tuple[Tensor, Tensor]]:
@@ -76,7 +88,7 @@ def _padded(inputs: RoutedInputs, case: RoutedCase) -> list[tuple[Tensor, Tensor
     return stacked
 
 
-def gather_bmm(inputs: RoutedInputs, case: RoutedCase) -> RoutedCall:
+def gather_bmm(inputs: RoutedInputs, case: RoutedCase) -> Call:
     """Each sequence's padded factors are gathered, then batched products."""
     stacked = _padded(inputs, case)
     owner = torch.tensor(case.adapter_of_row[:: case.tokens], device=inputs.x.device)
@@ -87,10 +99,10 @@ def gather_bmm(inputs: RoutedInputs, case: RoutedCase) -> RoutedCall:
         ]  # [sequences, tokens, N]
         return _base(inputs, case).view(*inputs.x.shape[:2], case.n) + torch.cat(parts, dim=-1)
 
-    return RoutedCall(forward, [inputs.x])
+    return Call(forward, [inputs.x])
 
 
-def grouped_mm(inputs: RoutedInputs, case: RoutedCase) -> RoutedCall:
+def grouped_mm(inputs: RoutedInputs, case: RoutedCase) -> Call:
     """``torch._grouped_mm`` on rows sorted by adapter, ranks padded to the widest."""
     if inputs.x.dtype != torch.bfloat16:
         raise Unavailable("torch._grouped_mm takes bf16 only")
@@ -108,10 +120,10 @@ def grouped_mm(inputs: RoutedInputs, case: RoutedCase) -> RoutedCall:
         y = _base(inputs, case).index_add(0, order, torch.cat(parts, dim=1))
         return y.view(*inputs.x.shape[:2], case.n)
 
-    return RoutedCall(forward, [inputs.x])
+    return Call(forward, [inputs.x])
 
 
-def peft(inputs: RoutedInputs, case: RoutedCase, accelerated: bool = False) -> RoutedCall:
+def peft(inputs: RoutedInputs, case: RoutedCase, accelerated: bool = False) -> Call:
     """PEFT's mixed batch, a layer per slice; ``accelerated``: with our forward in it."""
     if case.train:
         raise Unavailable("PEFT refuses mixed batches in training")
@@ -151,7 +163,7 @@ def peft(inputs: RoutedInputs, case: RoutedCase, accelerated: bool = False) -> R
             forward()
         if report.refresh().delegated_calls:
             raise Unavailable(f"left to PEFT: {report.delegated_calls}")
-    return RoutedCall(forward, [inputs.x])
+    return Call(forward, [inputs.x])
 
 
 def _accelerated(model: nn.Module):
@@ -160,7 +172,7 @@ def _accelerated(model: nn.Module):
     return accelerate(model)
 
 
-def ours(inputs: RoutedInputs, case: RoutedCase, backend: str = "auto") -> RoutedCall:
+def ours(inputs: RoutedInputs, case: RoutedCase, backend: str = "auto") -> Call:
     from lora_kernels.ops.routed import AdapterBank, Routing, routed_lora, routed_lora_linear
 
     bank = AdapterBank(
@@ -181,10 +193,10 @@ def ours(inputs: RoutedInputs, case: RoutedCase, backend: str = "auto") -> Route
             return routed_lora_linear(inputs.x, inputs.weight, bank, routing, backend=backend)
         return routed_lora(inputs.x, bank, routing, backend=backend)
 
-    return RoutedCall(forward, leaves)
+    return Call(forward, leaves)
 
 
-def fused(inputs: RoutedInputs, case: RoutedCase) -> RoutedCall:
+def fused(inputs: RoutedInputs, case: RoutedCase) -> Call:
     """Our kernels with the base GEMM and the routed tail in one."""
     from lora_kernels.ops.routed.triton import tiles
 
@@ -192,7 +204,7 @@ def fused(inputs: RoutedInputs, case: RoutedCase) -> RoutedCall:
     return replace(call, around=functools.partial(tiles.use_strategy, "fused"))
 
 
-def single(inputs: RoutedInputs, case: RoutedCase) -> RoutedCall:
+def single(inputs: RoutedInputs, case: RoutedCase) -> Call:
     """One adapter of the mean rank for all tokens: what routing is measured against."""
     from lora_kernels.ops.linear import lora_linear
 
@@ -205,7 +217,7 @@ def single(inputs: RoutedInputs, case: RoutedCase) -> RoutedCall:
         for shape in shapes
     )
     weight = inputs.weight if case.base else None
-    return RoutedCall(
+    return Call(
         lambda: lora_linear(inputs.x, weight, lora_a, lora_b, 1.0), [inputs.x, lora_a, lora_b]
     )
 
@@ -213,7 +225,7 @@ def single(inputs: RoutedInputs, case: RoutedCase) -> RoutedCall:
 # Those that compute something else, to compare with.
 OTHER_FUNCTIONS = ("frozen", "single")
 
-ROUTED_PROVIDERS: dict[str, Callable[[RoutedInputs, RoutedCase], RoutedCall]] = {
+ROUTED_PROVIDERS: dict[str, Callable[[RoutedInputs, RoutedCase], Call]] = {
     "frozen": frozen,
     "single": single,
     "peft": peft,

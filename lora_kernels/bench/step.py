@@ -1,59 +1,22 @@
 """A training step of a Llama with random weights, by default of SmolLM2-135M's shape.
 
 Timed: forward with the loss, and backward; `step` is their sum. The optimizer (AdamW on the
-adapters) is a lap of its own, outside `step`: it is the same for every provider and none of ours.
+adapters) is timed by itself, outside `step`: it is the same for every provider and none of ours.
 """
 
 import gc
-from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.bench.case import StepCase
 from lora_kernels.bench.memory import PeakMemory, SavedStorage, peak_of, saved_for_backward
-from lora_kernels.bench.providers import STEP_PROVIDERS, Contestant, MissingExtra
+from lora_kernels.bench.providers import STEP_PROVIDERS, MissingExtra, StepProvider
 from lora_kernels.measuring import timing
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class StepCase:
-    dtype: str = "bf16"
-    dropout: float = 0.0
-    rank: int = 16
-    alpha: float = 32
-    batch: int = 2
-    length: int = 256
-    layers: int = 30
-    hidden: int = 576
-    heads: int = 9
-    kv_heads: int = 3
-    intermediate: int = 1536
-    vocab: int = 49152
-    device: str = "cpu"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
-    @property
-    def title(self) -> str:
-        return (
-            f"training step: {self.layers} layers of {self.hidden}, {self.batch}x{self.length} "
-            f"tokens, r {self.rank}, {self.dtype}, dropout {self.dropout:g}"
-        )
-
-    def argv(self) -> list[str]:
-        """The command line that asks for this case again."""
-        values = asdict(self)
-        tokens = f"{values.pop('batch')}x{values.pop('length')}"
-        options = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
-        return ["step", f"--tokens={tokens}", *options]
 
 
 def base_model(case: StepCase) -> nn.Module:
-    """The frozen Llama that all contestants share."""
+    """The frozen Llama that all providers share."""
     try:
         import transformers
     except ImportError:
@@ -76,44 +39,44 @@ def base_model(case: StepCase) -> nn.Module:
 
 
 class Step:
-    """One contestant's training step on fixed token ids."""
+    """One provider's training step on fixed token ids."""
 
-    def __init__(self, case: StepCase, contestant: Contestant) -> None:
+    def __init__(self, case: StepCase, provider: StepProvider) -> None:
         self.device = torch.device(case.device)
         self.timing = "events" if self.device.type == "cuda" else "wall clock"
         self.first_loss: float | None = None
-        self._contestant = contestant
+        self._provider = provider
         generator = torch.Generator().manual_seed(1)
         shape = (case.batch, case.length)
         self._ids = torch.randint(case.vocab, shape, generator=generator).to(self.device)
-        trained = [p for p in contestant.model.parameters() if p.requires_grad]
+        trained = [p for p in provider.model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(trained, lr=1e-5) if trained else None
 
     def loss(self) -> Tensor:
-        with self._contestant.around_forward():
-            return self._contestant.model(input_ids=self._ids, labels=self._ids).loss
+        with self._provider.around_forward():
+            return self._provider.model(input_ids=self._ids, labels=self._ids).loss
 
-    def run(self) -> timing.Laps:
+    def run(self) -> timing.Sample:
         clock = timing.Clock(self.device)
-        with self._contestant.around_step():
+        with self._provider.around_step():
             clock.start()
             loss = self.loss()
-            clock.lap("forward")
+            clock.mark("forward")
             loss.backward()
-            clock.lap("backward")
+            clock.mark("backward")
             if self._optimizer:
                 self._optimizer.step()
-                clock.lap("optimizer")
+                clock.mark("optimizer")
                 self._optimizer.zero_grad(set_to_none=True)
         if self.first_loss is None:
             self.first_loss = loss.item()
-        laps = clock.seconds()
-        laps["step"] = laps["forward"] + laps["backward"]
-        return laps
+        sample = clock.seconds()
+        sample["step"] = sample["forward"] + sample["backward"]
+        return sample
 
     def saved(self) -> list[SavedStorage]:
-        model = self._contestant.model
-        with self._contestant.around_step():
+        model = self._provider.model
+        with self._provider.around_step():
             return saved_for_backward(self.loss, [*model.parameters(), *model.buffers()])
 
     def peak(self) -> PeakMemory:
@@ -128,10 +91,10 @@ def prepare(case: StepCase, names: list[str]) -> tuple[dict[str, Step], dict[str
     steps, skipped = {}, {}
     for name in names:
         try:
-            contestant = STEP_PROVIDERS[name](base, case)
-            step = Step(case, contestant)
+            provider = STEP_PROVIDERS[name](base, case)
+            step = Step(case, provider)
             step.run()  # warms up: primitive caches, the allocator, the optimizer's state
-            if reason := contestant.impostor():
+            if reason := provider.fallback_reason():
                 skipped[name] = f"not timed: {reason}"
             else:
                 steps[name] = step

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from lora_kernels.bench import cells, op
-from lora_kernels.bench.case import say
+from lora_kernels.bench.case import OpCase
 from lora_kernels.bench.providers import Call, OpInputs, our_op
+from lora_kernels.bench.rows import say
 from lora_kernels.measuring import machine, timing
 from lora_kernels.ops.linear.reference import lora_linear_reference
 from lora_kernels.ops.linear.triton import tiles
@@ -118,7 +119,7 @@ def write(path: Path, table: dict) -> None:
     os.replace(draft, path)
 
 
-def cell_of(case: op.OpCase, direction: str) -> tiles.LinearCell:
+def cell_of(case: OpCase, direction: str) -> tiles.LinearCell:
     return tiles.LinearCell(
         direction=direction,
         dtype=str(case.torch_dtype).removeprefix("torch."),
@@ -132,7 +133,7 @@ def cell_of(case: op.OpCase, direction: str) -> tiles.LinearCell:
     )
 
 
-def is_done(case: op.OpCase, found: dict) -> bool:
+def is_done(case: OpCase, found: dict) -> bool:
     return all(cell_of(case, direction).key in found for direction in DIRECTIONS)
 
 
@@ -144,9 +145,9 @@ class Candidate:
     options: dict[str, dict] = field(default_factory=dict)  # by direction
 
 
-def tune(case: op.OpCase, reps: int) -> dict[str, dict]:
+def tune(case: OpCase, reps: int) -> dict[str, dict]:
     """The two cells of a call: tiles, the fastest backend, and the seconds it was chosen by."""
-    sets = [op.make_inputs(case, seed) for seed in range(op.how_many_sets(case))]
+    sets = [op.make_inputs(case, seed) for seed in range(op.inputs_to_exceed_cache(case))]
     allowed = expected(case, sets[0])
     measured = functools.partial(seconds_of, case, sets, allowed, reps)
 
@@ -187,13 +188,13 @@ def tune(case: op.OpCase, reps: int) -> dict[str, dict]:
     }
 
 
-def runs_native(case: op.OpCase) -> bool:
+def runs_native(case: OpCase) -> bool:
     """Whether there are CUDA kernels to time. On a CPU native is another thing."""
     device = torch.device(case.device)
     return device.type == "cuda" and not dispatch.unavailable("native", device, case.torch_dtype)
 
 
-def runs_gemm_tail(case: op.OpCase) -> bool:
+def runs_gemm_tail(case: OpCase) -> bool:
     return cuda_extension.missing_gemm_tail(torch.device(case.device)) is None
 
 
@@ -243,7 +244,7 @@ def entry(times: dict[str, float], best: dict) -> dict:
 
 
 def seconds_of(
-    case: op.OpCase,
+    case: OpCase,
     sets: list[OpInputs],
     allowed: dict[str, tuple[Tensor, float]],
     reps: int,
@@ -257,35 +258,36 @@ def seconds_of(
                 say(f"  {name} is wrong: {reason}")
                 continue
             calls = [call_of(candidate, inputs, case) for inputs in sets]
-            contestant = op.Op(case, name, sets, calls)
-            contestant.warm_up()
-            ops[name] = contestant
+            timed = op.Op(case, name, sets, calls)
+            timed.warm_up()
+            ops[name] = timed
         except Exception as error:  # too much shared memory, say: one candidate's trouble
             say(f"  {name} does not run: {type(error).__name__}: {str(error)[:200]}")
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # but a broken context is everybody's
-    laps = timing.interleave({name: each.run for name, each in ops.items()}, reps)
+    samples = timing.interleave({name: each.run for name, each in ops.items()}, reps)
     return {
         direction: {
-            name: statistics.median(lap[direction] for lap in taken) for name, taken in laps.items()
+            name: statistics.median(sample[direction] for sample in taken)
+            for name, taken in samples.items()
         }
         for direction in DIRECTIONS
     }
 
 
-def around(candidate: Candidate, case: op.OpCase) -> contextlib.AbstractContextManager:
+def around(candidate: Candidate, case: OpCase) -> contextlib.AbstractContextManager:
     if not candidate.options:
         return contextlib.nullcontext()
     named = candidate.options.items()
     return tiles.use_cells({cell_of(case, direction).key: cell for direction, cell in named})
 
 
-def call_of(candidate: Candidate, inputs: OpInputs, case: op.OpCase) -> Call:
+def call_of(candidate: Candidate, inputs: OpInputs, case: OpCase) -> Call:
     call = our_op(inputs, case, candidate.backend)
     return replace(call, around=functools.partial(around, candidate, case))
 
 
-def problem_of(case: op.OpCase, inputs: OpInputs) -> LoRAProblem:
+def problem_of(case: OpCase, inputs: OpInputs) -> LoRAProblem:
     device = inputs.x.device
     return LoRAProblem(
         x=inputs.x.detach(),
@@ -301,7 +303,7 @@ def problem_of(case: op.OpCase, inputs: OpInputs) -> LoRAProblem:
     )
 
 
-def expected(case: op.OpCase, inputs: OpInputs) -> dict[str, tuple[Tensor, float]]:
+def expected(case: OpCase, inputs: OpInputs) -> dict[str, tuple[Tensor, float]]:
     """The call's results in fp64, kept as fp32, and how far from each one may be."""
     problem = problem_of(case, inputs)
     eager = run_forward_backward(lora_linear_reference, problem)
@@ -313,7 +315,7 @@ def expected(case: op.OpCase, inputs: OpInputs) -> dict[str, tuple[Tensor, float
 
 
 def wrong(
-    case: op.OpCase,
+    case: OpCase,
     inputs: OpInputs,
     allowed: dict[str, tuple[Tensor, float]],
     candidate: Candidate,

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-Laps = dict[str, float]  # seconds by the name of what was timed
+Sample = dict[str, float]  # of one run: seconds by the name of what was timed
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles of a sample."""
+    """Median and quartiles of some values."""
 
     median: float
     q1: float
@@ -33,34 +33,35 @@ class Spread:
 
 
 class Clock:
-    """Laps of one run: the wall clock on a CPU, events on the current stream on CUDA.
+    """Times the parts of one run: the wall clock on a CPU, events on the current stream on CUDA.
 
-    Laps of the same name add up, so that a run may loop over several calls.
+    Parts of the same name add up, so that a run may loop over several calls.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._laps: list[tuple[str | None, float | torch.cuda.Event]] = []
+        self._marks: list[tuple[str | None, float | torch.cuda.Event]] = []
 
     def start(self) -> None:
-        """Start timing: what happened since the last lap belongs to no lap."""
-        if self._cuda and not self._laps:
+        """Start timing: what happened since the last mark belongs to no part."""
+        if self._cuda and not self._marks:
             torch.cuda.synchronize()
-        self._laps.append((None, self._now()))
+        self._marks.append((None, self._now()))
 
-    def lap(self, name: str) -> None:
-        self._laps.append((name, self._now()))
+    def mark(self, name: str) -> None:
+        """What happened since the last mark is the part of that name."""
+        self._marks.append((name, self._now()))
 
-    def seconds(self) -> Laps:
+    def seconds(self) -> Sample:
         if self._cuda:
             torch.cuda.synchronize()
-        laps: Laps = {}
-        for (_, before), (name, after) in zip(self._laps, self._laps[1:], strict=False):
+        sample: Sample = {}
+        for (_, before), (name, after) in zip(self._marks, self._marks[1:], strict=False):
             if name is None:
                 continue
             took = before.elapsed_time(after) * 1e-3 if self._cuda else after - before
-            laps[name] = laps.get(name, 0.0) + took
-        return laps
+            sample[name] = sample.get(name, 0.0) + took
+        return sample
 
     def _now(self) -> "float | torch.cuda.Event":
         if not self._cuda:
@@ -83,27 +84,27 @@ def rounds(names: list[str], reps: int) -> Iterator[list[str]]:
 
 
 def interleave(
-    runs: dict[str, Callable[[], Laps]],
+    runs: dict[str, Callable[[], Sample]],
     reps: int,
-    on_run: Callable[[int, str, Laps], None] | None = None,
-) -> dict[str, list[Laps]]:
-    """Every run once per repetition; returns the laps of each, in order of repetition."""
-    laps: dict[str, list[Laps]] = {name: [] for name in runs}
+    on_run: Callable[[int, str, Sample], None] | None = None,
+) -> dict[str, list[Sample]]:
+    """Every run once per repetition; returns the samples of each, in order of repetition."""
+    samples: dict[str, list[Sample]] = {name: [] for name in runs}
     for rep, order in enumerate(rounds(list(runs), reps)):
         for name in order:
             took = runs[name]()
-            laps[name].append(took)
+            samples[name].append(took)
             if on_run:
                 on_run(rep, name, took)
-    return laps
+    return samples
 
 
-def by_quantity(laps: list[Laps]) -> dict[str, list[float]]:
-    """Laps of the repetitions, turned into the samples of each quantity."""
-    return {quantity: [lap[quantity] for lap in laps] for quantity in laps[0]}
+def by_quantity(samples: list[Sample]) -> dict[str, list[float]]:
+    """The samples of all repetitions, turned into the values of each quantity."""
+    return {quantity: [sample[quantity] for sample in samples] for quantity in samples[0]}
 
 
-def ratios(numerator: list[Laps], denominator: list[Laps]) -> dict[str, Spread]:
+def ratios(numerator: list[Sample], denominator: list[Sample]) -> dict[str, Spread]:
     """Spread of the quotients taken repetition by repetition, for the quantities both have."""
     shared = [quantity for quantity in numerator[0] if quantity in denominator[0]]
     return {

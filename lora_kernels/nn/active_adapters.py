@@ -33,14 +33,14 @@ class _Use:
         self.active, self.choice = active, choice
         self.is_open = False
         self.frame: FrameType | None = None  # of the generator that entered it
-        self._loose: Batch | None = None
+        self._batch_outside: Batch | None = None
 
-    def loose(self) -> Batch:
+    def batch_outside_forwards(self) -> Batch:
         """For a layer that is called outside of a forward of its model: a batch of its own."""
         version = self.active.slots.current
-        batch = self._loose
+        batch = self._batch_outside
         if batch is None or batch.version is not version:
-            batch = self._loose = Batch(self.choice, version)
+            batch = self._batch_outside = Batch(self.choice, version)
         return batch
 
     def __enter__(self) -> None:
@@ -53,7 +53,7 @@ class _Use:
         self.active.opened(self)
 
     def __exit__(self, *error: object) -> None:
-        self.is_open, self.frame, self._loose = False, None, None
+        self.is_open, self.frame, self._batch_outside = False, None, None
         _uses.set(tuple(use for use in _uses.get() if use is not self))
         # A forward that was interrupted (KeyboardInterrupt) calls no hook at its end.
         _runs.set(tuple(run for run in _runs.get() if run.use is not self))
@@ -240,7 +240,7 @@ class ActiveAdapters:
         for run in reversed(_runs.get()):
             if run.use is use:
                 return run.batch
-        return use.loose()
+        return use.batch_outside_forwards()
 
     def _recomputed_batches(self) -> list[Batch | None]:
         """What a backward computes again: found by the outputs that it began from, as no context
@@ -261,7 +261,7 @@ class ActiveAdapters:
             return found
         batch = self._batch()
         if batch is None and len(self._open) == 1:
-            batch = self._open[0].loose()
+            batch = self._open[0].batch_outside_forwards()
         return [batch]
 
     def _recomputed_around(self) -> list[Batch]:

@@ -271,9 +271,9 @@ class RoutedGroups:
             storage.data_ptr(),
             reach,
             _NUMBER[storage.dtype],
-            bank.table.data_ptr(),
-            bank.table.shape[0],
-            bank.width,
+            bank.slot_table.data_ptr(),
+            bank.slot_table.shape[0],
+            bank.max_total_rank,
             bank.scaling.data_ptr(),
             0 if thresholds is None else thresholds.data_ptr(),
             bank.slice_columns,
@@ -343,7 +343,7 @@ class RoutedGroups:
         self._groups.shrink_backward(*_wide(dx), *_packed(mask), *_packed(t))
 
     def _narrow(self, zeros: bool) -> Tensor:
-        shape = self.routing.tokens.shape[0], self.bank.width
+        shape = self.routing.tokens.shape[0], self.bank.max_total_rank
         return (torch.zeros if zeros else torch.empty)(shape, dtype=torch.float32, device="cpu")
 
 

@@ -47,7 +47,7 @@ def emulated() -> bool:
 
 
 def status() -> str:
-    """Whether the CUDA kernels are there, as a phrase for people; why not if they are not."""
+    """For ``doctor``: a phrase that says whether the CUDA kernels were built, and if not, why."""
     if reason := cpu_extension.missing():
         return reason
     if not built_for():
@@ -231,10 +231,10 @@ def why_not_decode_routed(
         return f"a token may have {routing.pairs_per_token} adapters"
     if not 0 < pairs <= MAX_DECODE_PAIRS:
         return f"room for {pairs} tokens is not 1 to {MAX_DECODE_PAIRS}"
-    if x.numel() == 0 or bank.width == 0:
+    if x.numel() == 0 or bank.max_total_rank == 0:
         return "there is nothing to compute"
-    if bank.width > MAX_DECODE_WIDTH:
-        return f"ranks of {bank.width} over the slices are more than {MAX_DECODE_WIDTH}"
+    if bank.max_total_rank > MAX_DECODE_WIDTH:
+        return f"ranks of {bank.max_total_rank} over the slices are more than {MAX_DECODE_WIDTH}"
     if bank.num_slices > (most := cpu_extension.extension().cuda_max_slices):
         return f"{bank.num_slices} slices are more than {most}"
     if drops:
@@ -263,10 +263,10 @@ def decode_routed_(
     with on_device(x):
         cpu_extension.extension().cuda_decode_routed(
             *_place(x), _NUMBER[x.dtype], _NUMBER[bank.storage.dtype], *_matrix(x), *_matrix(y),
-            overwrite, _address(h), bank.storage.data_ptr(), bank.table.data_ptr(),
+            overwrite, _address(h), bank.storage.data_ptr(), bank.slot_table.data_ptr(),
             bank.scaling.data_ptr(), routing.tiles.data_ptr(), routing.offsets.data_ptr(),
-            routing.tokens.data_ptr(), _address(weights), x.shape[0], x.shape[1], bank.width,
-            routing.tiles.shape[0], routing.block, bank.slice_columns,
+            routing.tokens.data_ptr(), _address(weights), x.shape[0], x.shape[1],
+            bank.max_total_rank, routing.tiles.shape[0], routing.block, bank.slice_columns,
         )  # fmt: skip
 
 

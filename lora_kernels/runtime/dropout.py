@@ -164,8 +164,8 @@ def packed_keep_mask(
     first, start = place.first_group(columns), 0
     while start < total:
         count = min(chunk - (first + start) % chunk, total - start)
-        words = _philox_words(first + start, count, key, stream, seed.device)
-        packed[start : start + count] = _pack_lanes(words, threshold)
+        random_words = _philox_words(first + start, count, key, stream, seed.device)
+        packed[start : start + count] = _pack_lanes(random_words, threshold)
         start += count
     return packed.view(rows, groups)
 
@@ -194,8 +194,8 @@ def packed_keep_mask_of_rows(
     for start in range(0, rows.shape[0], step):
         some = rows[start : start + step]
         counter = (some.long().unsqueeze(1) * pitch + first_row).flatten()
-        words = _philox_of(counter & _LOW_32, counter >> 32, key, stream)
-        packed[start : start + step] = _pack_lanes(words, threshold).view(-1, groups)
+        random_words = _philox_of(counter & _LOW_32, counter >> 32, key, stream)
+        packed[start : start + step] = _pack_lanes(random_words, threshold).view(-1, groups)
     return packed
 
 
@@ -297,7 +297,7 @@ def _xor_low_32(word, other, key):
     return (word ^ other ^ key) & _LOW_32
 
 
-def _pack_lanes(words: tuple[Tensor, Tensor, Tensor, Tensor], threshold: int) -> Tensor:
+def _pack_lanes(random_words: tuple[Tensor, Tensor, Tensor, Tensor], threshold: int) -> Tensor:
     """One byte per group: bit j says whether 16-bit lane j reaches the threshold.
 
     Two words ride in one int64, so four lanes are compared at once: adding 65536 - q to a 16-bit
@@ -314,7 +314,7 @@ def _pack_lanes(words: tuple[Tensor, Tensor, Tensor, Tensor], threshold: int) ->
         return lanes
 
     quads = []
-    for low_word, high_word in (words[:2], words[2:]):
+    for low_word, high_word in (random_words[:2], random_words[2:]):
         both = torch.add(low_word, high_word, alpha=1 << 32)
         odd = kept(both >> 16)
         quads.append(kept(both).add_(odd, alpha=2))  # lanes 0, 1 at bits 16, 17; 2, 3 at 48, 49

@@ -33,7 +33,7 @@ DEVICES = {
 
 
 @dataclass(frozen=True)
-class Call:
+class LinearCase:
     """A forward and a backward of ``lora_linear``, with every gradient but that of the bias."""
 
     tokens: int
@@ -77,13 +77,13 @@ class Call:
 
 
 @dataclass(frozen=True)
-class RoutedCall:
+class RoutedCase:
     """``routed_lora_linear`` with and without a backward, with every gradient but the bias's."""
 
     tokens: int
     in_features: int
     slices: tuple[int, ...]  # out_features of each
-    width: int  # the widest rank over the slices
+    max_total_rank: int  # of the widest adapter, its slices together
     dtype: torch.dtype
     adapter_dtype: torch.dtype
     dropout: bool = False
@@ -111,9 +111,10 @@ class RoutedCall:
 
         columns = [sum(self.slices[:s]) for s in range(factors)]
         bank = BankTensors(
-            factors=[], slots=[], thresholds=[], slice_columns=columns, width=self.width,
+            factors=[], slots=[], thresholds=[], slice_columns=columns,
+            max_total_rank=self.max_total_rank,
             storage=empty(1 << 24, dtype=self.adapter_dtype),
-            table=empty(slots + 1, factors, 3, dtype=torch.int64),
+            slot_table=empty(slots + 1, factors, 3, dtype=torch.int64),
             scaling=empty(slots + 1, dtype=torch.float64), threshold_table=ints(slots + 1),
         )  # fmt: skip
         routing = RoutingTensors(
@@ -142,60 +143,68 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 # name: (call, compute capabilities)
 CALLS = {
-    "bf16, r 16, dropout": (Call(8192, 4096, 4096, 16, BF16, BF16, 0.1), (80, 90, 100)),
+    "bf16, r 16, dropout": (
+        LinearCase(8192, 4096, 4096, 16, BF16, BF16, 0.1),
+        (80, 90, 100),
+    ),
     "bf16, fp32 adapters, r 64, DoRA": (
-        Call(8192, 4096, 4096, 64, BF16, FP32, with_output_scale=True, scaling_on_device=True),
+        LinearCase(
+            8192, 4096, 4096, 64, BF16, FP32, with_output_scale=True, scaling_on_device=True
+        ),
         (80, 90, 100),
     ),
     "bf16, fp32 adapters, r 160, dropout, hybrid": (
-        Call(8192, 4096, 4096, 160, BF16, FP32, 0.1, strategy="hybrid"),
+        LinearCase(8192, 4096, 4096, 160, BF16, FP32, 0.1, strategy="hybrid"),
         (80, 90, 100),
     ),
     "fp16, fp32 adapters, r 3, dropout, odd sizes": (
-        Call(1000, 4097, 4095, 3, FP16, FP32, 0.1),
+        LinearCase(1000, 4097, 4095, 3, FP16, FP32, 0.1),
         (80, 90, 100),
     ),
     "fp32, r 16, dropout, hybrid": (
-        Call(8192, 4096, 4096, 16, FP32, FP32, 0.1, strategy="hybrid"),
+        LinearCase(8192, 4096, 4096, 16, FP32, FP32, 0.1, strategy="hybrid"),
         (90,),
     ),
-    "bf16, r 16, one token": (Call(1, 4096, 4096, 16, BF16, BF16, strategy="hybrid"), (90,)),
+    "bf16, r 16, one token": (
+        LinearCase(1, 4096, 4096, 16, BF16, BF16, strategy="hybrid"),
+        (90,),
+    ),
 }
 
 ALL = (80, 90, 100)
 ROUTED_CALLS = {
-    "routed, bf16, r 16": (RoutedCall(8192, 4096, (4096,), 16, BF16, BF16), ALL),
+    "routed, bf16, r 16": (RoutedCase(8192, 4096, (4096,), 16, BF16, BF16), ALL),
     "routed q k v, bf16, fp32 adapters, r 64, dropout": (
-        RoutedCall(8192, 4096, (4096, 1024, 1024), 192, BF16, FP32, dropout=True), ALL,
+        RoutedCase(8192, 4096, (4096, 1024, 1024), 192, BF16, FP32, dropout=True), ALL,
     ),
     "routed, bf16, r 64, two weighted adapters per token": (
-        RoutedCall(8192, 4096, (4096,), 64, BF16, BF16, pairs_per_token=2, weighted=True), ALL,
+        RoutedCase(8192, 4096, (4096,), 64, BF16, BF16, pairs_per_token=2, weighted=True), ALL,
     ),
     "routed alone, fp16, fp32 adapters, r 3, dropout, odd sizes": (
-        RoutedCall(1000, 4097, (4095,), 3, FP16, FP32, dropout=True, with_weight=False), ALL,
+        RoutedCase(1000, 4097, (4095,), 3, FP16, FP32, dropout=True, with_weight=False), ALL,
     ),
     "routed, fp32, r 16, dropout": (
-        RoutedCall(8192, 4096, (4096,), 16, FP32, FP32, dropout=True), (90,),
+        RoutedCase(8192, 4096, (4096,), 16, FP32, FP32, dropout=True), (90,),
     ),
     "routed q k v fused, bf16, r 16, dropout": (
-        RoutedCall(8192, 4096, (4096, 1024, 1024), 48, BF16, BF16, dropout=True, strategy="fused"),
+        RoutedCase(8192, 4096, (4096, 1024, 1024), 48, BF16, BF16, dropout=True, strategy="fused"),
         ALL,
     ),
     "routed fused, fp16, fp32 adapters, r 24, odd sizes": (
-        RoutedCall(1000, 4097, (4095,), 24, FP16, FP32, strategy="fused"), (90,),
+        RoutedCase(1000, 4097, (4095,), 24, FP16, FP32, strategy="fused"), (90,),
     ),
     "routed fused, fp32, r 64": (
-        RoutedCall(8192, 4096, (4096,), 64, FP32, FP32, strategy="fused"), (90,),
+        RoutedCase(8192, 4096, (4096,), 64, FP32, FP32, strategy="fused"), (90,),
     ),
     "routed q k v, bf16, r 16, 32 tokens": (
-        RoutedCall(32, 4096, (4096, 1024, 1024), 48, BF16, BF16), ALL,
+        RoutedCase(32, 4096, (4096, 1024, 1024), 48, BF16, BF16), ALL,
     ),
-    "routed, bf16, r 160, one token": (RoutedCall(1, 4096, (4096,), 160, BF16, BF16), (90,)),
+    "routed, bf16, r 160, one token": (RoutedCase(1, 4096, (4096,), 160, BF16, BF16), (90,)),
 }  # fmt: skip
 
 
 @functools.cache
-def launches_of(call: Call | RoutedCall, capability: int) -> list[Launch]:
+def launches_of(call: LinearCase | RoutedCase, capability: int) -> list[Launch]:
     """What the call launches on that device, each distinct kernel variant once."""
     recorded = record_launches(list(call.modules), call.run, DEVICES[capability])
     return list({compile_key(launched): launched for launched in recorded}.values())
@@ -213,7 +222,7 @@ def compile_key(launched: Launch) -> str:
 
 
 @functools.cache
-def resources_of(call: Call | RoutedCall, capability: int) -> list[tuple[Launch, Resources]]:
+def resources_of(call: LinearCase | RoutedCase, capability: int) -> list[tuple[Launch, Resources]]:
     return [
         (launched, compile_launch(launched, capability))
         for launched in launches_of(call, capability)
@@ -233,7 +242,9 @@ def resource_table() -> str:
         "per block. Tile: BLOCK_M x (BLOCK_C or BLOCK_D) [x BLOCK_D] / BLOCK_R, warps x stages.",
     ]
     for name, (call, capabilities) in (CALLS | ROUTED_CALLS).items():
-        columns = call.out_features if isinstance(call, Call) else "+".join(map(str, call.slices))
+        columns = (
+            call.out_features if isinstance(call, LinearCase) else "+".join(map(str, call.slices))
+        )
         shape = f"M {call.tokens}, K {call.in_features}, N {columns}"
         lines += ["", f"## {name} ({shape})", ""]
         lines += [

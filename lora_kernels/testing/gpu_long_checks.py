@@ -189,8 +189,8 @@ def large_dropout_counter(target: Target) -> None:
     rows, k, n = 2**31 // groups + 40, 8 * groups, 8
     _need_memory(3 * rows * k * 2)
     seed = torch.tensor(77, device=target.device)
-    words = _philox_words((rows - last) * groups, last * groups, (77, 0), 0, seed.device)
-    packed = _pack_lanes(words, drop_threshold(p)).view(last, groups)
+    random_words = _philox_words((rows - last) * groups, last * groups, (77, 0), 0, seed.device)
+    packed = _pack_lanes(random_words, drop_threshold(p)).view(last, groups)
     bit = torch.arange(8, dtype=torch.uint8, device=target.device)
     mask = ((packed.unsqueeze(-1) >> bit) & 1).flatten(-2).bool()  # [last, K]
 

@@ -48,7 +48,7 @@ def run(
     if out is not None:
         y = out.copy_(y)
     tensors, routed = bank.tensors(), routing.tensors(with_plan=False)
-    h = torch.full((routed.tokens.shape[0], tensors.width), torch.nan) if save_h else None
+    h = torch.full((routed.tokens.shape[0], tensors.max_total_rank), torch.nan) if save_h else None
     native_cuda.decode_routed_(y, p.x, tensors, routed, h, overwrite=overwrite)
     return y, h
 
@@ -260,7 +260,7 @@ def test_a_wider_adapter_after_h_was_made(rank, width):
     whole_h = run(problem, bank=bank)[1]
     with torch.no_grad():
         bank["a0"].lora_b[:, width:] = torch.nan  # must not be read: 0 times it would be NaN
-    tensors = bank.tensors()._replace(width=width)
+    tensors = bank.tensors()._replace(max_total_rank=width)
     routed = problem.routing(bank).tensors(with_plan=False)
     h, y = torch.full((3, width), torch.nan), problem.out.clone()
     native_cuda.decode_routed_(y, problem.x, tensors, routed, h)
@@ -282,17 +282,17 @@ def test_nothing_is_read_outside(in_features, adapter_dtype):
     routed = problem.routing(bank, 20).tensors(with_plan=False)
     end = max(
         offset + rank * (in_features if factor == 0 else SLICES[factor - 1])
-        for slot in tensors.table.tolist()
+        for slot in tensors.slot_table.tolist()
         for factor, (rank, _, offset) in enumerate(slot)
     )
     tensors = tensors._replace(
-        storage=guarded(tensors.storage[:end]), table=guarded(tensors.table),
+        storage=guarded(tensors.storage[:end]), slot_table=guarded(tensors.slot_table),
         scaling=guarded(tensors.scaling),
     )  # fmt: skip
     names = ("tokens", "offsets", "tiles", "pair_weights")
     routed = routed._replace(**{name: guarded(getattr(routed, name)) for name in names})
     x, y = guarded(problem.x), guarded(problem.out)
-    h = guarded(torch.empty(20, tensors.width))
+    h = guarded(torch.empty(20, tensors.max_total_rank))
     assert survives(lambda: native_cuda.decode_routed_(y, x, tensors, routed, h))
 
 

@@ -26,7 +26,7 @@ def cell_of(
         pairs=pairs,
         block=block,
         num_tiles=pairs // block + min(slots + 1, pairs),
-        width=width,
+        max_total_rank=width,
         ieee=ieee,
     )
 
@@ -80,7 +80,7 @@ def test_gradient(cell, depth, count, limits, aligned):
     stage = tile.BLOCK_M * (tile.BLOCK_D * cell.itemsize + tile.BLOCK_R * 4)
     assert tile.num_stages * stage <= limits.shared_memory
     windows = cdiv(cell.num_tiles, tile.window)
-    partials = 2 * 4 * windows * depth * cell.width
+    partials = 2 * 4 * windows * depth * cell.max_total_rank
     assert windows == 1 or partials <= tiles.MAX_PARTIALS
 
 
@@ -106,5 +106,5 @@ def test_nothing_here_sees_a_routing():
     for function in (tiles.shrink_tile, tiles.expand_tile, tiles.gradient_tile):
         assert not {"routing", "offsets", "tokens"} & set(inspect.signature(function).parameters)
     assert set(RoutedCell.__dataclass_fields__) == {
-        "itemsize", "factor_itemsize", "pairs", "block", "num_tiles", "width", "ieee",
+        "itemsize", "factor_itemsize", "pairs", "block", "num_tiles", "max_total_rank", "ieee",
     }  # fmt: skip

@@ -51,7 +51,7 @@ def test_a_table_that_does_not_fit_the_call(where, value):
     bank, routing = bank_and_routing()
     bank.reserve(40, 5)  # adapters that lie anywhere have no bounds but their rank's
     tensors = bank.tensors()
-    tensors = tensors._replace(table=changed(tensors.table, *where, value))
+    tensors = tensors._replace(slot_table=changed(tensors.slot_table, *where, value))
     with pytest.raises(RuntimeError, match=rf"slot {where[0]} has rank"):
         native.RoutedGroups(tensors, routing.tensors(with_plan=True), COLUMNS, None)
 
@@ -86,13 +86,15 @@ def test_what_a_call_was_made_with_is_what_it_computes():
     bank, routing = bank_and_routing()
     seed, x = draw_seed(torch.device("cpu")), torch.randn(6, COLUMNS)
     tensors = bank.tensors()
-    tensors = tensors._replace(table=tensors.table.clone(), scaling=tensors.scaling.clone())
+    tensors = tensors._replace(
+        slot_table=tensors.slot_table.clone(), scaling=tensors.scaling.clone()
+    )
     groups = native.RoutedGroups(tensors, routing.tensors(with_plan=True), COLUMNS, seed)
     mask = groups.draw_mask()
     h = groups.shrink(x, mask, zeros=True)
     expected, out = torch.zeros(6, sum(WIDTHS)), torch.zeros(6, sum(WIDTHS))
     groups.expand_(expected, h)
-    tensors.table.fill_(1 << 30)
+    tensors.slot_table.fill_(1 << 30)
     tensors.scaling.fill_(float("nan"))
     assert torch.equal(groups.draw_mask()[:5], mask[:5])  # the last pair has no adapter
     assert torch.equal(groups.shrink(x, mask, zeros=True), h)

@@ -548,10 +548,10 @@ def test_a_refused_add_changes_nothing(case):
 def test_a_captured_width_does_not_change():
     """h has as many columns as the bank reserved: a graph captured with it must stay right."""
     bank = AdapterBank(K, N, rank_capacity=12, max_rank=5)
-    assert bank.tensors().width == 5
+    assert bank.tensors().max_total_rank == 5
     bank.add("a", torch.randn(2, K), torch.randn(N, 2), 1.0)
     bank.add("b", torch.randn(5, K), torch.randn(N, 5), 1.0)
-    assert bank.tensors().width == 5
+    assert bank.tensors().max_total_rank == 5
     with pytest.raises(RuntimeError, match="rank 6 is above max_rank 5"):
         bank.add("c", torch.randn(6, K), torch.randn(N, 6), 1.0)
     assert list(bank) == ["a", "b"] and "c" not in bank.slots
@@ -568,6 +568,6 @@ def test_a_captured_width_does_not_change():
 
 
 def test_reserved_for_the_sum_of_ranks_unless_told():
-    assert AdapterBank(K, N, rank_capacity=12).tensors().width == 12
+    assert AdapterBank(K, N, rank_capacity=12).tensors().max_total_rank == 12
     with pytest.raises(ValueError, match="max_rank: expected None without rank_capacity"):
         AdapterBank(K, N, max_rank=3)

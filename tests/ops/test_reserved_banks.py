@@ -53,13 +53,13 @@ def replayed(operands, routing: Routing, x: torch.Tensor) -> torch.Tensor:
 def test_only_reserved_banks_are_captured(captured):
     with pytest.raises(RuntimeError, match=r"captured CUDA graph holds addresses: call reserve"):
         captured(bank_with("a", reserve=None))
-    assert captured(bank_with("a")).width == 8
+    assert captured(bank_with("a")).max_total_rank == 8
 
 
 def test_reserved_for_what_there_is(captured):
     bank = bank_with("a", "b", "c", reserve=None)
     bank.reserve()
-    assert captured(bank).width == 3
+    assert captured(bank).max_total_rank == 3
     with pytest.raises(RuntimeError, match="rank 4 is above max_rank 3"):
         bank.add("d", *factors(4), 1.0)
     with pytest.raises(ValueError, match="rank_capacity: expected at least 1, got 0"):
@@ -72,7 +72,7 @@ def test_a_replay_follows_where_a_routing_is_filled(captured, change):
     bank, x = bank_with("a", "b", slots=slots), torch.randn(4, K)
     routing = Routing.empty(4, bank).set_sequences_(["a", "b"], 2)
     operands = captured(bank)
-    tables = operands.table, operands.scaling, operands.threshold_table
+    tables = operands.slot_table, operands.scaling, operands.threshold_table
     first = replayed(operands, routing, x)
     assert torch.equal(first, routed_lora(x, bank, routing, backend="native"))
     names = ["a", "b"]

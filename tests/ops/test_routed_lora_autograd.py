@@ -64,7 +64,7 @@ def test_opcheck_of_the_halves(backend, requires_grad, place):
     p = problem_of(0.3, sliced=True)
     call = differentiable_call(p, backend, requires_grad, place=place)
     opcheck("routed_shrink", call)
-    call.h = torch.randn(14, call.bank.width, requires_grad=requires_grad)
+    call.h = torch.randn(14, call.bank.max_total_rank, requires_grad=requires_grad)
     call.rows, call.dtype = 7, torch.float32
     opcheck("routed_expand", call)
 
@@ -191,7 +191,7 @@ def test_meta_tensors(dropout, sliced):
         assert gradient.is_meta, name
         assert (gradient.shape, gradient.dtype) == (tensor.shape, tensor.dtype), name
     h = routed_shrink(p.x, bank, routing, seed=p.seed, backend="composed")
-    assert h.shape == (14, bank.tensors().width)
+    assert h.shape == (14, bank.tensors().max_total_rank)
     assert routed_expand(h, bank, routing, backend="composed").shape == (7, 13)
     assert explain(p.x, bank, routing).backend == "composed"
 

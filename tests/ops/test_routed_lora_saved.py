@@ -29,7 +29,7 @@ def test_the_op_saves_what_the_function_saves(name, dropout, backend):
     bank, counts = p.bank(), []
     p.x.requires_grad_()
     call = call_of(p, bank, backend, rows=7, dtype=torch.float32)
-    call.h = torch.randn(14, call.bank.width, requires_grad=True)
+    call.h = torch.randn(14, call.bank.max_total_rank, requires_grad=True)
     routing = p.routing(bank)
     ways = {
         "routed_lora": lambda: routed_lora_linear(

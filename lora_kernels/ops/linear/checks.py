@@ -1,4 +1,4 @@
-"""What ``lora_linear`` refuses, in the words of the caller."""
+"""What ``lora_linear`` refuses: an error names the argument, what was expected and what came."""
 
 import torch
 from torch import Tensor

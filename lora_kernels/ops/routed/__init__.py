@@ -245,7 +245,7 @@ def routed_expand(
         check_rows("out", rows, routing)
     batch = _prepared(h, bank, routing, None, _WHOLE, backend, of_h=dtype)
     call = batch.call
-    expected = (call.routing.tokens.shape[0], call.bank.width)
+    expected = (call.routing.tokens.shape[0], call.bank.max_total_rank)
     if tuple(h.shape) != expected:
         raise ValueError(f"h: expected {list(expected)} (pairs, widest rank), got {list(h.shape)}")
     call.x, call.h, call.rows, call.dtype = None, h, rows, dtype

@@ -1,4 +1,5 @@
-"""What the public functions of ``routed_lora`` refuse, in the words of the caller."""
+"""What the public functions of ``routed_lora`` refuse: an error names the argument, what was
+expected and what came."""
 
 import torch
 from torch import Tensor

@@ -53,9 +53,9 @@ def backward(call: RoutedCall) -> Gradients:
     elif needs.x:
         dx = dy.new_zeros((dy.shape[0], call.in_features))
     for group in _groups(call, dy.dtype):
-        if not (needs.x or needs.weights or group.trains_a or group.trains_b):
+        if not (needs.x or needs.weights or group.needs_a or group.needs_b):
             continue
-        t = _expand_backward(group, call, grad, grad_weights, needs.x or group.trains_a)
+        t = _expand_backward(group, call, grad, grad_weights, needs.x or group.needs_a)
         if t is not None:
             _shrink_backward(group, t, call, grad, dx)
     return Gradients(dx, grad, grad_weights, grad_bias)
@@ -74,7 +74,7 @@ def shrink_backward(call: RoutedCall) -> Gradients:
     grad = call.bank.storage.new_zeros(call.layout.numel)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs_x else None
     for group in _groups(call, x.dtype):
-        if needs_x or group.trains_a:
+        if needs_x or group.needs_a:
             narrow = call.dy[group.pairs, : group.rank]
             _shrink_backward(group, narrow, call, grad, dx)
     return Gradients(dx, grad)
@@ -92,7 +92,7 @@ def expand_backward(call: RoutedCall) -> Gradients:
     grad_weights = _weight_gradient(call)
     t = None
     if needs.x:
-        shape = (call.routing.tokens.shape[0], call.bank.width)
+        shape = (call.routing.tokens.shape[0], call.bank.max_total_rank)
         t = dy.new_zeros(shape, dtype=accumulator_dtype(dy.dtype))
     for group in _groups(call, dy.dtype):
         narrow = _expand_backward(group, call, grad, grad_weights, needs.x)
@@ -129,11 +129,11 @@ class _Group:
             self.rows_of(out).add_(_wide_product(left, right, out.dtype))
 
     @property
-    def trains_a(self) -> bool:
+    def needs_a(self) -> bool:
         return self.offsets[0] >= 0
 
     @property
-    def trains_b(self) -> bool:
+    def needs_b(self) -> bool:
         return any(offset >= 0 for offset in self.offsets[1:])
 
     def row_numbers(self) -> Tensor:
@@ -273,7 +273,7 @@ def _saved(call: RoutedCall) -> tuple[Tensor, Tensor | None]:
     """Empty h and mask for :func:`_shrink` to fill."""
     x, pairs = call.x, call.routing.tokens.shape[0]
     # Zero where nothing is written: pairs without an adapter, columns beyond an adapter's rank.
-    h = x.new_zeros((pairs, call.bank.width), dtype=product_dtype(x))
+    h = x.new_zeros((pairs, call.bank.max_total_rank), dtype=product_dtype(x))
     mask = None
     if stores_mask(x.device, call.seed, call.backend):
         mask = x.new_zeros((pairs, -(-x.shape[1] // 8)), dtype=torch.uint8)

@@ -28,7 +28,7 @@ def forward(call: RoutedCall) -> Result:
 
 
 def backward(call: RoutedCall) -> Gradients:
-    needs, (needs_a, needs_b) = call.needs, call.layout.trains(call.bank)
+    needs, (needs_a, needs_b) = call.needs, call.layout.needs_gradient(call.bank)
     groups = _groups(call, call.in_features)
     dy, mask = cpu_extension.rows_of(call.dy), call.mask
     dx = t = grad_weights = None
@@ -57,7 +57,7 @@ def shrink(call: RoutedCall) -> tuple[Tensor, Tensor | None]:
 
 def shrink_backward(call: RoutedCall) -> Gradients:
     x, mask = call.x, call.mask
-    needs_a, _ = call.layout.trains(call.bank)
+    needs_a, _ = call.layout.needs_gradient(call.bank)
     groups = _groups(call, x.shape[1])
     if call.seed is not None and mask is None:
         mask = groups.draw_mask()
@@ -80,7 +80,7 @@ def expand_(call: RoutedCall) -> None:
 def expand_backward(call: RoutedCall) -> Gradients:
     if call.dy.dtype not in cpu_extension.DTYPES:
         return composed.expand_backward(call)
-    needs, (_, needs_b) = call.needs, call.layout.trains(call.bank)
+    needs, (_, needs_b) = call.needs, call.layout.needs_gradient(call.bank)
     groups = _groups(call, 0)
     dy = cpu_extension.rows_of(call.dy)
     t = grad_weights = None

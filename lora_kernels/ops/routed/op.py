@@ -65,8 +65,8 @@ class _Part(NamedTuple):
 
 _PARTS = {
     "bank": _Part(
-        "Tensor[] factors, int[] slots, int[] thresholds, int[] slice_columns, int width, "
-        "Tensor storage, Tensor table, Tensor scaling, Tensor threshold_table",
+        "Tensor[] factors, int[] slots, int[] thresholds, int[] slice_columns, int max_total_rank, "
+        "Tensor storage, Tensor slot_table, Tensor scaling, Tensor threshold_table",
         len(BankTensors._fields),
         BankTensors,
     ),
@@ -310,7 +310,7 @@ def _fake_h(call: RoutedCall) -> Tensor:
     x = call.x
     wide = call.backend in ("triton", "native")
     dtype = accumulator_dtype(x.dtype) if wide else product_dtype(x)
-    return x.new_empty((call.routing.tokens.shape[0], call.bank.width), dtype=dtype)
+    return x.new_empty((call.routing.tokens.shape[0], call.bank.max_total_rank), dtype=dtype)
 
 
 def _fake_mask(call: RoutedCall) -> Tensor:
@@ -388,10 +388,10 @@ class RoutedFunction(torch.autograd.Function):
             y, h, mask = _with_saved(kind, call)
         x, ctx.edge_to_x = None, None
         if kind is _LORA:
-            trains_a, trains_b = call.layout.trains(call.bank)
-            needs_h = trains_b or ctx.needs_input_grad[4]
-            x, h = operand if trains_a else None, h if needs_h else None
-            if needs_h and not trains_a and ctx.needs_input_grad[2]:
+            needs_a, needs_b = call.layout.needs_gradient(call.bank)
+            needs_h = needs_b or ctx.needs_input_grad[4]
+            x, h = operand if needs_a else None, h if needs_h else None
+            if needs_h and not needs_a and ctx.needs_input_grad[2]:
                 ctx.edge_to_x = missing_edge(operand, second_order.X_WAS_NOT_SAVED)
         elif kind is _SHRINK:
             x, h = operand, None

@@ -25,14 +25,14 @@ def shrink(
 ) -> Tensor:  # [P, H]
     """``h = D(x) A^T`` of every pair, zero beyond the rank of its adapter."""
     dtype = accumulator_dtype(x.dtype)
-    h = x.new_zeros((routing.tokens.shape[0], version.width), dtype=dtype)
+    h = x.new_zeros((routing.tokens.shape[0], version.max_total_rank), dtype=dtype)
     h = h + x[:0].sum()  # nothing, but a function of x
     for adapter in _adapters(version, slots):
         pairs, tokens = _pairs_of(adapter.slot, routing)
         dropped = _dropped(x[tokens], adapter, tokens, seed, place)
         parts = [pair[0].to(x.dtype) for pair in adapter.factors() if pair is not None]
         narrow = F.linear(dropped, torch.cat(parts)).to(dtype)
-        narrow = F.pad(narrow, (0, version.width - narrow.shape[1]))
+        narrow = F.pad(narrow, (0, version.max_total_rank - narrow.shape[1]))
         h = h.index_add(0, pairs, narrow)
     return h
 

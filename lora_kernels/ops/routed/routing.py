@@ -121,7 +121,7 @@ class Routing:
         """
         self.check_current(version)
         pinned = copy.copy(self)
-        pinned.pinned = version
+        pinned.pinned, pinned._as_tensors = version, self._as_tensors
         return pinned
 
     # --- constructors -------------------------------------------------------------------------
@@ -603,6 +603,15 @@ class Routing:
         if kept and not compiling:
             self._as_tensors[with_plan] = tensors
         return tensors
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_as_tensors": {}}
+
+    def __setstate__(self, state: dict) -> None:
+        if "_capacity" in state:  # pickled by 0.1.0
+            state = {**state, "capacity": state["_capacity"], "_as_tensors": {}}
+            del state["_capacity"]
+        self.__dict__.update(state)
 
     def __repr__(self) -> str:
         return (

@@ -228,7 +228,7 @@ class _Backward:
 
     def _narrow(self, of_groups: list[Tensor]) -> Tensor:
         """The rows ``[n, R]`` of each group as ``[P, H]``, with zeros for other pairs and ranks."""
-        width, device = self.bank.width, self.routing.tokens.device
+        width, device = self.bank.max_total_rank, self.routing.tokens.device
         pieces, end = [], 0
 
         def zeros(rows: int) -> Tensor:

@@ -28,9 +28,9 @@ class BankTensors(NamedTuple):
     slots: list[int]  # per adapter
     thresholds: list[int]  # per adapter: q of its dropout, 0 where it does not drop
     slice_columns: list[int]  # [S + 1]: where each slice begins in the result, and its width
-    width: int  # H
+    max_total_rank: int  # H: the widest adapter, its slices together
     storage: Tensor  # the factors of all adapters, flat
-    table: Tensor  # [L + 1, 1 + S, 3] int64: rank, first column of it in h, offset in storage
+    slot_table: Tensor  # [L + 1, 1 + S, 3] int64: rank, first column of it in h, offset in storage
     scaling: Tensor  # [L + 1] fp64 (fp32 where composed alone runs)
     threshold_table: Tensor  # [L + 1] int32
 
@@ -51,14 +51,14 @@ def in_one_piece(bank: BankTensors, dtype: torch.dtype | None = None) -> BankTen
         bank: whose factors lie anywhere.
         dtype: of the new storage; None is theirs.
     """
-    table, factors, end = bank.table.clone(), [], 0
+    table, factors, end = bank.slot_table.clone(), [], 0
     for index, slot in enumerate(bank.slots):
         for row, factor in zip(table[slot], bank.factors_of(index), strict=True):
             row[2].fill_(end)
             factors.append(F.pad(factor.flatten(), (0, -factor.numel() % ALIGNMENT)))
             end += factors[-1].numel()
     storage = torch.cat([bank.storage.new_zeros(0), *factors])
-    return bank._replace(storage=storage.to(dtype or storage.dtype), table=table)
+    return bank._replace(storage=storage.to(dtype or storage.dtype), slot_table=table)
 
 
 class GradientLayout(NamedTuple):
@@ -73,7 +73,7 @@ class GradientLayout(NamedTuple):
     numel: int
     table: Tensor  # [L + 1, 1 + S] int64: the same by slot, -1 for all other slots
 
-    def trains(self, bank: BankTensors) -> tuple[bool, bool]:
+    def needs_gradient(self, bank: BankTensors) -> tuple[bool, bool]:
         """Whether any A, and whether any B, needs a gradient."""
         of_a = self.offsets[:: len(bank.slice_columns)]
         needed, needed_of_a = len(self.offsets) - self.offsets.count(-1), len(of_a) - of_a.count(-1)

@@ -65,7 +65,7 @@ def routed_linear_unpacked(
         routing = _routing(ids, x.shape[1:-1].numel(), capacity, x.device)
         tensors = routing.tensors(with_plan=backend != "triton")
         call = RoutedCall(bank, tensors, backend, x, base, bias, alone=is_plain_eager(x))
-        call.layout = GradientLayout([], [], 0, bank.table)
+        call.layout = GradientLayout([], [], 0, bank.slot_table)
         call.trained = TrainableFactors([], [], [])
         return run("routed_lora", call)
 
@@ -88,9 +88,9 @@ def _bank(
         slots=slots,
         thresholds=[0] * len(slots),
         slice_columns=[0, out_features],
-        width=max(a.shape[0] for _, (a, *_) in present),
+        max_total_rank=max(a.shape[0] for _, (a, *_) in present),
         storage=storage,
-        table=_table(rows or (), capacity, x.device),
+        slot_table=_table(rows or (), capacity, x.device),
         scaling=_scalings(present, capacity, x.device),
         threshold_table=_no_thresholds(capacity, x.device),
     )

@@ -6,7 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_kernels.testing.compile_cases import BF16, CALLS, DEVICES, Call, launches_of, resources_of
+from lora_kernels.testing.compile_cases import (
+    BF16,
+    CALLS,
+    DEVICES,
+    LinearCase,
+    launches_of,
+    resources_of,
+)
 from lora_kernels.testing.compile_only import compile_launch, compile_launch_for_amd
 
 CASES = [
@@ -65,7 +72,7 @@ def test_no_cast_value_is_a_register_operand_of_wgmma(call):
 @pytest.mark.parametrize("rank", [16, 64, 256])
 def test_tail_is_free_on_sm_90(rank):
     """The GEMM with a tail against the same GEMM without one: registers and shared memory."""
-    call = Call(8192, 4096, 4096, rank, BF16, BF16)
+    call = LinearCase(8192, 4096, 4096, rank, BF16, BF16)
     with_tail, *_ = [
         launch for launch in launches_of(call, 90) if launch.name == "gemm_tail_tma_kernel"
     ]

@@ -11,7 +11,7 @@ from lora_kernels.testing.compile_cases import (
     DEVICES,
     FP32,
     ROUTED_CALLS,
-    RoutedCall,
+    RoutedCase,
     launches_of,
     resources_of,
 )
@@ -63,7 +63,7 @@ def test_instructions(call, capability):
 
 
 def test_inference_of_few_tokens_is_two_launches():
-    few = RoutedCall(32, 4096, (4096, 1024, 1024), 48, BF16, FP32, dropout=True)
+    few = RoutedCase(32, 4096, (4096, 1024, 1024), 48, BF16, FP32, dropout=True)
     first, second, *_ = launches_of(few, 90)
     assert first.name == "routed_shrink_kernel" and first.arguments["SPLIT"]
     assert second.name == "routed_expand_kernel" and second.arguments["PARTIALS"]
@@ -99,7 +99,7 @@ def test_ranks_that_are_multiples_of_eight_are_read_16_bytes_at_a_time():
 @pytest.mark.parametrize("capability", [90, 100])
 def test_offsets_are_64_bits_wide(capability):
     """More than 2^31 elements of x, of the storage and of the masks' groups."""
-    call = RoutedCall(2**20, 16_384, (16_384,), 16, BF16, BF16, dropout=True)
+    call = RoutedCase(2**20, 16_384, (16_384,), 16, BF16, BF16, dropout=True)
     dropping = [each for each in launches_of(call, capability) if each.arguments.get("DROPOUT")]
     assert len(dropping) >= 3 and all(each.arguments["LONG_COUNTER"] for each in dropping)
     for launch in dropping:

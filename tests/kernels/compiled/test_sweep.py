@@ -13,7 +13,7 @@ from lora_kernels.testing.compile_cases import (
     DEVICES,
     FP16,
     FP32,
-    Call,
+    LinearCase,
     compile_key,
     launches_of,
 )
@@ -33,7 +33,7 @@ def test_no_variant_spills(dtypes, tokens, capability):
     for rank, (dropout_p, scaled), strategy in itertools.product(
         (8, 32, 64, 128, 256), operands, ("fused", "hybrid")
     ):
-        call = Call(tokens, 4096, 14_336, rank, *dtypes, dropout_p, scaled, strategy)
+        call = LinearCase(tokens, 4096, 14_336, rank, *dtypes, dropout_p, scaled, strategy)
         for launch in launches_of(call, capability):
             key = compile_key(launch)
             if key in seen:

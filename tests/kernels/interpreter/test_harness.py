@@ -3,6 +3,7 @@
 import pytest
 
 from lora_kernels.bench import layer, op, tune
+from lora_kernels.bench.case import LayerCase, OpCase
 from lora_kernels.ops.linear.triton import tiles
 
 STRATEGIES = ["triton-hybrid", "triton-fused"]
@@ -10,12 +11,12 @@ STRATEGIES = ["triton-hybrid", "triton-fused"]
 
 @pytest.fixture(autouse=True)
 def one_set_of_inputs(monkeypatch):
-    monkeypatch.setattr(op, "how_many_sets", lambda case: 1)
+    monkeypatch.setattr(op, "inputs_to_exceed_cache", lambda case: 1)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_op_providers_run_and_are_right(dropout):
-    case = op.OpCase(m=40, k=48, n=56, rank=4, dtype="fp16", dropout=dropout)
+    case = OpCase(m=40, k=48, n=56, rank=4, dtype="fp16", dropout=dropout)
     ops, skipped = op.prepare(case, ["frozen", *STRATEGIES])
     assert list(ops) == ["frozen", *STRATEGIES], skipped
     assert all(each.run()["both"] > 0 and each.peak() for each in ops.values())
@@ -25,16 +26,16 @@ def test_the_strategy_reaches_the_launcher(monkeypatch):
     asked = []
     strategy = tiles.strategy
     monkeypatch.setattr(tiles, "strategy", lambda *args: asked.append(strategy(*args)) or asked[-1])
-    case = op.OpCase(m=24, k=16, n=24, rank=4, dtype="fp32")
+    case = OpCase(m=24, k=16, n=24, rank=4, dtype="fp32")
     for name in STRATEGIES:
         asked.clear()
-        contestant = op.Op(case, name, [op.make_inputs(case, 0)])
-        contestant.run()
+        timed = op.Op(case, name, [op.make_inputs(case, 0)])
+        timed.run()
         assert set(asked) == {name.removeprefix("triton-")} and len(asked) == 2
 
 
 def test_layer_providers_agree():
-    case = layer.small(layer.LayerCase(device="cpu", dtype="fp32"))
+    case = layer.small(LayerCase(device="cpu", dtype="fp32"))
     steps, skipped = layer.prepare(case, ["naive", *STRATEGIES])
     assert not skipped
     for name in STRATEGIES:
@@ -46,7 +47,7 @@ def test_tuning_a_cell_from_end_to_end(monkeypatch):
     monkeypatch.setattr(tune, "GEMM_TILES", ({"BLOCK_M": 64}, {"BLOCK_M": 48}))
     monkeypatch.setattr(tune, "SHRINK_TILES", ({"BLOCK_M": 32},))
     monkeypatch.setattr(tune, "RANK_GRADIENT_TILES", ({"BLOCK_D": 64},))
-    case = op.OpCase(m=40, k=48, n=56, rank=4, dtype="fp16", dropout=0.25)
+    case = OpCase(m=40, k=48, n=56, rank=4, dtype="fp16", dropout=0.25)
     seen = []
     said = []
     monkeypatch.setattr(tune, "say", said.append)

@@ -278,7 +278,7 @@ def test_an_adapter_wider_than_h_reads_and_writes_nothing_beyond(poisoned_memory
     bank = problem.bank()
     expected = routed_lora(problem.x, bank, problem.routing(bank), backend=BACKEND)
     call = call_of(problem, bank, BACKEND, save=True)
-    y, h, _ = launch.forward(replace(call, bank=call.bank._replace(width=3)))
+    y, h, _ = launch.forward(replace(call, bank=call.bank._replace(max_total_rank=3)))
     narrow = problem.ids[:, 0] == 0
     assert h.shape == (40, 3) and torch.equal(y[narrow], expected[narrow])
 
@@ -293,9 +293,9 @@ def test_offsets_beyond_2_31(poisoned_memory):
     # Not torch.empty: what is filled with NaN is also taken from the machine.
     memory = torch.frombuffer(_reserve(2 * (shift + 2**20)), dtype=torch.float16)
     memory[shift : shift + tensors.storage.numel()] = tensors.storage
-    table = tensors.table.clone()
+    table = tensors.slot_table.clone()
     table[:, :, 2] += shift
-    far = tensors._replace(storage=memory, table=table)
+    far = tensors._replace(storage=memory, slot_table=table)
     assert torch.equal(launch.forward(replace(call, bank=far)).y, expected)
     x = memory.as_strided((3, 24), (2**30 + 2**16, 1))
     x.copy_(problem.x)

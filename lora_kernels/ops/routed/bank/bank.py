@@ -370,9 +370,9 @@ class AdapterBank(nn.Module):
                     f"{sorted(map(str, kinds))}"
                 )
             kind = kinds.pop() if kinds else (version.dtype, version.device)
-            self._become(*kind)
+            self._convert(*kind)
 
-    def _become(self, dtype: torch.dtype, device: torch.device) -> None:
+    def _convert(self, dtype: torch.dtype, device: torch.device) -> None:
         """Take another dtype or device, or what parameters have become."""
         version = self._latest
         storage, reserved = version.storage, version.reserved
@@ -451,11 +451,13 @@ class AdapterBank(nn.Module):
             return self._version_on(anchor(self.dtype, self.device))
         for kept_in, name, parameter, address in version.part(slots, capacity).bound:
             if kept_in.get(name) is not parameter or parameter.data_ptr() != address:
-                return self._follow_data(model, slots)
+                return self._repack_moved_parameters(model, slots)
         return version
 
     @_OUTSIDE_INFERENCE
-    def _follow_data(self, model: ModelVersion, slots: tuple[int, ...] | None) -> BankVersion:
+    def _repack_moved_parameters(
+        self, model: ModelVersion, slots: tuple[int, ...] | None
+    ) -> BankVersion:
         """Somebody has replaced ``p.data``, and may put back what it was before.
 
         So the old slabs are left to whoever holds them, and the adapter gets another region; except
@@ -541,7 +543,7 @@ class AdapterBank(nn.Module):
             super()._apply(fn, recurse)
             if not len(self.adapters):
                 kind = fn(torch.empty(0, dtype=self.dtype, device=self.device))
-                self._become(kind.dtype, kind.device)
+                self._convert(kind.dtype, kind.device)
             self.rebind()
         return self
 

@@ -130,7 +130,7 @@ class BankVersion:
         thresholds: q of the adapters that drop, by slot.
         reserved: what captured graphs read; None where they cannot be.
         trains: whether any parameter required grad when it came.
-        width: H.
+        max_total_rank: H.
         plans: of the calls that read this version.
     """
 
@@ -152,7 +152,7 @@ class BankVersion:
         self._by_slot, self.thresholds, self.reserved = entries, thresholds, reserved
         self.trains, self._widest = trains, widest
         self.slice_columns = shapes.slice_columns
-        self.width = widest if reserved is None else reserved.max_rank
+        self.max_total_rank = widest if reserved is None else reserved.max_rank
         self._entries: list[Entry] | None = None
         self._parts: dict[tuple, Part] = {}  # replaced, never changed
         self._noted: set[tuple[int, int | None]] = set()  # streams, and slots that they read
@@ -231,9 +231,9 @@ class BankVersion:
             slots=[entry.slot for entry in entries],
             thresholds=[self.thresholds.get(entry.slot, 0) for entry in entries],
             slice_columns=self.slice_columns,
-            width=self.width,
+            max_total_rank=self.max_total_rank,
             storage=self.storage,
-            table=tables.factors,
+            slot_table=tables.factors,
             scaling=tables.scaling,
             threshold_table=tables.thresholds,
         )

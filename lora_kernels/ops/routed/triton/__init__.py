@@ -43,7 +43,7 @@ def forward(call: RoutedCall) -> Result:
 
 def backward(call: RoutedCall) -> Gradients:
     dy, base, needs, layout = call.dy, call.base, call.needs, call.layout
-    needs_a, needs_b = layout.trains(call.bank)
+    needs_a, needs_b = layout.needs_gradient(call.bank)
     weights = call.routing.pair_weights
     grad = call.bank.storage.new_zeros(layout.numel)
     grad_bias = dy.sum(0) if needs.bias else None
@@ -97,7 +97,7 @@ def shrink_backward(call: RoutedCall) -> Gradients:
     with on_device(x):
         if needs_x:
             launch.expand_a(dx, t.to(x.dtype), overwrite=fresh)
-        if call.layout.trains(call.bank)[0]:
+        if call.layout.needs_gradient(call.bank)[0]:
             launch.a_gradient(x, t, call.layout, grad)
     return Gradients(dx, grad)
 
@@ -120,7 +120,7 @@ def expand_backward(call: RoutedCall) -> Gradients:
     grad_weights = torch.empty_like(weights) if needs.weights else None
     launch = RoutedLaunch(dy, call)
     with on_device(dy):
-        if call.layout.trains(call.bank)[1]:
+        if call.layout.needs_gradient(call.bank)[1]:
             launch.b_gradient(dy, call.h, call.layout, grad)
         if needs.x or needs.weights:
             launch.project(dy, t, call.h, grad_weights, rounded=False)
@@ -129,7 +129,7 @@ def expand_backward(call: RoutedCall) -> Gradients:
 
 def narrow(like: Tensor, call: RoutedCall) -> Tensor:
     """An empty h or t, ``[P, H]`` fp32."""
-    shape = call.routing.tokens.shape[0], call.bank.width
+    shape = call.routing.tokens.shape[0], call.bank.max_total_rank
     return like.new_empty(shape, dtype=torch.float32)
 
 
@@ -144,4 +144,4 @@ def _base_gradient(call: RoutedCall) -> Tensor | None:
 
 def _is_nothing(rows: Tensor, call: RoutedCall) -> bool:
     """Whether there is nothing to launch a kernel for."""
-    return rows.shape[0] == 0 or call.bank.width == 0 or call.routing.tokens.shape[0] == 0
+    return rows.shape[0] == 0 or call.bank.max_total_rank == 0 or call.routing.tokens.shape[0] == 0

@@ -235,7 +235,7 @@ def routed_shrink_kernel(
     if SPLIT:
         tl.store(out_ptrs + part.to(tl.int64) * P * H, accumulator, mask=inside_out)
     else:
-        finish_narrow(
+        store_sum(
             accumulator, pairs, inside, has_rank, inside_out, columns, slot, out_ptrs, rounded_ptr,
             scaling_ptr, threshold_ptr, weights_ptr, stride_rounded,
             HAS_WEIGHTS, HAS_OUT, HAS_ROUNDED, OUT_IS_SCALED, DROPOUT,
@@ -243,7 +243,7 @@ def routed_shrink_kernel(
 
 
 @triton.jit
-def finish_narrow(
+def store_sum(
     total,  # [BLOCK_M, BLOCK_R] fp32
     pairs,  # [BLOCK_M] int64
     inside,  # [BLOCK_M]
@@ -338,7 +338,7 @@ def routed_finish_kernel(
         if HAS_WEIGHT_GRADIENT:
             h = tl.load(h_ptr + pairs[:, None] * stride_hm + ranks[None, :], mask=read, other=0.0)
             weight_gradient += tl.sum(total * h.to(tl.float32), axis=1)
-        finish_narrow(
+        store_sum(
             total, pairs, inside, has_rank, inside[:, None] & (ranks < limit)[None, :], ranks,
             slot, out_ptr + pairs[:, None] * H + ranks[None, :], rounded_ptr,
             scaling_ptr, threshold_ptr, weights_ptr, stride_rounded,

@@ -44,6 +44,7 @@ class RoutedLaunch:
         self.seed, self.place = call.seed, call.place
         self.dtype, self.limits = like.dtype, limits_of(like.device)
         self.pairs, self.num_tiles = routing.tokens.shape[0], routing.tiles.shape[0]
+        self.shape_of_h = torch.Size((self.pairs, bank.max_total_rank))
         self.widest = max(b - a for a, b in pairwise(bank.slice_columns))  # of the slices
         self.num_factors = 1 + bank.num_slices
         self.boundaries = tuple(bank.slice_columns) if bank.num_slices > 1 else ()
@@ -55,7 +56,7 @@ class RoutedLaunch:
             pairs=self.pairs,
             block=routing.block,
             num_tiles=self.num_tiles,
-            width=bank.width,
+            max_total_rank=bank.max_total_rank,
             ieee=like.dtype == torch.float32 and precision(like.dtype) == "ieee",
         )
 
@@ -70,7 +71,7 @@ class RoutedLaunch:
             copy = self._copy() if rounded else None
             self._shrink(x, tile, h, copy, of_a=True)
             return None if copy is None else Tail(copy)
-        partials = x.new_empty((tile.parts, self.pairs, self.bank.width), dtype=torch.float32)
+        partials = x.new_empty((tile.parts, *self.shape_of_h), dtype=torch.float32)
         self._shrink(x, tile, partials, None, of_a=True, split=True)
         if in_parts:
             return Tail(partials, tile.parts, dropped=self.seed is not None)
@@ -94,7 +95,7 @@ class RoutedLaunch:
         if tile.parts == 1 and grad_weights is None:
             self._shrink(dy, tile, t, copy, of_a=False)
             return copy
-        partials = dy.new_empty((tile.parts, self.pairs, self.bank.width), dtype=torch.float32)
+        partials = dy.new_empty((tile.parts, *self.shape_of_h), dtype=torch.float32)
         self._shrink(dy, tile, partials, None, of_a=False, split=True)
         self._finish(partials, t, copy, h=h, grad_weights=grad_weights, out_is_scaled=True)
         return copy
@@ -108,7 +109,7 @@ class RoutedLaunch:
         return Tail(copy)
 
     def _copy(self) -> Tensor:
-        return padded_rows(self.bank.storage, torch.Size((self.pairs, self.bank.width)), self.dtype)
+        return padded_rows(self.bank.storage, self.shape_of_h, self.dtype)
 
     def _shrink(
         self,
@@ -123,12 +124,12 @@ class RoutedLaunch:
         bank, routing = self.bank, self.routing
         dropout = of_a and self.seed is not None
         deepest = wide.shape[1] if of_a else self.widest
-        blocks_r = cdiv(bank.width, tile.BLOCK_R)
+        blocks_r = cdiv(bank.max_total_rank, tile.BLOCK_R)
         grid = (self.num_tiles * blocks_r, tile.parts, 1 if of_a else bank.num_slices)
         routed_shrink_kernel[grid](
             wide,
             bank.storage,
-            bank.table,
+            bank.slot_table,
             bank.scaling,
             bank.threshold_table,
             routing.tiles,
@@ -143,7 +144,7 @@ class RoutedLaunch:
             wide.shape[0],
             self.pairs,
             wide.shape[1],
-            bank.width,
+            bank.max_total_rank,
             blocks_r,
             *wide.stride(),
             0 if rounded is None else rounded.stride(0),
@@ -182,7 +183,7 @@ class RoutedLaunch:
         routed_finish_kernel[(self.num_tiles,)](
             partials,
             partials if grad_weights is None else h,
-            bank.table,
+            bank.slot_table,
             bank.scaling,
             bank.threshold_table,
             routing.tiles,
@@ -192,7 +193,7 @@ class RoutedLaunch:
             partials if rounded is None else rounded,
             partials if grad_weights is None else grad_weights,
             self.pairs,
-            bank.width,
+            bank.max_total_rank,
             partials.shape[0],
             partials.stride(1),
             0 if grad_weights is None else h.stride(0),
@@ -255,7 +256,7 @@ class RoutedLaunch:
             right,
             tail,
             bank.storage,
-            bank.table,
+            bank.slot_table,
             bank.threshold_table,
             routing.tiles,
             routing.offsets,
@@ -267,7 +268,7 @@ class RoutedLaunch:
             self.place.groups_per_row(out.shape[1]),
             *out.shape,
             left.shape[1],
-            bank.width,
+            bank.max_total_rank,
             self.num_tiles,
             blocks_c,
             *left.stride(),
@@ -308,7 +309,7 @@ class RoutedLaunch:
         routed_expand_kernel[(self.num_tiles, _blocks(columns, boundaries, tile.BLOCK_C))](
             tail.tensor,
             bank.storage,
-            bank.table,
+            bank.slot_table,
             bank.scaling,
             bank.threshold_table,
             routing.tiles,
@@ -323,7 +324,7 @@ class RoutedLaunch:
             out.shape[0],
             self.pairs,
             columns,
-            bank.width,
+            bank.max_total_rank,
             tail.parts,
             tail.tensor.stride(-2),
             *target.stride(),
@@ -386,7 +387,7 @@ class RoutedLaunch:
         of_a: bool,
     ) -> None:
         bank, routing = self.bank, self.routing
-        columns, width = wide.shape[1], bank.width
+        columns, width = wide.shape[1], bank.max_total_rank
         dropout = of_a and self.seed is not None
         boundaries = () if of_a else self.boundaries
         widest, slices = (columns, 1) if of_a else (self.widest, bank.num_slices)
@@ -400,7 +401,7 @@ class RoutedLaunch:
         routed_gradient_kernel[(windows, blocks, cdiv(width, tile.BLOCK_R))](
             wide,
             narrow,
-            bank.table,
+            bank.slot_table,
             layout.table,
             bank.scaling,
             bank.threshold_table,
@@ -439,7 +440,7 @@ class RoutedLaunch:
             return
         routed_gradient_reduce_kernel[(cdiv(widest * width, _BLOCK), windows, slices)](
             partials,
-            bank.table,
+            bank.slot_table,
             layout.table,
             routing.tiles,
             routing.offsets,

@@ -35,7 +35,7 @@ class RoutedCell:
     pairs: int  # P, all the routing has room for
     block: int  # pairs per tile of the routing
     num_tiles: int  # T
-    width: int  # H, the widest rank
+    max_total_rank: int  # H
     ieee: bool  # fp32 products without TF32: no matrix units
 
 
@@ -97,7 +97,7 @@ def shrink_tile(
     elif cell.block > 16 and (not aligned or cell.itemsize == 4):
         # Every element has its own pointer and predicate in registers.
         block_d, num_warps = 64, 8
-    programs = cdiv(cell.pairs, cell.block) * cdiv(cell.width, block_r) * slices
+    programs = cdiv(cell.pairs, cell.block) * cdiv(cell.max_total_rank, block_r) * slices
     blocks = cdiv(depth, block_d)
     parts = 1
     if 4 * programs < 3 * limits.multiprocessors:
@@ -129,7 +129,7 @@ def expand_tile(
     stage = (cell.block + block_c) * block_r * max(cell.itemsize, cell.factor_itemsize)
     # One stage where the left operand is rounded in registers (ptxas before 13.3), and where the
     # rank is over in one step.
-    wanted = 1 if is_small(cell) or cdiv(cell.width, slices) <= block_r else 2
+    wanted = 1 if is_small(cell) or cdiv(cell.max_total_rank, slices) <= block_r else 2
     return ExpandTile(
         BLOCK_C=block_c,
         BLOCK_R=block_r,
@@ -149,11 +149,11 @@ def gradient_tile(
     block_d = 64 if narrow else 128
     if cell.ieee:
         block_d, block_m = 64, min(block_m, 32)
-    programs = cdiv(depth, block_d) * cdiv(cdiv(cell.width, slices), block_r)
+    programs = cdiv(depth, block_d) * cdiv(cdiv(cell.max_total_rank, slices), block_r)
     windows = max(1, cdiv(2 * limits.multiprocessors, programs))
     # The tiles that hold pairs are fewer than T, which allows for a cut tile in every group.
     window = previous_power_of_two(cdiv(cdiv(cell.pairs, cell.block), windows))
-    most = max(1, MAX_PARTIALS // (2 * 4 * depth * cell.width))
+    most = max(1, MAX_PARTIALS // (2 * 4 * depth * cell.max_total_rank))
     while cdiv(cell.num_tiles, window) > most:
         window *= 2
     stage = block_m * block_d * cell.itemsize + block_m * block_r * 4
@@ -213,7 +213,7 @@ def use_strategy(name: str):
 
 def rank_block(cell: RoutedCell, slices: int) -> int:
     """The rank tile; an adapter's ranks are taken to be about the same in every slice."""
-    return clamp(next_power_of_two(cdiv(cell.width, slices)), 16, MAX_BLOCK_R)
+    return clamp(next_power_of_two(cdiv(cell.max_total_rank, slices)), 16, MAX_BLOCK_R)
 
 
 def previous_power_of_two(number: int) -> int:

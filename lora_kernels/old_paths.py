@@ -1,0 +1,135 @@
+"""The modules of 0.1.0 and before by their old names, for what was pickled with them.
+
+A pickle, and so what ``torch.save`` writes of a whole module, names a class by its module. A module
+that is imported by an old name has the attributes of the one that took its place; neither is
+imported before somebody asks for it. New code imports the new one.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+_PACKAGE = __name__.rpartition(".")[0]
+
+# What became of a module; of a package, also of the modules in it that are not listed themselves.
+_MOVED = {
+    "adapter_config": "files.config",
+    "adapter_directory": "files.directory",
+    "adapter_files": "files.adapters",
+    "adapter_patterns": "files.patterns",
+    "adapter_renaming": "files.renaming",
+    "adapter_tensors": "files.tensors",
+    "bench.machine": "measuring.machine",
+    "bench.measure": "measuring.timing",
+    "dispatch": "runtime.dispatch",
+    "dropout": "runtime.dropout",
+    "dtypes": "runtime.dtypes",
+    "explanation": "ops",
+    "initial_values": "adapters.initial_values",
+    "integrations.peft_layers": "integrations.peft.layers",
+    "integrations.peft_state": "integrations.peft.state",
+    "kernels": "ops.narrow.triton",
+    "launching": "runtime.device_limits",
+    "modules": "nn",
+    "native": "runtime.cpu_extension",
+    "native_cuda": "runtime.cuda_extension",
+    "ops.eager": "runtime.eager",
+    "ops.lora_linear": "ops.linear",
+    "ops.lora_linear.autograd": "ops.linear.op",
+    "ops.lora_linear.compiled": "ops.linear.cpu",
+    "ops.lora_linear.gemm": "ops.linear.triton.gemm",
+    "ops.lora_linear.kernels": "ops.linear.triton.kernels",
+    "ops.lora_linear.launch": "ops.linear.triton.launch",
+    "ops.lora_linear.measured": "ops.linear.tuned",
+    "ops.lora_linear.operands": "ops.linear.triton.operands",
+    "ops.lora_linear.tiles": "ops.linear.triton.tiles",
+    "ops.lora_weight_norm": "ops.norm",
+    "ops.routed_lora": "ops.routed",
+    "ops.routed_lora.adapter": "ops.routed.bank.adapter",
+    "ops.routed_lora.adapters_by_name": "ops.routed.bank.adapters_by_name",
+    "ops.routed_lora.autograd": "ops.routed.op",
+    "ops.routed_lora.bank": "ops.routed.bank.bank",
+    "ops.routed_lora.capture": "runtime.capture",
+    "ops.routed_lora.compiled": "ops.routed.cpu",
+    "ops.routed_lora.expand_kernels": "ops.routed.triton.expand_kernels",
+    "ops.routed_lora.gemm_kernels": "ops.routed.triton.gemm_kernels",
+    "ops.routed_lora.gradient_kernels": "ops.routed.triton.gradient_kernels",
+    "ops.routed_lora.grids": "ops.routed.triton.launch",
+    "ops.routed_lora.kernels": "ops.routed.triton.kernels",
+    "ops.routed_lora.launch": "ops.routed.triton",
+    "ops.routed_lora.layouts": "ops.routed.bank.layouts",
+    "ops.routed_lora.loose": "ops.routed.unpacked",
+    "ops.routed_lora.operands": "ops.routed.tensors",
+    "ops.routed_lora.regions": "ops.routed.bank.storage",
+    "ops.routed_lora.slots": "ops.routed.bank.slots",
+    "ops.routed_lora.tables": "ops.routed.bank.tables",
+    "ops.routed_lora.tiles": "ops.routed.triton.tiles",
+    "ops.routed_lora.versions": "ops.routed.bank.versions",
+    "ops.scaling": "runtime.scaling",
+    "ops.second_order": "ops.narrow.second_order",
+    "ops.tensor_state": "runtime.tensor_state",
+    "ops.wrappers": "runtime.checks",
+    "products": "ops.narrow.products",
+}
+_PACKAGES = {name for name in _MOVED if any(other.startswith(f"{name}.") for other in _MOVED)}
+_PACKAGES |= {"kernels", "modules", "ops.lora_weight_norm"}
+
+# Classes that have another name now, by their old modules.
+_RENAMED = {
+    "ops.lora_linear.tiles": {"Cell": "LinearCell"},
+    "ops.routed_lora.grids": {"Launches": "RoutedLaunch"},
+    "ops.routed_lora.loose": {"LooseAdapter": "LoRAFactors"},
+    "ops.routed_lora.operands": {"Trained": "TrainableFactors"},
+    "ops.routed_lora.tiles": {"Cell": "RoutedCell"},
+}
+
+
+class OldPaths:
+    """Finds modules by their old names, and loads them."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        new = _new_name(name)
+        if new is None or find_spec(new) is None:
+            return None
+        is_package = name.removeprefix(f"{_PACKAGE}.") in _PACKAGES
+        return ModuleSpec(name, self, is_package=is_package)
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """None: an ordinary module."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        old, new = module.__name__, _new_name(module.__name__)
+        renamed = _RENAMED.get(old.removeprefix(f"{_PACKAGE}."), {})
+
+        def attribute(name: str):
+            if not name.startswith("__"):  # what tells of a module is its own
+                try:
+                    return getattr(import_module(new), renamed.get(name, name))
+                except AttributeError:
+                    pass
+            raise AttributeError(f"module {old!r}, which is {new} now, has no attribute {name!r}")
+
+        module.__doc__ = f"{new}, by its old name."
+        module.__getattr__ = attribute
+
+
+def _new_name(name: str) -> str | None:
+    """The module that took the place of ``lora_kernels.<old>``; None where that is no old name."""
+    package, _, old = name.partition(".")
+    if package != _PACKAGE:
+        return None
+    if old in _MOVED:
+        return f"{_PACKAGE}.{_MOVED[old]}"
+    parent, _, last = old.rpartition(".")
+    return f"{_PACKAGE}.{_MOVED[parent]}.{last}" if parent in _PACKAGES else None
+
+
+def find_old_paths() -> None:
+    """Let Python find them, after everything else; once more changes nothing."""
+    if not any(isinstance(finder, OldPaths) for finder in sys.meta_path):
+        sys.meta_path.append(OldPaths())
