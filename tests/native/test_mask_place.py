@@ -64,7 +64,7 @@ def test_the_masks_of_pairs(level, rows, columns, before):
     slots = torch.randint(-1, 3, (tokens,), generator=torch.Generator().manual_seed(tokens))
     routing = Routing.from_tokens(slots.tolist(), bank).tensors(with_plan=True)
     place = place_of(before, rows, columns)
-    mask = native.RoutedCall(bank.tensors(), routing, features, SEED, place).draw_mask()
+    mask = native.RoutedGroups(bank.tensors(), routing, features, SEED, place).draw_mask()
     for slot, p in ((0, P), (2, 0.6)):
         whole = packed_keep_mask(SEED, p, 300, 700, slot, MaskPlace(before))
         pairs = (slots[routing.tokens.long()] == slot).nonzero()[:, 0]

@@ -110,7 +110,7 @@ def test_an_op_that_gets_copies_of_its_arguments_trains_them(name, backend):
     """The bank's own factors lie where the offsets lead, and hold something else by then."""
     p = problem_of(0.3, sliced=True)
     bank = p.bank()
-    h = torch.randn(14, bank.tensors().width)
+    h = torch.randn(14, bank.tensors().max_total_rank)
     call = differentiable_call(p, backend, True, h=h, rows=7, dtype=torch.float32)
     expected = results_and_gradients(name, call)
     original = call.bank
