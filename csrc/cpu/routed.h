@@ -1,4 +1,4 @@
-// Many adapters: the groups of a routing over the factors of a bank (operands.py says what each
+// Many adapters: the groups of a routing over the factors of a bank (tensors.py says what each
 // table holds).
 #pragma once
 

@@ -5,7 +5,11 @@ providers.py  who competes, in the op and in the training step
 op.py         one lora_linear call, forward and backward
 step.py       one training step of a Llama
 layer.py      one training step of a decoder layer in plain torch
-case.py       everything that is measured of one case
+case.py       what is measured: sizes and dtypes of each kind of benchmark
+rows.py       everything that is measured of one case
+kernel.py     forward calls alone: decoding, and the GEMMs with a tail
+routed.py     one layer with many adapters in one batch; routed_providers.py who competes
+replay.py     several calls as one, by the replay of a CUDA graph
 cells.py      which calls are measured on a GPU: the core and the grid
 grid.py       the grid, resumable
 tune.py       what auto may take on this GPU, and the tiles

@@ -76,7 +76,7 @@ def unavailable(backend: str, device: torch.device, dtype: torch.dtype | None = 
     return _native_unavailable_on_cuda(device, dtype)
 
 
-# As in native.py: a compiled graph takes the answer for a constant, and asks no device.
+# As in cpu_extension.py: a compiled graph takes the answer for a constant, and asks no device.
 unavailable._dynamo_marked_constant = True
 
 

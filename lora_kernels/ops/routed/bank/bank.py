@@ -244,7 +244,8 @@ class AdapterBank(nn.Module):
         *,
         strict: bool = True,
     ) -> Adapter:
-        """Add an adapter from a PEFT adapter directory; see :func:`adapter_files.load_adapter`.
+        """Add an adapter from a PEFT adapter directory, with ``load_adapter`` of
+        :mod:`lora_kernels.files.adapters`.
 
         Args:
             name: of the new adapter.
