@@ -130,8 +130,8 @@ def packed_keep_mask(
     groups = -(-columns // GROUP)
     out = torch.empty((rows, groups), dtype=torch.uint8, device="cpu")
     extension().draw_mask(
-        out.data_ptr(), groups, place.first_group(columns), place.groups_per_row(columns), rows,
-        columns, seed.item(), stream, drop_threshold(p), torch.get_num_threads(),
+        out.data_ptr(), groups, *place.groups(columns), rows, columns, seed.item(), stream,
+        drop_threshold(p), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
@@ -170,10 +170,9 @@ def adapter_forward(
     threads = torch.get_num_threads()
     how = (1.0, scaling, 0, 0, 0, 0, add, threads)
     if dropout is not None:
-        columns, place = x.shape[-1], dropout.place
         how = (
-            dropout.scale, scaling, place.first_group(columns), place.groups_per_row(columns),
-            dropout.seed.item(), dropout.threshold, add, threads,
+            dropout.scale, scaling, *dropout.place.groups(x.shape[-1]), dropout.seed.item(),
+            dropout.threshold, add, threads,
         )  # fmt: skip
     kernel = _found()[0].adapter_forward
     # It looks at its operands itself: the ordinary ones need nothing here.
@@ -290,9 +289,8 @@ class RoutedGroups:
         """``[P, ceil(K/8)]``: the packed keep-masks of the pairs whose adapter drops."""
         shape = self.routing.tokens.shape[0], -(-self.in_features // GROUP)
         mask = torch.empty(shape, dtype=torch.uint8, device="cpu")
-        columns, place = self.in_features, self.place
-        drawn = place.first_group(columns), place.groups_per_row(columns), self.seed.item()
-        self._groups.draw_mask(*_packed(mask), *drawn)
+        groups = self.place.groups(self.in_features)
+        self._groups.draw_mask(*_packed(mask), *groups, self.seed.item())
         return mask
 
     def shrink(self, x: Tensor, mask: Tensor | None, *, zeros: bool) -> Tensor:

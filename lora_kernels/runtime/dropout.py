@@ -56,11 +56,17 @@ class MaskPlace(NamedTuple):
 
     def groups_per_row(self, columns: int) -> int:
         """By how much the group's number grows from row to row of an activation so wide."""
-        return -(-(columns if self.pitch is None else self.pitch) // GROUP)
+        return self.groups(columns)[1]
 
     def first_group(self, columns: int) -> int:
         """The number of the activation's first group."""
-        return self.row_offset * self.groups_per_row(columns) + self.column_offset // GROUP
+        return self.groups(columns)[0]
+
+    def groups(self, columns: int) -> tuple[int, int]:
+        """:meth:`first_group` and :meth:`groups_per_row`."""
+        row_offset, column_offset, pitch = self
+        per_row = -(-(columns if pitch is None else pitch) // GROUP)
+        return row_offset * per_row + column_offset // GROUP, per_row
 
     def needs_long_counter(self, rows: int, columns: int) -> bool:
         """Whether 32 signed bits do not count the groups of an activation of that size."""
@@ -109,20 +115,26 @@ def keep_scale(p: float) -> float:
     return 65536 / (65536 - drop_threshold(p))
 
 
-class ActiveDropout(NamedTuple):
-    """A dropout that drops, of one call: what its mask is a function of beside the sizes."""
+class ActiveDropout:
+    """A dropout that drops, of one call: what its mask is a function of beside the sizes.
 
-    p: float
-    seed: Tensor | None  # [] int64; None where only a stored mask is read
-    place: MaskPlace = MaskPlace()
+    Attributes:
+        p: as it was asked for.
+        seed: [] int64; None where only a stored mask is read.
+        place: of the activation in the whole one.
+        threshold, scale: :func:`drop_threshold` and :func:`keep_scale` of p.
+    """
 
-    @property
-    def threshold(self) -> int:
-        return drop_threshold(self.p)
+    __slots__ = ("p", "place", "scale", "seed", "threshold")
 
-    @property
-    def scale(self) -> float:
-        return keep_scale(self.p)
+    def __init__(self, p: float, seed: Tensor | None, place: MaskPlace = MaskPlace()) -> None:
+        self.p, self.seed, self.place = p, seed, place
+        self.threshold, self.scale = _threshold_and_scale(p)
+
+
+@lru_cache(maxsize=256)
+def _threshold_and_scale(p: float) -> tuple[int, float]:
+    return drop_threshold(p), keep_scale(p)
 
 
 def draw_seed(device: torch.device) -> Tensor:

@@ -289,8 +289,9 @@ def _base_of(call: LinearCall) -> tuple[list[Tensor], str, list[int]]:
 def _dropout_of(call: LinearCall) -> tuple:
     if call.dropout is None:
         return 0.0, None, 0, 0, call.factors.a.shape[1]
-    p, seed, (row_offset, column_offset, pitch) = call.dropout
-    return p, seed, row_offset, column_offset, call.factors.a.shape[1] if pitch is None else pitch
+    dropout, (row_offset, column_offset, pitch) = call.dropout, call.dropout.place
+    pitch = call.factors.a.shape[1] if pitch is None else pitch
+    return dropout.p, dropout.seed, row_offset, column_offset, pitch
 
 
 def _operands(call: LinearCall) -> tuple:
