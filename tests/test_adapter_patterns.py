@@ -8,7 +8,7 @@ import time
 import peft
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -121,6 +121,8 @@ def end_patterns():
 
 
 @settings(max_examples=300, deadline=None)
+@example(["_"], ["_\n"])
+@example(["b"], ["a\n.b"])
 @given(end_patterns(), st.lists(st.text("ab._\n", max_size=6), max_size=4))
 def test_the_first_pattern_counts_as_in_peft(patterns, modules):
     table = EndPatterns(patterns, "rank_pattern", Allowance("config"))

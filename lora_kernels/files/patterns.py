@@ -147,14 +147,18 @@ class EndPatterns:
     def idle(self, modules: Iterable[str]) -> list[str]:
         """The patterns that match none of the modules."""
         modules = list(modules)
-        known = {end for module in modules for end in ends(module)}
+        odd = [module for module in modules if "\n" in module]  # as in first
+        plain = [module for module in modules if "\n" not in module]
+        known = {end for module in plain for end in ends(module)}
         used = {place for text in known & self._ends.keys() for place in self._ends[text]}
-        for name in self._whole.keys() & set(modules):
+        for name in self._whole.keys() & set(plain):
             used.update(self._whole[name])
-        for place in self._others:
-            if any(self._matches(place, module) for module in modules):
-                used.add(place)
+        used.update(place for place in self._others if self._matches_any(place, plain))
+        used.update(place for place in range(len(self._patterns)) if self._matches_any(place, odd))
         return [pattern for place, pattern in enumerate(self._patterns) if place not in used]
+
+    def _matches_any(self, place: int, modules: Iterable[str]) -> bool:
+        return any(self._matches(place, module) for module in modules)
 
     def _matches(self, place: int, module: str) -> bool:
         pattern = self._patterns[place]
