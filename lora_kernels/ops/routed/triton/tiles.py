@@ -4,6 +4,7 @@ They never look at what a routing holds, only at how much it has room for: so a 
 depend on the other rows, and a captured CUDA graph serves any routing. Nothing here imports Triton.
 """
 
+import functools
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,6 +25,10 @@ MAX_PARTIALS = 64 << 20
 # "fused" runs the base and the adapters in one GEMM of ours; "hybrid" adds the adapters to the
 # result of the vendor's GEMM.
 STRATEGIES = ("fused", "hybrid")
+
+
+# Tiles are remembered: a model has a dozen shapes, times its numbers of tokens.
+_remembered = functools.lru_cache(maxsize=4096)
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ def is_small(cell: RoutedCell) -> bool:
     return cell.block <= 16
 
 
+@_remembered
 def shrink_tile(
     cell: RoutedCell, depth: int, slices: int, limits: DeviceLimits, *, aligned: bool
 ) -> ShrinkTile:
@@ -116,6 +122,7 @@ def shrink_tile(
     )
 
 
+@_remembered
 def expand_tile(
     cell: RoutedCell, slices: int, limits: DeviceLimits, *, aligned: bool
 ) -> ExpandTile:
@@ -138,6 +145,7 @@ def expand_tile(
     )
 
 
+@_remembered
 def gradient_tile(
     cell: RoutedCell, depth: int, slices: int, limits: DeviceLimits, *, aligned: bool
 ) -> GradientTile:
@@ -168,6 +176,7 @@ def gradient_tile(
     )
 
 
+@_remembered
 def gemm_tile(cell: RoutedCell, slices: int, limits: DeviceLimits, *, aligned: bool) -> GemmTile:
     """For the base's GEMM with the adapters as its tail, on tiles of 64 rows."""
     block_r = min(rank_block(cell, slices), 32)
