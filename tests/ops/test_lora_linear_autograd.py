@@ -481,6 +481,29 @@ def test_checkpointing_under_a_mode_and_recomputing_outside_of_it(scaled, dropou
     assert torch.equal(grad, expected)
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["all_operands", "adapter_alone"])
+def test_vmap_takes_one_after_another(whole):
+    """An ensemble of adapters, or of layers, in one call; gradients reach what was stacked."""
+    problem = LoRAProblem.random((9,), 21, 13, 3, with_weight=whole, with_bias=whole)
+    mapped = ["lora_a", "lora_b", *(["weight"] if whole else [])]
+    given = {name: getattr(problem, name) for name in OPERANDS}
+    many = [torch.stack([given[name], 2 * given[name]]) for name in mapped]
+    a = many[0].requires_grad_()
+
+    def one(*tensors):
+        return lora_linear(**{**given, **dict(zip(mapped, tensors, strict=True))})
+
+    results = [
+        [y, *torch.autograd.grad(y.sum(), a)]
+        for y in (
+            torch.func.vmap(one)(*many),
+            torch.stack([one(*each) for each in zip(*many, strict=True)]),
+        )
+    ]
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("backend", ["auto", "composed"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])

@@ -187,6 +187,23 @@ def _(dy, _x, _base, _format, _meta, a, b, _scaling, _h, output_scale, *rest):
     )
 
 
+# --- vmap ------------------------------------------------------------------------------------
+
+
+@torch.library.register_vmap("lora_kernels::lora_linear", lib=_library)
+def _(info, in_dims, *arguments):
+    """One after another: torch's own fallback does so too, but takes no list of tensors."""
+
+    def of(argument, dim, index: int):
+        if isinstance(argument, (list, tuple)) and isinstance(dim, (list, tuple)):
+            return [of(*each, index) for each in zip(argument, dim, strict=True)]
+        return argument if dim is None else argument.select(dim, index)
+
+    pairs = list(zip(arguments, in_dims, strict=True))
+    found = [_OP(*(of(*each, index) for each in pairs)) for index in range(info.batch_size)]
+    return torch.stack(found), 0
+
+
 # --- autograd --------------------------------------------------------------------------------
 
 
