@@ -31,6 +31,10 @@ def check_floating(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     check_no_wrapper(name, tensor)
+    check_dtype(name, tensor)
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in FLOATING:
         raise TypeError(
             f"{name}: expected dtype bfloat16, float16, float32 or float64, got {tensor.dtype}"

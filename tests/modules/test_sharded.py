@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from lora_kernels.nn import LoRAEmbedding, LoRALinear
 
@@ -186,6 +186,21 @@ def check_materialising(kind, mesh, init_lora_weights, order) -> None:
     assert all(torch.isfinite(value).all() for value in values(layer).values())
 
 
+def check_an_embedding_of_dtensors(mesh) -> None:
+    """Of tensor parallelism, which gives the indices as a DTensor too: torch's own operations."""
+    layer = make("embedding")
+    x = draw_input(layer)
+    dist.broadcast(x, 0)
+    expected = layer(x)
+    for module in (layer, layer.base_layer):
+        for name, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                placed = distribute_tensor(parameter.detach(), mesh, [Replicate()])
+                setattr(module, name, nn.Parameter(placed, parameter.requires_grad))
+    y = layer(distribute_tensor(x, mesh, [Replicate()]))
+    torch.testing.assert_close(y.full_tensor(), expected)
+
+
 def check_refusals(mesh) -> None:
     for module, wrap in (
         (nn.Linear(K, N), LoRALinear.from_linear),
@@ -230,6 +245,7 @@ def run_process(rank: int, processes: int, rendezvous: str) -> None:
             torch.manual_seed(5)
             check_materialising(kind, mesh, init, order)
         check_refusals(mesh)
+        check_an_embedding_of_dtensors(mesh)
     finally:
         dist.destroy_process_group()
 

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from contextlib import nullcontext
 from functools import partial
 
@@ -178,6 +179,39 @@ def test_saved_tensors(dtype, dropout_p):
     if dropout_p:
         expected.append(rows * math.ceil(columns / 8))
     assert sorted(t.numel() * t.element_size() for t in own) == sorted(expected)
+
+
+@pytest.mark.parametrize("backend", ["auto", "composed"])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_the_backward_reads_what_hooks_have_kept(create_graph, backend):
+    """Offloading copies what is saved, and autograd then lets an optimizer change the factors."""
+    problem = LoRAProblem.random((9,), 21, 13, 3, with_output_scale=True, dropout_p=0.3)
+    named, scaling = leaves(problem), torch.tensor(1.5)
+    changed = [problem.lora_a, problem.lora_b, problem.output_scale, scaling]
+
+    def gradients(change: bool) -> list[torch.Tensor]:
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
+            y = call(problem, scaling=scaling, seed=torch.tensor(3), backend=backend)
+        with torch.no_grad():
+            for tensor in changed if change else ():
+                tensor.mul_(3)
+        return torch.autograd.grad(y.sum(), list(named.values()), create_graph=create_graph)
+
+    expected = gradients(False)
+    for gradient, unchanged in zip(gradients(True), expected, strict=True):
+        assert torch.equal(gradient, unchanged)
+
+
+def test_a_backward_frees_the_factors():
+    """Factors that were computed die with what else was saved, though the result lives on."""
+    problem = LoRAProblem.random((9,), 21, 13, 3, with_output_scale=True)
+    leaves(problem)
+    made = [t * 1 for t in (problem.lora_a, problem.lora_b, problem.output_scale)]
+    y = call(problem, lora_a=made[0], lora_b=made[1], output_scale=made[2])
+    alive = [weakref.ref(tensor) for tensor in made]
+    del made
+    y.sum().backward()
+    assert [each() for each in alive] == [None] * 3
 
 
 @pytest.mark.parametrize(
@@ -445,6 +479,29 @@ def test_checkpointing_under_a_mode_and_recomputing_outside_of_it(scaled, dropou
     (expected,) = torch.autograd.grad(call(problem, x=x, seed=None, scaling=0.5).sum(), x)
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["all_operands", "adapter_alone"])
+def test_vmap_takes_one_after_another(whole):
+    """An ensemble of adapters, or of layers, in one call; gradients reach what was stacked."""
+    problem = LoRAProblem.random((9,), 21, 13, 3, with_weight=whole, with_bias=whole)
+    mapped = ["lora_a", "lora_b", *(["weight"] if whole else [])]
+    given = {name: getattr(problem, name) for name in OPERANDS}
+    many = [torch.stack([given[name], 2 * given[name]]) for name in mapped]
+    a = many[0].requires_grad_()
+
+    def one(*tensors):
+        return lora_linear(**{**given, **dict(zip(mapped, tensors, strict=True))})
+
+    results = [
+        [y, *torch.autograd.grad(y.sum(), a)]
+        for y in (
+            torch.func.vmap(one)(*many),
+            torch.stack([one(*each) for each in zip(*many, strict=True)]),
+        )
+    ]
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

@@ -9,7 +9,6 @@ tail is added to it, so that the GEMM is the one the frozen layer runs.
 """
 
 import torch
-from torch import Tensor
 
 from lora_kernels.base_weights import product_or_bias
 from lora_kernels.ops.linear.call import Gradients, LinearCall, Result
@@ -26,8 +25,7 @@ def why_not(call: LinearCall) -> str | None:
 
 def forward(call: LinearCall) -> Result:
     x, factors, dropout = call.x, call.factors, call.dropout
-    scaling = factors.scaling
-    scaling = scaling.item() if isinstance(scaling, Tensor) else scaling
+    scaling = host_number(factors.scaling)
     rows = x if x.is_contiguous() else cpu_extension.rows_of(x)  # [..., K] or [M, K]
     # Before the product, which leaves little of Python's code in the caches.
     h, mask = cpu_extension.allocate_saved(rows, factors.a.shape[0], dropout)

@@ -13,7 +13,7 @@ from lora_kernels.ops.linear.checks import check_dropout
 from lora_kernels.ops.linear.composed import shrink_rows
 from lora_kernels.ops.narrow.products import row_chunks
 from lora_kernels.ops.narrow.second_order import drop
-from lora_kernels.runtime.checks import check_floating
+from lora_kernels.runtime.checks import check_dtype, check_floating
 from lora_kernels.runtime.dropout import (
     ActiveDropout,
     MaskPlace,
@@ -81,8 +81,8 @@ def lora_expand(
     Raises:
         TypeError, ValueError: an argument does not fit.
     """
-    check_floating("h", h)
-    check_floating("lora_b", lora_b)
+    check_dtype("h", h)  # a DTensor too: the operations are torch's own
+    check_dtype("lora_b", lora_b)
     if h.ndim == 0 or lora_b.ndim != 2 or h.shape[-1] != lora_b.shape[1]:
         raise ValueError(
             f"h: expected [..., rank] to match lora_b [out_features, rank] {list(lora_b.shape)}, "

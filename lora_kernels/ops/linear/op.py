@@ -187,6 +187,23 @@ def _(dy, _x, _base, _format, _meta, a, b, _scaling, _h, output_scale, *rest):
     )
 
 
+# --- vmap ------------------------------------------------------------------------------------
+
+
+@torch.library.register_vmap("lora_kernels::lora_linear", lib=_library)
+def _(info, in_dims, *arguments):
+    """One after another: torch's own fallback does so too, but takes no list of tensors."""
+
+    def of(argument, dim, index: int):
+        if isinstance(argument, (list, tuple)) and isinstance(dim, (list, tuple)):
+            return [of(*each, index) for each in zip(argument, dim, strict=True)]
+        return argument if dim is None else argument.select(dim, index)
+
+    pairs = list(zip(arguments, in_dims, strict=True))
+    found = [_OP(*(of(*each, index) for each in pairs)) for index in range(info.batch_size)]
+    return torch.stack(found), 0
+
+
 # --- autograd --------------------------------------------------------------------------------
 
 
@@ -207,12 +224,13 @@ class LoRALinearFunction(torch.autograd.Function):
             unscaled = unscaled if needs_output_scale else None
         else:
             y, h, mask, unscaled = plan.forward.forward(call)
-        base, factors, dropout = call.base, call.factors, call.dropout
-        scaling, kind, meta, weights = factors.scaling, None, (), ()
+        base, dropout = call.base, call.dropout
+        scaling, kind, meta, weights = call.factors.scaling, None, (), ()
         if base is not None:
             kind, meta, weights = type(base), base.meta, base.tensors()
-        # As many tensors whichever way the call took: checkpointing counts them. The factors are
-        # kept too, which are small or parameters; these tell whether somebody has changed them.
+        number = None if isinstance(scaling, Tensor) else scaling
+        # As many tensors whichever way the call took: checkpointing counts them. All that the
+        # backward reads is among them: hooks may put other tensors in their place.
         ctx.save_for_backward(
             x if needs_a else None,
             h if needs_b else None,
@@ -221,11 +239,12 @@ class LoRALinearFunction(torch.autograd.Function):
             None if dropout is None else dropout.seed,
             a,
             b,
-            scaling if isinstance(scaling, Tensor) else constant(scaling),
+            scaling if number is None else constant(number),
             output_scale,
             *weights,
         )
-        ctx.kept = factors, kind, meta, dropout, plan, call.backend
+        drawn = None if dropout is None else (dropout.p, dropout.place)
+        ctx.kept = number, kind, meta, drawn, plan, call.backend
         if needs_x and not needs_a and (needs_b or needs_output_scale):
             # Their gradients read x by way of h and of the result, which are constants once saved.
             ctx.edge_to_x = missing_edge(x, X_WAS_NOT_SAVED)
@@ -242,8 +261,10 @@ def _needs_of(needs_input_grad: tuple[bool, ...]) -> Needs:
 
 
 def _gradients(ctx, dy: Tensor) -> Gradients:
-    x, h, unscaled, mask, _, _, _, _, _, *weights = ctx.saved_tensors
-    factors, kind, meta, dropout, plan, backend = ctx.kept
+    x, h, unscaled, mask, seed, a, b, scaling, output_scale, *weights = ctx.saved_tensors
+    number, kind, meta, drawn, plan, backend = ctx.kept
+    factors = LoRAFactors(a, b, scaling if number is None else number, output_scale)
+    dropout = None if drawn is None else ActiveDropout(drawn[0], seed, drawn[1])
     needs = _needs_of(ctx.needs_input_grad)
     # By torch's operations with create_graph, and for many at once (is_grads_batched): no rule of
     # vmap takes an op with a list of tensors.
