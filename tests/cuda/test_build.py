@@ -138,7 +138,7 @@ def test_the_installed_extension_has_its_cuda_part():
         if torch.cuda.is_available():
             pytest.skip("there is a driver")
         native.extension().cuda_gemm_tail(
-            0, 0, 1, *(0, 0) * 4, False, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 128, 1
+            0, 0, 1, *(0, 0) * 4, False, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 128, 1
         )
 
 
