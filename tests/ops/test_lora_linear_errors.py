@@ -1,6 +1,7 @@
 """Bad input: the message names the argument, what was expected and what came."""
 
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -312,6 +313,15 @@ def test_forward_mode_is_refused(mode):
         derivative("auto")
     expected = tangent @ (inputs["weight"] + 0.5 * inputs["lora_b"] @ inputs["lora_a"]).t()
     torch.testing.assert_close(derivative("reference"), expected)
+
+
+@pytest.mark.parametrize("backend", ["auto", "composed", "reference"])
+def test_a_scaling_is_a_float_to_every_backend(backend):
+    inputs = {**arguments(), "backend": backend}
+    half = lora_linear(**{**inputs, "scaling": 0.5})
+    assert torch.equal(lora_linear(**{**inputs, "scaling": Fraction(1, 2)}), half)
+    with pytest.raises(OverflowError):
+        lora_linear(**{**inputs, "scaling": 10**400})
 
 
 def test_any_real_number_is_a_scaling():

@@ -12,6 +12,7 @@ from lora_kernels.runtime.dropout import (
     keep_mask,
     keep_scale,
 )
+from lora_kernels.runtime.scaling import as_tensor
 
 
 def reference(call: LinearCall) -> Tensor:
@@ -20,8 +21,9 @@ def reference(call: LinearCall) -> Tensor:
     factors = call.factors.without_rank_scale()
     dropout = ActiveDropout(0.0, None) if dropout is None else dropout
     return lora_linear_reference(
-        call.x, None if base is None else base.dequantise(), factors.a, factors.b, factors.scaling,
-        call.bias, factors.output_scale, dropout.p, dropout.seed, dropout.place,
+        call.x, None if base is None else base.dequantise(), factors.a, factors.b,
+        as_tensor(factors.scaling), call.bias, factors.output_scale, dropout.p, dropout.seed,
+        dropout.place,
     )  # fmt: skip
 
 
