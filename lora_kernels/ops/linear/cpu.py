@@ -25,7 +25,8 @@ def why_not(call: LinearCall) -> str | None:
 
 def forward(call: LinearCall) -> Result:
     x, factors, dropout = call.x, call.factors, call.dropout
-    scaling = host_number(factors.scaling)
+    scaling = factors.scaling
+    scaling = scaling.item() if isinstance(scaling, Tensor) else float(scaling)
     rows = x if x.is_contiguous() else cpu_extension.rows_of(x)  # [..., K] or [M, K]
     # Before the product, which leaves little of Python's code in the caches.
     h, mask = cpu_extension.allocate_saved(rows, factors.a.shape[0], dropout)
