@@ -9,6 +9,7 @@ tail is added to it, so that the GEMM is the one the frozen layer runs.
 """
 
 import torch
+from torch import Tensor
 
 from lora_kernels.base_weights import product_or_bias
 from lora_kernels.ops.linear.call import Gradients, LinearCall, Result
