@@ -294,7 +294,8 @@ def measure(trees: list[str], what: str, rounds: int) -> list[list[dict]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("trees", nargs=2, metavar=("OLD", "NEW"))
+    parser.add_argument("old", metavar="OLD")
+    parser.add_argument("new", metavar="NEW")
     parser.add_argument("--rounds", type=int, default=60, help="pairs of turns")
     parser.add_argument(
         "--processes", type=int, default=6, help="of each tree, one after the other"
@@ -304,7 +305,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rounds = -(-arguments.rounds // arguments.processes)
     processes = [
-        measure(arguments.trees, arguments.what, rounds) for _ in range(arguments.processes)
+        measure((arguments.old, arguments.new), arguments.what, rounds)
+        for _ in range(arguments.processes)
     ]
     found = {name: summary(name, processes) for name in processes[0][0][0]}
     print(f"{'us':30} {'old':>8} {'new':>8}   new - old [quartiles]   new / old [95 % bounds]")

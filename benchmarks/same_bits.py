@@ -140,7 +140,8 @@ def differences(old: dict, new: dict) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("trees", nargs=2, type=Path, metavar=("OLD", "NEW"))
+    parser.add_argument("old", type=Path, metavar="OLD")
+    parser.add_argument("new", type=Path, metavar="NEW")
     parser.add_argument("--calls", type=int, default=3000, help="of lora_linear and routed ones")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="one call, by its name")
@@ -151,7 +152,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     counts, errors, different = Counter(), Counter(), 0
     for group in GROUPS:
-        trees = [tree.resolve() for tree in arguments.trees]
+        trees = [tree.resolve() for tree in (arguments.old, arguments.new)]
         old, new = run(group, trees, out.resolve(), arguments)
         if old.keys() != new.keys():
             raise SystemExit(f"{group}: other calls: {sorted(old.keys() ^ new.keys())[:9]}")
