@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lora_kernels import lora_linear
 from lora_kernels.ops import linear
 from lora_kernels.ops.linear import tuned as measured
+from lora_kernels.ops.linear.call import LinearCall
 from lora_kernels.ops.linear.plan import make_plan, module_of
 from lora_kernels.ops.linear.reference import lora_linear_reference
 from lora_kernels.runtime.dispatch import Choice
@@ -34,9 +35,10 @@ def test_what_one_backend_saves_the_other_reads(
         asked.append(direction)
         return Choice(backends[direction], "")
 
-    def mixed_plan(backend, x, *operands):
-        plan = make_plan(backend, x, *operands)
-        return replace(plan, backward=module_of(backends["backward"], x))
+    def mixed_plan(backend, x, base, factors, dropout_p):
+        plan = make_plan(backend, x, base, factors, dropout_p)
+        call = LinearCall(x, base, factors, None, None)
+        return replace(plan, backward=module_of(backends["backward"], call, x))
 
     monkeypatch.setattr(measured, "choose", choose)
     monkeypatch.setattr(linear, "make_plan", mixed_plan)
