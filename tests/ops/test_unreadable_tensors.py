@@ -175,14 +175,17 @@ def test_a_bank_whose_memory_was_freed(name, replaced, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["x", "weight"])
+@pytest.mark.parametrize("name", ["x", "weight", "x that is gathered"])
 def test_routed_operands_made_in_inference_mode(name, backend):
+    """Of the second x a backend takes the rows, which are a tensor of their own."""
     bank = bank_of()
     routing = Routing.from_sequences(["b", "a"], M // 2, bank)
     arguments = {"x": torch.randn(M, K), "weight": torch.randn(N, K)}
+    if name.startswith("x "):
+        name, arguments["x"] = "x", torch.randn(M // 2, 2, K).transpose(0, 1)
     expected = routed_lora_linear(**arguments, bank=bank, routing=routing, backend=backend)
     with torch.inference_mode():
-        arguments[name] = arguments[name].clone()
+        arguments[name] = arguments[name].clone(memory_format=torch.preserve_format)
     with torch.no_grad():
         y = routed_lora_linear(**arguments, bank=bank, routing=routing, backend=backend)
     assert torch.equal(y, expected)

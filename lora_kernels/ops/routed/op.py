@@ -364,7 +364,7 @@ class _Kind(NamedTuple):
     forward: Callable
     backward: Callable
     second_order: Callable
-    saved: tuple[str, ...]  # attributes of the call that a backward may need
+    saved: tuple[str, ...]  # attributes of the call that a backward may need, the operand first
 
 
 _LORA = _Kind("routed_lora", _forward, _backward, second_order.lora_backward, ("x",))
@@ -504,6 +504,7 @@ def run(name: str, call: RoutedCall) -> Tensor:
         return _apply_eagerly(kind, call, *tensors)
     except RuntimeError as error:
         saved = {name: getattr(call, name) for name in kind.saved}
+        saved[kind.saved[0]] = tensors[0]  # as it was given: the call has its rows by now
         weight = None if call.base is None else call.base.tensors()[0]
         name_unsaved(error, **saved, weight=weight)
         raise
