@@ -183,12 +183,13 @@ def calls() -> dict:
     ],
     ids=lambda value: value if isinstance(value, str) and "," in value else None,
 )
-def test_calls_between_a_function_and_its_kernel(calls, backend, case, most):
+def test_calls_between_a_function_and_its_kernel(calls, backend, case, most, monkeypatch):
     """Python calls inside the package, on the second call of each."""
     if backend == "native":
         pytest.importorskip("peft")
         if cpu_extension.missing():
             pytest.skip("the compiled kernels are not built")
+        monkeypatch.setenv("LORA_KERNELS_BACKEND", "native")  # also where auto takes another
     else:
         pytest.importorskip("triton")
     if backend not in calls:

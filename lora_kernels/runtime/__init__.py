@@ -1,1 +1,1 @@
-"""What every operation stands on: the choice of a backend, dropout, dtypes, the extension."""
+"""What every operation stands on: plans, the choice of a backend, dropout, dtypes, extensions."""

@@ -432,7 +432,10 @@ class RoutedFunction(torch.autograd.Function):
         )  # fmt: skip
         with autocast_off(dy):
             if torch.is_grad_enabled() or _is_batched(dy):  # create_graph, vectorize
-                factors = second_order.Factors(*_parameters_of(call), tuple(needs))
+                trained = call.trained
+                factors = second_order.Factors(
+                    tuple(trained.parameters), trained.slots, tuple(needs)
+                )
                 dx, gradients, *grads = ctx.kind.second_order(call, factors, ctx.edge_to_x)
             else:
                 dx, flat, *grads = _first_gradients(ctx.kind, call)
@@ -450,10 +453,6 @@ class RoutedFunction(torch.autograd.Function):
 
 # RoutedFunction.apply without what it does for torch.func, which takes half of its time.
 _apply_eagerly = super(torch.autograd.Function, RoutedFunction).apply
-
-
-def _parameters_of(call: RoutedCall) -> tuple[tuple[Tensor, ...], list[int]]:
-    return tuple(call.trained.parameters), call.trained.slots
 
 
 def _with_saved(kind: _Kind, call: RoutedCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
