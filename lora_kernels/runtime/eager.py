@@ -52,6 +52,8 @@ def restore_leading_dims(y: Tensor, x: Tensor) -> Tensor:
 
     Not a view to autograd: the caller may change it in place.
     """
+    if x.ndim == 2 and not y._is_view():
+        return y
     return _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 

@@ -16,6 +16,7 @@ from lora_kernels.integrations.routed import RoutedModel
 from lora_kernels.ops import routed as routed_lora
 from lora_kernels.ops.linear import op as linear_autograd
 from lora_kernels.ops.linear.reference import lora_linear_reference
+from lora_kernels.ops.narrow import masks
 from lora_kernels.ops.norm import lora_weight_norm
 from lora_kernels.ops.routed import op as routed_op
 from lora_kernels.runtime import dispatch, dropout
@@ -38,6 +39,8 @@ from lora_kernels.testing.routed_inputs import (
 pretended.set_up()
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Once per process, in whichever test comes first; it has one of its own.
+pytestmark = pytest.mark.filterwarnings("ignore:lora_kernels. dropout on:UserWarning")
 
 
 @pytest.fixture
@@ -352,20 +355,41 @@ def test_accelerated_model_under_autocast(served, dtype):
     assert_draws_within_policy(draw)
 
 
-def test_accelerated_dropout(served):
-    """The CPU's masks for the seeds that the device drew."""
-    fast = peft_model(lora_dropout=0.25).to(DEVICE)
-    x = torch.randn(5, 3, 23)
-    plain = copy.deepcopy(fast).to("cpu")
-    lora_kernels.accelerate(fast)
+def test_dropout_is_torchs_operations_there(served):
+    """The CPU's masks for the seeds that the device drew, and one warning in the process."""
+    masks._has_kernels.cache_clear()
+    layer, x = lora_kernels.LoRALinear(23, 37, 4, 8.0, dropout_p=0.25), torch.randn(5, 3, 23)
+    nn.init.uniform_(layer.lora_B.weight)
+    other = copy.deepcopy(layer).to(DEVICE)
     torch.manual_seed(1)
-    ours = trained(fast, x.to(DEVICE))
+    with pytest.warns(UserWarning, match="some hundred torch operations") as caught:
+        ours = [trained(other, x.to(DEVICE)) for _ in range(2)]
+    assert len(caught) == 1
     torch.manual_seed(1)
-    seeds = [dropout.draw_seed(torch.device(DEVICE)).cpu() for _ in range(2)]
-    plain.zero_grad()
-    for layer, seed in zip(plain.base_model.model, seeds, strict=True):
-        layer.lora_dropout["default"] = Masked(seed, 0.25)
-    assert_alike(ours, trained(plain, x))
+    for each in ours:
+        masked = Masked(dropout.draw_seed(torch.device(DEVICE)).cpu(), 0.25)
+        adapter = layer.lora_B.weight @ layer.lora_A.weight * 2.0
+        y = layer.base_layer(x) + masked(x) @ adapter.t()
+        layer.zero_grad()
+        y.square().sum().backward()
+        expected = {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}
+        assert_alike(each, {"y": y.detach(), **expected})
+
+
+def test_active_dropout_stays_pefts(served):
+    """Where masks have no kernels; in an eval step it is fast again."""
+    fast, x = peft_model(lora_dropout=0.25).to(DEVICE), torch.randn(5, 3, 23, device=DEVICE)
+    report = lora_kernels.accelerate(fast)
+    reason = dispatch.slow_masks(torch.device(DEVICE))
+    assert {each.endswith(f"faster there: {reason}") for each in report.delegated.values()} == {
+        True
+    }
+    fast(x)
+    (counted,) = calls_of(fast).items()
+    assert counted == (report.delegated["base_model.model.0"], 2)
+    assert len(lora_kernels.accelerate(fast.eval()).fast) == 2
+    fast(x)
+    assert list(calls_of(fast).values()) == [2]
 
 
 class Masked(nn.Module):

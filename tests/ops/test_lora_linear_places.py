@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lora_kernels import explain, lora_linear
 from lora_kernels.ops.linear import composed, cpu, op
 from lora_kernels.ops.linear.plan import PLANS
+from lora_kernels.ops.narrow import masks
 from lora_kernels.runtime import cpu_extension as native
 from lora_kernels.runtime import dropout
 from lora_kernels.runtime.dropout import MaskPlace, keep_mask
@@ -274,7 +275,7 @@ def test_the_mask_is_drawn_once_and_handed_to_the_backward(backend, way, monkeyp
     forward, backward = module.forward, module.backward
     monkeypatch.setattr(module, "forward", lambda c: made.append(r := forward(c)) or r)
     monkeypatch.setattr(module, "backward", lambda c: given.append(c.mask) or backward(c))
-    for where in (composed, native):
+    for where in (masks, native):
         draw = where.packed_keep_mask
         monkeypatch.setattr(
             where, "packed_keep_mask", lambda *a, _d=draw, **o: drawn.append(a) or _d(*a, **o)
@@ -313,7 +314,8 @@ def test_a_mask_that_another_place_has_drawn_is_the_one_that_is_read(backend):
     problem = whole_numbers().with_(output_scale=None)
     place = MaskPlace(11, 16, 400)
     call = call_of(problem, place)
-    _, h, mask, _ = module.forward(call)
+    call.save = True
+    _, h, mask, *_ = module.forward(call)
     needs = op.Needs(True, True, True, True, False)
     backward = {"dy": problem.dy, "h": h, "needs": needs}
     first = module.backward(call_of(problem, place, mask=mask, **backward))

@@ -318,6 +318,8 @@ def _read_adapter(layer: LoraLayer, name: str, weight: Tensor) -> ActiveAdapter 
         under_dropout = layer.training and type(dropout) is nn.Dropout
         if not under_dropout:
             dropout_p = 0.0
+    elif dropout_p > 0.0 and (reason := dispatch.slow_masks(weight.device)):
+        return f"dropout of {name!r} is active, for which PEFT's forward is faster there: {reason}"
     factors = LoRAFactors(lora_a, lora_b, scaling)
     return ActiveAdapter(factors, lora_bias, dropout_p, magnitude, under_dropout)
 

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from lora_kernels.ops.linear.plan import LinearPlan
 
 
+# A [R, K] and s B [N, R] in x's dtype, each where the forward had to round it.
+Rounded = tuple[Tensor | None, Tensor | None]
+
+
 class Needs(NamedTuple):
     """Whose gradients a backward computes."""
 
@@ -42,11 +46,13 @@ class LinearCall:
     dropout: ActiveDropout | None  # None where nothing is dropped
     backend: str = "auto"  # as it was asked for
     plan: LinearPlan | None = None  # None for a call of an op
+    save: bool = False  # whether a backward follows, which reads h
     save_unscaled: bool = False
     dy: Tensor | None = None  # [..., N]
     h: Tensor | None = None  # [M, R], needed for the gradient of B
     mask: Tensor | None = None  # [M, ceil(K/8)]; drawn again where it was not stored
     unscaled: Tensor | None = None  # [M, N], needed for the gradient of output_scale
+    rounded: Rounded = (None, None)
     needs: Needs | None = None
 
 
@@ -57,6 +63,7 @@ class Result(NamedTuple):
     h: Tensor  # [M, R] in fp32, or the composed backend's dtype: D(x) A^T
     mask: Tensor | None  # [M, ceil(K/8)], the packed keep-mask
     unscaled: Tensor | None  # [M, N], the result before output_scale and bias, where asked for
+    rounded: Rounded = (None, None)  # handed to a backward that was planned with the forward
 
 
 class Gradients(NamedTuple):

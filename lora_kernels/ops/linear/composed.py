@@ -2,25 +2,26 @@
 
 Dimensions: M tokens, K in_features, N out_features, R rank.
 
-The base GEMM runs in x's dtype exactly as the frozen layer would. What the adapter adds are narrow
-GEMMs with the rank as one side and one accumulating GEMM into the base's result. Nothing of size
-M*K or M*N is allocated on behalf of the adapter, except one row chunk at a time under dropout.
+What costs is passes over x, dy, y and dx, and on a GPU launches: every wide tensor is read once for
+each product that needs it, the tail comes before the wide GEMM, which adds to it, and each factor
+is rounded to x's dtype once, the scaling with it. Nothing of size M*K or M*N is kept on behalf of
+the adapter; under dropout one copy of x lives while it is multiplied.
 """
 
 import torch
 from torch import Tensor
 
+from lora_kernels.adapters.factors import LoRAFactors
 from lora_kernels.ops.linear.call import Gradients, LinearCall, Result
 from lora_kernels.ops.narrow.columns import column_dot, scale_columns
+from lora_kernels.ops.narrow.masks import draw_mask, masked_copy, masked_product
 from lora_kernels.ops.narrow.products import (
     narrow_product,
-    product_dtype,
-    row_chunks,
-    scaled,
+    rounded,
+    scaled_product,
     transposed_product,
+    widens_first,
 )
-from lora_kernels.runtime.dropout import ActiveDropout, packed_keep_mask, zero_dropped
-from lora_kernels.runtime.dtypes import accumulator_dtype
 from lora_kernels.runtime.eager import below_autograd, restore_leading_dims
 from lora_kernels.runtime.scaling import host_number
 
@@ -32,34 +33,34 @@ def why_not(call: LinearCall) -> str | None:
 
 @below_autograd
 def forward(call: LinearCall) -> Result:
-    """h is in :func:`product_dtype`."""
-    x, factors, dropout = call.x, call.factors, call.dropout
+    """h is in :func:`product_dtype` where it is saved."""
+    x, factors = call.x, call.factors
     output_scale = factors.output_scale
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
-    mask = None
-    if dropout is not None:
-        mask = packed_keep_mask(dropout.seed, dropout.p, *rows.shape, place=dropout.place)
-    h = shrink_rows(rows, factors.a, mask, dropout)
-    tail = h.to(x.dtype)  # [M, R]
-    scaled_b = scaled(factors.b, host_number(factors.scaling), x.dtype)  # [N, R]
+    widens = widens_first(x)
+    a = factors.a if widens else factors.a.to(x.dtype)
+    b, alpha = _scaled_b(factors, x.dtype)
+    dropped, mask = rows, None
+    if call.dropout is not None:
+        dropped, mask = masked_copy(rows, call.dropout)
+    h = narrow_product(dropped, a.t(), None if call.save else x.dtype)
     # The tail first: the wide GEMM then adds to a result that is still in the cache.
-    if call.bias is None or output_scale is not None:
-        y = tail @ scaled_b.t()
-    else:
-        y = torch.addmm(call.bias, tail, scaled_b.t())
+    bias = call.bias if output_scale is None else None
+    y = scaled_product(h.to(x.dtype), b.t(), alpha, bias)
     if call.base is not None:
         call.base.add_matmul_(y, rows)
     unscaled = None
     if output_scale is not None:
         unscaled = y if call.save_unscaled else None
         y = scale_columns(y, output_scale, call.bias)
-    return Result(restore_leading_dims(y, x), h, mask, unscaled)
+    kept_a = None if a is factors.a else a
+    kept_b = None if widens or alpha != 1 or b is factors.b else b
+    return Result(restore_leading_dims(y, x), h, mask, unscaled, (kept_a, kept_b))
 
 
 @below_autograd
 def backward(call: LinearCall) -> Gradients:
     dy, factors, dropout, needs = call.dy, call.factors, call.dropout, call.needs
-    scaling = host_number(factors.scaling)
     rows_dy = dy.reshape(-1, dy.shape[-1])  # [M, N]
     num_rows, columns = rows_dy.shape[0], factors.a.shape[1]
     dx = grad_a = grad_b = grad_bias = grad_output_scale = None
@@ -71,49 +72,44 @@ def backward(call: LinearCall) -> Gradients:
         rows_dy = scale_columns(rows_dy, factors.output_scale, None)
     if needs.lora_b:
         # The scaling goes to h: the product may come out rounded, and is not to be rounded twice.
-        grad_b = transposed_product(rows_dy, call.h * scaling).to(factors.b.dtype)  # [N, R]
+        h = rounded(call.h, dy.dtype, host_number(factors.scaling))
+        grad_b = transposed_product(rows_dy, h, factors.b.dtype)  # [N, R]
     if not (needs.x or needs.lora_a):
         return Gradients(dx, grad_a, grad_b, grad_bias, grad_output_scale)
 
-    # The dropout scale rides on B, so that t already carries it to both of its products.
-    keep_scale = 1.0 if dropout is None else dropout.scale
-    t = narrow_product(rows_dy, factors.b, scaling * keep_scale)  # [M, R]
-    a = factors.a.to(dy.dtype) if needs.x else None
-    if dropout is None:
-        if needs.x:
-            dx = t.to(dy.dtype) @ a
-        if needs.lora_a:
-            grad_a = transposed_product(t, call.x.reshape(-1, columns))
-    else:
-        mask = call.mask
-        if mask is None:
-            mask = packed_keep_mask(dropout.seed, dropout.p, num_rows, columns, place=dropout.place)
-        rows_x = call.x.reshape(-1, columns) if needs.lora_a else None
-        dx = rows_dy.new_empty((num_rows, columns)) if needs.x else None
-        if needs.lora_a:
-            grad_a = t.new_zeros(factors.a.shape, dtype=accumulator_dtype(t.dtype))
-        for chunk in row_chunks(num_rows, columns, dy.device):
-            if needs.x:
-                dx[chunk] = zero_dropped(t[chunk].to(dy.dtype) @ a, mask[chunk])
-            if needs.lora_a:
-                grad_a += transposed_product(t[chunk], zero_dropped(rows_x[chunk], mask[chunk]))
-    if needs.x and call.base is not None:
-        call.base.add_matmul_t_(dx, rows_dy)
-    if needs.x:
-        dx = dx.view(*dy.shape[:-1], columns)
+    a, b = call.rounded
+    alpha = 1.0
+    if a is None and needs.x:
+        a = factors.a.to(dy.dtype)
+    if b is None:
+        b, alpha = _scaled_b(factors, torch.float32 if widens_first(dy) else dy.dtype)
+    # bf16 has fp32's range: there t is rounded once, by the product.
+    t = narrow_product(rows_dy, b, None if dy.dtype == torch.float16 else dy.dtype)  # [M, R]
+    mask, rows_x = call.mask, None
     if needs.lora_a:
-        grad_a = grad_a.to(factors.a.dtype)
+        rows_x = call.x.reshape(-1, columns)
+        if dropout is not None:
+            rows_x, mask = masked_copy(rows_x, dropout, mask)
+        grad_a = transposed_product(t, rows_x, factors.a.dtype, alpha)
+        rows_x = None  # the copy goes before dx comes
+    if needs.x:
+        t = t.to(dy.dtype)
+        if dropout is None:
+            dx = scaled_product(t, a, alpha)
+        else:
+            if mask is None:
+                mask = draw_mask(num_rows, columns, dropout)
+            dx = masked_product(t, a, mask, dropout, alpha)
+        if call.base is not None:
+            call.base.add_matmul_t_(dx, rows_dy)
+        dx = dx.view(*dy.shape[:-1], columns)
     return Gradients(dx, grad_a, grad_b, grad_bias, grad_output_scale)
 
 
-def shrink_rows(
-    x: Tensor, lora_a: Tensor, mask: Tensor | None, dropout: ActiveDropout | None
-) -> Tensor:
-    """``h = D(x) A^T`` ``[M, R]``."""
-    if mask is None:
-        return narrow_product(x, lora_a.t())
-    h = x.new_empty((x.shape[0], lora_a.shape[0]), dtype=product_dtype(x))
-    for chunk in row_chunks(*x.shape, x.device):
-        kept = zero_dropped(x[chunk], mask[chunk])
-        h[chunk] = narrow_product(kept, lora_a.t(), dropout.scale)
-    return h
+def _scaled_b(factors: LoRAFactors, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """B ``[N, R]`` in ``dtype``, and what products with it are still to be scaled by: 1 where the
+    scaling is in it already, which is so where it is rounded or the scaling is on the device."""
+    scaling = host_number(factors.scaling)
+    if factors.b.dtype.itemsize > dtype.itemsize or isinstance(scaling, Tensor):
+        return rounded(factors.b, dtype, scaling), 1.0
+    return factors.b.to(dtype), scaling

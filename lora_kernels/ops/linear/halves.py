@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.linear.checks import check_dropout
-from lora_kernels.ops.linear.composed import shrink_rows
-from lora_kernels.ops.narrow.products import row_chunks
+from lora_kernels.ops.narrow.masks import masked_copy
+from lora_kernels.ops.narrow.products import narrow_product, row_chunks
 from lora_kernels.ops.narrow.second_order import drop
 from lora_kernels.runtime.checks import check_dtype, check_floating
 from lora_kernels.runtime.dropout import (
@@ -20,7 +20,6 @@ from lora_kernels.runtime.dropout import (
     check_place,
     draw_seed,
     drop_threshold,
-    packed_keep_mask,
     unpacked_keep_mask,
 )
 from lora_kernels.runtime.dtypes import accumulator_dtype
@@ -99,10 +98,10 @@ class _Shrink(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, lora_a, dropout):
         rows, mask = x.reshape(-1, x.shape[-1]), None
-        if dropout is not None:
-            mask = packed_keep_mask(dropout.seed, dropout.p, *rows.shape, place=dropout.place)
         with autocast_off(x):
-            h = shrink_rows(rows, lora_a, mask, dropout).to(accumulator_dtype(x.dtype))
+            if dropout is not None:
+                rows, mask = masked_copy(rows, dropout)
+            h = narrow_product(rows, lora_a.to(x.dtype).t()).to(accumulator_dtype(x.dtype))
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, lora_a, mask)
         ctx.p, ctx.dtype = 0.0 if dropout is None else dropout.p, x.dtype
         return h.view(*x.shape[:-1], lora_a.shape[0])

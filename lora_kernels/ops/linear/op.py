@@ -120,8 +120,8 @@ def _inference_kernel(*arguments):
 def _forward_kernel(x, *arguments):
     *operands, save_unscaled, backend = arguments
     call = _call_of(x, *operands)
-    call.save_unscaled = save_unscaled
-    y, h, mask, unscaled = _forward(call, backend)
+    call.save, call.save_unscaled = True, save_unscaled
+    y, h, mask, unscaled, _ = _forward(call, backend)
     return (
         y,
         h,
@@ -218,12 +218,13 @@ class LoRALinearFunction(torch.autograd.Function):
     def forward(ctx, x, a, b, bias, output_scale, call):
         needs_x, needs_a, needs_b, _, needs_output_scale, _ = ctx.needs_input_grad
         plan = call.plan
-        call.save_unscaled = needs_output_scale
+        call.save, call.save_unscaled = True, needs_output_scale
+        rounded_a = rounded_b = None
         if plan is None:
             y, h, mask, unscaled = _FORWARD(*_operands(call), needs_output_scale, call.backend)
             unscaled = unscaled if needs_output_scale else None
         else:
-            y, h, mask, unscaled = plan.forward.forward(call)
+            y, h, mask, unscaled, (rounded_a, rounded_b) = plan.forward.forward(call)
         base, dropout = call.base, call.dropout
         scaling, kind, meta, weights = call.factors.scaling, None, (), ()
         if base is not None:
@@ -241,6 +242,8 @@ class LoRALinearFunction(torch.autograd.Function):
             b,
             scaling if number is None else constant(number),
             output_scale,
+            rounded_a if needs_x else None,
+            rounded_b if needs_x or needs_a else None,
             *weights,
         )
         drawn = None if dropout is None else (dropout.p, dropout.place)
@@ -261,7 +264,8 @@ def _needs_of(needs_input_grad: tuple[bool, ...]) -> Needs:
 
 
 def _gradients(ctx, dy: Tensor) -> Gradients:
-    x, h, unscaled, mask, seed, a, b, scaling, output_scale, *weights = ctx.saved_tensors
+    x, h, unscaled, mask, seed, a, b, scaling, output_scale, *others = ctx.saved_tensors
+    rounded_a, rounded_b, *weights = others
     number, kind, meta, drawn, plan, backend = ctx.kept
     factors = LoRAFactors(a, b, scaling if number is None else number, output_scale)
     dropout = None if drawn is None else ActiveDropout(drawn[0], seed, drawn[1])
@@ -273,8 +277,9 @@ def _gradients(ctx, dy: Tensor) -> Gradients:
         weights = [weight.detach() for weight in weights]
     base = None if kind is None else kind(*weights, *meta)
     call = LinearCall(
-        x, base, factors, None, dropout, backend, plan, False, dy, h, mask, unscaled, needs
-    )
+        x, base, factors, None, dropout, backend, plan, dy=dy, h=h, mask=mask, unscaled=unscaled,
+        rounded=(rounded_a, rounded_b), needs=needs,
+    )  # fmt: skip
     if differentiated:
         with autocast_off(dy):
             return differentiable_backward(call, getattr(ctx, "edge_to_x", None))

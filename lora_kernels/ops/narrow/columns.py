@@ -16,10 +16,14 @@ def scale_columns(y: Tensor, output_scale: Tensor, bias: Tensor | None) -> Tenso
     The scale itself is not rounded to a half-precision dtype: its error would be the same in every
     row, and the sums over the rows in the gradients would not average it out.
     """
+    out = torch.empty_like(y)
+    if y.device.type == "cuda":  # where torch rounds mixed dtypes once, in one launch
+        if bias is None:
+            return torch.mul(y, output_scale, out=out)
+        return torch.addcmul(bias.to(accumulator_dtype(y.dtype)), y, output_scale, out=out)
     accumulator = accumulator_dtype(y.dtype)
     scale = output_scale.to(accumulator)
     offset = None if bias is None else bias.to(accumulator)
-    out = torch.empty_like(y)
     for chunk in row_chunks(*y.shape, y.device):
         product = y[chunk].to(accumulator) * scale
         out[chunk] = product if offset is None else product.add_(offset)

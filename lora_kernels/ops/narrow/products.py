@@ -13,82 +13,100 @@ from lora_kernels.runtime.dtypes import accumulator_dtype
 _CHUNK_ELEMENTS, _DEVICE_CHUNK_ELEMENTS = 1 << 20, 1 << 23
 
 
-def narrow_product(wide: Tensor, narrow: Tensor, scaling: Tensor | float | None = None) -> Tensor:
-    """``wide @ (scaling * narrow)``: ``[M, D] x [D, R] -> [M, R]`` in :func:`product_dtype`.
+def narrow_product(wide: Tensor, factor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``wide @ factor``: ``[M, D] x [D, R] -> [M, R]``, both of one dtype.
 
-    fp16 never rounds the result to fp16: h and t may lie below its smallest number. Where torch has
-    no product with a wider result, a row chunk at a time is widened before it.
+    Where wide :func:`widens first <widens_first>` the factor may be of a wider one.
+
+    Args:
+        dtype: of the result: theirs, or None for :func:`product_dtype`.
     """
-    if _widens_first(wide.dtype, wide.device):
-        factor = narrow.float() if scaling is None else narrow.float() * scaling
-        out = wide.new_empty((wide.shape[0], narrow.shape[1]), dtype=torch.float32)
-        for chunk in row_chunks(*wide.shape, wide.device):
-            torch.mm(wide[chunk].float(), factor, out=out[chunk])
-        return out
-    if wide.dtype == torch.float16:
-        # B may be tiny (it starts at zero): keep its own exponent range, scale the result.
-        factor, exponent = _to_half_range(narrow.float())
-        out = torch.mm(wide, factor, out_dtype=torch.float32) * exponent
-        return out if scaling is None else out.mul_(scaling)
-    factor = narrow.to(wide.dtype) if scaling is None else scaled(narrow, scaling, wide.dtype)
-    if wide.dtype == torch.bfloat16 and wide.device.type == "cuda":
-        return torch.mm(wide, factor, out_dtype=torch.float32)
-    return wide @ factor
+    if dtype is None:
+        dtype = product_dtype(wide)
+    if not widens_first(wide):
+        return _product(wide, factor, dtype)
+    out = wide.new_empty((wide.shape[0], factor.shape[1]), dtype=torch.float32)
+    factor = factor.float()
+    for chunk in row_chunks(*wide.shape, wide.device):
+        torch.mm(wide[chunk].float(), factor, out=out[chunk])
+    return out.to(dtype)
 
 
-def transposed_product(left: Tensor, right: Tensor) -> Tensor:
-    """``left^T @ right``: ``[M, P], [M, Q] -> [P, Q]`` in :func:`product_dtype`.
+def transposed_product(
+    left: Tensor, right: Tensor, dtype: torch.dtype, alpha: float = 1.0
+) -> Tensor:
+    """``alpha * left^T @ right``: ``[M, P], [M, Q] -> [P, Q]`` in ``dtype``, summed in fp32.
 
-    One side is an activation in x's dtype, the other h or t. That one is rounded to the
-    activation's dtype for the product; in fp16 it is first scaled into range.
+    One side is an activation, the other h or t in its dtype or in fp32. That one is rounded for the
+    product; to fp16 after it was divided by its largest element, as all of it may lie below
+    fp16's smallest number. Nothing is read back for it, and a NaN or infinity in it reaches the
+    whole result.
     """
-    wide = left if right.dtype == torch.float32 else right
-    dtype = wide.dtype
-    if _widens_first(dtype, wide.device):
+    narrow_is_left = left.dtype.itemsize > right.dtype.itemsize
+    activation = right if narrow_is_left else left
+    if widens_first(activation):
         out = left.new_zeros((left.shape[1], right.shape[1]), dtype=torch.float32)
-        for chunk in row_chunks(*wide.shape, wide.device):
-            out.addmm_(left[chunk].float().t(), right[chunk].float())
-        return out
-    if dtype == torch.float16:
-        if wide is left:
-            right, exponent = _to_half_range(right)
-        else:
-            left, exponent = _to_half_range(left)
-        return torch.mm(left.t(), right, out_dtype=torch.float32).mul_(exponent)
-    left, right = left.to(dtype), right.to(dtype)
-    if dtype == torch.bfloat16 and wide.device.type == "cuda":
-        return torch.mm(left.t(), right, out_dtype=torch.float32)
-    return left.t() @ right
+        for chunk in row_chunks(activation.shape[0], max(out.shape), left.device):
+            out.addmm_(left[chunk].float().t(), right[chunk].float(), alpha=alpha)
+        return out.to(dtype)
+    if left.dtype == right.dtype or activation.dtype != torch.float16:
+        left, right = left.to(activation.dtype), right.to(activation.dtype)
+        return scaled_product(left.t(), right, alpha, dtype=dtype)
+    narrow = left if narrow_is_left else right
+    largest = torch.linalg.vector_norm(narrow, torch.inf) if narrow.numel() else narrow.new_ones(())
+    largest = largest.clamp_min_(torch.finfo(torch.float32).tiny)
+    narrow = rounded(narrow, torch.float16, largest, divide=True)
+    left, right = (narrow, right) if narrow_is_left else (left, narrow)
+    return rounded(scaled_product(left.t(), right, alpha, dtype=torch.float32), dtype, largest)
 
 
-def scaled(factor: Tensor, scaling: Tensor | float, dtype: torch.dtype) -> Tensor:
-    """``scaling * factor`` in ``dtype``, rounded once."""
-    if factor.dtype == torch.float32 and dtype != torch.float64:
-        return (factor * scaling).to(dtype)
-    wide = torch.promote_types(accumulator_dtype(factor.dtype), accumulator_dtype(dtype))
-    return (factor.to(wide) * scaling).to(dtype)
+def scaled_product(
+    left: Tensor,  # [M, D]
+    right: Tensor,  # [D, N]
+    alpha: float = 1.0,
+    bias: Tensor | None = None,  # [N]
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # [M, N]
+    """``alpha * left @ right + bias`` of two matrices of one dtype, in theirs or in ``dtype``."""
+    if bias is not None:
+        return torch.addmm(bias, left, right, alpha=alpha)
+    dtype = dtype or left.dtype
+    if alpha == 1:
+        return _product(left, right, dtype)
+    if dtype != left.dtype:
+        return rounded(_product(left, right, accumulator_dtype(left.dtype)), dtype, alpha)
+    out = left.new_empty((left.shape[0], right.shape[1]))
+    return out.addmm_(left, right, beta=0, alpha=alpha)
 
 
-def _widens_first(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a half-precision operand is to become fp32 for a product in :func:`product_dtype`.
+def rounded(
+    narrow: Tensor, dtype: torch.dtype, scaling: Tensor | float, divide: bool = False
+) -> Tensor:
+    """``scaling * narrow`` (or ``narrow / scaling``) in ``dtype``, rounded once, in one launch."""
+    if dtype.itemsize > narrow.dtype.itemsize:
+        narrow = narrow.to(dtype)
+    out = torch.empty_like(narrow, dtype=dtype)
+    return (torch.div if divide else torch.mul)(narrow, scaling, out=out)
 
-    MPS has neither ``torch.mm(out_dtype=)`` nor the ``frexp`` of :func:`_to_half_range`; XPU has
-    both in newer versions of torch only.
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """``left @ right`` of two matrices of one dtype, summed in fp32 and rounded to ``dtype``."""
+    if left.dtype == dtype:
+        return torch.mm(left, right)
+    if not left.is_cuda or left.dtype.itemsize != 2:
+        return torch.mm(left, right).to(dtype)
+    return torch.mm(left, right, out_dtype=torch.float32).to(dtype)
+
+
+def widens_first(activation: Tensor) -> bool:
+    """Whether a half-precision activation is to become fp32 for a product summed in fp32.
+
+    MPS has no ``torch.mm(out_dtype=)``; XPU has it in newer versions of torch only.
     """
-    if device.type == "cuda":
+    dtype = activation.dtype
+    if dtype.itemsize != 2 or activation.is_cuda:
         return False
-    return dtype == torch.float16 or (dtype == torch.bfloat16 and device.type != "cpu")
-
-
-def _to_half_range(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``(x / e)`` in fp16 and the power of two ``e`` (0-d, fp32) that brings max|x| near 1.
-
-    All on the device: nothing is read back. Zeros and non-finite values keep e = 1.
-    """
-    _, exponent = torch.frexp(x.abs().amax()) if x.numel() else torch.frexp(x.new_zeros(()))
-    exponent = torch.ldexp(x.new_ones(()), exponent)
-    exponent = torch.where(torch.isfinite(exponent) & (exponent > 0), exponent, 1.0)
-    return (x / exponent).half(), exponent
+    return dtype == torch.float16 or not activation.is_cpu
 
 
 def row_chunks(rows: int, columns: int, device: torch.device) -> list[slice]:
@@ -104,6 +122,6 @@ def product_dtype(x: Tensor) -> torch.dtype:
     Except bf16 on a CPU, where torch has no product with a wider result: it is rounded once, and
     keeping it wider would only cost copies. (bf16 has fp32's range, so nothing underflows.)
     """
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+    if x.dtype == torch.bfloat16 and x.is_cpu:
         return torch.bfloat16
     return accumulator_dtype(x.dtype)

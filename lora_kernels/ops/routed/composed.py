@@ -18,6 +18,7 @@ from lora_kernels.base_weights import product_or_bias
 from lora_kernels.ops.narrow.products import (
     narrow_product,
     product_dtype,
+    rounded,
     row_chunks,
     transposed_product,
 )
@@ -183,7 +184,8 @@ def _shrink(group: _Group, call: RoutedCall, mask: Tensor | None) -> Tensor:
     h = x.new_empty((packed.shape[0], group.rank), dtype=product_dtype(x))
     for chunk in row_chunks(packed.shape[0], x.shape[1], x.device):
         kept = zero_dropped(group.rows_of(x, chunk), packed[chunk])
-        h[chunk] = narrow_product(kept, group.a.t(), _keep_scale(group.threshold))
+        factor = rounded(group.a, kept.dtype, _keep_scale(group.threshold))
+        h[chunk] = narrow_product(kept, factor.t())
     return h
 
 
@@ -223,7 +225,8 @@ def _expand_backward(
         if t is not None:
             t[:, part] = _narrow(rows[:, columns], b)
         if offset >= 0:
-            product = transposed_product(rows[:, columns], narrow[:, part] * group.scale)
+            scaled_h = narrow[:, part] * group.scale
+            product = transposed_product(rows[:, columns], scaled_h, grad.dtype)
             grad[offset : offset + b.numel()].view(b.shape).copy_(product)
         start += rank
     if t is None:
@@ -248,7 +251,7 @@ def _shrink_backward(
         if dx is not None:
             group.add_product(dx, t, a)
         if offset >= 0:
-            product = transposed_product(t, group.rows_of(x))
+            product = transposed_product(t, group.rows_of(x), grad.dtype)
             grad[offset : offset + a.numel()].view(a.shape).copy_(product)
         return
     packed = _packed_mask(group, columns, call) if mask is None else mask[group.pairs]
@@ -261,7 +264,7 @@ def _shrink_backward(
             dx.index_add_(0, tokens[chunk], kept)
         if offset >= 0:
             kept = zero_dropped(group.rows_of(x, chunk), packed[chunk])
-            total += transposed_product(t[chunk], kept)
+            total += transposed_product(t[chunk], kept, total.dtype)
     if offset >= 0:
         grad[offset : offset + a.numel()].view(a.shape).copy_(total)
 
@@ -304,7 +307,7 @@ def _narrow(wide: Tensor, factor: Tensor) -> Tensor:
         return wide @ factor
     if _is_better_widened(wide, factor, wide.dtype, factor.shape[1]):
         return (wide.to(factor.dtype) @ factor).to(product_dtype(wide))
-    return narrow_product(wide, factor)
+    return narrow_product(wide, factor.to(wide.dtype))
 
 
 def _wide_product(narrow: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

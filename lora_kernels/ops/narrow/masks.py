@@ -1,0 +1,74 @@
+"""Dropout on whole activations: one pass each where Triton runs, else torch's operations.
+
+Dimensions: M tokens, K in_features, R rank.
+
+The keep-mask is kept as bits, so that a backward reads them and draws nothing. Of x there is one
+copy, for as long as it is multiplied.
+"""
+
+import functools
+import warnings
+
+import torch
+from torch import Tensor
+
+from lora_kernels.ops.narrow.products import row_chunks, scaled_product
+from lora_kernels.runtime import dispatch
+from lora_kernels.runtime.dropout import ActiveDropout, packed_keep_mask, zero_dropped
+
+
+def masked_copy(
+    x: Tensor,  # [M, K]
+    dropout: ActiveDropout,
+    mask: Tensor | None = None,  # [M, ceil(K/8)]; None draws it
+) -> tuple[Tensor, Tensor]:
+    """``D(x)`` ``[M, K]`` rounded to x's dtype, and the packed mask."""
+    if _has_kernels(x.device):
+        from lora_kernels.ops.narrow.triton import masked
+
+        return masked.masked_copy(x, dropout, mask)
+    if mask is None:
+        mask = draw_mask(*x.shape, dropout)
+    kept = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for chunk in row_chunks(*x.shape, x.device):
+        torch.mul(zero_dropped(x[chunk], mask[chunk]), dropout.scale, out=kept[chunk])
+    return kept, mask
+
+
+def draw_mask(rows: int, columns: int, dropout: ActiveDropout) -> Tensor:
+    """The packed mask ``[rows, ceil(columns / 8)]``."""
+    if _has_kernels(dropout.seed.device):
+        from lora_kernels.ops.narrow.triton import masked
+
+        return masked.draw_mask(rows, columns, dropout)
+    return packed_keep_mask(dropout.seed, dropout.p, rows, columns, place=dropout.place)
+
+
+def masked_product(
+    t: Tensor,  # [M, R]
+    a: Tensor,  # [R, K], in t's dtype
+    mask: Tensor,  # [M, ceil(K/8)]
+    dropout: ActiveDropout,
+    alpha: float = 1.0,
+) -> Tensor:  # [M, K]
+    """``alpha * keep * (t A)``, where keep is 0 or the dropout's scale."""
+    if _has_kernels(t.device):
+        from lora_kernels.ops.narrow.triton import masked
+
+        return masked.masked_product(t, a, mask, dropout, alpha)
+    alpha = alpha * dropout.scale
+    out = t.new_empty((t.shape[0], a.shape[1]))
+    for chunk in row_chunks(*out.shape, out.device):
+        out[chunk] = zero_dropped(scaled_product(t[chunk], a, alpha), mask[chunk])
+    return out
+
+
+@functools.cache
+def _has_kernels(device: torch.device) -> bool:
+    if reason := dispatch.slow_masks(device):
+        warnings.warn(
+            f"lora_kernels: dropout on {device} takes some hundred torch operations a call, which "
+            f"is slower than torch.nn.Dropout: {reason}",
+            stacklevel=2,
+        )
+    return dispatch.mask_kernels_missing(device) is None
