@@ -57,7 +57,8 @@ def transposed_product(
     largest = largest.clamp_min_(torch.finfo(torch.float32).tiny)
     narrow = rounded(narrow, torch.float16, largest, divide=True)
     left, right = (narrow, right) if narrow_is_left else (left, narrow)
-    return rounded(scaled_product(left.t(), right, alpha, dtype=torch.float32), dtype, largest)
+    scale = largest if alpha == 1 else largest * alpha
+    return rounded(_product(left.t(), right, torch.float32), dtype, scale)
 
 
 def scaled_product(
@@ -83,8 +84,8 @@ def rounded(
     narrow: Tensor, dtype: torch.dtype, scaling: Tensor | float, divide: bool = False
 ) -> Tensor:
     """``scaling * narrow`` (or ``narrow / scaling``) in ``dtype``, rounded once, in one launch."""
-    if dtype.itemsize > narrow.dtype.itemsize:
-        narrow = narrow.to(dtype)
+    if dtype != narrow.dtype:
+        narrow = narrow.to(torch.promote_types(narrow.dtype, dtype))
     out = torch.empty_like(narrow, dtype=dtype)
     return (torch.div if divide else torch.mul)(narrow, scaling, out=out)
 

@@ -1,0 +1,74 @@
+"""``composed`` with the products of a GPU: operands in half precision, results in fp32.
+
+torch has none of them on a CPU. Here they are made from fp32 operands, which changes the order of
+the sums alone.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_kernels.ops.linear import composed
+from lora_kernels.ops.narrow import products
+from lora_kernels.runtime.dtypes import accumulator_dtype
+from lora_kernels.testing import gpu_checks
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CHECKS = [
+    check
+    for check in gpu_checks.quick()
+    if check.on_cpu and any(word in check.name for word in ("float16", "underflow", "subsets"))
+]
+
+
+def product_of_a_gpu(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    assert left.dtype == right.dtype, "a GEMM takes operands of one dtype"
+    assert dtype == left.dtype or left.dtype.itemsize == 2
+    wide = accumulator_dtype(left.dtype)
+    return (left.to(wide) @ right.to(wide)).to(dtype)
+
+
+@pytest.fixture
+def gpu_products(monkeypatch):
+    monkeypatch.setattr(products, "_product", product_of_a_gpu)
+    monkeypatch.setattr(products, "product_dtype", lambda x: accumulator_dtype(x.dtype))
+    for module in (products, composed):
+        monkeypatch.setattr(module, "widens_first", lambda x: False)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
+def test_checks(check, gpu_products):
+    check("cpu", "composed")
+
+
+@pytest.mark.parametrize("t", [1e-12, 1.0, 1e8], ids=str)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_gradient_beyond_fp16s_range(t, side, gpu_products):
+    """t lies below fp16's smallest number, or above its largest; its gradient is fp32's."""
+    narrow, wide = torch.randn(70, 3) * t, torch.randn(70, 20).half()
+    operands = (narrow, wide) if side == "left" else (wide, narrow)
+    found = products.transposed_product(*operands, FP32, alpha=0.7)
+    exact = operands[0].double().t() @ operands[1].double() * 0.7
+    assert (found - exact).norm() / exact.norm() < 2**-11
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_a_gradient_of_nothing_is_zero(rows, gpu_products):
+    found = products.transposed_product(torch.zeros(rows, 3), torch.ones(rows, 4).half(), FP32)
+    assert torch.equal(found, torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_is_not_lost(value, gpu_products):
+    t, x = torch.ones(5, 2), torch.ones(5, 4).half()
+    t[3, 1] = value
+    assert not products.transposed_product(t, x, FP16)[1].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("to", [BF16, FP16, FP32, torch.float64], ids=str)
+def test_a_factor_is_rounded_once(dtype, to):
+    factor = torch.randn(500).to(dtype)
+    found = products.rounded(factor, to, 0.7)
+    wide = torch.float64 if to == torch.float64 else torch.float32
+    assert torch.equal(found, (factor.to(wide) * 0.7).to(to))
