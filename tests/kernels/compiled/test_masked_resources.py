@@ -85,7 +85,8 @@ def test_fits_and_does_not_spill(capability, dtype):
 def test_offsets_are_64_bits_wide_and_sizes_odd(capability):
     """Rows past 2^31 elements, a counter of two words, columns that are multiples of nothing."""
     for launch, used in resources_of(capability, 1_000_001, 4097, BF16, 2**40):
-        assert used.stack == 0 and used.registers <= 144, (launch.name, used)
+        # Every element has a pointer and a predicate of its own.
+        assert used.stack == 0 and used.registers <= 168, (launch.name, used.registers, used.stack)
         drawing = launch.arguments.get("DRAW", launch.name == "draw_mask_kernel")
         assert launch.arguments.get("LONG_COUNTER", False) == drawing, launch.name
 

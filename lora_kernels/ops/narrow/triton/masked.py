@@ -61,9 +61,8 @@ def masked_copy_kernel(
         store_bits(mask_ptr, packed, rows, inside_m, first_column, K)
     else:
         packed = load_bits(mask_ptr, rows, inside_m, first_column, K, BLOCK_K)
-    kept = tl.where(
-        unpack_bits(packed), x.to(tl.float32) * scale, 0.0
-    )  # a dropped NaN is zero, too
+    # Selected, not multiplied by zero: a dropped NaN is zero, too.
+    kept = tl.where(unpack_bits(packed), x.to(tl.float32) * scale, 0.0)
     out_ptrs = out_ptr + rows[:, None] * K + columns[None, :]
     tl.store(out_ptrs, kept.to(out_ptr.dtype.element_ty), mask=inside)
 
