@@ -24,11 +24,14 @@ from lora_kernels.runtime.device_limits import DeviceLimits
 from lora_kernels.runtime.dropout import ActiveDropout
 from lora_kernels.testing.compile_only import Launch, Resources, compile_launch, record_launches
 
-# As cudaDeviceProp has them: A100, H200, B200.
+# As cudaDeviceProp has them: A100, RTX 3090, RTX 4090, H200, B200, RTX 5090.
 DEVICES = {
     80: DeviceLimits("sm_80", 80, 108, 166_912),
+    86: DeviceLimits("sm_86", 86, 82, 101_376),
+    89: DeviceLimits("sm_89", 89, 128, 101_376),
     90: DeviceLimits("sm_90", 90, 132, 232_448),
     100: DeviceLimits("sm_100", 100, 148, 232_448),
+    120: DeviceLimits("sm_120", 120, 170, 101_376),
 }
 
 

@@ -11,6 +11,32 @@ PLACE = ("first_group", "groups_per_row")
 
 
 @triton.jit
+def random_words(
+    seed,  # scalar int64
+    rows,  # [BLOCK_ROWS]
+    first_column,  # scalar, a multiple of 8
+    first_group,  # of the activation, where it stands in the whole one
+    groups_per_row,  # of the whole one
+    stream,  # 0, or the adapter's slot
+    BLOCK_COLUMNS: tl.constexpr,
+    LONG_COUNTER: tl.constexpr,  # whether a group's number may be 2**31 or more
+):  # four times [BLOCK_ROWS, BLOCK_COLUMNS / 8] uint32
+    """The words of a tile's groups. Lane 2 i + j of a group is half j of word i, low half first."""
+    group = first_column // GROUP + tl.arange(0, BLOCK_COLUMNS // GROUP)
+    if LONG_COUNTER:
+        first_of_row = first_group + rows.to(tl.int64) * groups_per_row
+        counter = first_of_row[:, None] + group[None, :]
+        low = counter.to(tl.uint32)
+        high = (counter >> 32).to(tl.uint32)
+    else:
+        first_of_row = tl.cast(first_group, tl.int32)
+        first_of_row += rows.to(tl.int32) * tl.cast(groups_per_row, tl.int32)
+        low = (first_of_row[:, None] + group[None, :]).to(tl.uint32)
+        high = low * 0
+    return tl.philox(seed, low, high, low * 0 + stream, low * 0, n_rounds=ROUNDS)
+
+
+@triton.jit
 def keep_tile(
     seed,  # scalar int64
     rows,  # [BLOCK_ROWS]
@@ -23,19 +49,8 @@ def keep_tile(
     LONG_COUNTER: tl.constexpr,  # whether a group's number may be 2**31 or more
 ):  # [BLOCK_ROWS, BLOCK_COLUMNS] booleans
     """Whether each element of a tile is kept. Rows and columns past the activation mean nothing."""
-    group = first_column // GROUP + tl.arange(0, BLOCK_COLUMNS // GROUP)
-    if LONG_COUNTER:
-        first_of_row = first_group + rows.to(tl.int64) * groups_per_row
-        counter = first_of_row[:, None] + group[None, :]
-        low = counter.to(tl.uint32)
-        high = (counter >> 32).to(tl.uint32)
-    else:
-        first_of_row = tl.cast(first_group, tl.int32)
-        first_of_row += rows.to(tl.int32) * tl.cast(groups_per_row, tl.int32)
-        low = (first_of_row[:, None] + group[None, :]).to(tl.uint32)
-        high = low * 0
-    word_0, word_1, word_2, word_3 = tl.philox(
-        seed, low, high, low * 0 + stream, low * 0, n_rounds=ROUNDS
+    word_0, word_1, word_2, word_3 = random_words(
+        seed, rows, first_column, first_group, groups_per_row, stream, BLOCK_COLUMNS, LONG_COUNTER
     )
     # The last join is the fastest index: lane = 2 * word + half.
     words = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))  # [rows, groups, 2, 2]
