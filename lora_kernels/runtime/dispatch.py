@@ -98,37 +98,6 @@ def _triton_unavailable(device: torch.device, dtype: torch.dtype | None) -> str 
     return _triton_missing()
 
 
-def mask_kernels_missing(device: torch.device) -> str | None:
-    """Why no kernel of ours draws and applies dropout's masks on ``device``; None where one does.
-
-    They are Triton's, elementwise, and serve ``composed``: without them a mask is some hundred of
-    torch's operations.
-    """
-    if device.type != "cuda":
-        return f"there are no kernels for {device.type!r} devices"
-    return _triton_unavailable(device, None) or _driver_fault()
-
-
-def slow_masks(device: torch.device) -> str | None:
-    """Why dropout is slower on ``device`` than torch's own; None where it is not.
-
-    On a CPU it is not: there torch's operations cost no launches, and mostly the extension draws.
-    """
-    return None if device.type in ("cpu", "meta") else mask_kernels_missing(device)
-
-
-@functools.cache
-def _driver_fault() -> str | None:
-    """Why Triton cannot launch anything: its driver is compiled when it is first asked for."""
-    try:
-        from triton.runtime import driver
-
-        driver.active.get_current_target()
-    except Exception as error:
-        return f"Triton's driver does not start: {str(error).partition(chr(10))[0]}"
-    return None
-
-
 def _native_unavailable(dtype: torch.dtype | None) -> str | None:
     if dtype is not None and dtype not in cpu_extension.DTYPES:
         return f"the compiled kernels accumulate in fp32 and do not take {dtype}"

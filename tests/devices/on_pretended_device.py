@@ -380,7 +380,7 @@ def test_active_dropout_stays_pefts(served):
     """Where masks have no kernels; in an eval step it is fast again."""
     fast, x = peft_model(lora_dropout=0.25).to(DEVICE), torch.randn(5, 3, 23, device=DEVICE)
     report = lora_kernels.accelerate(fast)
-    reason = dispatch.slow_masks(torch.device(DEVICE))
+    reason = masks.slow_on(torch.device(DEVICE))
     assert {each.endswith(f"faster there: {reason}") for each in report.delegated.values()} == {
         True
     }

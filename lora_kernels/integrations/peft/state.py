@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_kernels.adapters.factors import LoRAFactors
 from lora_kernels.base_weights import DenseWeight
 from lora_kernels.nn.base_call import COMPUTED, GLOBAL_HOOKS, OWN_FORWARD, bypassed, tensor_of
+from lora_kernels.ops.narrow import masks
 from lora_kernels.runtime import dispatch
 
 _MIXED = "mixed batch (adapter_names)"
@@ -318,7 +319,7 @@ def _read_adapter(layer: LoraLayer, name: str, weight: Tensor) -> ActiveAdapter 
         under_dropout = layer.training and type(dropout) is nn.Dropout
         if not under_dropout:
             dropout_p = 0.0
-    elif dropout_p > 0.0 and (reason := dispatch.slow_masks(weight.device)):
+    elif dropout_p > 0.0 and (reason := masks.slow_on(weight.device)):
         return f"dropout of {name!r} is active, for which PEFT's forward is faster there: {reason}"
     factors = LoRAFactors(lora_a, lora_b, scaling)
     return ActiveAdapter(factors, lora_bias, dropout_p, magnitude, under_dropout)

@@ -54,7 +54,7 @@ def forward(call: LinearCall) -> Result:
         unscaled = y if call.save_unscaled else None
         y = scale_columns(y, output_scale, call.bias)
     kept_a = None if a is factors.a else a
-    kept_b = b if alpha == _alpha(x.dtype) and b is not factors.b and not widens else None
+    kept_b = b if alpha == 1 and b is not factors.b and not widens else None
     return Result(restore_leading_dims(y, x), h, mask, unscaled, (kept_a, kept_b))
 
 
@@ -78,7 +78,7 @@ def backward(call: LinearCall) -> Gradients:
         return Gradients(dx, grad_a, grad_b, grad_bias, grad_output_scale)
 
     a, b = call.rounded
-    alpha = _alpha(dy.dtype)
+    alpha = 1.0
     if a is None and needs.x:
         a = factors.a.to(dy.dtype)
     if b is None:
@@ -107,21 +107,9 @@ def backward(call: LinearCall) -> Gradients:
 
 
 def _scaled_b(factors: LoRAFactors, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """B ``[N, R]`` in ``dtype``, and what products with it are still to be scaled by.
-
-    Where B is rounded, or the scaling is on the device, the scaling is in it already.
-    """
+    """B ``[N, R]`` in ``dtype``, and what products with it are still to be scaled by: 1 where B is
+    rounded or the scaling is on the device, as the scaling is in it already."""
     scaling = host_number(factors.scaling)
-    if factors.b.dtype.itemsize <= dtype.itemsize and not isinstance(scaling, Tensor):
-        return factors.b.to(dtype), scaling
-    alpha = _alpha(dtype)
-    return rounded(factors.b, dtype, scaling if alpha == 1 else scaling / alpha), alpha
-
-
-def _alpha(dtype: torch.dtype) -> float:
-    """What products with a rounded B are scaled by.
-
-    fp16 has no bits left for numbers near 1e-6, which B is made of in its first steps: it holds 16
-    times as much of them, and up to 4094.
-    """
-    return 1 / 16 if dtype == torch.float16 else 1.0
+    if factors.b.dtype.itemsize > dtype.itemsize or isinstance(scaling, Tensor):
+        return rounded(factors.b, dtype, scaling), 1.0
+    return factors.b.to(dtype), scaling

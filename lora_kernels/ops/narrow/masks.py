@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.ops.narrow.products import row_chunks, scaled_product
-from lora_kernels.runtime import dispatch
+from lora_kernels.ops.narrow.triton.driver import missing
 from lora_kernels.runtime.dropout import ActiveDropout, packed_keep_mask, zero_dropped
 
 
@@ -63,12 +63,20 @@ def masked_product(
     return out
 
 
+def slow_on(device: torch.device) -> str | None:
+    """Why dropout on ``device`` is some hundred of torch's operations, which is slower than torch's
+    own; None where kernels of ours draw and apply the masks, or it is a CPU, where an operation is
+    no launch."""
+    return None if device.type in ("cpu", "meta") else missing(device)
+
+
 @functools.cache
 def _has_kernels(device: torch.device) -> bool:
-    if reason := dispatch.slow_masks(device):
+    if reason := slow_on(device):
         warnings.warn(
             f"lora_kernels: dropout on {device} takes some hundred torch operations a call, which "
             f"is slower than torch.nn.Dropout: {reason}",
             stacklevel=2,
         )
-    return dispatch.mask_kernels_missing(device) is None
+        return False
+    return device.type == "cuda"
