@@ -2,6 +2,8 @@
 
 import torch
 
+_CAN_BE = torch.backends.cuda.is_built()  # or torch raises when it is asked for a fake tensor's
+
 
 def is_captured(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return device.type == "cuda" and _CAN_BE and torch.cuda.is_current_stream_capturing()

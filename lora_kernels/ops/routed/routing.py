@@ -19,7 +19,11 @@ from lora_kernels.ops.routed.routing_arguments import (
     slots_in,
     slots_of,
 )
-from lora_kernels.ops.routed.tensors import RoutingTensors, groups_of
+from lora_kernels.ops.routed.tensors import (
+    RoutingTensors,
+    check_groups_can_be_read,
+    groups_of,
+)
 from lora_kernels.runtime.capture import is_captured
 from lora_kernels.runtime.dtypes import computes_in_64_bits
 
@@ -533,17 +537,16 @@ class Routing:
         Each row is (slot, first pair, end, first token); first token is -1 where the group's tokens
         are not neighbours in ascending order. Computed once per filling; on a device this waits.
         In a traced graph rows of slot -1 fill it up to a fixed shape.
+
+        Raises:
+            RuntimeError: a CUDA graph is captured.
         """
         if self.device.type == "meta":
             return torch.empty((0, 4), dtype=torch.int64)
         if torch.compiler.is_compiling() and self._padded_plan is not None:
             return self._padded_plan
+        check_groups_can_be_read(self.device)  # also where a warm-up has: a replay reads nothing
         if self._plan is None:
-            if is_captured(self.device):
-                raise RuntimeError(
-                    "the composed backend reads the sizes of a routing's groups, which cannot be "
-                    "captured in a CUDA graph; use backend='triton'"
-                )
             self._plan = groups_of(self._offsets, self._tokens)
             # For graphs, which would be compiled again for another number of groups.
             rows = min(self.capacity, self._tokens.shape[0]) - self._plan.shape[0]
@@ -585,6 +588,8 @@ class Routing:
     def tensors(self, *, with_plan: bool) -> RoutingTensors:
         """The routing as the backends take it."""
         compiling = torch.compiler.is_compiling()  # a call that is being traced only reads
+        if with_plan and not compiling:
+            check_groups_can_be_read(self.device)
         if not compiling and (tensors := self._as_tensors.get(with_plan)) is not None:
             return tensors
         plan = self.plan() if with_plan else torch.empty((0, 4), dtype=torch.int64)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from lora_kernels.ops.narrow.second_order import drop, with_missing_edge
 from lora_kernels.ops.routed.call import RoutedCall
-from lora_kernels.ops.routed.tensors import groups_of
+from lora_kernels.ops.routed.tensors import check_groups_can_be_read, groups_of
 from lora_kernels.runtime.dropout import packed_keep_mask_of_rows, unpacked_keep_mask
 from lora_kernels.runtime.dtypes import accumulator_dtype
 
@@ -134,6 +134,7 @@ class _Backward:
         slices, bank = self._slices(), self.bank
         thresholds = dict(zip(bank.slots, bank.thresholds, strict=True))
         plan = self.routing.plan
+        check_groups_can_be_read(self.routing.tokens.device)
         if not plan.shape[0]:  # a backend without loops on the host
             plan = groups_of(self.routing.offsets, self.routing.tokens)
         for slot, start, end, _ in plan.tolist():
