@@ -193,7 +193,8 @@ class BankVersion:
             capacity: L of the batch's routing, where there are more slots by now; 0 for all.
 
         Raises:
-            RuntimeError: a CUDA graph is captured, and the bank has no memory reserved for it.
+            RuntimeError: a CUDA graph is captured, and the bank has no memory reserved for it, or
+                the routing knows fewer slots.
         """
         if torch.compiler.is_compiling():
             return self._tensors(self.entries, self.tables)
@@ -202,6 +203,11 @@ class BankVersion:
                 raise RuntimeError(
                     "a captured CUDA graph holds addresses: call reserve() on the bank before, so "
                     "that what it reads stays where it is"
+                )
+            if capacity not in (0, self.tables.slots):  # the graph's tables have all slots
+                raise RuntimeError(
+                    f"routing: there are {self.tables.slots} slots now and were {capacity} when it "
+                    "was made; make a new one to capture a CUDA graph with"
                 )
             return self._tensors(self.entries, self.reserved.tables)
         return self.part(slots, capacity).tensors
@@ -214,16 +220,21 @@ class BankVersion:
             entries = self.entries_in(slots)
             bound = [bound for entry in entries for bound in entry.bound]
             part = Part(bound, self._tensors(entries, self._tables_of(capacity)))
+            if is_captured(self.device):  # its tables may be the graph's
+                return part
             self._parts = dict([*list(self._parts.items())[1 - _KEPT :], (key, part)])
         return part
 
     def _tables_of(self, capacity: int) -> SlotTables:
         if capacity in (0, self.tables.slots):
             return self.tables
-        if capacity not in self._resized:
+        resized = self._resized.get(capacity)
+        if resized is None:
             with torch.inference_mode(False):
-                self._resized[capacity] = self.tables.resized(capacity)
-        return self._resized[capacity]
+                resized = self.tables.resized(capacity)
+            if not is_captured(self.device):
+                self._resized[capacity] = resized
+        return resized
 
     def _tensors(self, entries: list[Entry], tables: SlotTables) -> BankTensors:
         return BankTensors(
