@@ -28,9 +28,12 @@ class RoutedPlan:
 
 
 def make_plan(choice: Choice, like: Tensor) -> RoutedPlan:
-    backend = choice.backend
-    on_cpu = like.device.type == "cpu"
-    return RoutedPlan(choice, backend == "composed" or (backend == "native" and on_cpu))
+    return RoutedPlan(choice, reads_groups(choice.backend, like))
+
+
+def reads_groups(backend: str, like: Tensor) -> bool:
+    """Whether a backend loops over a routing's groups on the host."""
+    return backend == "composed" or (backend == "native" and like.device.type == "cpu")
 
 
 def module_of(backend: str, like: Tensor) -> ModuleType:
