@@ -19,6 +19,7 @@ from torch import Tensor
 from lora_kernels.nn.batch_rows import Forward, NamedRows, Row, Runs, runs_of
 from lora_kernels.ops.routed import AdapterSlots, Routing
 from lora_kernels.ops.routed.bank.slots import BASE, ModelVersion, Pinned
+from lora_kernels.runtime.capture import is_captured, stream_of
 
 _KEPT = 64  # shapes of inputs that routings are kept for
 _MANY = 1024  # those that one batch keeps
@@ -146,7 +147,7 @@ class Choice:
         self._checked: Callable[[], ModelVersion | None] = lambda: None
         self.check(slots.latest, gone="")
         # Filled once, whatever version reads them; and what a recomputation finds again.
-        self._routings: dict[tuple[Runs, torch.device], Routing] = {}
+        self._routings: dict[tuple[Runs, torch.device, int], Routing] = {}
         self._computed: dict[tuple, list[tuple[Runs, weakref.ref[ModelVersion]]]] = {}
 
     def __repr__(self) -> str:
@@ -176,7 +177,7 @@ class Choice:
 
     def routing_of(self, runs: Runs, device: torch.device, version: ModelVersion) -> Routing:
         """The routing of tokens by names, for batches that read that version."""
-        key = runs, device
+        key = runs, device, stream_of(device)
         routing = self._routings.get(key)
         if routing is not None:
             try:
@@ -257,7 +258,7 @@ class Batch:
         self.generation: Generation | None = None
         self._found: dict[tuple, Routing] = {}  # by all that decides them
         self._computed: dict[tuple, set[Runs]] = {}  # by the input: a recomputation has no forward
-        self._made: dict[tuple[Runs, torch.device], Routing] = {}
+        self._made: dict[tuple[Runs, torch.device, int], Routing] = {}
         self._given: dict[Part, tuple[int, Routing]] = {}  # and which filling it is
 
     def expand(self, rows: int | None, times: int) -> None:
@@ -286,7 +287,16 @@ class Batch:
         """The routing of a layer's input for the names of a part, one object for all layers.
 
         forward: the one of the whole model that the layer is called in.
+
+        Raises:
+            RuntimeError: a CUDA graph is captured, which would outlive the routing.
         """
+        if is_captured(x.device):
+            raise RuntimeError(
+                "adapters that are named are looked up on the host, and cannot be captured in a "
+                "CUDA graph; use `with routed.adapters(routing):`, with a Routing that is filled "
+                "before each replay"
+            )
         forward = forward if part is self.choice.main else None
         given = (x.shape[:-1], x.device, part, axis)
         if in_backward and forward is None:
@@ -294,7 +304,7 @@ class Batch:
             if version is not self.version:
                 return self.choice.routing_of(runs, x.device, version)
         else:
-            key = (*given, forward, self.generation)
+            key = (*given, forward, self.generation, stream_of(x.device))
             if (routing := self._found.get(key)) is not None:
                 return routing
             if (
@@ -309,10 +319,11 @@ class Batch:
         return self._routing(runs, x.device)
 
     def _routing(self, runs: Runs, device: torch.device) -> Routing:
-        routing = self._made.get((runs, device))
+        key = runs, device, stream_of(device)
+        routing = self._made.get(key)
         if routing is None:
             routing = self.choice.routing_of(runs, device, self.version)
-            self._made[runs, device] = routing
+            self._made[key] = routing
         return routing
 
     def _runs(self, part: Part, x: Tensor, axis: int, forward: Forward | None) -> Runs:

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels.runtime.capture import kept_per_device
 from lora_kernels.runtime.dtypes import computes_in_64_bits
 
 ROUNDS = 7
@@ -254,7 +255,7 @@ def zero_dropped(x: Tensor, packed: Tensor) -> Tensor:
     return (x.view(bits) & select.flatten(-2)[:, : x.shape[1]]).view(x.dtype)
 
 
-@lru_cache(maxsize=16)
+@kept_per_device
 def _select_table(bits: torch.dtype, device: torch.device) -> Tensor:
     """``[256, GROUP]``: for every byte of a packed mask its eight lanes as all-ones or zero."""
     byte = torch.arange(256, dtype=torch.int64, device=device)

@@ -224,7 +224,10 @@ def empty_batches(target: Target) -> None:
 
 
 def captured_graph_replays_other_routings(target: Target) -> None:
-    """One graph, three fillings of its routing, inference and training; also on a side stream."""
+    """One graph, three fillings of its routing, inference and training; also on a side stream.
+
+    Of composed there is none: it would replay the groups that it was captured with.
+    """
     if target.device != "cuda":
         raise Skip("there are no CUDA graphs on a CPU")
     for tokens in (32, 400):
@@ -249,8 +252,14 @@ def captured_graph_replays_other_routings(target: Target) -> None:
             step(routing)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = step(routing)
+        try:
+            with torch.cuda.graph(graph):
+                results = step(routing)
+        except RuntimeError as error:
+            if target.backend == "composed" and "cannot be captured in a CUDA graph" in str(error):
+                continue
+            raise
+        assert target.backend != "composed"
         for seed in (0, 1, 2):
             ids = some_ids(tokens - 3 * seed, 6, seed=seed)[:, 0]
             routing.set_tokens_(ids.cuda())

@@ -423,7 +423,7 @@ def test_offsets_reach_every_factor_from_the_first():
         (0, 3, 960, 0),
         (2, 5, 448, 1984),
     )
-    table = unpacked._table(((0, 3, 960, 0), (2, 5, 448, 1984)), 3, torch.device("cpu"))
+    table = unpacked._table(((0, 3, 960, 0), (2, 5, 448, 1984)), 3, torch.device("cpu"), 0)
     assert table[:, :, 0].tolist() == [[3, 3], [0, 0], [5, 5], [0, 0]]
     assert table[:, :, 2].tolist() == [[960, 0], [0, 0], [448, 1984], [0, 0]]
     for factor in (factors[0].bfloat16(), factors[0].t(), memory[1:70].view(3, 23)):

@@ -148,6 +148,7 @@ def test_memory_is_kept_for_every_stream_that_reads_it(monkeypatch):
     for number in (0, 7, 0, 7):
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _, n=number: streams[n])
         version.note_stream((1,))
+    assert version._made is None  # there is nothing to wait for on a CPU
     (entry,) = version.entries_in((1,))
     read = [*version.tables, entry.factors[0]]
     assert noted == [(each.data_ptr(), streams[number]) for number in (0, 7) for each in read]
@@ -168,3 +169,65 @@ def test_an_operator_that_gets_copies_of_its_arguments():
     for factor in fields.factors:
         factor.detach().zero_()  # nobody reads them
     assert torch.equal(replayed(single, routing, x), expected)
+
+
+class _Stream:
+    """Of a device: what it waits for has been enqueued in another."""
+
+    def __init__(self, number: int) -> None:
+        self.stream_id, self.behind = number, set()
+
+    def record_event(self) -> frozenset:
+        return frozenset({self.stream_id, *self.behind})
+
+    def wait_event(self, event: frozenset) -> None:
+        self.behind |= event
+
+
+@pytest.mark.parametrize("reserve", [None, 64])
+@pytest.mark.parametrize("change", ["add", "remove", "scale", "drop", "reserve"])
+def test_a_stream_waits_for_what_another_has_changed(monkeypatch, change, reserve):
+    """And for what that was made of: the version before is a third stream's."""
+    bank = bank_with("a", reserve=reserve)
+    first, second, reader = [_Stream(number) for number in (3, 5, 7)]
+    on = SimpleNamespace(stream=first)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: on.stream)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    monkeypatch.setattr(
+        versions.BankVersion, "published", lambda v: setattr(v, "_made", on.stream.record_event())
+    )
+    bank.add("b", *factors(2), 1.0)
+    on.stream = second
+    if change == "add":
+        bank.add("c", *factors(2), 1.0)
+    elif change == "remove":
+        bank.remove("b")
+    elif change == "scale":
+        bank["b"].scaling = 3.0
+    elif change == "drop":
+        bank["b"].dropout_p = 0.25
+    else:
+        bank.reserve()
+    on.stream = reader
+    version = bank.version_for()
+    for _ in range(2):
+        version.note_stream((0,))
+    assert reader.behind == {3, 5} and not first.behind
+    if version.reserved is not None:  # the tables of graphs are filled in a stream, too
+        on.stream = _Stream(9)
+        version.reserved._holds = None
+        Routing.empty(2, bank).set_sequences_(["a"], 2)
+        assert on.stream.behind == {3, 5}
+
+
+def test_only_what_is_on_a_gpu_has_events(monkeypatch):
+    version, stream = bank_with("a", reserve=None).version_for(), _Stream(3)
+    version.published()
+    assert version._made is None
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    version.device = torch.device("cuda", 0)
+    version.published()
+    assert version._made == {3}
+    monkeypatch.setattr(versions, "is_captured", lambda device: True)
+    version.wait()
+    assert not stream.behind

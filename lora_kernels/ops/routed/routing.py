@@ -19,7 +19,11 @@ from lora_kernels.ops.routed.routing_arguments import (
     slots_in,
     slots_of,
 )
-from lora_kernels.ops.routed.tensors import RoutingTensors, groups_of
+from lora_kernels.ops.routed.tensors import (
+    RoutingTensors,
+    check_groups_can_be_read,
+    groups_of,
+)
 from lora_kernels.runtime.capture import is_captured
 from lora_kernels.runtime.dtypes import computes_in_64_bits
 
@@ -29,6 +33,17 @@ _SMALL_BATCH = 256
 
 # Read once, at import: checking ids on a device needs a synchronisation.
 _DEBUG = os.environ.get("LORA_KERNELS_DEBUG", "0") not in ("", "0")
+
+
+class _Captured:
+    """What CUDA graphs read of the weights of a routing and of its copies for versions."""
+
+    def __init__(self) -> None:
+        self.without_weights = self.weight_buffer = False
+
+    def note(self, weights: Tensor | None, buffer: Tensor | None) -> None:
+        self.without_weights |= weights is None
+        self.weight_buffer |= weights is not None and weights is buffer
 
 
 class Routing:
@@ -99,6 +114,7 @@ class Routing:
         self._order = torch.empty(pairs, dtype=torch.int64, device=self.device)
         self._weight_buffer: Tensor | None = None
         self._weights: Tensor | None = None  # the buffer, or [M, k] as given if it requires grad
+        self._captured = _Captured()
         self._names: dict[str, int] = model.names
         self._plan: Tensor | None = None
         self._padded_plan: Tensor | None = None
@@ -122,6 +138,7 @@ class Routing:
         self.check_current(version)
         pinned = copy.copy(self)
         pinned.pinned, pinned._as_tensors = version, self._as_tensors
+        pinned._captured = self._captured
         return pinned
 
     # --- constructors -------------------------------------------------------------------------
@@ -283,7 +300,7 @@ class Routing:
         self._check_one_per_token()
         model = self._check_room(ids.shape[0])
         used = self._check_ids(model, ids)
-        self._weights = None
+        self._unweighted()
         self._fill(model, ids, ids.shape[0], used)
         return self
 
@@ -309,7 +326,7 @@ class Routing:
         self._check_capacity(model, used)
         ids = torch.tensor(slots, dtype=torch.int64)
         ids = ids.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
-        self._weights = None
+        self._unweighted()
         self._fill(model, ids, ids.shape[0], used)
         return self
 
@@ -340,14 +357,21 @@ class Routing:
         padded = torch.nn.functional.pad(ids, (1, 1), value=-1)
         token = torch.arange(self.max_tokens, device=self._built_on)
         segment = torch.searchsorted(offsets.contiguous(), token, right=True)
-        self._weights = None
+        self._unweighted()
         self._fill(model, padded.gather(0, segment), self.max_tokens, used)
         return self
 
     def set_weighted_(
         self, ids: Tensor | Sequence[Sequence[int]], weights: Tensor | Sequence[Sequence[float]]
     ) -> "Routing":
-        """Fill it again as :meth:`from_weighted` does."""
+        """Fill it again as :meth:`from_weighted` does.
+
+        A CUDA graph that was captured with weights that require grad goes on reading that tensor.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit.
+            RuntimeError: a CUDA graph was captured with it before it had weights.
+        """
         ids = integers("ids", ids)
         if ids.ndim != 2 or ids.shape[1] != self.pairs_per_token:
             raise ValueError(
@@ -361,6 +385,11 @@ class Routing:
             raise ValueError(
                 f"weights: expected {list(ids.shape)} like ids, got {list(weights.shape)}"
             )
+        if self._captured.without_weights:
+            raise RuntimeError(
+                "weights: a CUDA graph was captured with this routing before it had any, and goes "
+                "on without; make a new routing, fill it with weights, and capture again"
+            )
         model = self._check_room(ids.shape[0])
         used = self._check_ids(model, ids)
         self._fill(model, ids.flatten(), ids.shape[0], used)
@@ -368,11 +397,19 @@ class Routing:
             self._weights = weights
             return self
         with torch.inference_mode(False), torch.no_grad():
-            sorted_weights = self._sorted(weights)
-            if self._weight_buffer is None or self._weight_buffer.dtype != sorted_weights.dtype:
+            sorted_weights, buffer = self._sorted(weights), self._weight_buffer
+            other = buffer is None or buffer.dtype != sorted_weights.dtype
+            if buffer is None or (other and not self._captured.weight_buffer):
                 self._weight_buffer = sorted_weights
             self._weights = self._weight_buffer.copy_(sorted_weights)
         return self
+
+    def _unweighted(self) -> None:
+        """The next filling has no weights; to a graph that reads some all are 1."""
+        self._weights = None
+        if self._weight_buffer is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._weight_buffer.fill_(1.0)
 
     def _check_one_per_token(self) -> None:
         if self.pairs_per_token != 1:
@@ -533,17 +570,16 @@ class Routing:
         Each row is (slot, first pair, end, first token); first token is -1 where the group's tokens
         are not neighbours in ascending order. Computed once per filling; on a device this waits.
         In a traced graph rows of slot -1 fill it up to a fixed shape.
+
+        Raises:
+            RuntimeError: a CUDA graph is captured.
         """
         if self.device.type == "meta":
             return torch.empty((0, 4), dtype=torch.int64)
         if torch.compiler.is_compiling() and self._padded_plan is not None:
             return self._padded_plan
+        check_groups_can_be_read(self.device)  # also where a warm-up has: a replay reads nothing
         if self._plan is None:
-            if is_captured(self.device):
-                raise RuntimeError(
-                    "the composed backend reads the sizes of a routing's groups, which cannot be "
-                    "captured in a CUDA graph; use backend='triton'"
-                )
             self._plan = groups_of(self._offsets, self._tokens)
             # For graphs, which would be compiled again for another number of groups.
             rows = min(self.capacity, self._tokens.shape[0]) - self._plan.shape[0]
@@ -585,6 +621,10 @@ class Routing:
     def tensors(self, *, with_plan: bool) -> RoutingTensors:
         """The routing as the backends take it."""
         compiling = torch.compiler.is_compiling()  # a call that is being traced only reads
+        if not compiling and is_captured(self.device):
+            if with_plan:
+                check_groups_can_be_read(self.device)
+            self._captured.note(self._weights, self._weight_buffer)
         if not compiling and (tensors := self._as_tensors.get(with_plan)) is not None:
             return tensors
         plan = self.plan() if with_plan else torch.empty((0, 4), dtype=torch.int64)
@@ -605,13 +645,13 @@ class Routing:
         return tensors
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_as_tensors": {}}
+        return {**self.__dict__, "_as_tensors": {}, "_captured": _Captured()}
 
     def __setstate__(self, state: dict) -> None:
         if "_capacity" in state:  # pickled by 0.1.0
             state = {**state, "capacity": state["_capacity"], "_as_tensors": {}}
             del state["_capacity"]
-        self.__dict__.update(state)
+        self.__dict__.update({"_captured": _Captured(), **state})
 
     def __repr__(self) -> str:
         return (

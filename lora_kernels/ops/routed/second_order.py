@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from lora_kernels.ops.narrow.second_order import drop, with_missing_edge
 from lora_kernels.ops.routed.call import RoutedCall
-from lora_kernels.ops.routed.tensors import groups_of
+from lora_kernels.ops.routed.tensors import check_groups_can_be_read, groups_of
 from lora_kernels.runtime.dropout import packed_keep_mask_of_rows, unpacked_keep_mask
 from lora_kernels.runtime.dtypes import accumulator_dtype
 
@@ -134,6 +134,7 @@ class _Backward:
         slices, bank = self._slices(), self.bank
         thresholds = dict(zip(bank.slots, bank.thresholds, strict=True))
         plan = self.routing.plan
+        check_groups_can_be_read(self.routing.tokens.device)
         if not plan.shape[0]:  # a backend without loops on the host
             plan = groups_of(self.routing.offsets, self.routing.tokens)
         for slot, start, end, _ in plan.tolist():
@@ -174,7 +175,7 @@ class _Backward:
 
     def expand_backward(self, dy: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """t ``[P, H]`` and the gradient of the weights; that of each B on the way."""
-        t, grad_weights = [], torch.zeros_like(self.weights) if self.needs_weights else None
+        t, grad_weights = [], []
         for group in self.groups:
             scale, rows = group.scaling, dy[group.tokens]
             if self.weights is not None:
@@ -186,34 +187,34 @@ class _Backward:
                 continue
             narrow = _part(h, 0, group.pairs).narrow(1, 0, unscaled.shape[1])
             if self.needs_weights:
-                pairs = torch.arange(group.pairs.start, group.pairs.stop, device=rows.device)
-                values = (unscaled * narrow).sum(1) * group.scaling
-                grad_weights = grad_weights.index_add(0, pairs, values)
+                values = (unscaled * narrow).sum(1, keepdim=True) * group.scaling
+                grad_weights.append(values)
             for each in group.slices:
                 if self.factors.needs[each.index + 1]:
                     scaled = _part(narrow * scale, 1, each.ranks)
                     self._gradients[each.index + 1] = _part(rows, 1, each.columns).t() @ scaled
-        if grad_weights is not None:
-            grad_weights = grad_weights.to(self.routing.pair_weights.dtype)
-        return self._narrow(t), grad_weights
+        if not self.needs_weights:
+            return self._narrow(t), None
+        of_pairs = self._of_pairs(grad_weights, 1).squeeze(1)
+        return self._narrow(t), of_pairs.to(self.routing.pair_weights.dtype)
 
     def shrink_backward(
         self, t: Tensor, x: Tensor | None, rows: int, needs_x: bool
     ) -> Tensor | None:
         """``keep * (t A)`` of every pair, added up by token ``[M, K]``; and the gradient of A."""
-        dx = t.new_zeros((rows, self.in_features)) if needs_x else None
+        tails = []
         for group in self.groups:
             of_group = _part(t, 0, group.pairs)
             parts = [(each, _part(of_group, 1, each.ranks)) for each in group.slices]
             if needs_x:
                 tail = sum(narrow @ each.a for each, narrow in parts)
-                dx = dx.index_add(0, group.tokens, self._drop(group, tail))
+                tails.append(self._drop(group, tail))
             trained = [part for part in parts if self.factors.needs[part[0].index]]
             if trained:
                 dropped = self._drop(group, x[group.tokens])
                 for each, narrow in trained:
                     self._gradients[each.index] = narrow.t() @ dropped
-        return dx
+        return self._by_token(tails, rows) if needs_x else None
 
     def gradients(self) -> list[Tensor | None]:
         """Of each parameter: zeros where no pair has reached it, None where none is needed."""
@@ -226,9 +227,23 @@ class _Backward:
             found.append(gradient.to(parameter.dtype) if need else None)
         return found
 
+    def _by_token(self, of_groups: list[Tensor], rows: int) -> Tensor:
+        """The rows ``[n, K]`` of each group added up by token ``[M, K]``, in the order of slots.
+
+        index_add would add by atomics, in any order where a token names an adapter twice.
+        """
+        wide, each = self._of_pairs(of_groups, self.in_features), self.routing.pairs_per_token
+        places = self.routing.inverse[: rows * each].long().view(rows, each).sort(dim=1).values
+        dx, *others = (wide[place] for place in places.unbind(1))
+        return sum(others, dx)
+
     def _narrow(self, of_groups: list[Tensor]) -> Tensor:
         """The rows ``[n, R]`` of each group as ``[P, H]``, with zeros for other pairs and ranks."""
-        width, device = self.bank.max_total_rank, self.routing.tokens.device
+        return self._of_pairs(of_groups, self.bank.max_total_rank)
+
+    def _of_pairs(self, of_groups: list[Tensor], width: int) -> Tensor:
+        """The rows of each group as ``[P, width]``, with zeros for other pairs and columns."""
+        device = self.routing.tokens.device
         pieces, end = [], 0
 
         def zeros(rows: int) -> Tensor:

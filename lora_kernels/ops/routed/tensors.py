@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_kernels.ops.routed.bank.storage import ALIGNMENT
+from lora_kernels.runtime.capture import is_captured
 
 
 class BankTensors(NamedTuple):
@@ -127,6 +128,16 @@ class RoutingTensors(NamedTuple):
     block: int  # pairs per tile
 
 
+def check_groups_can_be_read(device: torch.device) -> None:
+    """Raise where a CUDA graph is captured: loops over the groups that a routing has now, be they
+    known from an earlier call, would be replayed with the next filling too."""
+    if is_captured(device):
+        raise RuntimeError(
+            "the composed backend reads the sizes of a routing's groups, which cannot be captured "
+            "in a CUDA graph; use backend='triton', or leave the call out of the graph"
+        )
+
+
 def groups_of(
     offsets: Tensor,  # [L + 2]
     tokens: Tensor,  # [P]
@@ -134,9 +145,13 @@ def groups_of(
     """The groups of a routing for loops on the host: int64 ``[G, 4]`` on the CPU, see Routing.plan.
 
     This waits for a device.
+
+    Raises:
+        RuntimeError: a CUDA graph is captured.
     """
     if tokens.is_meta:
         return torch.empty((0, 4), dtype=torch.int64)
+    check_groups_can_be_read(tokens.device)
     starts, tokens = offsets.cpu().long(), tokens.cpu().long()
     counts = starts[1:] - starts[:-1]
     slot = torch.nonzero(counts[:-1]).flatten()

@@ -20,9 +20,11 @@ from lora_kernels.ops.routed.bank.storage import ALIGNMENT, anchor
 from lora_kernels.ops.routed.bank.tables import scaling_dtype
 from lora_kernels.ops.routed.call import RoutedCall
 from lora_kernels.ops.routed.op import run
+from lora_kernels.ops.routed.plan import reads_groups
 from lora_kernels.ops.routed.routing import Routing
 from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout, TrainableFactors
 from lora_kernels.runtime import dispatch
+from lora_kernels.runtime.capture import is_captured, kept_per_device, stream_of
 from lora_kernels.runtime.dtypes import autocast_dtype
 from lora_kernels.runtime.eager import is_plain_eager
 
@@ -50,6 +52,9 @@ def routed_linear_unpacked(
 
     Returns:
         ``[S, ..., N]`` in x's dtype, or autocast's.
+
+    Raises:
+        RuntimeError: a CUDA graph is captured. It would hold addresses in the caches below.
     """
     if (dtype := autocast_dtype(x)) is not None:
         x, base, bias = x.to(dtype), base.to(dtype), None if bias is None else bias.to(dtype)
@@ -59,11 +64,18 @@ def routed_linear_unpacked(
         present = [(slot, adapters[name]) for name, slot in slots.items() if name in adapters]
         if not present:
             return base.matmul(x, bias)
+        if is_captured(x.device):
+            raise RuntimeError(
+                "adapters that are named for each sequence are looked up on the host, and cannot "
+                "be captured in a CUDA graph; use lora_kernels.route(model) and a Routing, or "
+                "leave the call out of the graph"
+            )
         ids = tuple(slots.get(name, -1) for name in names)
         capacity = len(slots)
         bank, backend = _bank(present, capacity, x, base.shape[0])
-        routing = _routing(ids, x.shape[1:-1].numel(), capacity, x.device)
-        tensors = routing.tensors(with_plan=backend != "triton")
+        length = x.shape[1:-1].numel()
+        routing = _routing(ids, length, capacity, x.device, stream_of(x.device))
+        tensors = routing.tensors(with_plan=reads_groups(backend, x))
         call = RoutedCall(bank, tensors, backend, x, base, bias, alone=is_plain_eager(x))
         call.layout = GradientLayout([], [], 0, bank.slot_table)
         call.trained = TrainableFactors([], [], [])
@@ -80,8 +92,9 @@ def _bank(
     chosen = dispatch.choose("auto", x.device, x.dtype).backend
     if chosen != "composed":
         storage = _anchor(factors[0].dtype, x.device)
-        # The Triton kernels count on the bank's alignment.
-        rows = _offsets(slots, factors, storage, ALIGNMENT if chosen == "triton" else 1)
+        # The kernels count on the bank's alignment, Triton's and CUDA's; the CPU's do not.
+        on_cpu = chosen == "native" and x.device.type == "cpu"
+        rows = _offsets(slots, factors, storage, 1 if on_cpu else ALIGNMENT)
         backend = "composed" if rows is None else chosen
     bank = BankTensors(
         factors=factors,
@@ -90,7 +103,7 @@ def _bank(
         slice_columns=[0, out_features],
         max_total_rank=max(a.shape[0] for _, (a, *_) in present),
         storage=storage,
-        slot_table=_table(rows or (), capacity, x.device),
+        slot_table=_table(rows or (), capacity, x.device, stream_of(x.device)),
         scaling=_scalings(present, capacity, x.device),
         threshold_table=_no_thresholds(capacity, x.device),
     )
@@ -119,12 +132,15 @@ def _offsets(
 
 # --- by value --------------------------------------------------------------------------------
 
-# A batch of a server has a prefill and its steps; a model has a table per layer and choice.
+# A batch of a server has a prefill and its steps; a model has a table per layer and choice. What is
+# dropped may still be read by work that is enqueued: each stream has its own.
 _ROUTINGS, _TABLES = 32, 2048
 
 
 @functools.lru_cache(maxsize=_ROUTINGS)
-def _routing(ids: tuple[int, ...], length: int, capacity: int, device: torch.device) -> Routing:
+def _routing(
+    ids: tuple[int, ...], length: int, capacity: int, device: torch.device, stream: int
+) -> Routing:
     """Sequences of one length, each with its slot."""
     # Plain tensors even under inference_mode: the cache outlives it.
     with torch.inference_mode(False):
@@ -135,14 +151,13 @@ def _routing(ids: tuple[int, ...], length: int, capacity: int, device: torch.dev
         return Routing.from_tokens(tokens, slots, device=device)
 
 
-@functools.cache
+@kept_per_device
 def _anchor(dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return anchor(dtype, device)
+    return anchor(dtype, device)
 
 
 @functools.lru_cache(maxsize=_TABLES)
-def _table(rows: tuple, capacity: int, device: torch.device) -> Tensor:
+def _table(rows: tuple, capacity: int, device: torch.device, stream: int) -> Tensor:
     """``[L + 1, 2, 3]``: rank, column and offset of A and B by slot; zeros where nobody asks."""
     with torch.inference_mode(False):
         table = torch.zeros(capacity + 1, 2, 3, dtype=torch.int64)
@@ -164,7 +179,7 @@ def _scalings(
             on_device[slot] = scaling
         else:
             values[slot] = float(scaling)
-    table = _numbers(tuple(values), device)
+    table = _numbers(tuple(values), device, stream_of(device))
     if on_device:
         table = table.clone()
         for slot, scaling in on_device.items():
@@ -173,12 +188,11 @@ def _scalings(
 
 
 @functools.lru_cache(maxsize=_TABLES)
-def _numbers(values: tuple[float, ...], device: torch.device) -> Tensor:
+def _numbers(values: tuple[float, ...], device: torch.device, stream: int) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=scaling_dtype(device), device=device)
 
 
-@functools.lru_cache(maxsize=_ROUTINGS)
+@kept_per_device
 def _no_thresholds(capacity: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.zeros(capacity + 1, dtype=torch.int32, device=device)
+    return torch.zeros(capacity + 1, dtype=torch.int32, device=device)

@@ -175,3 +175,27 @@ def test_scaling_is_a_number_or_a_pointer(kind, scaling_dtype, poisoned_memory):
     out = launch._scale_cast(b, scaling, torch.float16)
     assert torch.equal(out, (b * float(scaling)).half())
     assert out.stride(0) * out.element_size() % 16 == 0
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("with_unscaled", [False, True])
+def test_hybrid_rounds_an_output_scale_once(with_unscaled, with_bias, poisoned_memory):
+    """c is a little more than fp16 holds, and so is c times the result: exact in fp32."""
+    tokens, columns, half = 37, 52, torch.float16
+    x, weight = draw(tokens, 24, dtype=half), draw(24, columns, dtype=half, seed=1)
+    tail, tail_right = draw(tokens, 8, dtype=half, seed=2), draw(8, columns, dtype=half, seed=3)
+    scale = 1.0 + torch.arange(1, columns + 1) * 2.0**-13
+    bias = draw(columns, dtype=half, seed=4) if with_bias else None
+    out, product = torch.empty(tokens, columns, dtype=half), torch.empty(tokens, columns).half()
+    cell = cell_of(half, tokens, 24, columns, 8)
+    with tiles.use_cells({"*": {"strategy": "hybrid"}}):
+        gemm.gemm_with_tail(cell, x, weight, tail, tail_right, product)
+        unscaled = torch.empty_like(out) if with_unscaled else None
+        gemm.gemm_with_tail(
+            cell, x, weight, tail, tail_right, out, unscaled=unscaled, bias=bias,
+            output_scale=scale,
+        )  # fmt: skip
+    assert unscaled is None or torch.equal(unscaled, product)
+    assert not torch.equal(scale.half().float(), scale)
+    expected = product.double() * scale.double() + (bias.double() if with_bias else 0.0)
+    assert torch.equal(out, expected.half())

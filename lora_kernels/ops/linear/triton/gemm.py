@@ -6,6 +6,7 @@ Tensor descriptors (TMA) are made on the host: as kernel arguments they need nei
 Triton's allocator, which other threads would not see.
 """
 
+import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -31,18 +32,15 @@ def gemm_with_tail(
     """``out = output_scale * (left @ right + D(tail_left @ tail_right)) + bias``."""
     limits = limits_of(left.device)
     if right is not None and tiles.strategy(cell, limits) == "hybrid":
+        product = out if unscaled is None else unscaled
         plain = output_scale is None
         gemm_with_tail(
-            cell, left, None, tail_left, tail_right, out, bias=bias if plain else None, drop=drop
-        )
-        out.addmm_(left, right)
-        if plain:
-            return
-        if unscaled is not None:
-            unscaled.copy_(out)
-        out.mul_(output_scale.to(out.dtype))
-        if bias is not None:
-            out += bias
+            cell, left, None, tail_left, tail_right, product, bias=bias if plain else None,
+            drop=drop,
+        )  # fmt: skip
+        product.addmm_(left, right)
+        if not plain:
+            _scale_columns(product, output_scale, bias, out)
         return
     lefts = [tail_left, out] if right is None else [left, tail_left, out]
     rights = [tail_right] if right is None else [right, tail_right]
@@ -59,6 +57,21 @@ def gemm_with_tail(
     )
     launch = _launch_tma if tile.tma else _launch_pointers
     launch(tile, left, right, tail_left, tail_right, out, unscaled, bias, output_scale, drop)
+
+
+def _scale_columns(
+    product: Tensor,  # [M, C]
+    output_scale: Tensor,  # [C]
+    bias: Tensor | None,  # [C]
+    out: Tensor,  # [M, C], written; it may be ``product``
+) -> None:
+    """``out = output_scale * product + bias`` in one launch: the scale as wide as it came, and the
+    result rounded once. A rounded scale would be off by the same in every row."""
+    scale = output_scale.float()  # one operand in fp32 has torch compute in it
+    if bias is None:
+        torch.mul(product, scale, out=out)
+    else:
+        torch.addcmul(bias, product, scale, out=out)
 
 
 def _launch_pointers(

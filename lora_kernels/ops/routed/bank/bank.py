@@ -320,6 +320,7 @@ class AdapterBank(nn.Module):
 
         A captured graph sees adapters that were added, replaced or removed, and other scalings,
         from the next filling of a routing on (``Routing.set_...``, in the stream that replays it).
+        It draws masks only if an adapter dropped when it was captured.
 
         Args:
             rank_capacity: the sum of the adapters' ranks (over slices) that there is room for; None
@@ -391,6 +392,8 @@ class AdapterBank(nn.Module):
         should, others get one."""
         with self.slots.change() as change:
             old = self.slots.latest.of(self)
+            if old is not None:
+                old.wait()
             version = self._version_on(storage, reserved)
             same = old is not None and old.storage is storage
             entries = []
@@ -473,6 +476,7 @@ class AdapterBank(nn.Module):
         with self.slots.change() as change:
             self._check_memory()
             version, current = model.of(self), self.slots.current.of(self)
+            current.wait()
             for entry in version.entries_in(slots):
                 if current.entry(entry.slot) is not entry or entry.is_in_place():
                     continue
@@ -489,6 +493,8 @@ class AdapterBank(nn.Module):
                 else:
                     moved = self._moved(change, version, name, entry.adapter)
                 version, current = version.with_entry(moved), current.with_entry(moved)
+            for each in (version, current):
+                each.published()
             model.replace_in_place(self, version)
             self.slots.current.replace_in_place(self, current)
             self.traced_version = current

@@ -3,7 +3,6 @@
 Dimensions: L slots, S slices.
 """
 
-import functools
 import operator
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from lora_kernels.ops.routed.bank.storage import aligned
 from lora_kernels.ops.routed.routing_arguments import is_fake
 from lora_kernels.ops.routed.tensors import GradientLayout, TrainableFactors
-from lora_kernels.runtime.capture import is_captured
+from lora_kernels.runtime.capture import is_captured, kept_per_device
 
 # Sets of adapters whose layouts are kept: the micro-batches of a step take turns.
 _KEPT = 4
@@ -37,9 +36,12 @@ class GradientLayouts:
 
     def nothing(self, version, capacity: int) -> tuple[GradientLayout, TrainableFactors]:
         """Of no adapter."""
-        if capacity not in self._nothing:
-            self._nothing[capacity] = _nothing(version, capacity)
-        return self._nothing[capacity]
+        nothing = self._nothing.get(capacity)
+        if nothing is None:
+            nothing = _nothing(version, capacity)
+            if not is_captured(version.device):
+                self._nothing[capacity] = nothing
+        return nothing
 
     def of(
         self, version, slots: tuple[int, ...] | None, capacity: int
@@ -100,15 +102,13 @@ def _make(version, slots: tuple[int, ...] | None, capacity: int) -> _Made:
 
 
 def _nothing(version, capacity: int) -> tuple[GradientLayout, TrainableFactors]:
-    faked = torch._C._len_torch_dispatch_stack() > 0
-    table = (_nowhere.__wrapped__ if faked else _nowhere)(_shape(version, capacity), version.device)
+    table = _nowhere(_shape(version, capacity), version.device)
     return GradientLayout([], [], 0, table), TrainableFactors([], [], [])
 
 
-@functools.lru_cache(maxsize=16)  # one for all versions of all banks of a model
+@kept_per_device  # one for all versions of all banks of a model
 def _nowhere(shape: tuple[int, int], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # it may be a training step's too
-        return torch.full(shape, -1, device=device)
+    return torch.full(shape, -1, device=device)
 
 
 def _shape(version, capacity: int) -> tuple[int, int]:

@@ -156,6 +156,8 @@ class Change:
         for bank in self._later:
             if (version := self.version.of(bank)) is not None:
                 self.set_bank(bank, version.with_thresholds())
+        for version in self._changed.values():
+            version.published()
         return self.version
 
     def revert(self) -> None:

@@ -19,6 +19,7 @@ from lora_kernels.ops.routed.bank.adapter import Adapter
 from lora_kernels.ops.routed.bank.layouts import GradientLayouts
 from lora_kernels.ops.routed.bank.storage import Arena, FactorShapes
 from lora_kernels.ops.routed.bank.tables import SlotTables
+from lora_kernels.ops.routed.routing_arguments import is_fake
 from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout, TrainableFactors
 from lora_kernels.runtime.capture import is_captured
 from lora_kernels.runtime.plan import Plans
@@ -114,6 +115,7 @@ class Reserved:
         """Let the tables hold a version, from here on in the current stream."""
         if self._holds is version or version.reserved is not self:
             return
+        version.wait()
         self.tables.copy_(version.tables)
         self.arena.note_reader()
         self._holds = version
@@ -156,6 +158,7 @@ class BankVersion:
         self._entries: list[Entry] | None = None
         self._parts: dict[tuple, Part] = {}  # replaced, never changed
         self._noted: set[tuple[int, int | None]] = set()  # streams, and slots that they read
+        self._made: torch.cuda.Event | None = None
         self._resized: dict[int, SlotTables] = {}
         self._layouts = GradientLayouts(self)
         self.plans = Plans()
@@ -193,7 +196,8 @@ class BankVersion:
             capacity: L of the batch's routing, where there are more slots by now; 0 for all.
 
         Raises:
-            RuntimeError: a CUDA graph is captured, and the bank has no memory reserved for it.
+            RuntimeError: a CUDA graph is captured, and the bank has no memory reserved for it, or
+                the routing knows fewer slots.
         """
         if torch.compiler.is_compiling():
             return self._tensors(self.entries, self.tables)
@@ -202,6 +206,11 @@ class BankVersion:
                 raise RuntimeError(
                     "a captured CUDA graph holds addresses: call reserve() on the bank before, so "
                     "that what it reads stays where it is"
+                )
+            if capacity not in (0, self.tables.slots):  # the graph's tables have all slots
+                raise RuntimeError(
+                    f"routing: there are {self.tables.slots} slots now and were {capacity} when it "
+                    "was made; make a new one to capture a CUDA graph with"
                 )
             return self._tensors(self.entries, self.reserved.tables)
         return self.part(slots, capacity).tensors
@@ -214,16 +223,21 @@ class BankVersion:
             entries = self.entries_in(slots)
             bound = [bound for entry in entries for bound in entry.bound]
             part = Part(bound, self._tensors(entries, self._tables_of(capacity)))
+            if is_captured(self.device):  # its tables may be the graph's
+                return part
             self._parts = dict([*list(self._parts.items())[1 - _KEPT :], (key, part)])
         return part
 
     def _tables_of(self, capacity: int) -> SlotTables:
         if capacity in (0, self.tables.slots):
             return self.tables
-        if capacity not in self._resized:
+        resized = self._resized.get(capacity)
+        if resized is None:
             with torch.inference_mode(False):
-                self._resized[capacity] = self.tables.resized(capacity)
-        return self._resized[capacity]
+                resized = self._tables_there().resized(capacity)
+            if not is_captured(self.device):
+                self._resized[capacity] = resized
+        return resized
 
     def _tensors(self, entries: list[Entry], tables: SlotTables) -> BankTensors:
         return BankTensors(
@@ -251,13 +265,28 @@ class BankVersion:
             return self._layouts.nothing(self, capacity)
         return self._layouts.of(self, slots, capacity)
 
+    def published(self) -> None:
+        """Others may read it from now on: behind what this stream has enqueued by then."""
+        if self.device.type == "cuda" and not is_fake(self.storage):
+            self._made = torch.cuda.current_stream(self.device).record_event()
+
+    def wait(self) -> None:
+        """Let the current stream go on when what another has copied is there."""
+        # A graph reads what the filling of a routing has waited for.
+        if self._made is not None and not is_captured(self.device):
+            torch.cuda.current_stream(self.device).wait_event(self._made)
+
     def note_stream(self, slots: tuple[int, ...] | None) -> None:
-        """The current CUDA stream reads the adapters in ``slots``: their memory must not be
-        another's before it has."""
+        """The current CUDA stream reads the adapters in ``slots``: they must be there before, and
+        their memory must not be another's until it has."""
+        stream = torch.cuda.current_stream(self.device)
+        if (stream.stream_id, None) not in self._noted:
+            self.wait()
         if self.reserved is not None:
             self.reserved.arena.note_reader()
+            if not is_captured(self.device):
+                self._noted.add((stream.stream_id, None))
             return
-        stream = torch.cuda.current_stream(self.device)
         for entry in (None, *self.entries_in(slots)):
             key = stream.stream_id, None if entry is None else entry.slot
             if key not in self._noted:
@@ -267,13 +296,18 @@ class BankVersion:
 
     # --- the next one -------------------------------------------------------------------------
 
+    def _tables_there(self) -> SlotTables:
+        """Its tables, to make others of them in the current stream."""
+        self.wait()
+        return self.tables
+
     def with_entry(self, entry: Entry) -> BankVersion:
         """This and an adapter, in a free slot or in the place of the one that has it."""
         slot, adapter = entry.slot, entry.adapter
         thresholds = {s: q for s, q in self.thresholds.items() if s != slot}
         if adapter.threshold:
             thresholds[slot] = adapter.threshold
-        tables = self.tables.with_adapters({slot: entry.rows}, {slot: adapter.scaling})
+        tables = self._tables_there().with_adapters({slot: entry.rows}, {slot: adapter.scaling})
         if thresholds != self.thresholds:
             tables = tables.with_thresholds(thresholds)
         return self._next(
@@ -289,13 +323,13 @@ class BankVersion:
         rows = {entry.slot: entry.rows for entry in entries}
         scalings = {entry.slot: entry.adapter.scaling for entry in entries}
         trains = any(each.parameter.requires_grad for entry in entries for each in entry.bound)
-        tables = self.tables.with_adapters(rows, scalings)
+        tables = self._tables_there().with_adapters(rows, scalings)
         by_slot = {entry.slot: entry for entry in entries}
         return self._next(tables=tables, entries=by_slot, trains=trains, widest=_widest(by_slot))
 
     def without(self, slot: int) -> BankVersion:
         """This less an adapter."""
-        tables, thresholds = self.tables.without(slot), self.thresholds
+        tables, thresholds = self._tables_there().without(slot), self.thresholds
         if slot in thresholds:
             thresholds = {s: q for s, q in thresholds.items() if s != slot}
             tables = tables.with_thresholds(thresholds)
@@ -307,18 +341,18 @@ class BankVersion:
     def with_scaling(self, slot: int) -> BankVersion:
         """This with the scaling that an adapter has now."""
         scaling = self._by_slot[slot].adapter.scaling
-        return self._next(tables=self.tables.with_scaling(slot, scaling))
+        return self._next(tables=self._tables_there().with_scaling(slot, scaling))
 
     def with_thresholds(self) -> BankVersion:
         """This with the dropout that its adapters have now."""
         now = {slot: q for slot, entry in self._by_slot.items() if (q := entry.adapter.threshold)}
         if now == self.thresholds:
             return self
-        return self._next(tables=self.tables.with_thresholds(now), thresholds=now)
+        return self._next(tables=self._tables_there().with_thresholds(now), thresholds=now)
 
     def with_capacity(self, slots: int) -> BankVersion:
         """This with tables of so many slots."""
-        return self._next(tables=self.tables.resized(slots))
+        return self._next(tables=self._tables_there().resized(slots))
 
     def _next(self, **changed) -> BankVersion:
         same = {
