@@ -18,10 +18,10 @@ from rich.table import Table
 
 from . import bounds
 from .cases import Launched
+from .cost import total
 from .counter import counting
 from .every_case import count, every_case
 from .stand_ins import missing, stand_ins
-from .table import total
 
 COLUMNS = ("launches", "splits", "syncs", "atomics", "copies")
 
@@ -29,7 +29,7 @@ COLUMNS = ("launches", "splits", "syncs", "atomics", "copies")
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_counts", description=__doc__)
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--out", type=Path, help="a JSON file of all counts")
+    parser.add_argument("--out", type=Path, help="a file of all counts, JSON lines")
     parser.add_argument("--operations", action="store_true", help="launches by operation, too")
     options = parser.parse_args(arguments)
     console, rows = Console(width=None if sys.stdout.isatty() else 150), []
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> None:
         console.print(f"{name} has a stand-in, and is not in the package")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+        options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _row(case: str, provider: str, launched: Launched) -> dict:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .cases import BF16, FP16, FP32, Launched, LinearCase
+from .cost import total
 from .routed_cases import RoutedCase
-from .table import total
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import lora_kernels
 
+from .cost import Cost
 from .counter import Counter
 from .handwritten import HandwrittenLoRA
-from .table import Cost
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 FEATURES = 4096  # K and N

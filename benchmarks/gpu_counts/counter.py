@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .cost import Cost, Operation
 from .device import META, is_on_gpu, pretended_cuda, truth
-from .table import Cost, Operation, cost_of
+from .table import cost_of
 
 _MOST_VALUES = 1 << 16  # elements of a tensor whose values are kept
 # What they give depends on values.

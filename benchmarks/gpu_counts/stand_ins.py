@@ -19,8 +19,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from .cost import Cost, nbytes
 from .counter import active
-from .table import Cost, nbytes
 
 _DRIVER = "lora_kernels.ops.narrow.triton.driver"
 _MASKED = "lora_kernels.ops.narrow.triton.masked"

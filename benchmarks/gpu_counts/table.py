@@ -10,69 +10,12 @@ Dimensions: n elements of the result.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .cost import Cost, Operation, nbytes
 from .device import CAPABILITY, is_on_gpu
-
-
-@dataclass
-class Cost:
-    """Of one operation, or of many.
-
-    Attributes:
-        launches: kernels, and fills that are one (memset).
-        read, written: bytes that have to come from memory and go there, each once per launch.
-        splits: launches more where a product splits its long reduction: not among ``launches``.
-        syncs: how often the host waits.
-        atomics: launches that add floating point numbers by atomics, in no fixed order.
-        copies: between host and device.
-    """
-
-    launches: int = 0
-    read: int = 0
-    written: int = 0
-    splits: int = 0
-    syncs: int = 0
-    atomics: int = 0
-    copies: int = 0
-
-    @property
-    def bytes(self) -> int:
-        return self.read + self.written
-
-    def __add__(self, other: Cost) -> Cost:
-        names = [field.name for field in fields(self)]
-        return Cost(*(getattr(self, name) + getattr(other, name) for name in names))
-
-
-def total(launched: list[tuple[str, Cost]]) -> Cost:
-    return sum((cost for _, cost in launched), Cost())
-
-
-class Operation(NamedTuple):
-    """A call of an operation of torch, and its results."""
-
-    name: str  # without namespace and overload
-    overload: str
-    arguments: dict[str, object]  # by the schema's names, defaults included
-    operands: list[Tensor]  # on the device
-    results: list[Tensor]
-    from_host: list[Tensor]  # operands on the host that are more than a number
-
-
-def nbytes(*tensors: Tensor) -> int:
-    """Of the elements that there are in memory: an expanded dimension is one."""
-    total = 0
-    for tensor in tensors:
-        count = 1
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-            count *= size if stride or size == 0 else 1
-        total += count * tensor.element_size()
-    return total
 
 
 def cost_of(operation: Operation, pointwise: bool) -> Cost:
@@ -276,13 +219,46 @@ def _cat(op: Operation) -> Cost:
 
 
 def _foreach(op: Operation) -> Cost:
-    """A launch for every 48 tensors (of each list), or 320 blocks of 65536 elements."""
+    """Launches of at most 64 pairs of tensors (110 of one list, 48 of three) and 320 blocks of
+    65536 elements; one for each tensor where ATen does not take its fast route."""
     lists = [value for value in op.arguments.values() if _is_tensors(value)]
-    chunks = sum(-(-tensor.numel() // 65536) for tensor in lists[0])
-    launches = max(-(-len(lists[0]) // 48), -(-chunks // 320))
     written = op.results or lists[0]
-    read = lists[1] if op.name.startswith("_foreach_copy") else op.operands
+    read = lists[1] if op.name == "_foreach_copy_" else op.operands
+    read = [] if op.name == "_foreach_zero_" else read
+    launches = _multi_tensor_launches(lists) if _is_fast(lists) else len(lists[0])
     return Cost(launches, nbytes(*read), nbytes(*written))
+
+
+def _is_fast(lists: list[list[Tensor]]) -> bool:
+    """``can_use_fast_route``: a dtype for each list, dense tensors, pairs of the same strides."""
+    return all(len({tensor.dtype for tensor in tensors}) == 1 for tensors in lists) and all(
+        each.shape == first.shape and each.stride() == first.stride() and _is_dense(each)
+        for first, *pair in zip(*lists, strict=True)
+        for each in (first, *pair)
+    )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    strides = sorted(zip(tensor.stride(), tensor.shape, strict=True))
+    expected = 1
+    for stride, size in strides:
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _multi_tensor_launches(lists: list[list[Tensor]]) -> int:
+    most = {1: 110, 2: 64}.get(len(lists), 48)
+    launches = tensors = blocks = 0
+    for tensor in lists[0]:
+        if tensor.numel() == 0:
+            continue
+        tensors, blocks = tensors + 1, blocks + -(-tensor.numel() // 65536)
+        launches, blocks = launches + blocks // 320, blocks % 320
+        if tensors == most:
+            launches, tensors, blocks = launches + (blocks > 0), 0, 0
+    return launches + (blocks > 0)
 
 
 def _is_tensors(value: object) -> bool:

@@ -11,9 +11,9 @@ from torch import Tensor
 import lora_kernels
 from benchmarks.gpu_counts.bounds import broken
 from benchmarks.gpu_counts.cases import BF16, FP32, LinearCase, count_linear
+from benchmarks.gpu_counts.cost import Cost, total
 from benchmarks.gpu_counts.counter import counting
 from benchmarks.gpu_counts.routed_cases import RoutedCase, count_routed
-from benchmarks.gpu_counts.table import Cost, total
 from lora_kernels import AdapterBank, Routing
 from lora_kernels.ops.linear import composed
 from lora_kernels.ops.routed import composed as routed_composed
@@ -72,6 +72,16 @@ OPERATIONS = [
     ),
     ("cat", [square, square], lambda a, b: torch.cat([a, b]), (1, 2, 2)),
     ("cat of 129", [square], lambda a: torch.cat([a] * 129), (2, 129, 129)),
+    ("65 copies", [square], lambda a: torch._foreach_copy_([a] * 65, [a] * 65), (2, 65, 65)),
+    (
+        "copies and casts", [square],
+        lambda a: torch._foreach_copy_([a] * 3, [a.new_empty(a.shape, dtype=FP32)] * 3), (1, 6, 3),
+    ),
+    (
+        "copies into other strides", [square],
+        lambda a: torch._foreach_copy_([a] * 3, [a.t()] * 3), (3, 3, 3),
+    ),
+    ("copies of gaps", [apart], lambda a: torch._foreach_copy_([a] * 3, [a] * 3), (3, 3, 3)),
     ("sum", [square], lambda a: a.sum(0), (1, 1, 1 / 64)),
     ("dropout", [square], lambda a: F.dropout(a, 0.5, True), (1, 1, 1.5)),
     (
