@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from .cases import BF16, FP16, FP32, Launched, LinearCase
@@ -12,7 +13,7 @@ from .routed_cases import RoutedCase
 @dataclass(frozen=True)
 class Bound:
     launches: int
-    bytes: float = float("inf")
+    bytes: float = math.inf
 
     def __str__(self) -> str:
         return f"{self.launches}" + (f", {self.bytes / 1e9:.2f} GB" if self.bytes < 1e15 else "")
@@ -20,10 +21,10 @@ class Bound:
 
 # Forward and backward of M 8192, K = N = 4096, R 16, by dropout and the adapters' dtype.
 _TRAINING = {
-    (0.05, FP32): Bound(16, 1.17e9),
-    (0.05, BF16): Bound(14, 1.17e9),
-    (0.0, FP32): Bound(12, 0.90e9),
-    (0.0, BF16): Bound(10, 0.90e9),
+    (0.05, FP32): Bound(16, 1_170_000_000),
+    (0.05, BF16): Bound(14, 1_170_000_000),
+    (0.0, FP32): Bound(12, 900_000_000),
+    (0.0, BF16): Bound(10, 900_000_000),
 }
 _FP16 = Bound(20)
 _ONE_TOKEN = Bound(5)

@@ -97,10 +97,10 @@ STAND_INS: dict[tuple[str, str], Callable] = {
 
 def missing() -> list[str]:
     """The launchers of the table that the package does not have."""
-    return [f"{module}.{name}" for module, name in STAND_INS if _launcher(module, name) is None]
+    return [f"{module}.{name}" for module, name in STAND_INS if launcher_of(module, name) is None]
 
 
-def _launcher(module: str, name: str) -> Callable | None:
+def launcher_of(module: str, name: str) -> Callable | None:
     try:
         return getattr(import_module(module), name, None)
     except ModuleNotFoundError as error:
@@ -115,7 +115,7 @@ def stand_ins() -> Iterator[None]:
     replacing = {
         launcher: replacement
         for (module, name), replacement in STAND_INS.items()
-        if (launcher := _launcher(module, name)) is not None
+        if (launcher := launcher_of(module, name)) is not None
     }
     with ExitStack() as stack:
         for name, module in list(sys.modules.items()):

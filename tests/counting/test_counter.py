@@ -16,7 +16,9 @@ from benchmarks.gpu_counts.counter import counting
 from benchmarks.gpu_counts.routed_cases import RoutedCase, count_routed
 from lora_kernels import AdapterBank, Routing
 from lora_kernels.ops.linear import composed
+from lora_kernels.ops.linear import op as linear_op
 from lora_kernels.ops.routed import composed as routed_composed
+from lora_kernels.ops.routed import op as routed_op
 
 WIDE = LinearCase(8192)
 _MATRIX = 64 * 64 * 2  # bytes of the tests' square matrices
@@ -176,6 +178,18 @@ def test_nothing_is_left_behind():
     assert (x.device.type, x.is_cuda, x.is_meta) == ("meta", False, True)
     assert torch._C._len_torch_dispatch_stack() == 0
     assert not torch.empty(3).is_cuda
+
+
+def test_calls_take_the_way_that_they_take_on_a_gpu(counter, monkeypatch):
+    """Nothing sees that something is watching: no call goes through a registered op."""
+
+    def refuse(*_):
+        raise AssertionError("the call went through the op")
+
+    monkeypatch.setattr(linear_op, "through_the_op", refuse)
+    monkeypatch.setattr(routed_op, "_op", refuse)
+    count_linear(LinearCase(1, dropout_p=0.05), counter)
+    count_routed(RoutedCase("decode"), counter)
 
 
 # --- known sequences -------------------------------------------------------------------------
