@@ -248,7 +248,9 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("fault", "cost", "sentence"), FAULTS, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("fault", "cost", "sentence"), FAULTS, ids=[each[0].__name__ for each in FAULTS]
+)
 def test_planted_faults_of_a_linear_layer(counter, monkeypatch, fault, cost, sentence):
     before = count_linear(WIDE, counter)
     forward = composed.forward
