@@ -1,9 +1,12 @@
-"""What every operation refuses: tensors of another dtype, or of a class that stands for others.
+"""What everything refuses: numbers that are no counts, tensors of another dtype, or of a class that
+stands for others.
 
 Such classes are DTensor and torchao's quantised weights.
 """
 
-from torch import Tensor
+from numbers import Integral
+
+from torch import SymInt, Tensor
 
 from lora_kernels.runtime.dtypes import FLOATING
 from lora_kernels.runtime.eager import PLAIN
@@ -39,3 +42,10 @@ def check_dtype(name: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{name}: expected dtype bfloat16, float16, float32 or float64, got {tensor.dtype}"
         )
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, (Integral, SymInt)):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
