@@ -4,7 +4,7 @@ stands for others.
 Such classes are DTensor and torchao's quantised weights.
 """
 
-from numbers import Integral
+from numbers import Integral, Real
 
 from torch import SymInt, Tensor
 
@@ -49,3 +49,14 @@ def check_count(name: str, value: int, least: int = 1) -> None:
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def check_dropout_p(dropout_p: float) -> None:
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
+        raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+
+
+def kind_of(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

@@ -17,15 +17,9 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.ops.routed.bank.adapter import Adapter, check_dropout, check_scaling
+from lora_kernels.ops.routed.bank.adapter import Adapter, check_scaling
 from lora_kernels.ops.routed.bank.adapters_by_name import AdaptersByName
-from lora_kernels.ops.routed.bank.binding import (
-    bound_to,
-    copied_over,
-    moved,
-    new_factors,
-    refuse,
-)
+from lora_kernels.ops.routed.bank.binding import bound_to, copied_over, moved, new_factors, refuse
 from lora_kernels.ops.routed.bank.checks import checked_factors
 from lora_kernels.ops.routed.bank.slots import BASE, AdapterSlots, Change, ModelVersion
 from lora_kernels.ops.routed.bank.storage import Arena, FactorShapes, anchor
@@ -33,7 +27,7 @@ from lora_kernels.ops.routed.bank.tables import SlotTables
 from lora_kernels.ops.routed.bank.versions import BankVersion, Reserved, table_rows
 from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout, TrainableFactors
 from lora_kernels.runtime.capture import is_captured
-from lora_kernels.runtime.checks import check_count
+from lora_kernels.runtime.checks import check_count, check_dropout_p
 from lora_kernels.runtime.dtypes import FLOATING
 from lora_kernels.runtime.tensor_state import has_memory
 
@@ -168,7 +162,7 @@ class AdapterBank(nn.Module):
         check_scaling(scaling)
         if isinstance(scaling, Tensor) and scaling.is_meta and not on_meta:
             raise ValueError("scaling: expected a value, got a tensor on the meta device")
-        check_dropout(dropout_p)
+        check_dropout_p(dropout_p)
         ranks = tuple(0 if pair is None else pair[0].shape[0] for pair in pairs)
         with self.slots.change() as change:
             self._check_name(name)
@@ -225,48 +219,27 @@ class AdapterBank(nn.Module):
         *,
         strict: bool = True,
     ) -> Adapter:
-        """Add an adapter from a PEFT adapter directory, with ``load_adapter`` of
-        :mod:`lora_kernels.files.adapters`.
-
-        Args:
-            name: of the new adapter.
-            directory: as PEFT's ``save_pretrained`` writes it. Only safetensors are read.
-            module: the layer's name in the file; in a sliced bank a list with one per slice.
-            strict: whether it is an error that the file lacks one which its config targets; if not,
-                it is a warning.
-
-        Raises:
-            TypeError, ValueError: the files are malformed, not finite, of another shape or kind;
-                the bank is unchanged then.
-        """
+        """Add an adapter from a PEFT adapter directory; arguments and errors are those of
+        ``load_adapter`` of :mod:`lora_kernels.files.adapters`."""
         from lora_kernels.files.adapters import load_adapter
 
         return load_adapter(self, name, directory, module, strict=strict)
 
     def save(self, name: str, directory: str | os.PathLike, module: str | Sequence[str]) -> None:
-        """Write an adapter of this one layer as a PEFT adapter directory.
-
-        Args:
-            name: of the adapter.
-            directory: made where it is absent.
-            module: the layer's name in the model; in a sliced bank a list with one per slice.
-        """
+        """Write an adapter of this one layer as a PEFT adapter directory; arguments and errors are
+        those of ``save_adapter`` of :mod:`lora_kernels.files.adapters`."""
         from lora_kernels.files.adapters import save_adapter
 
         save_adapter(self, name, directory, module)
 
     def __getitem__(self, name: str) -> Adapter:
-        latest = self.slots.latest
-        slot = latest.names.get(name)
-        entry = None if slot is None else latest.of(self).entry(slot)
-        if entry is None:
+        adapter = self.slots.latest.adapter_of(self, name)
+        if adapter is None:
             raise KeyError(f"no adapter {name!r} in this bank; there are {list(self)}")
-        return entry.adapter
+        return adapter
 
     def __contains__(self, name: object) -> bool:
-        latest = self.slots.latest
-        slot = latest.names.get(name)
-        return slot is not None and latest.of(self).entry(slot) is not None
+        return self.slots.latest.adapter_of(self, name) is not None
 
     def __iter__(self) -> Iterator[str]:
         """The names, in the order in which they came."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_kernels.runtime.checks import check_no_wrapper
+from lora_kernels.runtime.checks import check_no_wrapper, kind_of
 from lora_kernels.runtime.dtypes import FLOATING
 from lora_kernels.runtime.tensor_state import check_has_values
 
@@ -53,8 +53,7 @@ def checked_factors(
 
 def _check_factor(name: str, factor: Tensor, on_meta: bool) -> None:
     if not isinstance(factor, Tensor) or factor.dtype not in FLOATING:
-        came = factor.dtype if isinstance(factor, Tensor) else type(factor).__name__
-        raise TypeError(f"{name}: expected a tensor of floating point, got {came}")
+        raise TypeError(f"{name}: expected a tensor of floating point, got {kind_of(factor)}")
     check_no_wrapper(name, factor)
     if factor.layout is not torch.strided or factor.is_nested:
         raise TypeError(f"{name}: expected a dense tensor, got {factor.layout}")

@@ -95,13 +95,15 @@ def _make(version, slots: tuple[int, ...] | None, capacity: int) -> _Made:
             if a_offset >= 0:
                 a_offset += pair[0].numel()
     named = [entry.slot for entry in entries]
-    table = _table(_shape(version, capacity), version.device, named, rows)
+    shape = capacity + 1, len(version.slice_columns)
+    table = _table(shape, version.device, named, rows)
     return _Made(_needed_of(entries), GradientLayout(named, offsets, end, table), trained)
 
 
 def _nothing(version, capacity: int) -> tuple[GradientLayout, TrainableFactors]:
     faked = torch._C._len_torch_dispatch_stack() > 0
-    table = (_nowhere.__wrapped__ if faked else _nowhere)(_shape(version, capacity), version.device)
+    shape = capacity + 1, len(version.slice_columns)
+    table = (_nowhere.__wrapped__ if faked else _nowhere)(shape, version.device)
     return GradientLayout([], [], 0, table), TrainableFactors([], [], [])
 
 
@@ -109,10 +111,6 @@ def _nothing(version, capacity: int) -> tuple[GradientLayout, TrainableFactors]:
 def _nowhere(shape: tuple[int, int], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # it may be a training step's too
         return torch.full(shape, -1, device=device)
-
-
-def _shape(version, capacity: int) -> tuple[int, int]:
-    return capacity + 1, len(version.slice_columns)
 
 
 def _needed_of(entries) -> list[bool]:
