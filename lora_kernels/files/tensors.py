@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lora_kernels.runtime.dtypes import FLOATING
+
 PREFIX = "base_model.model."
 # PEFT's in-memory names, with the adapter's in the middle, are in files that others have written.
 _KEY = re.compile(
     rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
 )
 _LONGEST_KEY = 2000
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _OTHER_KINDS = {
     "lora_magnitude_vector": "DoRA's magnitudes",
     "lora_embedding_": "an embedding's adapter",
@@ -50,7 +51,7 @@ def by_module(
             else:
                 unknown.append(key)
             continue
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATING:
             raise ValueError(
                 f"{where}: {key}: expected bfloat16, float16, float32 or float64, got "
                 f"{tensor.dtype}"
