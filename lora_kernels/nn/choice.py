@@ -10,7 +10,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from lora_kernels.nn.batch_rows import Forward, NamedRows, Row, Runs, runs_of
 from lora_kernels.ops.routed import AdapterSlots, Routing
 from lora_kernels.ops.routed.bank.slots import BASE, ModelVersion, Pinned
+from lora_kernels.runtime.checks import check_count
 
 _KEPT = 64  # shapes of inputs that routings are kept for
 _MANY = 1024  # those that one batch keeps
@@ -127,11 +128,8 @@ class Choice:
         stacked: int = 1,
         rows: Mapping[str, object] | None = None,
     ) -> None:
-        for what, count in (("beams", beams), ("stacked", stacked)):
-            if isinstance(count, bool) or not isinstance(count, Integral):
-                raise TypeError(f"{what}: expected an integer, got {type(count).__name__}")
-            if count < 1:
-                raise ValueError(f"{what}: expected at least 1, got {count}")
+        check_count("beams", beams)
+        check_count("stacked", stacked)
         rows = {} if rows is None else rows
         if not isinstance(rows, Mapping):
             raise TypeError(f"rows: expected names by module, got {type(rows).__name__}")
@@ -288,7 +286,7 @@ class Batch:
         forward: the one of the whole model that the layer is called in.
         """
         forward = forward if part is self.choice.main else None
-        given = (x.shape[:-1], x.device, part, axis)
+        given, key = (x.shape[:-1], x.device, part, axis), None
         if in_backward and forward is None:
             runs, version = self._recomputed(given)
             if version is not self.version:
@@ -297,22 +295,18 @@ class Batch:
             key = (*given, forward, self.generation)
             if (routing := self._found.get(key)) is not None:
                 return routing
-            if (
-                len(self._found) >= _MANY
-            ):  # in a `with` that stays open, layers called by themselves
+            # In a `with` that stays open, layers called by themselves.
+            if len(self._found) >= _MANY:
                 self._found, self._computed, self._made = {}, {}, {}
             runs = self._runs(part, x, axis, forward)
             self._computed.setdefault(given, set()).add(runs)
             self.choice.remember(given, runs, self.version)
-            routing = self._found[key] = self._routing(runs, x.device)
-            return routing
-        return self._routing(runs, x.device)
-
-    def _routing(self, runs: Runs, device: torch.device) -> Routing:
-        routing = self._made.get((runs, device))
+        routing = self._made.get((runs, x.device))
         if routing is None:
-            routing = self.choice.routing_of(runs, device, self.version)
-            self._made[runs, device] = routing
+            routing = self.choice.routing_of(runs, x.device, self.version)
+            self._made[runs, x.device] = routing
+        if key is not None:
+            self._found[key] = routing
         return routing
 
     def _runs(self, part: Part, x: Tensor, axis: int, forward: Forward | None) -> Runs:

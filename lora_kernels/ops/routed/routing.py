@@ -196,8 +196,7 @@ class Routing:
             lengths: tokens of each sequence, or one number for all.
         """
         lengths = lengths_of(names, lengths)
-        routing = Routing(sum(lengths), bank, 1, adapters, device)
-        return routing.set_sequences_(names, lengths)
+        return Routing(sum(lengths), bank, 1, adapters, device).set_sequences_(names, lengths)
 
     @staticmethod
     def from_segments(
@@ -228,8 +227,7 @@ class Routing:
             num_tokens = int(offsets[-1]) if offsets.numel() else 0
         ids = integers("ids", ids)
         device = device_for(ids, bank, device)
-        routing = Routing(num_tokens, bank, 1, adapters, device)
-        return routing.set_segments_(ids, offsets)
+        return Routing(num_tokens, bank, 1, adapters, device).set_segments_(ids, offsets)
 
     @staticmethod
     def from_weighted(
