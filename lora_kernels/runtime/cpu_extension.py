@@ -285,7 +285,8 @@ class RoutedGroups:
     def shrink(self, x: Tensor, mask: Tensor | None, *, zeros: bool) -> Tensor:
         """h ``[P, H]`` in fp32; what is not written is zero where ``zeros`` asks for it."""
         h = self._narrow(zeros)
-        rows, mask = rows_of(x), with_unit_stride(mask)  # they outlive the call
+        # They outlive the call.
+        rows, mask = rows_of(x), None if mask is None else with_unit_stride(mask)
         self._groups.shrink(*_wide(rows), *_packed(mask), h.data_ptr(), h.stride(0))
         return h
 
@@ -336,7 +337,8 @@ class RoutedGroups:
 
 def _single(narrow: Tensor) -> Tensor:
     """h or t as the kernels read it: fp32, unit stride in the rank."""
-    return with_unit_stride(narrow.to(torch.float32))
+    narrow = narrow.to(torch.float32)
+    return narrow if narrow.stride(1) == 1 else narrow.contiguous()
 
 
 def with_unit_stride(matrix: Tensor | None) -> Tensor | None:
