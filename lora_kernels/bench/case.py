@@ -7,8 +7,16 @@ import torch
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
+class Typed:
+    """A case whose ``dtype`` is a name in ``DTYPES``."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+
 @dataclass(frozen=True)
-class OpCase:
+class OpCase(Typed):
     m: int
     k: int
     n: int
@@ -17,10 +25,6 @@ class OpCase:
     rank: int = 16
     alpha: float = 32
     device: str = "cpu"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
 
     @property
     def scaling(self) -> float:
@@ -41,7 +45,7 @@ class OpCase:
 
 
 @dataclass(frozen=True)
-class StepCase:
+class StepCase(Typed):
     dtype: str = "bf16"
     dropout: float = 0.0
     rank: int = 16
@@ -55,10 +59,6 @@ class StepCase:
     intermediate: int = 1536
     vocab: int = 49152
     device: str = "cpu"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
 
     @property
     def title(self) -> str:
@@ -76,7 +76,7 @@ class StepCase:
 
 
 @dataclass(frozen=True)
-class LayerCase:
+class LayerCase(Typed):
     batch: int = 4
     length: int = 2048
     hidden: int = 4096
@@ -88,10 +88,6 @@ class LayerCase:
     rank: int = 16
     alpha: float = 32
     device: str = "cuda"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
 
     @property
     def title(self) -> str:
@@ -115,7 +111,7 @@ class LayerCase:
 
 
 @dataclass(frozen=True)
-class RoutedCase:
+class RoutedCase(Typed):
     """sequences x tokens rows; sequence i uses adapter i mod adapters, whose ranks are ``ranks``,
     over and over. slices: out_features of each, side by side."""
 
@@ -130,10 +126,6 @@ class RoutedCase:
     train: bool = False
     base: bool = True  # False: the adapters alone, without the frozen layer
     device: str = "cpu"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
 
     @property
     def torch_adapter_dtype(self) -> torch.dtype:
@@ -169,7 +161,7 @@ class RoutedCase:
 
 
 @dataclass(frozen=True)
-class KernelCase:
+class KernelCase(Typed):
     what: str  # "decode", "y" or "dx"
     m: int
     k: int
@@ -178,10 +170,6 @@ class KernelCase:
     dropout: float = 0.0  # dx only
     dtype: str = "bf16"
     device: str = "cuda"
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
 
     @property
     def title(self) -> str:

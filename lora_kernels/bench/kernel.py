@@ -17,10 +17,9 @@ from torch import Tensor
 from lora_kernels import lora_linear
 from lora_kernels.bench.case import KernelCase
 from lora_kernels.bench.memory import SavedStorage
-from lora_kernels.bench.providers import Unavailable, forced_strategy
+from lora_kernels.bench.providers import Unavailable, cell_of, forced_strategy
 from lora_kernels.bench.replay import GraphReplay
 from lora_kernels.measuring import machine
-from lora_kernels.ops.linear.triton import tiles
 from lora_kernels.ops.linear.triton.operands import Dropout
 from lora_kernels.runtime import cuda_extension, dispatch
 from lora_kernels.runtime.dropout import ActiveDropout, drop_threshold, keep_mask
@@ -104,17 +103,7 @@ def triton_gemm(strategy: str, inputs: KernelInputs, case: KernelCase) -> Tensor
 
     right, tail = inputs.right(case)
     out = inputs.left.new_empty((case.m, right.shape[1]))
-    cell = tiles.LinearCell(
-        direction="backward" if case.what == "dx" else "forward",
-        dtype=str(case.torch_dtype).removeprefix("torch."),
-        itemsize=case.torch_dtype.itemsize,
-        tokens=case.m,
-        in_features=case.k,
-        out_features=case.n,
-        rank=case.rank,
-        dropout=case.dropout > 0,
-        ieee=False,
-    )
+    cell = cell_of(case, "backward" if case.what == "dx" else "forward")
     with forced_strategy(strategy, inputs.left.device):
         gemm_with_tail(cell, inputs.left, right, inputs.narrow, tail, out, drop=inputs.drop(case))
     return out

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_kernels.bench.case import OpCase, StepCase
+from lora_kernels.bench.case import KernelCase, OpCase, StepCase
 from lora_kernels.ops.linear.triton import tiles
 from lora_kernels.runtime.device_limits import limits_of
 
@@ -162,6 +162,20 @@ def triton_op(inputs: OpInputs, case: OpCase, strategy: str) -> Call:
     """Our kernels with the strategy forced; tile sizes stay those of the shipped table."""
     return replace(
         our_op(inputs, case, "triton"), around=lambda: forced_strategy(strategy, inputs.x.device)
+    )
+
+
+def cell_of(case: OpCase | KernelCase, direction: str) -> tiles.LinearCell:
+    return tiles.LinearCell(
+        direction=direction,
+        dtype=str(case.torch_dtype).removeprefix("torch."),
+        itemsize=case.torch_dtype.itemsize,
+        tokens=case.m,
+        in_features=case.k,
+        out_features=case.n,
+        rank=case.rank,
+        dropout=case.dropout > 0,
+        ieee=False,
     )
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lora_kernels.bench import cells, op
 from lora_kernels.bench.case import OpCase
-from lora_kernels.bench.providers import Call, OpInputs, our_op
+from lora_kernels.bench.providers import Call, OpInputs, cell_of, our_op
 from lora_kernels.bench.rows import say
 from lora_kernels.measuring import machine, timing
 from lora_kernels.ops.linear.reference import lora_linear_reference
@@ -117,20 +117,6 @@ def write(path: Path, table: dict) -> None:
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
     os.replace(draft, path)
-
-
-def cell_of(case: OpCase, direction: str) -> tiles.LinearCell:
-    return tiles.LinearCell(
-        direction=direction,
-        dtype=str(case.torch_dtype).removeprefix("torch."),
-        itemsize=case.torch_dtype.itemsize,
-        tokens=case.m,
-        in_features=case.k,
-        out_features=case.n,
-        rank=case.rank,
-        dropout=case.dropout > 0,
-        ieee=False,
-    )
 
 
 def is_done(case: OpCase, found: dict) -> bool:

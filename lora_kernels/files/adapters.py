@@ -200,7 +200,7 @@ def load_adapter(
     Args:
         bank: of the layer; it is unchanged if anything raises.
         name: of the new adapter.
-        directory: as PEFT's ``save_pretrained`` writes it.
+        directory: as PEFT's ``save_pretrained`` writes it. Only safetensors are read.
         module: the layer's name in the file; for a sliced bank a list with one name per slice. The
             adapter has rank 0 in slices whose module the config does not target.
         strict: whether a module that the config targets and the file does not have is an error; if

@@ -247,12 +247,8 @@ def _alpha(rank: int, scaling: float, use_rslora: bool) -> float:
     """The alpha that PEFT divides by the rank to get exactly this scaling, where there is one."""
     divisor = math.sqrt(rank) if use_rslora else rank
     near = scaling * divisor
-    candidates = (
-        round(near),
-        near,
-        math.nextafter(near, math.inf),
-        math.nextafter(near, -math.inf),
-    )
+    neighbours = (math.nextafter(near, towards) for towards in (math.inf, -math.inf))
+    candidates = (round(near), near, *neighbours)
     return next((alpha for alpha in candidates if alpha / divisor == scaling), near)
 
 

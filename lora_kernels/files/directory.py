@@ -28,11 +28,8 @@ try:
 except ImportError:  # Windows: the writers of one process take turns, those of several do not
     fcntl = None
 
-CONFIG, WEIGHTS, PICKLE = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-)
+CONFIG = "adapter_config.json"
+WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 DIGEST = "lora_kernels.config_sha256"
 _LARGEST_CONFIG = 16 * 2**20  # bytes
 _DEEPEST_CONFIG = 50  # tables and lists in each other
@@ -76,7 +73,8 @@ def read_files(directory: Path) -> AdapterContent:
         now = time.monotonic()
         if before != last:
             last, unchanged_since = before, now
-        if same and _is_quiet(before, now - unchanged_since) and not _is_being_saved(directory):
+        quiet = same and max(time.time() - before.changed, now - unchanged_since) > _QUIET
+        if quiet and not _is_being_saved(directory):
             if error is not None:
                 raise error
             return content
@@ -122,10 +120,6 @@ class _Stamp(NamedTuple):
 
     changed: float  # time of the later change, by the file system's clock
     identities: tuple
-
-
-def _is_quiet(stamp: _Stamp, unchanged: float) -> bool:
-    return time.time() - stamp.changed > _QUIET or unchanged > _QUIET
 
 
 def _unfinished(directory: Path, digest: str | None) -> bytes | None:

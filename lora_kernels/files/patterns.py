@@ -90,7 +90,8 @@ def match(
             that is not installed or would understand something else.
     """
     quick = compiled(regex, what, pattern, allowance)
-    if _ways(regex) * (len(name) + 1) ** _repeats(regex) <= _MOST_WAYS:
+    ways, repeats = _cost(regex)
+    if ways * (len(name) + 1) ** repeats <= _MOST_WAYS:
         return getattr(quick, method)(name)
     where = f"{allowance.where}: {what}: {short(pattern)}"
     try:
@@ -211,14 +212,6 @@ def _cost(regex: str) -> tuple[float, int]:
             ways *= branches.pop()
         after = kind
     return ways * math.prod(branches), min(repeats, 20)
-
-
-def _ways(regex: str) -> float:
-    return _cost(regex)[0]
-
-
-def _repeats(regex: str) -> int:
-    return _cost(regex)[1]
 
 
 def _depth(regex: str) -> int:

@@ -54,9 +54,7 @@ class Renaming:
                 f"are {listed(sorted(file.modules))}"
             )
         return replace(
-            file,
-            modules=self._all(file.modules),
-            base_parameters=self._all(file.base_parameters),
+            file, modules=self._all(file.modules), base_parameters=self._all(file.base_parameters)
         )
 
     def origins(self, names: Iterable[str]) -> dict[str, str]:

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lora_kernels.runtime.dtypes import FLOATING
+
 PREFIX = "base_model.model."
 # PEFT's in-memory names, with the adapter's in the middle, are in files that others have written.
 _KEY = re.compile(
     rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight"
 )
 _LONGEST_KEY = 2000
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _OTHER_KINDS = {
     "lora_magnitude_vector": "DoRA's magnitudes",
     "lora_embedding_": "an embedding's adapter",
@@ -50,7 +51,7 @@ def by_module(
             else:
                 unknown.append(key)
             continue
-        if tensor.dtype not in _FLOATS:
+        if tensor.dtype not in FLOATING:
             raise ValueError(
                 f"{where}: {key}: expected bfloat16, float16, float32 or float64, got "
                 f"{tensor.dtype}"
@@ -96,7 +97,7 @@ def _what(keys: Iterable[str]) -> str:
     return " and ".join(sorted(found)) or "other tensors"
 
 
-def listed(names: Sequence[str], most: int = 5) -> str:
+def listed(names: Sequence[str]) -> str:
     """The first few names, and how many more there are."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + rest

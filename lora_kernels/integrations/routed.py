@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -22,28 +21,21 @@ from lora_kernels.files.adapters import (
     check_flag,
     modules_of,
     read_adapter,
-    report_missing,
     write_adapter,
 )
-from lora_kernels.files.config import (
-    asks_for_all_linear,
-    check_config,
-    ranks_and_scalings,
-    targeted,
-    targets,
-)
+from lora_kernels.files.config import check_config, ranks_and_scalings
 from lora_kernels.files.renaming import Renaming
 from lora_kernels.integrations.layer_places import place_of
 from lora_kernels.integrations.model_calls import unwatch_calls, watch_calls
 from lora_kernels.integrations.routed_checks import (
     check_base,
     check_model,
-    head_of,
+    check_modules,
+    check_whole,
     holder_in,
-    is_linear,
     modules_of_model,
+    targeted_in,
 )
-from lora_kernels.integrations.weight_readers import never_calls, passes_by
 from lora_kernels.nn.active_adapters import ActiveAdapters
 from lora_kernels.nn.checks import adapter_dtype_over, check_initialisation
 from lora_kernels.nn.choice import Choice
@@ -55,6 +47,7 @@ from lora_kernels.ops.routed.bank.slots import Change, ModelVersion
 # What is said of a batch: one for all rows, or one for each; or a routing of the tokens.
 Adapter = str | Mapping[str, float]
 Adapters = Adapter | Sequence[Adapter] | Routing
+Rows = Mapping[str, Adapters]  # by the names of modules
 
 # What handles on a model share that has no layers with adapters yet.
 _holders: WeakKeyDictionary[nn.Module, ActiveAdapters] = WeakKeyDictionary()
@@ -143,12 +136,7 @@ class RoutedModel:
         return self._active.slots
 
     def adapters(
-        self,
-        names: Adapters,
-        *,
-        beams: int = 1,
-        stacked: int = 1,
-        rows: Mapping[str, Adapters] | None = None,
+        self, names: Adapters, *, beams: int = 1, stacked: int = 1, rows: Rows | None = None
     ) -> AbstractContextManager[None]:
         """``with routed.adapters(names):`` says which adapters the batches inside use.
 
@@ -199,12 +187,7 @@ class RoutedModel:
         return passing_by_refused(self._active.using(choice), self._layers)
 
     def batch(
-        self,
-        names: Adapters,
-        *,
-        beams: int = 1,
-        stacked: int = 1,
-        rows: Mapping[str, Adapters] | None = None,
+        self, names: Adapters, *, beams: int = 1, stacked: int = 1, rows: Rows | None = None
     ) -> RoutedBatch:
         """A handle whose calls take their adapters along, for servers, streams and threads::
 
@@ -224,13 +207,7 @@ class RoutedModel:
         choice = self._choice(names, beams, stacked, rows)
         return RoutedBatch(self.model, self._active, choice, self._layers)
 
-    def _choice(
-        self,
-        names: Adapters,
-        beams: int,
-        stacked: int,
-        rows: Mapping[str, Adapters] | None,
-    ) -> Choice:
+    def _choice(self, names: Adapters, beams: int, stacked: int, rows: Rows | None) -> Choice:
         for prefix in rows if isinstance(rows, Mapping) else ():
             try:
                 self.model.get_submodule(prefix)
@@ -275,8 +252,7 @@ class RoutedModel:
         file = self._read(directory, trainable, strict, rename)
         with self.slots.change():
             self._check_name(name)
-            self._check_modules(file.modules)
-            self._install(name, file.modules, file.dropout_p, trainable, file.config)
+            self._install(name, file, trainable)
 
     def replace(
         self,
@@ -305,8 +281,7 @@ class RoutedModel:
         file = self._read(directory, trainable, strict, rename)
         with self.slots.change():
             self._remove(name)
-            self._check_modules(file.modules)
-            self._install(name, file.modules, file.dropout_p, trainable, file.config)
+            self._install(name, file, trainable)
 
     def _read(
         self,
@@ -320,8 +295,8 @@ class RoutedModel:
         renaming = Renaming(rename)
         file = renaming.renamed(read_adapter(directory), f"{directory}")
         check_base(self.model, file.base_parameters, f"{directory}")
-        self._check_modules(file.modules)
-        self._check_whole(file, directory, strict, renaming)
+        check_modules(self.model, file.modules, self._targets)
+        check_whole(self.model, file, directory, strict, renaming)
         return file
 
     def add(
@@ -373,12 +348,12 @@ class RoutedModel:
 
     def _add(self, name: str, config: dict[str, Any]) -> None:
         init, modules = config.get("init_lora_weights", True), {}
-        names = self._targeted(config)
+        names = targeted_in(self.model, config)
         kinds = ranks_and_scalings(config, names)
         if not names:
             wanted = config.get("target_modules")
             raise ValueError(f"target_modules: no module of the model is named by {wanted!r}")
-        self._check_modules(names)
+        check_modules(self.model, names, self._targets)
         for module in names:
             layer = self.model.get_submodule(module)
             weight = getattr(layer, "base_layer", layer).weight
@@ -390,7 +365,7 @@ class RoutedModel:
             draw_lora_b_(lora_b, init)
             modules[module] = ModuleAdapter(lora_a, lora_b, scaling)
         dropout_p = float(config.get("lora_dropout") or 0.0)
-        self._install(name, modules, dropout_p, True, config, init)
+        self._install(name, AdapterFile(config, modules, dropout_p, {}), True, init)
 
     def remove(self, name: str) -> None:
         """Take an adapter out of all layers. Batches that have begun still have it.
@@ -402,8 +377,10 @@ class RoutedModel:
             self._remove(name)
 
     def _remove(self, name: str) -> None:
-        for layer in self._layers_with(name).values():
-            layer.bank.remove(name)
+        self._check_known(name)
+        for layer in self._layers().values():
+            if name in layer.bank:
+                layer.bank.remove(name)
         if name in self.slots:  # its layers are gone from the model
             self.slots.forget(name)
 
@@ -414,12 +391,11 @@ class RoutedModel:
             KeyError: there is no such adapter.
         """
         modules, dropout_p, version = {}, 0.0, self.slots.latest
-        for module, layer in self._layers_with(name, version).items():
-            adapter = version.adapter_of(layer.bank, name)
+        for module, adapter in self._adapters_of(name, version).items():
             modules |= modules_of(adapter, [module])
             dropout_p = adapter.dropout_p
         config = dict(version.settings.get(name) or {})
-        if set(self._targeted(config)) != modules.keys():
+        if set(targeted_in(self.model, config)) != modules.keys():
             for key in ("exclude_modules", "layers_to_transform", "layers_pattern"):
                 config.pop(key, None)
             config["target_modules"] = sorted(modules)
@@ -437,11 +413,7 @@ class RoutedModel:
         Raises:
             KeyError: there is no such adapter.
         """
-        version = self.slots.latest
-        adapters = [
-            version.adapter_of(layer.bank, name)
-            for layer in self._layers_with(name, version).values()
-        ]
+        adapters = self._adapters_of(name, self.slots.latest).values()
         return [parameter for adapter in adapters for parameter in adapter.parameters()]
 
     def undo(self) -> None:
@@ -477,41 +449,11 @@ class RoutedModel:
             if isinstance(module, RoutedLoRALinear) and module.active_adapters is self._active
         }
 
-    def _layers_with(
-        self, name: str, version: ModelVersion | None = None
-    ) -> dict[str, RoutedLoRALinear]:
-        version = version or self.slots.latest
+    def _adapters_of(self, name: str, version: ModelVersion) -> dict[str, nn.Module]:
+        """An adapter's parts by the names of their layers."""
         self._check_known(name, version)
-        layers = self._layers().items()
-        return {module: each for module, each in layers if version.adapter_of(each.bank, name)}
-
-    def _names(self) -> list[str]:
-        """Names of the model's modules, but for what is inside of layers with adapters."""
-        return [name for name, _ in modules_of_model(self.model)]
-
-    def _targeted(self, config: Mapping[str, Any], renaming: Renaming | None = None) -> list[str]:
-        """Names of the modules that a config asks for, by its own names for them."""
-        rest = [name for name in self._names() if name or is_linear(self.model)]
-        theirs = renaming.origins(rest) if renaming else dict(zip(rest, rest, strict=True))
-        names = [theirs[name] for name in targeted(config, theirs)]
-        if asks_for_all_linear(config):
-            head = head_of(self.model, config)
-            modules = [(name, self.model.get_submodule(name)) for name in names]
-            names = [name for name, module in modules if is_linear(module) and module is not head]
-        return names
-
-    def _check_whole(
-        self, file: AdapterFile, directory: str | os.PathLike, strict: bool, renaming: Renaming
-    ) -> None:
-        """Raise, or warn, where the model has modules for an adapter that its file does not."""
-        if file.config.get("target_modules") is None:
-            text = f"{directory}: the config has no target_modules, which tell if the file is whole"
-            if strict:
-                raise ValueError(f"{text} (strict=False loads what there is)")
-            warnings.warn(text, stacklevel=3)
-        meant = self._targeted(file.config, renaming)
-        missing = [name for name in meant if name not in file.modules]
-        report_missing(missing, directory, strict)
+        found = {key: version.adapter_of(each.bank, name) for key, each in self._layers().items()}
+        return {module: adapter for module, adapter in found.items() if adapter is not None}
 
     def _check_name(self, name: str) -> None:
         if name in self.slots:
@@ -523,53 +465,15 @@ class RoutedModel:
             known = sorted(names, key=names.__getitem__)
             raise KeyError(f"no adapter {name!r} in the model; there are {known}")
 
-    def _check_modules(self, names: Iterable[str]) -> None:
-        """Raise for modules that cannot have adapters, naming all of them."""
-        wrong = {}
-        for name in names:
-            try:
-                module = self.model.get_submodule(name)
-            except AttributeError:
-                wrong[name] = "there is no such module"
-                continue
-            if "experts" in name.split("."):
-                wrong[name] = "an expert sees tokens that a router chose, not whole sequences"
-            elif self._targets is not None and not targets({"target_modules": self._targets}, name):
-                wrong[name] = f"route(model, target_modules={self._targets!r}) leaves it out"
-            elif module is self.model:
-                wrong[name] = "the model itself, which nothing could put another layer in for"
-            elif not isinstance(module, (nn.Linear, RoutedLoRALinear)):
-                wrong[name] = f"a {type(module).__name__}, not a torch.nn.Linear"
-            elif reader := self._reader_of(name):
-                wrong[name] = f"{reader} reads its weight instead of calling it"
-        if wrong:
-            listed = "; ".join(f"{name}: {reason}" for name, reason in list(wrong.items())[:5])
-            more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-            raise ValueError(f"modules that cannot have adapters: {listed}{more}")
-
-    def _reader_of(self, name: str) -> str | None:
-        """The class around a layer whose own forward, or fast path, would pass an adapter by."""
-        path, _, child = name.rpartition(".")
-        parent = self.model.get_submodule(path)
-        if not never_calls(parent, child) and not passes_by(parent, child):
-            return None
-        torch_own = isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
-        return f"{'torch.nn.' if torch_own else ''}{type(parent).__name__}"
-
     def _install(
-        self,
-        name: str,
-        modules: Mapping[str, ModuleAdapter],
-        dropout_p: float,
-        trainable: bool,
-        config: dict[str, Any],
-        init: bool | str = True,
+        self, name: str, file: AdapterFile, trainable: bool, init: bool | str = True
     ) -> None:
         """Give every module its part of an adapter, or leave the model as it is."""
-        if not modules:
+        check_modules(self.model, file.modules, self._targets)
+        if not file.modules:
             raise ValueError(f"name: {name!r} would be an adapter of no layer at all")
         layers, wrapped, owners = {}, {}, {}
-        for module, part in modules.items():
+        for module, part in file.modules.items():
             layer = self.model.get_submodule(module)
             if layer in owners:
                 raise ValueError(
@@ -590,12 +494,10 @@ class RoutedModel:
             layers[module] = layer
         with self.slots.change() as change:
             for module, layer in layers.items():
-                part = modules[module]
-                adapter = layer.bank.add(
-                    name, part.lora_a, part.lora_b, part.scaling, dropout_p, trainable=trainable
-                )
+                part = file.modules[module]
+                adapter = layer.bank.add(name, *part, file.dropout_p, trainable=trainable)
                 adapter.init_lora_weights = init
-            change.draft().settings[name] = config
+            change.draft().settings[name] = file.config
             if wrapped:
                 if not self._layers():
                     change.on_undo(lambda: unwatch_calls(self.model))

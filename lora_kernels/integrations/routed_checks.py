@@ -1,13 +1,20 @@
-"""What :func:`route` looks at in a model before it changes it."""
+"""What :func:`route` looks at in a model before it changes it: which modules an adapter means, and
+which of them can have one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.files.adapters import AdapterFile, report_missing
+from lora_kernels.files.config import asks_for_all_linear, targeted, targets
+from lora_kernels.files.renaming import Renaming
+from lora_kernels.integrations.weight_readers import never_calls, parent_of, passes_by
 from lora_kernels.nn.active_adapters import ActiveAdapters
 from lora_kernels.nn.adapter_layer import AdapterLayer
 from lora_kernels.nn.routed_linear import RoutedLoRALinear
@@ -50,11 +57,25 @@ def holder_in(model: nn.Module) -> ActiveAdapters | None:
     return next(iter(holders.values()), None)
 
 
-def is_linear(module: nn.Module) -> bool:
+def targeted_in(
+    model: nn.Module, config: Mapping[str, Any], renaming: Renaming | None = None
+) -> list[str]:
+    """Names of the modules that a config asks for, by its own names for them."""
+    rest = [name for name, _ in modules_of_model(model) if name or _is_linear(model)]
+    theirs = renaming.origins(rest) if renaming else dict(zip(rest, rest, strict=True))
+    names = [theirs[name] for name in targeted(config, theirs)]
+    if asks_for_all_linear(config):
+        head = _head_of(model, config)
+        modules = [(name, model.get_submodule(name)) for name in names]
+        names = [name for name, module in modules if _is_linear(module) and module is not head]
+    return names
+
+
+def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, RoutedLoRALinear)) or type(module).__name__ == "Conv1D"
 
 
-def head_of(model: nn.Module, config: Mapping[str, Any]) -> nn.Module | None:
+def _head_of(model: nn.Module, config: Mapping[str, Any]) -> nn.Module | None:
     """The head of a language model or a classifier, which PEFT leaves out of "all-linear"."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
@@ -78,3 +99,60 @@ def check_base(model: nn.Module, parameters: Mapping[str, Tensor], where: str) -
                 f"{where}: {name} in the file is not the model's: the adapter belongs to "
                 "another base model, or to one whose vocabulary or head was trained too"
             )
+
+
+def check_whole(
+    model: nn.Module,
+    file: AdapterFile,
+    directory: str | os.PathLike,
+    strict: bool,
+    renaming: Renaming,
+) -> None:
+    """Raise, or warn, where the model has modules for an adapter that its file does not."""
+    if file.config.get("target_modules") is None:
+        text = f"{directory}: the config has no target_modules, which tell if the file is whole"
+        if strict:
+            raise ValueError(f"{text} (strict=False loads what there is)")
+        warnings.warn(text, stacklevel=3)
+    meant = targeted_in(model, file.config, renaming)
+    missing = [name for name in meant if name not in file.modules]
+    report_missing(missing, directory, strict)
+
+
+def check_modules(
+    model: nn.Module, names: Iterable[str], allowed: str | Sequence[str] | None
+) -> None:
+    """Raise for modules that cannot have adapters, naming all of them.
+
+    allowed: what ``target_modules`` of :func:`route` says.
+    """
+    wrong = {}
+    for name in names:
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            wrong[name] = "there is no such module"
+            continue
+        if "experts" in name.split("."):
+            wrong[name] = "an expert sees tokens that a router chose, not whole sequences"
+        elif allowed is not None and not targets({"target_modules": allowed}, name):
+            wrong[name] = f"route(model, target_modules={allowed!r}) leaves it out"
+        elif module is model:
+            wrong[name] = "the model itself, which nothing could put another layer in for"
+        elif not isinstance(module, (nn.Linear, RoutedLoRALinear)):
+            wrong[name] = f"a {type(module).__name__}, not a torch.nn.Linear"
+        elif reader := _reader_of(model, name):
+            wrong[name] = f"{reader} reads its weight instead of calling it"
+    if wrong:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in list(wrong.items())[:5])
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"modules that cannot have adapters: {listed}{more}")
+
+
+def _reader_of(model: nn.Module, name: str) -> str | None:
+    """The class around a layer whose own forward, or fast path, would pass an adapter by."""
+    parent, child = parent_of(model, name)
+    if not never_calls(parent, child) and not passes_by(parent, child):
+        return None
+    torch_own = isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer))
+    return f"{'torch.nn.' if torch_own else ''}{type(parent).__name__}"

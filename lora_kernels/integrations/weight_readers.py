@@ -38,6 +38,12 @@ _PASS_BY = {
 }
 
 
+def parent_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module around the one of that name, and what it calls that."""
+    path, _, child = name.rpartition(".")
+    return model.get_submodule(path), child
+
+
 def never_calls(parent: nn.Module, child: str) -> bool:
     """Whether ``parent`` computes with the weight of its ``child`` and never calls it."""
     if isinstance(parent, nn.MultiheadAttention):

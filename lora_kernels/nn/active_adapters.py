@@ -8,21 +8,20 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from types import FrameType
+from types import AsyncGeneratorType, CoroutineType, FrameType, GeneratorType
 from typing import Any, NamedTuple
-from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.nn import Module
-from torch.utils import _pytree as pytree
 
 from lora_kernels.nn.batch_rows import Forward, forward_of
 from lora_kernels.nn.choice import Batch, Choice, Generation, Part, Place
+from lora_kernels.nn.recomputation import in_a_backward, mark, recomputed
 from lora_kernels.ops.routed import AdapterSlots, Routing
 from lora_kernels.ops.routed.bank.slots import BASE
 
 _ANYWHERE = Place()
+_LATER = (GeneratorType, CoroutineType, AsyncGeneratorType)  # they compute when asked for more
 _SUSPENDS = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
 
@@ -50,14 +49,14 @@ class _Use:
             # Others may have been closed by another thread or task, which does not reach these.
             _uses.set((*(use for use in _uses.get() if use.is_open), self))
         self.is_open = True
-        self.active.opened(self)
+        self.active.note(self)
 
     def __exit__(self, *error: object) -> None:
         self.is_open, self.frame, self._batch_outside = False, None, None
         _uses.set(tuple(use for use in _uses.get() if use is not self))
         # A forward that was interrupted (KeyboardInterrupt) calls no hook at its end.
         _runs.set(tuple(run for run in _runs.get() if run.use is not self))
-        self.active.closed()
+        self.active.note()
 
 
 class _Run(NamedTuple):
@@ -73,12 +72,6 @@ class _Run(NamedTuple):
 # What this thread or task has entered, and what it is computing, of any model; innermost last.
 _uses: ContextVar[tuple[_Use, ...]] = ContextVar("uses", default=())
 _runs: ContextVar[tuple[_Run, ...]] = ContextVar("runs", default=())
-
-# What a backward has come by, by the backward. Weakly: one that fails does not say when it ends.
-_recalled: dict[int, list[ref[_Recall]]] = {}
-
-# What a thread has computed again last: the backward, whose model, and the batches.
-_recomputing: dict[int, tuple[int, ActiveAdapters, list[Batch]]] = {}
 
 
 class ActiveAdapters:
@@ -115,14 +108,8 @@ class ActiveAdapters:
         In the frame of a generator it holds while that frame runs, and not while it is suspended.
 
         Args:
-            adapters: one name for all tokens, or a list with one per sequence (``"__base__"`` for
-                none), or a routing of the tokens. Instead of a name several adapters with their
-                weights, ``{name: weight}``.
-            beams: how many neighbouring rows each name may have: a batch has n rows for n names,
-                or n * beams.
-            stacked: how often the whole batch may be repeated: n * stacked rows, or with beams
-                n * beams * stacked.
-            rows: instead of ``adapters`` for the layers of some modules, by their name.
+            adapters, beams, stacked, rows: as names and the others for
+                :meth:`lora_kernels.integrations.routed.RoutedModel.adapters`.
 
         Raises:
             ValueError: a name is not an adapter's, or there is none; beams or stacked is below 1.
@@ -141,12 +128,16 @@ class ActiveAdapters:
             batch = Batch(choice, self.slots.current)
             with _running(_Run(self, use, batch)):
                 result = function(*args, **kwargs)
-            if _is_later(result):
+            if (
+                inspect.isgenerator(result)
+                or inspect.iscoroutine(result)
+                or inspect.isasyncgen(result)
+            ):
                 raise TypeError(
                     f"call: expected a function that has computed when it returns, got a "
                     f"{type(result).__name__}; call the handle inside of it"
                 )
-            self._mark(result, batch)
+            mark(result, self, batch)
         return result
 
     # --- what layers ask ----------------------------------------------------------------------
@@ -170,7 +161,7 @@ class ActiveAdapters:
         return _outside_of_graphs(self._routing_for, x, place)
 
     def _routing_for(self, x: Tensor, place: Place) -> Routing | None:
-        in_backward = _in_backward()
+        in_backward = in_a_backward()
         runs, uses = _runs.get(), _uses.get()
         if runs and uses and runs[-1].use is uses[-1] and not in_backward and not self._suspending:
             run = runs[-1]  # nearly always: a layer in a forward of its model
@@ -243,15 +234,8 @@ class ActiveAdapters:
         return use.batch_outside_forwards()
 
     def _recomputed_batches(self) -> list[Batch | None]:
-        """What a backward computes again: found by the outputs that it began from, as no context
-        reaches the threads that it runs in."""
-        recalled = _recalled.get(torch._C._current_graph_task_id(), ())
-        alive = [recall for each in recalled if (recall := each()) is not None]
-        found = [recall.batch for recall in alive if recall.active is self]
-        if found:
-            _recomputing[threading.get_ident()] = torch._C._current_graph_task_id(), self, found
-        else:
-            found = self._recomputed_around()
+        """What a backward computes again."""
+        found = recomputed(self)
         if len({batch.choice.means(batch.version) for batch in found}) > 1:
             raise RuntimeError(
                 "checkpointed activations are computed again for a backward of batches with "
@@ -263,12 +247,6 @@ class ActiveAdapters:
         if batch is None and len(self._open) == 1:
             batch = self._open[0].batch_outside_forwards()
         return [batch]
-
-    def _recomputed_around(self) -> list[Batch]:
-        """What this thread computes again in the backward around this one: a checkpoint inside of
-        a reentrant one has a backward of its own."""
-        task, active, batches = _recomputing.get(threading.get_ident(), (None, None, []))
-        return batches if active is self and task in _recalled else []
 
     def _nothing_said(self) -> str:
         names = list(self.slots)
@@ -296,13 +274,8 @@ class ActiveAdapters:
                 )
             yield
 
-    def opened(self, use: _Use) -> None:
-        self._sort_out(use)
-
-    def closed(self) -> None:
-        self._sort_out()
-
-    def _sort_out(self, *opened: _Use) -> None:
+    def note(self, *opened: _Use) -> None:
+        """Sort the uses after one was opened, or closed."""
         with self._lock:
             self._times_sorted += 1
             times = None
@@ -328,7 +301,7 @@ class ActiveAdapters:
 
     def _run(self) -> _Run:
         """What a call computes that begins now: the batch of the call around it, or a new one."""
-        if _in_backward():
+        if in_a_backward():
             return _Run(self, self._use(), self._recomputed_batches()[0])
         use = self._use()
         if use is None:
@@ -350,8 +323,8 @@ class ActiveAdapters:
             return
         run = runs[at]
         _runs.set(runs[:at] + runs[at + 1 :])
-        if run.batch is not None and not _in_backward():
-            self._mark(outputs, run.batch)
+        if run.batch is not None and not in_a_backward():
+            mark(outputs, self, run.batch)
 
     def _is_traced(self) -> bool:
         """Whether the forward is in a graph, which has no use for its rows."""
@@ -360,17 +333,6 @@ class ActiveAdapters:
             and len(self._open) == 1
             and not self._open[0].choice.asks_for_rows
         )
-
-    def _mark(self, outputs: Any, batch: Batch) -> None:
-        """Let a backward from these outputs find the batch."""
-        if not torch.is_grad_enabled() or outputs is None:
-            return
-        leaves = pytree.tree_leaves(outputs)
-        for leaf in [leaf for leaf in leaves if not isinstance(leaf, (Tensor, type, Module))]:
-            leaves += pytree.tree_leaves(getattr(leaf, "__dict__", None))  # a dataclass, say
-        for output in leaves:
-            if isinstance(output, Tensor) and output.grad_fn is not None:
-                output.grad_fn.register_prehook(_Recall(self, batch))
 
     @contextmanager
     def generation(self) -> Iterator[None]:
@@ -411,32 +373,6 @@ class ActiveAdapters:
         self._forget()
 
 
-class _Recall:
-    """Stands before a node of autograd's graph, and tells its backward of the batch."""
-
-    def __init__(self, active: ActiveAdapters, batch: Batch) -> None:
-        self.active, self.batch = active, batch
-
-    def __call__(self, gradients: tuple) -> None:
-        task = torch._C._current_graph_task_id()
-        if task not in _recalled:
-            for other, recalls in list(_recalled.items()):
-                if not any(each() for each in recalls):  # it failed, and its graph is gone
-                    _recalled.pop(other, None)
-            _recalled[task] = []
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: _forget_backward(task))
-        known = (recall.batch for each in _recalled[task] if (recall := each()) is not None)
-        if not any(batch is self.batch for batch in known):
-            _recalled[task].append(ref(self))
-
-
-def _forget_backward(task: int) -> None:
-    _recalled.pop(task, None)
-    for thread, (other, _, _) in list(_recomputing.items()):
-        if other == task:
-            _recomputing.pop(thread, None)
-
-
 @contextmanager
 def _running(run: _Run) -> Iterator[None]:
     _runs.set((*_runs.get(), run))
@@ -454,23 +390,12 @@ def _generator_around(frame: FrameType | None) -> FrameType | None:
     """The generator whose ``with`` it is, itself or by what it calls: a function that enters and
     returns, a class with ``__enter__``, or another generator that contextlib drives."""
     while frame is not None:
-        if frame.f_code.co_flags & _SUSPENDS and not _is_contextlib(frame.f_back):
+        around = frame.f_back
+        by_contextlib = around is not None and around.f_globals.get("__name__") == "contextlib"
+        if frame.f_code.co_flags & _SUSPENDS and not by_contextlib:
             return frame
-        frame = frame.f_back
+        frame = around
     return None
-
-
-def _is_contextlib(frame: FrameType | None) -> bool:
-    return frame is not None and frame.f_globals.get("__name__") == "contextlib"
-
-
-def _is_later(result: Any) -> bool:
-    """Whether it computes only when somebody asks for more: a generator, or a coroutine."""
-    return inspect.isgenerator(result) or inspect.iscoroutine(result) or inspect.isasyncgen(result)
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def _outside_of_graphs(function: Callable, *args: Any) -> Any:

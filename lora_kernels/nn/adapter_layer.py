@@ -5,17 +5,20 @@ import math
 import sys
 from collections.abc import Mapping
 from numbers import Real
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lora_kernels.adapters.factors import LoRAFactors
+from lora_kernels.base_weights import DenseWeight
 from lora_kernels.nn.base_parameters import BaseParameters
-from lora_kernels.nn.checks import check_initialisation
+from lora_kernels.nn.checks import LoRAOptions, check_initialisation
 from lora_kernels.nn.merging import (
     Merge,
     is_offloaded,
     kept_parameter,
+    merged_weight,
     replace_parameter,
     why_not_merged,
 )
@@ -23,6 +26,7 @@ from lora_kernels.nn.part_reset import PartReset
 from lora_kernels.nn.peft_names import in_memory_name, our_names
 from lora_kernels.nn.sharded import is_managed, put_shards_back, whole, write
 from lora_kernels.nn.weight_reads import note_read
+from lora_kernels.ops.norm import lora_weight_norm
 
 _MERGED_FOR_GOOD = "merged"  # key of a state dict whose base weight already holds the adapter
 
@@ -38,25 +42,17 @@ class AdapterLayer(BaseParameters):
         init_lora_weights: what :meth:`reset_parameters` draws.
     """
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        rank: int,
-        alpha: float,
-        use_rslora: bool,
-        use_dora: bool,
-        init_lora_weights: bool | str,
-    ) -> None:
+    _shown: ClassVar[tuple[str, ...]]  # by repr
+
+    def __init__(self, base_layer: nn.Module, options: LoRAOptions) -> None:
         super().__init__()
         self._initialised = getattr(base_layer, "_is_hf_initialized", False)
         self.base_layer = _with_own_parameter_table(base_layer).requires_grad_(False)
         self.base_layer.reset_parameters = PartReset(self, self.base_layer)
-        self.rank, self.alpha = rank, alpha
-        self.use_rslora, self.use_dora = use_rslora, use_dora
-        self.init_lora_weights = init_lora_weights
+        self.rank, self.alpha, self.use_rslora, self.use_dora, self.init_lora_weights, _ = options
         self.disable_adapters = False
         self._merge: Merge | None = None
-        self.scaling = alpha / (math.sqrt(rank) if use_rslora else rank)
+        self.scaling = self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
         self.register_state_dict_post_hook(_put_back_original)
         self.train(base_layer.training)
 
@@ -112,6 +108,13 @@ class AdapterLayer(BaseParameters):
                 f"shape {list(value.shape)} with requires_grad={value.requires_grad}"
             )
         self._scaling = value
+
+    def extra_repr(self) -> str:
+        parts = [f"{name}={getattr(self, name)}" for name in self._shown]
+        if dropout_p := getattr(self, "dropout_p", 0.0):
+            parts.append(f"dropout_p={dropout_p}")
+        parts += [name for name in ("use_rslora", "use_dora", "merged") if getattr(self, name)]
+        return ", ".join(parts)
 
     @property
     def merged(self) -> bool:
@@ -344,9 +347,20 @@ class AdapterLayer(BaseParameters):
         """The base layer's parameters with the adapter in them, by name."""
         raise NotImplementedError
 
+    def _gathered(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The frozen W ``[N, K]``, A ``[R, K]`` and B ``[N, R]``, whole where they are sharded."""
+        raise NotImplementedError
+
     def _weight_norm(self) -> Tensor:
         """``||W + s B A||`` ``[N]``, without gradient."""
-        raise NotImplementedError
+        return lora_weight_norm(*self._gathered(), self._scaling)
+
+    def _merged_weight(self) -> Tensor:
+        """``c * (W + s B A)`` ``[N, K]``, c being DoRA's."""
+        output_scale = self._output_scale() if self.use_dora else None
+        weight, a, b = self._gathered()
+        factors = LoRAFactors(a, b, self._scaling, output_scale)
+        return merged_weight(DenseWeight(weight), factors).weight
 
     def _frozen_weight(self) -> Tensor:
         """The base layer's weight where its values are read, gathered where it is sharded.

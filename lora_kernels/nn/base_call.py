@@ -68,10 +68,6 @@ def is_plain_linear(base: nn.Module) -> bool:
         return False
     if bypassed(base) or any(GLOBAL_HOOKS):
         return False
-    own = base._parameters
-    weight, bias = own.get("weight"), own.get("bias", COMPUTED)
-    if type(weight) in PLAIN and (bias is None or type(bias) in PLAIN):
-        return True
     return _is_plain(tensor_of(base, "weight")) and _is_plain(tensor_of(base, "bias"))
 
 
@@ -100,8 +96,7 @@ def check_factor(name: str, module: Linear) -> None:
             f"{name}: {type(module).__name__} has a forward of its own, which the fused forward "
             "would not run; leave lora_A and lora_B as they are"
         )
-    if bypassed(module):
-        check_not_bypassed(name, module)
+    check_not_bypassed(name, module)
 
 
 def check_not_bypassed(name: str, module: nn.Module) -> None:

@@ -50,6 +50,18 @@ class BaseParameters(nn.Module):
         setattr(self.base_layer, name, parameter)
 
 
+def base_parameter(name: str) -> property:
+    """The base layer's parameter of that name, as a layer's own."""
+
+    def get(layer: BaseParameters) -> Parameter | None:
+        return getattr(layer.base_layer, name)
+
+    def set_(layer: BaseParameters, value: Parameter | None) -> None:
+        layer._set_base_parameter(name, value)
+
+    return property(get, set_, doc=f"The base layer's {name}.")
+
+
 @torch.no_grad()
 def resize(parameter: Parameter, dim: int, size: int) -> None:
     """Cut the end off a parameter, or add zeros there; it stays the same object."""

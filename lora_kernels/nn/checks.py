@@ -1,7 +1,8 @@
 """What the constructors of the drop-in layers refuse."""
 
 import math
-from numbers import Integral, Real
+from numbers import Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,27 +10,32 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 
 from lora_kernels.nn.sharded import is_sharded
-from lora_kernels.runtime.checks import is_wrapper
-from lora_kernels.runtime.dtypes import FLOATING
+from lora_kernels.runtime.checks import check_count, is_wrapper
+from lora_kernels.runtime.dtypes import FLOATING, accumulator_dtype
 
 _INITIALISATIONS = (True, False, "gaussian")
 
 
-def check_adapter(rank: int, alpha: float, init_lora_weights: bool | str) -> None:
+class LoRAOptions(NamedTuple):
+    """How a layer's adapter is made; see :class:`LoRALinear`."""
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+    use_dora: bool
+    init_lora_weights: bool | str
+    adapter_dtype: torch.dtype | None
+
+
+def check_adapter(options: LoRAOptions) -> None:
     """Raise for the first hyperparameter that does not fit."""
-    check_size("rank", rank)
+    alpha = options.alpha
+    check_count("rank", options.rank)
     if isinstance(alpha, bool) or not isinstance(alpha, Real):
         raise TypeError(f"alpha: expected a number, got {type(alpha).__name__}")
     if not math.isfinite(alpha):
         raise ValueError(f"alpha: expected a finite number, got {alpha}")
-    check_initialisation(init_lora_weights)
-
-
-def check_size(name: str, size: int) -> None:
-    if isinstance(size, bool) or not isinstance(size, Integral):
-        raise TypeError(f"{name}: expected an integer, got {type(size).__name__}")
-    if size < 1:
-        raise ValueError(f"{name}: expected at least 1, got {size}")
+    check_initialisation(options.init_lora_weights)
 
 
 def check_linear(linear: nn.Linear) -> None:
@@ -89,6 +95,4 @@ def adapter_dtype_over(weight: Tensor, adapter_dtype: torch.dtype | None) -> tor
             raise TypeError(
                 f"{name}: expected dtype bfloat16, float16, float32 or float64, got {dtype}"
             )
-    if adapter_dtype is not None:
-        return adapter_dtype
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return adapter_dtype or accumulator_dtype(weight.dtype)

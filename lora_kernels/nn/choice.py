@@ -10,7 +10,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from lora_kernels.nn.batch_rows import Forward, NamedRows, Row, Runs, runs_of
 from lora_kernels.ops.routed import AdapterSlots, Routing
 from lora_kernels.ops.routed.bank.slots import BASE, ModelVersion, Pinned
 from lora_kernels.runtime.capture import is_captured, stream_of
+from lora_kernels.runtime.checks import check_count
 
 _KEPT = 64  # shapes of inputs that routings are kept for
 _MANY = 1024  # those that one batch keeps
@@ -128,11 +129,8 @@ class Choice:
         stacked: int = 1,
         rows: Mapping[str, object] | None = None,
     ) -> None:
-        for what, count in (("beams", beams), ("stacked", stacked)):
-            if isinstance(count, bool) or not isinstance(count, Integral):
-                raise TypeError(f"{what}: expected an integer, got {type(count).__name__}")
-            if count < 1:
-                raise ValueError(f"{what}: expected at least 1, got {count}")
+        check_count("beams", beams)
+        check_count("stacked", stacked)
         rows = {} if rows is None else rows
         if not isinstance(rows, Mapping):
             raise TypeError(f"rows: expected names by module, got {type(rows).__name__}")
@@ -298,7 +296,7 @@ class Batch:
                 "before each replay"
             )
         forward = forward if part is self.choice.main else None
-        given = (x.shape[:-1], x.device, part, axis)
+        given, key = (x.shape[:-1], x.device, part, axis), None
         if in_backward and forward is None:
             runs, version = self._recomputed(given)
             if version is not self.version:
@@ -307,23 +305,19 @@ class Batch:
             key = (*given, forward, self.generation, stream_of(x.device))
             if (routing := self._found.get(key)) is not None:
                 return routing
-            if (
-                len(self._found) >= _MANY
-            ):  # in a `with` that stays open, layers called by themselves
+            # In a `with` that stays open, layers called by themselves.
+            if len(self._found) >= _MANY:
                 self._found, self._computed, self._made = {}, {}, {}
             runs = self._runs(part, x, axis, forward)
             self._computed.setdefault(given, set()).add(runs)
             self.choice.remember(given, runs, self.version)
-            routing = self._found[key] = self._routing(runs, x.device)
-            return routing
-        return self._routing(runs, x.device)
-
-    def _routing(self, runs: Runs, device: torch.device) -> Routing:
-        key = runs, device, stream_of(device)
-        routing = self._made.get(key)
+        made = runs, x.device, stream_of(x.device)
+        routing = self._made.get(made)
         if routing is None:
-            routing = self.choice.routing_of(runs, device, self.version)
-            self._made[key] = routing
+            routing = self.choice.routing_of(runs, x.device, self.version)
+            self._made[made] = routing
+        if key is not None:
+            self._found[key] = routing
         return routing
 
     def _runs(self, part: Part, x: Tensor, axis: int, forward: Forward | None) -> Runs:

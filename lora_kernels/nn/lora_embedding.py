@@ -8,17 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lora_kernels.adapters.factors import LoRAFactors
-from lora_kernels.base_weights import DenseWeight
 from lora_kernels.nn.adapter_layer import AdapterLayer
 from lora_kernels.nn.base_call import is_plain_embedding
 from lora_kernels.nn.base_parameters import resize
-from lora_kernels.nn.checks import adapter_dtype_over, check_adapter, check_base_layer, check_size
-from lora_kernels.nn.merging import merged_weight
+from lora_kernels.nn.checks import LoRAOptions, adapter_dtype_over, check_adapter, check_base_layer
 from lora_kernels.nn.sharded import draw, whole
 from lora_kernels.nn.weight_reads import note_call
 from lora_kernels.ops.linear.halves import lora_expand
-from lora_kernels.ops.norm import lora_weight_norm
+from lora_kernels.runtime.checks import check_count, kind_of
 
 
 class LoRAEmbedding(AdapterLayer):
@@ -45,24 +42,21 @@ class LoRAEmbedding(AdapterLayer):
     Args:
         num_embeddings: size of the vocabulary.
         embedding_dim: size of an embedding.
-        rank: r, at least 1.
-        alpha: numerator of the scaling.
+        rank, alpha, use_rslora, device, dtype, adapter_dtype: as for :class:`LoRALinear`.
         padding_idx: as in ``torch.nn.Embedding``, like the four that follow.
         max_norm: renormalises looked-up rows in place, the frozen weight's too.
         norm_type: of max_norm.
         scale_grad_by_freq: divide gradients by the index's frequency in the batch.
         sparse: of the base layer.
-        use_rslora: scale by ``alpha / sqrt(rank)``.
         use_dora: learn the magnitude of the adapted weight's columns.
         init_lora_weights: True or "gaussian" (A zero, B standard normal), or False (both standard
             normal, so that the layer is changed).
-        device: where the layer is made; on "meta" no data is touched.
-        dtype: of the base layer.
-        adapter_dtype: of the adapter; None is fp32 over a half-precision base, else the base's.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which and why.
     """
+
+    _shown = ("num_embeddings", "embedding_dim", "rank", "alpha")
 
     def __init__(
         self,
@@ -83,8 +77,8 @@ class LoRAEmbedding(AdapterLayer):
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
-        check_size("num_embeddings", num_embeddings)
-        check_size("embedding_dim", embedding_dim)
+        check_count("num_embeddings", num_embeddings)
+        check_count("embedding_dim", embedding_dim)
         embedding = nn.Embedding(
             num_embeddings,
             embedding_dim,
@@ -96,7 +90,8 @@ class LoRAEmbedding(AdapterLayer):
             device=device,
             dtype=dtype,
         )
-        self._wrap(embedding, rank, alpha, use_rslora, use_dora, init_lora_weights, adapter_dtype)
+        options = LoRAOptions(rank, alpha, use_rslora, use_dora, init_lora_weights, adapter_dtype)
+        self._wrap(embedding, options)
 
     @classmethod
     def from_embedding(
@@ -126,30 +121,22 @@ class LoRAEmbedding(AdapterLayer):
             )
         check_base_layer("embedding", embedding)
         layer = cls.__new__(cls)
-        layer._wrap(embedding, rank, alpha, use_rslora, use_dora, init_lora_weights, adapter_dtype)
+        options = LoRAOptions(rank, alpha, use_rslora, use_dora, init_lora_weights, adapter_dtype)
+        layer._wrap(embedding, options)
         return layer
 
-    def _wrap(
-        self,
-        embedding: nn.Embedding,
-        rank: int,
-        alpha: float,
-        use_rslora: bool,
-        use_dora: bool,
-        init_lora_weights: bool | str,
-        adapter_dtype: torch.dtype | None,
-    ) -> None:
-        check_adapter(rank, alpha, init_lora_weights)
-        dtype = adapter_dtype_over(embedding.weight, adapter_dtype)
+    def _wrap(self, embedding: nn.Embedding, options: LoRAOptions) -> None:
+        check_adapter(options)
+        dtype = adapter_dtype_over(embedding.weight, options.adapter_dtype)
         _embed_scale_of(embedding)
-        super().__init__(embedding, rank, alpha, use_rslora, use_dora, init_lora_weights)
+        super().__init__(embedding, options)
         self._num_embeddings, self.embedding_dim = embedding.weight.shape
         made = {"device": embedding.weight.device, "dtype": dtype}
-        self.lora_embedding_A = nn.Parameter(torch.empty(rank, self.num_embeddings, **made))
-        self.lora_embedding_B = nn.Parameter(torch.empty(self.embedding_dim, rank, **made))
-        magnitude = nn.Parameter(torch.empty(self.embedding_dim, **made)) if use_dora else None
+        self.lora_embedding_A = nn.Parameter(torch.empty(self.rank, self.num_embeddings, **made))
+        self.lora_embedding_B = nn.Parameter(torch.empty(self.embedding_dim, self.rank, **made))
+        magnitude = nn.Parameter(torch.empty(self.embedding_dim, **made)) if self.use_dora else None
         self.register_parameter("lora_magnitude_vector", magnitude)
-        self.reset_lora_parameters(init_lora_weights)
+        self.reset_parameters()
 
     @property
     def num_embeddings(self) -> int:
@@ -199,8 +186,7 @@ class LoRAEmbedding(AdapterLayer):
         """
         note_call(self)
         if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
-            came = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"x: expected a tensor of int32 or int64 indices, got {came}")
+            raise TypeError(f"x: expected a tensor of int32 or int64 indices, got {kind_of(x)}")
         if self.disable_adapters or self._merge is not None:
             return self._base_alone(x)
         if is_plain_embedding(self.base_layer):
@@ -253,14 +239,10 @@ class LoRAEmbedding(AdapterLayer):
             type(base).forward(base, probe)
         return len(found) != 1 or found[0][1] is not base.weight
 
-    def _weight_norm(self) -> Tensor:
-        """``[embedding_dim]``: in W's transpose the features are the rows."""
-        return lora_weight_norm(
-            self._frozen_weight().t(),
-            whole(self.lora_embedding_A),
-            whole(self.lora_embedding_B),
-            self._scaling,
-        )
+    def _gathered(self) -> tuple[Tensor, Tensor, Tensor]:
+        """In W's transpose the features are the rows."""
+        weight = self._frozen_weight().t()
+        return weight, whole(self.lora_embedding_A), whole(self.lora_embedding_B)
 
     def _merged_parameters(self) -> dict[str, Tensor]:
         if self.base_layer.max_norm is not None:
@@ -269,19 +251,7 @@ class LoRAEmbedding(AdapterLayer):
                 "the frozen rows and the adapter's each by themselves; results will differ",
                 stacklevel=3,
             )
-        output_scale = self._output_scale() if self.use_dora else None
-        a, b = whole(self.lora_embedding_A), whole(self.lora_embedding_B)
-        factors = LoRAFactors(a, b, self._scaling, output_scale)
-        (merged,) = merged_weight(DenseWeight(self._frozen_weight().t()), factors).tensors()
-        return {"weight": merged.t()}
-
-    def extra_repr(self) -> str:
-        parts = [
-            f"num_embeddings={self.num_embeddings}, embedding_dim={self.embedding_dim}",
-            f"rank={self.rank}, alpha={self.alpha}",
-        ]
-        parts += [name for name in ("use_rslora", "use_dora", "merged") if getattr(self, name)]
-        return ", ".join(parts)
+        return {"weight": self._merged_weight().t()}
 
 
 class _LookUps(TorchFunctionMode):

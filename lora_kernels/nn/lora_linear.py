@@ -1,7 +1,5 @@
 """``LoRALinear``: a frozen ``torch.nn.Linear`` with a LoRA or DoRA adapter."""
 
-from numbers import Real
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,20 +16,19 @@ from lora_kernels.nn.base_call import (
     is_plain_linear,
     parameter_of,
 )
-from lora_kernels.nn.base_parameters import resize
+from lora_kernels.nn.base_parameters import base_parameter, resize
 from lora_kernels.nn.checks import (
+    LoRAOptions,
     adapter_dtype_over,
     check_adapter,
     check_base_layer,
     check_linear,
-    check_size,
 )
-from lora_kernels.nn.merging import merged_weight
 from lora_kernels.nn.part_reset import PartReset
 from lora_kernels.nn.sharded import draw, whole
 from lora_kernels.nn.weight_reads import note_call
 from lora_kernels.ops.linear import adapted_linear
-from lora_kernels.ops.norm import lora_weight_norm
+from lora_kernels.runtime.checks import check_count, check_dropout_p
 
 _PARAMETER_OR_NONE = (nn.Parameter, type(None))
 
@@ -76,6 +73,8 @@ class LoRALinear(AdapterLayer):
         TypeError, ValueError: an argument does not fit; the message says which and why.
     """
 
+    _shown = ("in_features", "out_features", "rank", "alpha")
+
     def __init__(
         self,
         in_features: int,
@@ -94,18 +93,10 @@ class LoRALinear(AdapterLayer):
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         for name, size in (("in_features", in_features), ("out_features", out_features)):
-            check_size(name, size)
-        self._wrap(
-            nn.Linear(in_features, out_features, bias, device=device, dtype=dtype),
-            rank,
-            alpha,
-            dropout_p,
-            use_rslora,
-            lora_bias,
-            use_dora,
-            init_lora_weights,
-            adapter_dtype,
-        )
+            check_count(name, size)
+        linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        options = LoRAOptions(rank, alpha, use_rslora, use_dora, init_lora_weights, adapter_dtype)
+        self._wrap(linear, options, dropout_p, lora_bias)
 
     @classmethod
     def from_linear(
@@ -133,55 +124,36 @@ class LoRALinear(AdapterLayer):
         check_linear(linear)
         check_base_layer("linear", linear)
         layer = cls.__new__(cls)
-        layer._wrap(
-            linear,
-            rank,
-            alpha,
-            dropout_p,
-            use_rslora,
-            lora_bias,
-            use_dora,
-            init_lora_weights,
-            adapter_dtype,
-        )
+        options = LoRAOptions(rank, alpha, use_rslora, use_dora, init_lora_weights, adapter_dtype)
+        layer._wrap(linear, options, dropout_p, lora_bias)
         return layer
 
     def _wrap(
-        self,
-        linear: nn.Linear,
-        rank: int,
-        alpha: float,
-        dropout_p: float,
-        use_rslora: bool,
-        lora_bias: bool,
-        use_dora: bool,
-        init_lora_weights: bool | str,
-        adapter_dtype: torch.dtype | None,
+        self, linear: nn.Linear, options: LoRAOptions, dropout_p: float, lora_bias: bool
     ) -> None:
-        check_adapter(rank, alpha, init_lora_weights)
-        _check_options(dropout_p, lora_bias, use_dora, init_lora_weights)
-        dtype = adapter_dtype_over(linear.weight, adapter_dtype)
-        super().__init__(linear, rank, alpha, use_rslora, use_dora, init_lora_weights)
+        check_adapter(options)
+        check_dropout_p(dropout_p)
+        if lora_bias and options.use_dora:
+            raise ValueError("lora_bias: not defined together with use_dora=True")
+        if lora_bias and options.init_lora_weights == "gaussian":
+            raise ValueError(
+                "lora_bias: expected init_lora_weights=True or False with it, got 'gaussian'"
+            )
+        dtype = adapter_dtype_over(linear.weight, options.adapter_dtype)
+        super().__init__(linear, options)
         self.in_features, self._out_features = linear.in_features, linear.out_features
         self.dropout_p = dropout_p
         made = {"device": linear.weight.device, "dtype": dtype}
-        self.lora_A = nn.Linear(self.in_features, rank, bias=False, **made)
-        self.lora_B = nn.Linear(rank, self.out_features, bias=lora_bias, **made)
+        self.lora_A = nn.Linear(self.in_features, self.rank, bias=False, **made)
+        self.lora_B = nn.Linear(self.rank, self.out_features, bias=lora_bias, **made)
         for factor in (self.lora_A, self.lora_B):
             factor.reset_parameters = PartReset(self, factor)
             factor._is_hf_initialized = True  # not by transformers, which would draw B at random
-        magnitude = nn.Parameter(torch.empty(self.out_features, **made)) if use_dora else None
+        magnitude = nn.Parameter(torch.empty(self.out_features, **made)) if self.use_dora else None
         self.register_parameter("lora_magnitude_vector", magnitude)
-        self.reset_lora_parameters(init_lora_weights)
+        self.reset_parameters()
 
-    @property
-    def bias(self) -> Tensor | None:
-        """The base layer's bias."""
-        return self.base_layer.bias
-
-    @bias.setter
-    def bias(self, value: nn.Parameter | None) -> None:
-        self._set_base_parameter("bias", value)
+    bias = base_parameter("bias")
 
     @property
     def out_features(self) -> int:
@@ -286,13 +258,8 @@ class LoRALinear(AdapterLayer):
             base = base - bias
         return (y + (c - 1) * base + c * adapted_linear(x, None, factors)).to(y.dtype)
 
-    def _weight_norm(self) -> Tensor:
-        return lora_weight_norm(
-            self._frozen_weight(),
-            whole(self.lora_A.weight),
-            whole(self.lora_B.weight),
-            self._scaling,
-        )
+    def _gathered(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._frozen_weight(), whole(self.lora_A.weight), whole(self.lora_B.weight)
 
     def _has_own_forward(self) -> bool:
         return type(self.base_layer).forward is not nn.Linear.forward
@@ -319,31 +286,5 @@ class LoRALinear(AdapterLayer):
                     "to merge it into"
                 )
             merged["bias"] = self._total_bias()
-        output_scale = self._output_scale() if self.use_dora else None
-        a, b = whole(self.lora_A.weight), whole(self.lora_B.weight)
-        factors = LoRAFactors(a, b, self._scaling, output_scale)
-        (merged["weight"],) = merged_weight(DenseWeight(self._frozen_weight()), factors).tensors()
+        merged["weight"] = self._merged_weight()
         return merged
-
-    def extra_repr(self) -> str:
-        parts = [
-            f"in_features={self.in_features}, out_features={self.out_features}",
-            f"rank={self.rank}, alpha={self.alpha}",
-        ]
-        if self.dropout_p:
-            parts.append(f"dropout_p={self.dropout_p}")
-        parts += [name for name in ("use_rslora", "use_dora", "merged") if getattr(self, name)]
-        return ", ".join(parts)
-
-
-def _check_options(dropout_p, lora_bias, use_dora, init_lora_weights) -> None:
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
-        raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
-    if lora_bias and use_dora:
-        raise ValueError("lora_bias: not defined together with use_dora=True")
-    if lora_bias and init_lora_weights == "gaussian":
-        raise ValueError(
-            "lora_bias: expected init_lora_weights=True or False with it, got 'gaussian'"
-        )

@@ -5,13 +5,8 @@ from torch import Tensor, nn
 
 from lora_kernels.nn.active_adapters import ActiveAdapters
 from lora_kernels.nn.base_call import called, check_not_bypassed, is_plain_linear
-from lora_kernels.nn.base_parameters import BaseParameters
-from lora_kernels.nn.checks import (
-    adapter_dtype_over,
-    check_base_parameters,
-    check_linear,
-    check_size,
-)
+from lora_kernels.nn.base_parameters import BaseParameters, base_parameter
+from lora_kernels.nn.checks import adapter_dtype_over, check_base_parameters, check_linear
 from lora_kernels.nn.choice import Place
 from lora_kernels.nn.weight_reads import note_call, note_read
 from lora_kernels.ops.routed import (
@@ -21,6 +16,7 @@ from lora_kernels.ops.routed import (
     routed_lora,
     routed_lora_linear,
 )
+from lora_kernels.runtime.checks import check_count
 
 
 class RoutedLoRALinear(BaseParameters):
@@ -48,13 +44,8 @@ class RoutedLoRALinear(BaseParameters):
         place: where the layer is in its model, as ``active_adapters`` is told.
 
     Args:
-        in_features: K.
-        out_features: N.
-        bias: whether the base layer has a bias.
+        in_features, out_features, bias, device, dtype, adapter_dtype: as for :class:`LoRALinear`.
         slots: shared by the layers of one model; None makes its own.
-        device: where the layer is made.
-        dtype: of the base layer.
-        adapter_dtype: of the bank; None is fp32 over a half-precision base, else the base's.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which and why.
@@ -74,7 +65,7 @@ class RoutedLoRALinear(BaseParameters):
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         for name, size in (("in_features", in_features), ("out_features", out_features)):
-            check_size(name, size)
+            check_count(name, size)
         linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self._wrap(linear, slots, adapter_dtype)
 
@@ -106,10 +97,7 @@ class RoutedLoRALinear(BaseParameters):
         return layer
 
     def _wrap(
-        self,
-        linear: nn.Linear,
-        slots: AdapterSlots | None,
-        adapter_dtype: torch.dtype | None,
+        self, linear: nn.Linear, slots: AdapterSlots | None, adapter_dtype: torch.dtype | None
     ) -> None:
         weight = linear.weight
         dtype = adapter_dtype_over(weight, adapter_dtype)
@@ -137,14 +125,7 @@ class RoutedLoRALinear(BaseParameters):
     def weight(self, value: nn.Parameter) -> None:
         self._set_base_parameter("weight", value)
 
-    @property
-    def bias(self) -> Tensor | None:
-        """The base layer's bias."""
-        return self.base_layer.bias
-
-    @bias.setter
-    def bias(self, value: nn.Parameter | None) -> None:
-        self._set_base_parameter("bias", value)
+    bias = base_parameter("bias")
 
     @property
     def out_features(self) -> int:

@@ -143,8 +143,7 @@ def forget(layer: nn.Module) -> None:
 
 @contextmanager
 def passing_by_refused(
-    context: AbstractContextManager[None],
-    layers: Callable[[], Mapping[str, nn.Module]],
+    context: AbstractContextManager[None], layers: Callable[[], Mapping[str, nn.Module]]
 ) -> Iterator[None]:
     """``context``, and then an error if a reader has passed one of ``layers()`` by in it.
 

@@ -1,9 +1,12 @@
-"""What every operation refuses: tensors of another dtype, or of a class that stands for others.
+"""What everything refuses: numbers that are no counts, tensors of another dtype, or of a class that
+stands for others.
 
 Such classes are DTensor and torchao's quantised weights.
 """
 
-from torch import Tensor
+from numbers import Integral, Real
+
+from torch import SymInt, Tensor
 
 from lora_kernels.runtime.dtypes import FLOATING
 from lora_kernels.runtime.eager import PLAIN
@@ -39,3 +42,21 @@ def check_dtype(name: str, tensor: Tensor) -> None:
         raise TypeError(
             f"{name}: expected dtype bfloat16, float16, float32 or float64, got {tensor.dtype}"
         )
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, (Integral, SymInt)):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def check_dropout_p(dropout_p: float) -> None:
+    if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
+        raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")
+
+
+def kind_of(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

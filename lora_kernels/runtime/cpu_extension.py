@@ -267,23 +267,12 @@ class RoutedGroups:
         # Regions with memory of their own are offset from a matrix, before it or behind.
         reach = storage.numel() if storage.ndim == 1 else -1
         self._groups = _found()[0].Routed(
-            storage.data_ptr(),
-            reach,
-            _NUMBER[storage.dtype],
-            bank.slot_table.data_ptr(),
-            bank.slot_table.shape[0],
-            bank.max_total_rank,
-            bank.scaling.data_ptr(),
-            0 if thresholds is None else thresholds.data_ptr(),
-            bank.slice_columns,
-            in_features,
-            routing.plan.data_ptr(),
-            groups,
-            routing.tokens.data_ptr(),
-            routing.tokens.shape[0],
-            0 if weights is None else weights.data_ptr(),
-            torch.get_num_threads(),
-        )
+            storage.data_ptr(), reach, _NUMBER[storage.dtype], bank.slot_table.data_ptr(),
+            bank.slot_table.shape[0], bank.max_total_rank, bank.scaling.data_ptr(),
+            0 if thresholds is None else thresholds.data_ptr(), bank.slice_columns, in_features,
+            routing.plan.data_ptr(), groups, routing.tokens.data_ptr(), routing.tokens.shape[0],
+            0 if weights is None else weights.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
 
     def draw_mask(self) -> Tensor:
         """``[P, ceil(K/8)]``: the packed keep-masks of the pairs whose adapter drops."""
@@ -296,7 +285,8 @@ class RoutedGroups:
     def shrink(self, x: Tensor, mask: Tensor | None, *, zeros: bool) -> Tensor:
         """h ``[P, H]`` in fp32; what is not written is zero where ``zeros`` asks for it."""
         h = self._narrow(zeros)
-        rows, mask = rows_of(x), None if mask is None else _bytes(mask)  # they outlive the call
+        # They outlive the call.
+        rows, mask = rows_of(x), None if mask is None else with_unit_stride(mask)
         self._groups.shrink(*_wide(rows), *_packed(mask), h.data_ptr(), h.stride(0))
         return h
 
@@ -328,7 +318,7 @@ class RoutedGroups:
                 *_wide(dy), *_packed(h), grad.data_ptr(), grad.numel(), layout.table.data_ptr()
             )
         if x is not None:
-            rows, t, mask = rows_of(x), _single(t), _bytes(mask)
+            rows, t, mask = rows_of(x), _single(t), with_unit_stride(mask)
             self._groups.gradient_a(
                 *_wide(rows), *_packed(mask), *_packed(t), grad.data_ptr(), grad.numel(),
                 layout.table.data_ptr(),
@@ -337,7 +327,7 @@ class RoutedGroups:
 
     def shrink_backward_(self, dx: Tensor, t: Tensor, mask: Tensor | None) -> None:
         """``dx += keep * (t A)``; dx ``[M, K]`` with unit stride in K."""
-        t, mask = _single(t), _bytes(mask)
+        t, mask = _single(t), with_unit_stride(mask)
         self._groups.shrink_backward(*_wide(dx), *_packed(mask), *_packed(t))
 
     def _narrow(self, zeros: bool) -> Tensor:
@@ -351,11 +341,11 @@ def _single(narrow: Tensor) -> Tensor:
     return narrow if narrow.stride(1) == 1 else narrow.contiguous()
 
 
-def _bytes(mask: Tensor | None) -> Tensor | None:
-    """A packed mask as the kernels read it: unit stride in its bytes."""
-    if mask is None or mask.stride(1) == 1 or mask.shape[1] == 1:
-        return mask
-    return mask.contiguous()
+def with_unit_stride(matrix: Tensor | None) -> Tensor | None:
+    """The matrix with unit stride in its last dimension."""
+    if matrix is None or matrix.stride(1) == 1 or matrix.shape[1] == 1:
+        return matrix
+    return matrix.contiguous()
 
 
 @contextmanager

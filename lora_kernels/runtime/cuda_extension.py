@@ -60,20 +60,16 @@ def status() -> str:
     text = f"built for {exact}"
     if newer:
         text += f" and, as PTX, for what is newer than sm_{newer[0]}"
-    return f"{text}, with CUDA {version.removeprefix('cuda_')}{_absence()}"
+    text += f", with CUDA {version.removeprefix('cuda_')}"
+    if torch.version.cuda is None:
+        return f"{text}; this torch is built without CUDA"
+    return text if torch.cuda.is_available() else f"{text}; no driver or no device here"
 
 
 def _why_not_built() -> str:
     if _ERROR_FILE.exists():
         return _ERROR_FILE.read_text().strip()
     return "the extension is of an installation before there were any"
-
-
-def _absence() -> str:
-    """What a machine lacks for running them; nothing where it has a device."""
-    if torch.version.cuda is None:
-        return "; this torch is built without CUDA"
-    return "" if torch.cuda.is_available() else "; no driver or no device here"
 
 
 def missing(device: torch.device) -> str | None:
@@ -202,7 +198,7 @@ def _factors(lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype) -> tuple[Tensor
     """Both in x's dtype or both in fp32, with unit stride in the last dimension."""
     if lora_a.dtype != lora_b.dtype or lora_a.dtype not in (dtype, torch.float32):
         lora_a, lora_b = lora_a.float(), lora_b.float()
-    return _unit_stride(lora_a), _unit_stride(lora_b)
+    return cpu_extension.with_unit_stride(lora_a), cpu_extension.with_unit_stride(lora_b)
 
 
 def _scaling(scaling: Tensor | float, device: torch.device) -> tuple[Tensor | float, int, float]:
@@ -334,8 +330,3 @@ def _matrix(matrix: Tensor) -> tuple[int, int]:
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _unit_stride(matrix: Tensor) -> Tensor:
-    """The matrix with unit stride in its last dimension."""
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()

@@ -7,6 +7,10 @@ from torch import Tensor
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
+def short_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp32, or fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

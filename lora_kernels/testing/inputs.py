@@ -42,6 +42,18 @@ def redrawn_model(model: nn.Module, number: int) -> nn.Module:
     return model
 
 
+def changed(
+    problem: object, change: Callable[[str, Tensor], Tensor], but: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    """The tensors among the fields of a dataclass, but those, each changed."""
+    tensors = {f.name: getattr(problem, f.name) for f in fields(problem) if f.name not in but}
+    return {name: change(name, t) for name, t in tensors.items() if isinstance(t, Tensor)}
+
+
+def in_double(_: str, tensor: Tensor) -> Tensor:
+    return tensor.detach().double() if tensor.is_floating_point() else tensor
+
+
 @dataclass(frozen=True)
 class LoRAProblem:
     """The inputs of one call: signed random data, scaled so that y and every gradient are O(1)."""
@@ -105,30 +117,17 @@ class LoRAProblem:
         """Other values of the same sizes, strides and magnitudes; draw 0 is this problem."""
         if number == 0:
             return self
-        changes = {
-            field.name: redrawn(value, number, field.name)
-            for field in fields(self)
-            if field.name not in ("scaling", "seed")
-            and isinstance(value := getattr(self, field.name), Tensor)
-        }
+        changes = changed(self, lambda name, t: redrawn(t, number, name), ("scaling", "seed"))
         seed = None if self.seed is None else self.seed + number
         return replace(self, seed=seed, **changes)
 
     def tight(self) -> "LoRAProblem":
         """The same values without gaps: the eager formula's GEMMs may read what lies in them."""
-        tensors = {
-            f.name: t for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **{name: without_gaps(tensor) for name, tensor in tensors.items()})
+        return replace(self, **changed(self, lambda _, tensor: without_gaps(tensor)))
 
     def double(self) -> "LoRAProblem":
         """The same values in fp64."""
-        floats = {
-            field.name: value.detach().double()
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor) and value.is_floating_point()
-        }
-        return replace(self, **floats)
+        return replace(self, **changed(self, in_double))
 
 
 DIFFERENTIABLE = ("x", "lora_a", "lora_b", "bias", "output_scale")

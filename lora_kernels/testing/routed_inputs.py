@@ -4,8 +4,8 @@ Dimensions: M tokens, k adapters per token, K in_features, N out_features of all
 adapter's rank in slice s.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from lora_kernels.ops.routed import (
 )
 from lora_kernels.runtime import cpu_extension
 from lora_kernels.runtime.dropout import drop_threshold, keep_mask, keep_scale
-from lora_kernels.testing.inputs import redrawn, without_gaps
+from lora_kernels.testing.inputs import changed, in_double, redrawn, without_gaps
 from lora_kernels.testing.policy import Draw, Results, assert_draws_within_policy
 
 
@@ -34,6 +34,14 @@ class AdapterValues:
     scaling: float
     dropout_p: float = 0.0
     training: bool = True
+
+    def changed(self, change: Callable[[str, Tensor], Tensor]) -> "AdapterValues":
+        """The same adapter, each factor changed; they are called by slice and side."""
+        pairs = (
+            pair and tuple(change(f"{s} {i}", factor) for i, factor in enumerate(pair))
+            for s, pair in enumerate(self.pairs)
+        )
+        return replace(self, pairs=tuple(pairs))
 
     def parameters(self, name: str) -> dict[str, Tensor]:
         """The factors under the names that gradients have in results."""
@@ -142,21 +150,9 @@ class RoutedProblem:
         """Other values of the same sizes and magnitudes; draw 0 is this problem."""
         if number == 0:
             return self
-        changes = {
-            field.name: redrawn(value, number, field.name)
-            for field in fields(self)
-            if field.name not in ("ids", "seed")
-            and isinstance(value := getattr(self, field.name), Tensor)
-        }
+        changes = changed(self, lambda name, t: redrawn(t, number, name), ("ids", "seed"))
         adapters = {
-            name: replace(
-                adapter,
-                pairs=tuple(
-                    pair
-                    and tuple(redrawn(f, number, f"{name} {s} {i}") for i, f in enumerate(pair))
-                    for s, pair in enumerate(adapter.pairs)
-                ),
-            )
+            name: adapter.changed(lambda at, f, name=name: redrawn(f, number, f"{name} {at}"))
             for name, adapter in self.adapters.items()
         }
         seed = None if self.seed is None else self.seed + number
@@ -164,29 +160,12 @@ class RoutedProblem:
 
     def tight(self) -> "RoutedProblem":
         """The same activations and weights without gaps, see :meth:`LoRAProblem.tight`."""
-        tensors = {
-            f.name: t for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **{name: without_gaps(tensor) for name, tensor in tensors.items()})
+        return replace(self, **changed(self, lambda _, tensor: without_gaps(tensor)))
 
     def double(self) -> "RoutedProblem":
         """The same values in fp64."""
-        floats = {
-            field.name: value.detach().double()
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor) and value.is_floating_point()
-        }
-        adapters = {
-            name: replace(
-                adapter,
-                pairs=tuple(
-                    pair and tuple(factor.detach().double() for factor in pair)
-                    for pair in adapter.pairs
-                ),
-            )
-            for name, adapter in self.adapters.items()
-        }
-        return replace(self, adapters=adapters, **floats)
+        adapters = {name: each.changed(in_double) for name, each in self.adapters.items()}
+        return replace(self, adapters=adapters, **changed(self, in_double))
 
     def bank(self, slots: AdapterSlots | None = None) -> AdapterBank:
         """A new bank that holds the adapters, each in the slot that ``ids`` mean."""

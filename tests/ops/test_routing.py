@@ -358,11 +358,11 @@ def test_nothing_is_read_back_where_ids_are_on_a_device(k):
     ids, weights = torch.randint(-1, 3, (40, k)), torch.randn(40, k)
     with NothingIsReadBack():
         routing = Routing.empty(50, slots, k)
+        routing._fill(slots.current, ids.flatten(), 40)
         if k == 1:
             routing.set_tokens_(ids[:, 0])
         else:
             routing.set_weighted_(ids, weights)
-        routing._fill(slots.current, ids.flatten(), 40)
         assert routing.tensors(with_plan=False).plan.shape == (0, 4)
     check(routing, ids.tolist(), padded(weights, 50) if k > 1 else None)
 

@@ -7,10 +7,11 @@ import weakref
 from collections import Counter
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
-from lora_kernels.integrations.weight_readers import never_calls, passes_by
+from lora_kernels.integrations.weight_readers import never_calls, parent_of, passes_by
+from lora_kernels.nn.weight_reads import also_read_by, reader_in_place_of_calls
+from lora_kernels.runtime.dtypes import short_name
 
 TESTED_PEFT = "0.21"
 
@@ -107,15 +108,15 @@ class AccelerationReport:
         for name, layer in _lora_layers(model).items():
             state = _not_ours(name, layer, model) or peft_layers.read_layer(layer)
             note = _note(layer, state)
+            adapts = isinstance(state, str) or state.adapters
             if isinstance(state, str) and note is None:
                 self.delegated[name] = state
-            elif _adapts(state) and (reader := _reader_instead(name, layer, model)):
+            elif adapts and (reader := _reader_instead(name, layer, model)):
                 self.uncalled[name] = reader
             else:
                 self.fast.append(name)
                 if notes := [each for each in (note, _also_read(name, layer, model)) if each]:
                     self.notes[name] = "; ".join(notes)
-        for name, layer in _lora_layers(model).items():
             if calls := peft_layers.delegated_calls(layer):
                 self.delegated_calls[name] = calls
         return self
@@ -218,24 +219,17 @@ def _uncalled(name: str, model: nn.Module) -> bool:
     return isinstance(owner, _import_layers().MultiheadAttention)
 
 
-def _adapts(state) -> bool:
-    return isinstance(state, str) or bool(state.adapters)
-
-
 def _reader_instead(name: str, layer: nn.Module, model: nn.Module) -> str | None:
     """Who computes with the weight of a layer that is not called; None for a layer that is."""
-    if reader := _import_layers().reader_in_place_of_calls(layer):
-        return reader
-    path, _, child = name.rpartition(".")
-    parent = model.get_submodule(path)
-    return type(parent).__name__ if never_calls(parent, child) else None
+    parent, child = parent_of(model, name)
+    by_its_class = type(parent).__name__ if never_calls(parent, child) else None
+    return reader_in_place_of_calls(layer) or by_its_class
 
 
 def _also_read(name: str, layer: nn.Module, model: nn.Module) -> str | None:
     """A note for a layer that is called at times, and at times passed by."""
-    path, _, child = name.rpartition(".")
-    parent = model.get_submodule(path)
-    reader = _import_layers().also_read_by(layer)
+    parent, child = parent_of(model, name)
+    reader = also_read_by(layer)
     if reader is None and passes_by(parent, child):
         reader = type(parent).__name__
     if reader is None:
@@ -256,7 +250,7 @@ def _note(layer: nn.Module, state) -> str | None:
     for adapter in state.adapters:
         for tensor in (adapter.factors.a, adapter.factors.b):
             if state.base.dtype.itemsize < min(tensor.element_size(), 4):
-                adapters, base = _short(tensor.dtype), _short(state.base.dtype)
+                adapters, base = short_name(tensor.dtype), short_name(state.base.dtype)
                 return (
                     f"{adapters} adapters over a {base} base: computed in {base}, "
                     "as PEFT does under autocast"
@@ -277,10 +271,6 @@ def _no_lora_layer(model: nn.Module) -> str:
 
 def _class_name(instance: object) -> str:
     return f"{type(instance).__module__}.{type(instance).__qualname__}"
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _pattern(name: str) -> str:

@@ -29,29 +29,22 @@ from lora_kernels.integrations.peft.state import (
     read_layer,
     read_ordinary,
 )
-from lora_kernels.nn.weight_reads import (
-    also_read_by,
-    forget,
-    note_call,
-    note_read,
-    reader_in_place_of_calls,
-)
+from lora_kernels.nn.weight_reads import forget, note_call, note_read
 from lora_kernels.ops.linear import adapted_linear, remember
 from lora_kernels.ops.norm import lora_weight_norm
 from lora_kernels.ops.routed.unpacked import routed_linear_unpacked
+from lora_kernels.runtime.dtypes import accumulator_dtype
 
 __all__ = [
     "Linear",
     "LoraLayer",
     "MultiheadAttention",
     "PeftLinear",
-    "also_read_by",
     "delegated_calls",
     "forget_calls",
     "fused_forward",
     "mixed_forward",
     "read_layer",
-    "reader_in_place_of_calls",
 ]
 
 # How often, and why, PEFT's own forward served an accelerated layer. Kept apart from the layers, so
@@ -197,12 +190,9 @@ def _stands_alone(adapter: ActiveAdapter) -> bool:
 def _joined(adapters: list[ActiveAdapter]) -> ActiveAdapter:
     lora_a = torch.cat([adapter.factors.a for adapter in adapters])
     # In fp32, so that the scaling costs a half-precision B no rounding of its own.
-    scaled = [each.factors.scaling * _at_least_fp32(each.factors.b) for each in adapters]
+    wide = [each.factors.b.to(accumulator_dtype(each.factors.b.dtype)) for each in adapters]
+    scaled = [each.factors.scaling * b for each, b in zip(adapters, wide, strict=True)]
     lora_b = torch.cat(scaled, dim=1)
     biases = [a.factors.scaling * a.lora_bias for a in adapters if a.lora_bias is not None]
     lora_bias = sum(biases[1:], biases[0]) if biases else None
     return ActiveAdapter(LoRAFactors(lora_a, lora_b, 1.0), lora_bias, 0.0, None, False)
-
-
-def _at_least_fp32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype is torch.float64 else tensor.float()

@@ -28,9 +28,9 @@ from lora_kernels.base_weights import DenseWeight
 from lora_kernels.nn.base_call import COMPUTED, GLOBAL_HOOKS, OWN_FORWARD, bypassed, tensor_of
 from lora_kernels.ops.narrow import masks
 from lora_kernels.runtime import dispatch
+from lora_kernels.runtime.dtypes import FLOATING, short_name
 
 _MIXED = "mixed batch (adapter_names)"
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class ActiveAdapter(NamedTuple):
@@ -257,7 +257,7 @@ def _read_base(layer: LoraLayer) -> tuple[Tensor, Tensor | None] | str:
         if unsupported := _unsupported_parameter(bias):
             return f"base bias: {unsupported}"
         if bias.dtype is not weight.dtype:
-            return f"base bias is {_short(bias.dtype)}, base weight {_short(weight.dtype)}"
+            return f"base bias is {short_name(bias.dtype)}, base weight {short_name(weight.dtype)}"
     if weight.requires_grad:
         return "base weight requires grad"
     if hasattr(weight, "ds_id"):
@@ -286,7 +286,7 @@ def _read_adapter(layer: LoraLayer, name: str, weight: Tensor) -> ActiveAdapter 
         return f"adapter {name!r} is on {lora_a.device}, the base weight on {weight.device}"
     if lora_a.dtype is not weight.dtype or lora_b.dtype is not weight.dtype:
         if lora_a.dtype is torch.float64 or lora_b.dtype is torch.float64:
-            return f"adapter {name!r} is float64 over a {_short(weight.dtype)} base"
+            return f"adapter {name!r} is float64 over a {short_name(weight.dtype)} base"
         if not layer.cast_input_dtype_enabled:
             return "cast_input_dtype is disabled and the adapter has another dtype than the base"
 
@@ -331,8 +331,8 @@ def _unsupported_parameter(parameter: Any) -> str | None:
         if parameter is COMPUTED:
             return "computed when it is read (parametrized)"
         return f"a tensor subclass ({type(parameter).__name__})"
-    if parameter.dtype not in _FLOATS:
-        return f"dtype {_short(parameter.dtype)}"
+    if parameter.dtype not in FLOATING:
+        return f"dtype {short_name(parameter.dtype)}"
     if parameter.layout is not torch.strided:
         return f"layout {parameter.layout}"
     if parameter.numel() == 0:
@@ -348,15 +348,15 @@ def _unsupported_input(x: Any, weight: Tensor) -> str | None:
         return f"x is a {type(x).__name__}, not a plain tensor"
     if x.layout is not torch.strided or x.is_nested:
         return "x is not a dense tensor"
-    if x.dtype not in _FLOATS:
-        return f"x is {_short(x.dtype)}"
+    if x.dtype not in FLOATING:
+        return f"x is {short_name(x.dtype)}"
     if x.device != weight.device:
         return f"x is on {x.device}, the base weight on {weight.device}"
     if x.dtype is not weight.dtype or x.dtype is torch.float64:
         # torch does not know autocast of meta tensors.
         autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
         if x.dtype is not weight.dtype and not autocast:
-            dtypes = f"x is {_short(x.dtype)} and the base weight {_short(weight.dtype)}"
+            dtypes = f"x is {short_name(x.dtype)} and the base weight {short_name(weight.dtype)}"
             return f"{dtypes}, outside autocast"
         if autocast and torch.float64 in (x.dtype, weight.dtype):
             return "float64 under autocast"
@@ -373,7 +373,3 @@ def _unsupported_context() -> str | None:
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
     return None
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

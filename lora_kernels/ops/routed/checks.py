@@ -8,12 +8,8 @@ from torch.autograd import forward_ad
 from lora_kernels.base_weights import BaseWeight
 from lora_kernels.ops.routed.bank.bank import AdapterBank
 from lora_kernels.ops.routed.routing import Routing
-from lora_kernels.runtime.checks import check_no_wrapper
+from lora_kernels.runtime.checks import check_no_wrapper, kind_of
 from lora_kernels.runtime.dtypes import FLOATING
-
-
-def kind_of(value: object) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
 def check_pair(bank: AdapterBank, routing: Routing, device: torch.device) -> None:
@@ -41,24 +37,24 @@ def check_rows(name: str, rows: int, routing: Routing) -> None:
 
 
 def check_h(h: Tensor, bank: AdapterBank, routing: Routing) -> None:
-    if not isinstance(h, Tensor) or h.dtype not in FLOATING:
-        raise TypeError(f"h: expected a tensor of floating point, got {kind_of(h)}")
-    check_no_wrapper("h", h)
-    if h.layout is not torch.strided or h.is_nested:
-        raise TypeError("h: expected a dense tensor, got a sparse or nested one")
+    _check_operand("h", h)
     check_pair(bank, routing, h.device)
 
 
 def check_input(x: Tensor, bank: AdapterBank, routing: Routing) -> None:
-    if not isinstance(x, Tensor) or x.dtype not in FLOATING:
-        raise TypeError(f"x: expected a tensor of floating point, got {kind_of(x)}")
-    check_no_wrapper("x", x)
-    if x.layout is not torch.strided or x.is_nested:
-        raise TypeError("x: expected a dense tensor, got a sparse or nested one")
+    _check_operand("x", x)
     check_pair(bank, routing, x.device)
     if x.ndim == 0 or x.shape[-1] != bank.in_features:
         raise ValueError(f"x: expected [..., {bank.in_features}], got {list(x.shape)}")
     check_rows("x", x.shape[:-1].numel(), routing)
+
+
+def _check_operand(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected a tensor of floating point, got {kind_of(tensor)}")
+    check_no_wrapper(name, tensor)
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got a sparse or nested one")
 
 
 def check_out_type(out: Tensor) -> None:

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.routed.bank.slots import BASE, AdapterSlots, ModelVersion, Pinned
+from lora_kernels.ops.routed.bank.slots import BASE, ModelVersion, Pinned
 from lora_kernels.ops.routed.routing_arguments import (
     bounding_names,
     device_for,
@@ -25,11 +25,17 @@ from lora_kernels.ops.routed.tensors import (
     groups_of,
 )
 from lora_kernels.runtime.capture import is_captured
+from lora_kernels.runtime.checks import check_count
 from lora_kernels.runtime.dtypes import computes_in_64_bits
 
 # Pairs per tile of the kernels: the smallest a matrix instruction takes while the batch is small.
 _SMALL_BLOCK, _LARGE_BLOCK = 16, 64
 _SMALL_BATCH = 256
+
+Names = Sequence[str]
+Device = torch.device | str
+Ids = Tensor | Sequence[int]
+IdRows, WeightRows = Tensor | Sequence[Sequence[int]], Tensor | Sequence[Sequence[float]]
 
 # Read once, at import: checking ids on a device needs a synchronisation.
 _DEBUG = os.environ.get("LORA_KERNELS_DEBUG", "0") not in ("", "0")
@@ -84,25 +90,32 @@ class Routing:
     def __init__(
         self,
         max_tokens: int,
-        slots: AdapterSlots,
-        pairs_per_token: int,
-        device: torch.device,
-        adapters: tuple[str, ...] | None = None,
-        version: ModelVersion | None = None,
+        bank,
+        pairs_per_token: int = 1,
+        adapters: Names | None = None,
+        device: Device | None = None,
     ) -> None:
+        check_count("max_tokens", max_tokens, least=0)
+        check_count("pairs_per_token", pairs_per_token)
         self.max_tokens, self.pairs_per_token = max_tokens, pairs_per_token
-        self.slots = slots
+        self.slots = slots_of(bank)
         # What a batch reads that this routing was made for; None: what is current when it is used.
-        self.pinned = version
+        self.pinned = bank.version if isinstance(bank, Pinned) else None
         model = self._model()
-        self.device = torch.device(device)
+        self.adapters = bounding_names(adapters, model)
+        pairs, groups = max_tokens * pairs_per_token, model.capacity + 1
+        if pairs >= 2**31:
+            raise ValueError(
+                f"max_tokens: expected fewer than 2^31 pairs of a token and an adapter, got "
+                f"{max_tokens} * {pairs_per_token}"
+            )
+        self.device = torch.device(getattr(bank, "device", "cpu") if device is None else device)
         # Where int64 is not to be relied on the host makes the groups: composed, which alone runs
         # there, reads them on the host in any case.
         on_device = computes_in_64_bits(self.device)
         self._built_on = self.device if on_device else torch.device("cpu")
         self.num_tokens = 0
         self.capacity = model.capacity
-        pairs, groups = max_tokens * pairs_per_token, model.capacity + 1
         self.block = _SMALL_BLOCK if pairs <= _SMALL_BATCH else _LARGE_BLOCK
         num_tiles = pairs // self.block + min(groups, pairs)
 
@@ -119,7 +132,6 @@ class Routing:
         self._plan: Tensor | None = None
         self._padded_plan: Tensor | None = None
         self._as_tensors: dict[bool, RoutingTensors] = {}  # of this filling, by whether with a plan
-        self.adapters = adapters
         self._bound: tuple[int, ...] | None = None  # the slots of ``adapters``
         self._is_bound: Tensor | None = None  # [L + 1] bool: whether a slot is one of them
         self._used: tuple[int, ...] | None = None  # by the tokens, where that is known
@@ -149,8 +161,8 @@ class Routing:
         bank,
         pairs_per_token: int = 1,
         *,
-        adapters: Sequence[str] | None = None,
-        device: torch.device | str | None = None,
+        adapters: Names | None = None,
+        device: Device | None = None,
     ) -> "Routing":
         """A routing with room for ``max_tokens`` tokens, none of which uses an adapter yet.
 
@@ -168,48 +180,13 @@ class Routing:
             TypeError, ValueError: an argument does not fit, or ``adapters`` names one that there
                 is not.
         """
-        routing = Routing._with_room(max_tokens, bank, pairs_per_token, adapters, device)
+        routing = Routing(max_tokens, bank, pairs_per_token, adapters, device)
         none = torch.full((0,), -1, dtype=torch.int64, device=routing._built_on)
-        routing._fill(routing._model(), none, 0, used=())
-        return routing
-
-    @staticmethod
-    def _with_room(
-        max_tokens: int,
-        bank,
-        pairs_per_token: int,
-        adapters: Sequence[str] | None,
-        device: torch.device | str | None,
-    ) -> "Routing":
-        """One that is to be filled."""
-        for name, value, least in (
-            ("max_tokens", max_tokens, 0),
-            ("pairs_per_token", pairs_per_token, 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-                raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
-        slots = slots_of(bank)
-        version = bank.version if isinstance(bank, Pinned) else None
-        adapters = bounding_names(adapters, version or slots.latest)
-        if max_tokens * pairs_per_token >= 2**31:
-            raise ValueError(
-                f"max_tokens: expected fewer than 2^31 pairs of a token and an adapter, got "
-                f"{max_tokens} * {pairs_per_token}"
-            )
-        if device is None:
-            device = getattr(bank, "device", "cpu")
-        device = torch.device(device)
-        return Routing(max_tokens, slots, pairs_per_token, device, adapters, version)
+        return routing._fill(routing._model(), none, 0, used=())
 
     @staticmethod
     def from_tokens(
-        ids: Tensor | Sequence[int],
-        bank,
-        *,
-        adapters: Sequence[str] | None = None,
-        device: torch.device | str | None = None,
+        ids: Ids, bank, *, adapters: Names | None = None, device: Device | None = None
     ) -> "Routing":
         """Each token names its slot: ids ``[...]``, integers, -1 for none.
 
@@ -218,7 +195,7 @@ class Routing:
         """
         ids = integers("ids", ids)
         device = device_for(ids, bank, device)
-        return Routing._with_room(ids.numel(), bank, 1, adapters, device).set_tokens_(ids)
+        return Routing(ids.numel(), bank, 1, adapters, device).set_tokens_(ids)
 
     @staticmethod
     def from_sequences(
@@ -226,8 +203,8 @@ class Routing:
         lengths: int | Sequence[int],
         bank,
         *,
-        adapters: Sequence[str] | None = None,
-        device: torch.device | str | None = None,
+        adapters: Names | None = None,
+        device: Device | None = None,
     ) -> "Routing":
         """Sequences one after the other, each naming its adapter (or ``"__base__"``).
 
@@ -236,18 +213,17 @@ class Routing:
             lengths: tokens of each sequence, or one number for all.
         """
         lengths = lengths_of(names, lengths)
-        routing = Routing._with_room(sum(lengths), bank, 1, adapters, device)
-        return routing.set_sequences_(names, lengths)
+        return Routing(sum(lengths), bank, 1, adapters, device).set_sequences_(names, lengths)
 
     @staticmethod
     def from_segments(
-        ids: Tensor | Sequence[int],
-        offsets: Tensor | Sequence[int],
+        ids: Ids,
+        offsets: Ids,
         bank,
         *,
         num_tokens: int | None = None,
-        adapters: Sequence[str] | None = None,
-        device: torch.device | str | None = None,
+        adapters: Names | None = None,
+        device: Device | None = None,
     ) -> "Routing":
         """Segments of neighbouring tokens: ids ``[n]`` and offsets ``[n + 1]``, ascending.
 
@@ -268,17 +244,16 @@ class Routing:
             num_tokens = int(offsets[-1]) if offsets.numel() else 0
         ids = integers("ids", ids)
         device = device_for(ids, bank, device)
-        routing = Routing._with_room(num_tokens, bank, 1, adapters, device)
-        return routing.set_segments_(ids, offsets)
+        return Routing(num_tokens, bank, 1, adapters, device).set_segments_(ids, offsets)
 
     @staticmethod
     def from_weighted(
-        ids: Tensor | Sequence[Sequence[int]],
-        weights: Tensor | Sequence[Sequence[float]],
+        ids: IdRows,
+        weights: WeightRows,
         bank,
         *,
-        adapters: Sequence[str] | None = None,
-        device: torch.device | str | None = None,
+        adapters: Names | None = None,
+        device: Device | None = None,
     ) -> "Routing":
         """Several weighted adapters per token: ids and weights ``[M, k]``.
 
@@ -289,57 +264,46 @@ class Routing:
         if ids.ndim != 2 or ids.shape[1] < 1:
             raise ValueError(f"ids: expected [tokens, adapters per token], got {list(ids.shape)}")
         device = device_for(ids, bank, device)
-        routing = Routing._with_room(ids.shape[0], bank, ids.shape[1], adapters, device)
+        routing = Routing(ids.shape[0], bank, ids.shape[1], adapters, device)
         return routing.set_weighted_(ids, weights)
 
     # --- filling ------------------------------------------------------------------------------
 
-    def set_tokens_(self, ids: Tensor | Sequence[int]) -> "Routing":
+    def set_tokens_(self, ids: Ids) -> "Routing":
         """Fill it again as :meth:`from_tokens` does, with at most ``max_tokens`` tokens."""
         ids = integers("ids", ids).flatten()
-        self._check_one_per_token()
         model = self._check_room(ids.shape[0])
-        used = self._check_ids(model, ids)
-        self._unweighted()
-        self._fill(model, ids, ids.shape[0], used)
-        return self
+        return self._fill(model, ids, ids.shape[0], self._check_ids(model, ids))
 
     def set_sequences_(self, names: Sequence[str], lengths: int | Sequence[int]) -> "Routing":
         """Fill it again as :meth:`from_sequences` does."""
         lengths = lengths_of(names, lengths)
-        self._check_one_per_token()
         model = self._check_room(sum(lengths))
-        unknown = [name for name in names if name != BASE and name not in model.names]
-        if unknown:
-            raise ValueError(
-                f"names: expected {BASE!r} or one of {sorted(model.names)}, got {unknown[0]!r}"
-            )
-        if self.adapters is not None:
-            outside = [name for name in names if name != BASE and name not in self.adapters]
-            if outside:
+        for name in names:
+            if name != BASE and name not in model.names:
+                raise ValueError(
+                    f"names: expected {BASE!r} or one of {sorted(model.names)}, got {name!r}"
+                )
+        for name in names:
+            if name != BASE and self.adapters is not None and name not in self.adapters:
                 raise ValueError(
                     f"names: expected {BASE!r} or one of adapters={list(self.adapters)}, which "
-                    f"this routing was made with, got {outside[0]!r}"
+                    f"this routing was made with, got {name!r}"
                 )
         slots = [model.slot_of(name) for name in names]
         used = slots_in(slot for slot, length in zip(slots, lengths, strict=True) if length)
         self._check_capacity(model, used)
         ids = torch.tensor(slots, dtype=torch.int64)
         ids = ids.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
-        self._unweighted()
-        self._fill(model, ids, ids.shape[0], used)
-        return self
+        return self._fill(model, ids, ids.shape[0], used)
 
-    def set_segments_(
-        self, ids: Tensor | Sequence[int], offsets: Tensor | Sequence[int]
-    ) -> "Routing":
+    def set_segments_(self, ids: Ids, offsets: Ids) -> "Routing":
         """Fill all ``max_tokens`` tokens again as :meth:`from_segments` does."""
         ids, offsets = integers("ids", ids), integers("offsets", offsets)
         if ids.ndim != 1 or tuple(offsets.shape) != (ids.shape[0] + 1,):
             raise ValueError(
                 f"offsets: expected one more than ids {list(ids.shape)}, got {list(offsets.shape)}"
             )
-        self._check_one_per_token()
         model = self._check_room(self.max_tokens)
         used = self._check_ids(model, ids)
         if (offsets.device.type == "cpu" or _DEBUG) and not is_fake(offsets):
@@ -357,13 +321,9 @@ class Routing:
         padded = torch.nn.functional.pad(ids, (1, 1), value=-1)
         token = torch.arange(self.max_tokens, device=self._built_on)
         segment = torch.searchsorted(offsets.contiguous(), token, right=True)
-        self._unweighted()
-        self._fill(model, padded.gather(0, segment), self.max_tokens, used)
-        return self
+        return self._fill(model, padded.gather(0, segment), self.max_tokens, used)
 
-    def set_weighted_(
-        self, ids: Tensor | Sequence[Sequence[int]], weights: Tensor | Sequence[Sequence[float]]
-    ) -> "Routing":
+    def set_weighted_(self, ids: IdRows, weights: WeightRows) -> "Routing":
         """Fill it again as :meth:`from_weighted` does.
 
         A CUDA graph that was captured with weights that require grad goes on reading that tensor.
@@ -390,9 +350,8 @@ class Routing:
                 "weights: a CUDA graph was captured with this routing before it had any, and goes "
                 "on without; make a new routing, fill it with weights, and capture again"
             )
-        model = self._check_room(ids.shape[0])
-        used = self._check_ids(model, ids)
-        self._fill(model, ids.flatten(), ids.shape[0], used)
+        model = self._check_room(ids.shape[0], weighted=True)
+        self._fill(model, ids.flatten(), ids.shape[0], self._check_ids(model, ids))
         if weights.requires_grad and torch.is_grad_enabled():
             self._weights = weights
             return self
@@ -411,15 +370,13 @@ class Routing:
             with torch.inference_mode(False), torch.no_grad():
                 self._weight_buffer.fill_(1.0)
 
-    def _check_one_per_token(self) -> None:
-        if self.pairs_per_token != 1:
+    def _check_room(self, tokens: int, weighted: bool = False) -> ModelVersion:
+        """Raise unless it can be filled with so many tokens; returns what ids are slots of."""
+        if self.pairs_per_token != 1 and not weighted:
             raise ValueError(
                 f"ids: this routing has {self.pairs_per_token} adapters per token; fill it with "
                 "set_weighted_"
             )
-
-    def _check_room(self, tokens: int) -> ModelVersion:
-        """Raise unless it can be filled with so many tokens; returns what ids are slots of."""
         if tokens > self.max_tokens:
             raise ValueError(
                 f"ids: expected at most {self.max_tokens} tokens, which this routing was made "
@@ -491,12 +448,8 @@ class Routing:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _fill(
-        self,
-        model: ModelVersion,
-        ids: Tensor,
-        num_tokens: int,
-        used: tuple[int, ...] | None = None,
-    ) -> None:
+        self, model: ModelVersion, ids: Tensor, num_tokens: int, used: tuple[int, ...] | None = None
+    ) -> "Routing":
         """Group the pairs: fixed shapes, no reading back. ids ``[n]`` in the order of the pairs.
 
         model: what ids are slots of. used: the slots among them, where that is known.
@@ -505,6 +458,7 @@ class Routing:
         self.num_tokens = num_tokens
         self._names, self._serials, self._changes = model.names, model.serials, model.changes
         self._used = used
+        self._unweighted()
         self._plan = self._padded_plan = None
         self._as_tensors = {}
         ids = ids.to(device, torch.int64)
@@ -537,6 +491,7 @@ class Routing:
             self.plan()  # now, and not while a graph is traced
         if not is_captured(self.device):
             self.slots.enter_reserved()
+        return self
 
     # --- reading ------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_kernels.adapters.initial_values import draw_lora_a_, draw_lora_b_
 from lora_kernels.ops.routed.bank.tables import scaling_dtype
+from lora_kernels.runtime.checks import check_dropout_p
 from lora_kernels.runtime.dropout import drop_threshold
 
 
@@ -57,7 +58,7 @@ class Adapter(nn.Module):
 
     @dropout_p.setter
     def dropout_p(self, value: float) -> None:
-        check_dropout(value)
+        check_dropout_p(value)
         self._set("_dropout_p", float(value), "thresholds")
 
     @property
@@ -175,10 +176,3 @@ def check_scaling(scaling: float | Tensor) -> None:
         raise TypeError(f"scaling: expected a number or a 0-d tensor, got {type(scaling).__name__}")
     elif not math.isfinite(scaling):
         raise ValueError(f"scaling: expected a finite number, got {scaling}")
-
-
-def check_dropout(dropout_p: float) -> None:
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, Real):
-        raise TypeError(f"dropout_p: expected a number, got {type(dropout_p).__name__}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1), got {dropout_p}")

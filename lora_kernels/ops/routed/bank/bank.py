@@ -12,21 +12,24 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.ops.routed.bank.adapter import Adapter, check_dropout, check_scaling
+from lora_kernels.ops.routed.bank.adapter import Adapter, check_scaling
 from lora_kernels.ops.routed.bank.adapters_by_name import AdaptersByName
+from lora_kernels.ops.routed.bank.binding import bound_to, copied_over, moved, new_factors, refuse
+from lora_kernels.ops.routed.bank.checks import checked_factors
 from lora_kernels.ops.routed.bank.slots import BASE, AdapterSlots, Change, ModelVersion
 from lora_kernels.ops.routed.bank.storage import Arena, FactorShapes, anchor
 from lora_kernels.ops.routed.bank.tables import SlotTables
-from lora_kernels.ops.routed.bank.versions import BankVersion, Bound, Entry, Reserved, table_rows
+from lora_kernels.ops.routed.bank.versions import BankVersion, Reserved, table_rows
 from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout, TrainableFactors
 from lora_kernels.runtime.capture import is_captured
-from lora_kernels.runtime.checks import check_no_wrapper
+from lora_kernels.runtime.checks import check_count, check_dropout_p
 from lora_kernels.runtime.dtypes import FLOATING
-from lora_kernels.runtime.tensor_state import check_has_values, has_memory
+from lora_kernels.runtime.tensor_state import has_memory
 
 # What a bank makes must be plain tensors, also under inference_mode: a later step may save them.
 _OUTSIDE_INFERENCE = torch.inference_mode(False)
@@ -79,12 +82,12 @@ class AdapterBank(nn.Module):
         max_rank: int | None = None,
     ) -> None:
         super().__init__()
-        widths = [out_features] if isinstance(out_features, int) else list(out_features)
-        _check_size("in_features", in_features)
+        widths = [out_features] if isinstance(out_features, Integral) else list(out_features)
+        check_count("in_features", in_features)
         if not widths:
             raise ValueError("out_features: expected at least one slice, got none")
         for width in widths:
-            _check_size("out_features", width)
+            check_count("out_features", width)
         dtype = dtype or torch.get_default_dtype()
         if dtype not in FLOATING:
             raise TypeError(f"dtype: expected bfloat16, float16, float32 or float64, got {dtype}")
@@ -94,7 +97,7 @@ class AdapterBank(nn.Module):
         self.slice_widths = tuple(widths)
         self.slots = slots if slots is not None else AdapterSlots()
         self.adapters = AdaptersByName()
-        self.slots.join(self, self._version_on(anchor(dtype, device)))
+        self.slots.join(self, self._version_on(*self._memory(dtype, device)))
         if rank_capacity is not None:
             self.reserve(rank_capacity, max_rank)
         elif max_rank is not None:
@@ -106,7 +109,20 @@ class AdapterBank(nn.Module):
         shapes = FactorShapes(self.in_features, self.slice_widths)
         tables = SlotTables.empty(self.slots.capacity, len(self.slice_widths), storage.device)
         bank = weakref.ref(self)
-        return BankVersion(bank, shapes, storage, tables, {}, {}, reserved, trains=False, widest=0)
+        return BankVersion(bank, shapes, storage, tables, {}, {}, reserved)
+
+    def _memory(
+        self,
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        room: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, Reserved | None]:
+        """What offsets count from; with room as in :class:`Reserved`, memory that is kept."""
+        if room is None:
+            return anchor(dtype, device), None
+        arena = Arena(room[0], dtype, device)
+        tables = SlotTables.empty(self.slots.capacity, len(self.slice_widths), device)
+        return arena.tensor, Reserved(arena, tables, room[1])
 
     # --- adapters -----------------------------------------------------------------------------
 
@@ -140,71 +156,30 @@ class AdapterBank(nn.Module):
                 in a factor's place; the bank is unchanged then.
             RuntimeError: what was reserved is full (``rank_capacity``).
         """
-        _check_name(name, self)
-        pairs = self._check_factors(lora_a, lora_b)
+        self._check_name(name)
+        on_meta = self.device.type == "meta"
+        pairs = checked_factors(lora_a, lora_b, self.in_features, self.slice_widths, on_meta)
         check_scaling(scaling)
-        if isinstance(scaling, Tensor) and scaling.is_meta and self.device.type != "meta":
+        if isinstance(scaling, Tensor) and scaling.is_meta and not on_meta:
             raise ValueError("scaling: expected a value, got a tensor on the meta device")
-        check_dropout(dropout_p)
+        check_dropout_p(dropout_p)
         ranks = tuple(0 if pair is None else pair[0].shape[0] for pair in pairs)
         with self.slots.change() as change:
-            _check_name(name, self)
+            self._check_name(name)
             slot = self.slots.acquire(name)
             version = self._latest
-            factors = self._region(version, ranks)
+            factors = new_factors(version, ranks)
             for pair, slabs in zip(pairs, version.shapes.slabs(factors, ranks), strict=True):
                 for given, slab in zip(pair or (), slabs or (), strict=True):
                     with torch.no_grad():
                         slab.copy_(given)
             adapter = Adapter(slot, ranks, scaling, dropout_p, self.device)
             adapter.train(self.training)
-            entry = self._entry(version, adapter, factors, trainable)
-            change.set_bank(self, version.with_entry(entry))
+            entry = bound_to(version, adapter, factors, trainable)
+            change.set_bank(self, version.with_entries(entry))
             adapter.belong_to(self)
             self._set_module(change, name, adapter)
         return adapter
-
-    def _entry(
-        self,
-        version: BankVersion,
-        adapter: Adapter,
-        factors: list[Tensor],
-        trainable: bool = True,
-    ) -> Entry:
-        """An adapter whose values are in ``factors`` already, its parameters bound to them; they
-        are made where it has none yet."""
-        bound, slabs = [], version.shapes.slabs(factors, adapter.ranks)
-        for names, pair in zip(adapter.parameter_names(), slabs, strict=True):
-            for key, slab in zip(names, pair or (), strict=False):
-                parameter = adapter._parameters.get(key)
-                if parameter is None:
-                    parameter = nn.Parameter(slab.new_empty(0), requires_grad=trainable)
-                    adapter.register_parameter(key, parameter)
-                parameter.data = slab
-                bound.append(Bound(adapter._parameters, key, parameter, slab.data_ptr()))
-        rows = table_rows(adapter.ranks, factors, version.storage)
-        return Entry(adapter.slot, adapter, factors, rows, bound, adapter.rank)
-
-    def _region(self, version: BankVersion, ranks: tuple[int, ...]) -> list[Tensor]:
-        """New factors, of zeros."""
-        size = version.shapes.region_size(ranks)
-        if version.reserved is None:
-            region = torch.zeros(size, dtype=version.dtype, device=version.device)
-            return version.shapes.factors(region, ranks)
-        max_rank, arena = version.reserved.max_rank, version.reserved.arena
-        if sum(ranks) > max_rank:
-            raise RuntimeError(
-                f"add: rank {sum(ranks)} is above max_rank {max_rank}, which captured CUDA graphs "
-                "rely on; reserve() raises it, and they must be captured again"
-            )
-        region = arena.take(size)
-        if region is None:
-            raise RuntimeError(
-                f"add: {size} elements do not fit in what rank_capacity reserved ({arena.size} "
-                f"elements, {arena.largest_free()} of them free in one piece); reserve() makes "
-                "room, which moves the storage: CUDA graphs captured before must be captured again"
-            )
-        return version.shapes.factors(region, ranks)
 
     def _set_module(self, change: Change, name: str, adapter: Adapter | None) -> None:
         """Put an adapter among the submodules, or take it out, where others may be looking."""
@@ -244,48 +219,27 @@ class AdapterBank(nn.Module):
         *,
         strict: bool = True,
     ) -> Adapter:
-        """Add an adapter from a PEFT adapter directory, with ``load_adapter`` of
-        :mod:`lora_kernels.files.adapters`.
-
-        Args:
-            name: of the new adapter.
-            directory: as PEFT's ``save_pretrained`` writes it. Only safetensors are read.
-            module: the layer's name in the file; in a sliced bank a list with one per slice.
-            strict: whether it is an error that the file lacks one which its config targets; if not,
-                it is a warning.
-
-        Raises:
-            TypeError, ValueError: the files are malformed, not finite, of another shape or kind;
-                the bank is unchanged then.
-        """
+        """Add an adapter from a PEFT adapter directory; arguments and errors are those of
+        ``load_adapter`` of :mod:`lora_kernels.files.adapters`."""
         from lora_kernels.files.adapters import load_adapter
 
         return load_adapter(self, name, directory, module, strict=strict)
 
     def save(self, name: str, directory: str | os.PathLike, module: str | Sequence[str]) -> None:
-        """Write an adapter of this one layer as a PEFT adapter directory.
-
-        Args:
-            name: of the adapter.
-            directory: made where it is absent.
-            module: the layer's name in the model; in a sliced bank a list with one per slice.
-        """
+        """Write an adapter of this one layer as a PEFT adapter directory; arguments and errors are
+        those of ``save_adapter`` of :mod:`lora_kernels.files.adapters`."""
         from lora_kernels.files.adapters import save_adapter
 
         save_adapter(self, name, directory, module)
 
     def __getitem__(self, name: str) -> Adapter:
-        latest = self.slots.latest
-        slot = latest.names.get(name)
-        entry = None if slot is None else latest.of(self).entry(slot)
-        if entry is None:
+        adapter = self.slots.latest.adapter_of(self, name)
+        if adapter is None:
             raise KeyError(f"no adapter {name!r} in this bank; there are {list(self)}")
-        return entry.adapter
+        return adapter
 
     def __contains__(self, name: object) -> bool:
-        latest = self.slots.latest
-        slot = latest.names.get(name)
-        return slot is not None and latest.of(self).entry(slot) is not None
+        return self.slots.latest.adapter_of(self, name) is not None
 
     def __iter__(self) -> Iterator[str]:
         """The names, in the order in which they came."""
@@ -339,16 +293,14 @@ class AdapterBank(nn.Module):
             if rank_capacity is None:
                 rank_capacity = sum(ranks)
                 max_rank = widest if max_rank is None else max_rank
-            _check_size("rank_capacity", rank_capacity)
+            check_count("rank_capacity", rank_capacity)
             max_rank = max(rank_capacity, widest) if max_rank is None else max_rank
-            _check_size("max_rank", max_rank)
+            check_count("max_rank", max_rank)
             if widest > max_rank:
                 raise ValueError(f"max_rank: expected at least {widest}, the widest adapter's rank")
             # What is there counts, whatever was asked for.
             size = version.shapes.region_size_for(max(rank_capacity, sum(ranks)))
-            arena = Arena(size, version.dtype, version.device)
-            tables = SlotTables.empty(version.tables.slots, len(self.slice_widths), version.device)
-            self._move_to(arena.tensor, Reserved(arena, tables, max_rank))
+            self._move_to(*self._memory(version.dtype, version.device, (size, max_rank)))
             self.slots.reserve_for(self)
         self.slots.enter_reserved()
 
@@ -377,15 +329,11 @@ class AdapterBank(nn.Module):
     def _convert(self, dtype: torch.dtype, device: torch.device) -> None:
         """Take another dtype or device, or what parameters have become."""
         version = self._latest
-        storage, reserved = version.storage, version.reserved
-        if (dtype, device) != (version.dtype, version.device):
-            if reserved is None:
-                storage = anchor(dtype, device)
-            else:
-                arena = Arena(reserved.arena.size, dtype, device)
-                tables = SlotTables.empty(version.tables.slots, len(self.slice_widths), device)
-                storage, reserved = arena.tensor, Reserved(arena, tables, reserved.max_rank)
-        self._move_to(storage, reserved)
+        if (dtype, device) == (version.dtype, version.device):
+            self._move_to(version.storage, version.reserved)
+        else:
+            room = version.reserved and version.reserved.room
+            self._move_to(*self._memory(dtype, device, room))
 
     def _move_to(self, storage: Tensor, reserved: Reserved | None) -> None:
         """Make a version anew, from the parameters: those stay that lie in a region as they
@@ -402,26 +350,13 @@ class AdapterBank(nn.Module):
                 adapter.move_scaling(version.device)
                 entry = old.entry(adapter.slot) if same else None
                 if entry is None or entry.adapter is not adapter or not entry.is_in_place():
-                    entry = self._moved(change, version, name, adapter)
+                    entry = moved(change, version, name, adapter)
                 elif not storage.is_meta:  # shared memory may have moved it as a whole
                     rows = table_rows(adapter.ranks, entry.factors, storage)
                     entry = entry._replace(rows=rows)
                 adapter.belong_to(self)
                 entries.append(entry)
-            change.set_bank(self, version.with_entries(entries).with_thresholds())
-
-    @torch.no_grad()
-    def _moved(self, change: Change, version: BankVersion, name: str, adapter: Adapter) -> Entry:
-        """An adapter in a region of its own, with the values that its parameters have."""
-        factors = self._region(version, adapter.ranks)
-        slabs = version.shapes.slabs(factors, adapter.ranks)
-        for pair, slab_pair in zip(adapter.factors(), slabs, strict=True):
-            for parameter, slab in zip(pair or (), slab_pair or (), strict=True):
-                _check_parameter(name, parameter, slab)
-                slab.copy_(parameter.data)
-                data = parameter.data
-                change.on_undo(lambda p=parameter, data=data: setattr(p, "data", data))
-        return self._entry(version, adapter, factors)
+            change.set_bank(self, version.with_entries(*entries))
 
     def _check_memory(self) -> None:
         """Raise for a parameter whose storage was freed: copying it would crash."""
@@ -452,7 +387,7 @@ class AdapterBank(nn.Module):
         model = self.slots.current if model is None else model
         version = model.of(self)
         if version is None:  # the bank came after the batch had begun
-            return self._version_on(anchor(self.dtype, self.device))
+            return self._version_on(*self._memory(self.dtype, self.device))
         for kept_in, name, parameter, address in version.part(slots, capacity).bound:
             if kept_in.get(name) is not parameter or parameter.data_ptr() != address:
                 return self._repack_moved_parameters(model, slots)
@@ -482,36 +417,23 @@ class AdapterBank(nn.Module):
                     continue
                 for bound in entry.bound:
                     if bound.kept_in.get(bound.name) is not bound.parameter:
-                        _refuse(bound.kept_in.get(bound.name))
+                        refuse(bound.kept_in.get(bound.name))
                 name = next(n for n, a in self.adapters.items() if a is entry.adapter)
                 kinds = {(p.dtype, p.device) for p in entry.adapter.parameters()}
                 if kinds != {(version.dtype, version.device)}:
                     self.rebind()
                     return self._latest
                 if version.reserved is not None:
-                    moved = self._copied_over(name, entry)
+                    entry = copied_over(version, name, entry)
                 else:
-                    moved = self._moved(change, version, name, entry.adapter)
-                version, current = version.with_entry(moved), current.with_entry(moved)
+                    entry = moved(change, version, name, entry.adapter)
+                version, current = version.with_entries(entry), current.with_entries(entry)
             for each in (version, current):
                 each.published()
             model.replace_in_place(self, version)
             self.slots.current.replace_in_place(self, current)
             self.traced_version = current
         return version
-
-    @torch.no_grad()
-    def _copied_over(self, name: str, entry: Entry) -> Entry:
-        version = self._latest
-        slabs = version.shapes.slabs(entry.factors, entry.adapter.ranks)
-        values = [bound.parameter.data.clone() for bound in entry.bound]
-        places = [slab for pair in slabs for slab in pair or ()]
-        for bound, value, slab in zip(entry.bound, values, places, strict=True):
-            _check_parameter(name, bound.parameter, slab)
-            slab.copy_(value)
-            # A backward that is still to come would read the new values: it raises.
-            torch.autograd.graph.increment_version(bound.parameter)
-        return self._entry(version, entry.adapter, entry.factors)
 
     def tensors(self) -> BankTensors:
         """The bank as the backends take it, with all adapters."""
@@ -556,14 +478,13 @@ class AdapterBank(nn.Module):
 
     def __getstate__(self) -> dict:
         version = self._latest
-        reserved = version.reserved
-        kept = None if reserved is None else (reserved.arena.size, reserved.max_rank)
         state = {name: value for name, value in self.__dict__.items() if name != "traced_version"}
-        return {**state, "_kind": (version.dtype, version.device, kept, self.slots.latest.number)}
+        room = version.reserved and version.reserved.room
+        return {**state, "_kind": (version.dtype, version.device, room, self.slots.latest.number)}
 
     @_OUTSIDE_INFERENCE
     def __setstate__(self, state: dict) -> None:
-        dtype, device, kept, number = state.pop("_kind")
+        dtype, device, room, number = state.pop("_kind")
         super().__setstate__(state)
         if number != self.slots.number_copied:
             raise RuntimeError(
@@ -573,12 +494,7 @@ class AdapterBank(nn.Module):
         kinds = {(p.dtype, p.device) for p in self.parameters()}
         if len(kinds) == 1:
             dtype, device = kinds.pop()
-        storage, reserved = anchor(dtype, device), None
-        if kept is not None:
-            size, max_rank = kept
-            arena = Arena(size, dtype, device)
-            tables = SlotTables.empty(self.slots.capacity, len(self.slice_widths), device)
-            storage, reserved = arena.tensor, Reserved(arena, tables, max_rank)
+        storage, reserved = self._memory(dtype, device, room)
         with self.slots.change():
             self.slots.join(self, self._version_on(storage, reserved))
             self._move_to(storage, reserved)
@@ -590,97 +506,18 @@ class AdapterBank(nn.Module):
         widths = self.slice_widths[0] if len(self.slice_widths) == 1 else list(self.slice_widths)
         return f"in_features={self.in_features}, out_features={widths}, dtype={self.dtype}"
 
-    # --- checks -------------------------------------------------------------------------------
-
-    def _check_factors(self, lora_a, lora_b) -> list[tuple[Tensor, Tensor] | None]:
-        slices = len(self.slice_widths)
-        if slices == 1:
-            lora_a, lora_b = ([f] if isinstance(f, Tensor) else f for f in (lora_a, lora_b))
-        for name, factors in (("lora_a", lora_a), ("lora_b", lora_b)):
-            if isinstance(factors, Tensor) or not isinstance(factors, Sequence):
-                raise TypeError(
-                    f"{name}: expected {'a tensor' if slices == 1 else 'a list of tensors or None'}"
-                    f", got {type(factors).__name__}"
-                )
-            if len(factors) != slices:
-                raise ValueError(f"{name}: expected one per slice, {slices}, got {len(factors)}")
-        pairs = []
-        for s, (a, b, width) in enumerate(zip(lora_a, lora_b, self.slice_widths, strict=True)):
-            if (a is None) != (b is None):
-                raise ValueError(f"lora_a, lora_b: one of slice {s} is None and the other is not")
-            if a is None:
-                pairs.append(None)
-                continue
-            for name, factor in (("lora_a", a), ("lora_b", b)):
-                if not isinstance(factor, Tensor) or factor.dtype not in FLOATING:
-                    came = factor.dtype if isinstance(factor, Tensor) else type(factor).__name__
-                    raise TypeError(f"{name}: expected a tensor of floating point, got {came}")
-                check_no_wrapper(name, factor)
-                if factor.layout is not torch.strided or factor.is_nested:
-                    raise TypeError(f"{name}: expected a dense tensor, got {factor.layout}")
-                if factor.is_meta and self.device.type != "meta":
-                    raise ValueError(f"{name}: expected values, got a tensor on the meta device")
-                check_has_values(name, factor)
-            if a.ndim != 2 or a.shape[0] < 1 or a.shape[1] != self.in_features:
-                raise ValueError(
-                    f"lora_a: expected [rank >= 1, {self.in_features}], got {list(a.shape)}"
-                )
-            if tuple(b.shape) != (width, a.shape[0]):
-                raise ValueError(
-                    f"lora_b: expected [{width}, {a.shape[0]}] to match lora_a {list(a.shape)}, "
-                    f"got {list(b.shape)}"
-                )
-            pairs.append((a, b))
-        if all(pair is None for pair in pairs):
-            raise ValueError("lora_a: expected factors for at least one slice, got None for all")
-        return pairs
-
-
-def _check_name(name: str, bank: AdapterBank) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"name: expected a string, got {type(name).__name__}")
-    if name in bank:
-        raise ValueError(f"name: there is an adapter {name!r} already; remove it first")
-    if name == BASE or not bank.adapters.accepts(name):
-        raise ValueError(
-            f"name: expected one that is not empty, {BASE!r} or an attribute of ModuleDict, got "
-            f"{name!r}"
-        )
-
-
-def _check_size(name: str, size: int) -> None:
-    if isinstance(size, bool) or not isinstance(size, int):
-        raise TypeError(f"{name}: expected an integer, got {type(size).__name__}")
-    if size < 1:
-        raise ValueError(f"{name}: expected at least 1, got {size}")
+    def _check_name(self, name: str) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"name: expected a string, got {type(name).__name__}")
+        if name in self:
+            raise ValueError(f"name: there is an adapter {name!r} already; remove it first")
+        if name == BASE or not self.adapters.accepts(name):
+            raise ValueError(
+                f"name: expected one that is not empty, {BASE!r} or an attribute of ModuleDict, "
+                f"got {name!r}"
+            )
 
 
 def _rebind(bank: AdapterBank, incompatible_keys) -> None:
     """After loading a state dict, which may have put other parameters in place (assign=True)."""
     bank.rebind()
-
-
-def _check_parameter(name: str, parameter: Tensor, slab: Tensor) -> None:
-    if type(parameter) is not nn.Parameter or hasattr(parameter, "ds_id"):
-        _refuse(parameter)
-    if parameter.shape != slab.shape:
-        raise RuntimeError(
-            f"a parameter of adapter {name!r} has become {list(parameter.shape)}, its slab is "
-            f"{list(slab.shape)}: remove and add the adapter to change its rank; FSDP and ZeRO-3 "
-            "must be told to ignore the bank"
-        )
-
-
-def _described(parameter: object) -> str:
-    if parameter is None:
-        return "something that computes it"
-    zero = " partitioned by ZeRO-3" if hasattr(parameter, "ds_id") else ""
-    return f"a {type(parameter).__name__}{zero}"
-
-
-def _refuse(parameter: object) -> None:
-    raise RuntimeError(
-        f"an adapter's parameter was replaced by {_described(parameter)}: the bank works on its "
-        "own storage; tell FSDP and ZeRO-3 to ignore it, do not use functional_call or "
-        "parametrizations on it, and call rebind() after putting another Parameter in place"
-    )

@@ -97,22 +97,20 @@ def _make(version, slots: tuple[int, ...] | None, capacity: int) -> _Made:
             if a_offset >= 0:
                 a_offset += pair[0].numel()
     named = [entry.slot for entry in entries]
-    table = _table(_shape(version, capacity), version.device, named, rows)
+    shape = capacity + 1, len(version.slice_columns)
+    table = _table(shape, version.device, named, rows)
     return _Made(_needed_of(entries), GradientLayout(named, offsets, end, table), trained)
 
 
 def _nothing(version, capacity: int) -> tuple[GradientLayout, TrainableFactors]:
-    table = _nowhere(_shape(version, capacity), version.device)
+    shape = capacity + 1, len(version.slice_columns)
+    table = _nowhere(shape, version.device)
     return GradientLayout([], [], 0, table), TrainableFactors([], [], [])
 
 
 @kept_per_device  # one for all versions of all banks of a model
 def _nowhere(shape: tuple[int, int], device: torch.device) -> Tensor:
     return torch.full(shape, -1, device=device)
-
-
-def _shape(version, capacity: int) -> tuple[int, int]:
-    return capacity + 1, len(version.slice_columns)
 
 
 def _needed_of(entries) -> list[bool]:

@@ -12,7 +12,10 @@ import weakref
 from bisect import insort
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lora_kernels.runtime.checks import check_count
 
 if TYPE_CHECKING:
     from lora_kernels.ops.routed.bank.adapter import Adapter
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 BASE = "__base__"
 
 
+@dataclass(eq=False, repr=False)
 class ModelVersion:
     """The adapters of the banks that share an :class:`AdapterSlots`, at one time.
 
@@ -36,21 +40,15 @@ class ModelVersion:
         number: of the version.
     """
 
-    def __init__(
-        self,
-        names: dict[str, int],
-        serials: dict[int, int],
-        changes: int,
-        edits: dict[int, int],
-        capacity: int,
-        holes: list[int],
-        settings: dict[str, Any],
-        banks: dict[int, BankVersion],
-        number: int = 0,
-    ) -> None:
-        self.names, self.serials, self.changes = names, serials, changes
-        self.edits, self.capacity, self.holes, self.settings = edits, capacity, holes, settings
-        self._banks, self.number = banks, number
+    names: dict[str, int]
+    serials: dict[int, int]
+    changes: int
+    edits: dict[int, int]
+    capacity: int
+    holes: list[int]
+    settings: dict[str, Any]
+    _banks: dict[int, BankVersion]
+    number: int = 0
 
     def slot_of(self, name: str) -> int:
         """The slot of ``name``; -1 for ``"__base__"``."""
@@ -125,16 +123,15 @@ class Change:
             v = self.before
             alive = ((each.bank(), each) for each in v.banks())
             self._banks = {id(bank): each for bank, each in alive if bank is not None}
-            self._draft = ModelVersion(
-                dict(v.names),
-                dict(v.serials),
-                v.changes,
-                dict(v.edits),
-                v.capacity,
-                list(v.holes),
-                dict(v.settings),
-                self._banks,
-                v.number + 1,
+            self._draft = replace(
+                v,
+                names=dict(v.names),
+                serials=dict(v.serials),
+                edits=dict(v.edits),
+                holes=list(v.holes),
+                settings=dict(v.settings),
+                _banks=self._banks,
+                number=v.number + 1,
             )
         return self._draft
 
@@ -191,10 +188,7 @@ class AdapterSlots:
     """
 
     def __init__(self, capacity: int = 64) -> None:
-        if isinstance(capacity, bool) or not isinstance(capacity, int):
-            raise TypeError(f"capacity: expected an integer, got {type(capacity).__name__}")
-        if capacity < 1:
-            raise ValueError(f"capacity: expected at least 1, got {capacity}")
+        check_count("capacity", capacity)
         self.current = ModelVersion({}, {}, 0, {}, capacity, [], {}, {})
         self.number_copied = 0  # of the version that this is a copy of
         self._begin()
@@ -253,7 +247,7 @@ class AdapterSlots:
         return {name: getattr(version, name) for name in names}
 
     def __setstate__(self, state: dict) -> None:
-        self.current = ModelVersion(**state, banks={})
+        self.current = ModelVersion(**state, _banks={})
         self.number_copied = self.current.number
         self._begin()
 
@@ -344,21 +338,14 @@ class AdapterSlots:
         """Free the slot of ``name`` unless a bank still holds an adapter of that name."""
         with self.change() as change:
             if name in change.version.names and not change.version.has_layers(name):
-                version = change.draft()
-                self.end_meaning(version.names.pop(name))
-                version.settings.pop(name, None)
+                self.forget(name)
 
     def forget(self, name: str) -> None:
-        """Free the slot of a name whose banks are gone."""
+        """Free the slot of a name whose banks are gone: routings that use it are out of date."""
         with self.change() as change:
             version = change.draft()
-            self.end_meaning(version.names.pop(name))
+            slot = version.names.pop(name)
             version.settings.pop(name, None)
-
-    def end_meaning(self, slot: int) -> None:
-        """A slot is free: routings that use it are out of date."""
-        with self.change() as change:
-            version = change.draft()
             insort(version.holes, slot)
             version.serials[slot] = version.serials.get(slot, 0) + 1
             version.changes += 1

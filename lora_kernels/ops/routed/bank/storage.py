@@ -35,13 +35,12 @@ class FactorShapes(NamedTuple):
         """Where each slice begins in the result, and its width."""
         return list(accumulate(self.slice_widths, initial=0))
 
-    def sizes(self, ranks: tuple[int, ...]) -> list[int]:
-        """Elements of A of all slices, and of B of each."""
-        sizes = [sum(ranks) * self.in_features]
-        return sizes + [rank * width for rank, width in zip(ranks, self.slice_widths, strict=True)]
+    def shapes(self, ranks: tuple[int, ...]) -> list[tuple[int, int]]:
+        """Of A of all slices ``[R, K]``, and of B of each ``[N_s, R_s]``."""
+        return [(sum(ranks), self.in_features), *zip(self.slice_widths, ranks, strict=True)]
 
     def region_size(self, ranks: tuple[int, ...]) -> int:
-        return sum(map(aligned, self.sizes(ranks)))
+        return sum(aligned(rows * columns) for rows, columns in self.shapes(ranks))
 
     def region_size_for(self, rank_capacity: int) -> int:
         """Enough for any adapters whose ranks sum to ``rank_capacity``."""
@@ -51,9 +50,8 @@ class FactorShapes(NamedTuple):
 
     def factors(self, region: Tensor, ranks: tuple[int, ...]) -> list[Tensor]:
         """Views: A of all slices ``[R, K]``, then B of each slice ``[N_s, R_s]``."""
-        shapes = [(sum(ranks), self.in_features), *zip(self.slice_widths, ranks, strict=True)]
         factors, start, lease = [], 0, getattr(region, "lease", None)
-        for rows, columns in shapes:
+        for rows, columns in self.shapes(ranks):
             factor = region.as_strided(
                 (rows, columns), (columns, 1), region.storage_offset() + start
             )

@@ -10,6 +10,8 @@ live until the last version, batch or backward that reads them is gone.
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -111,6 +113,11 @@ class Reserved:
         self.arena, self.tables, self.max_rank = arena, tables, max_rank
         self._holds: BankVersion | None = None
 
+    @property
+    def room(self) -> tuple[int, int]:
+        """Elements in the arena, and the highest rank of an adapter."""
+        return self.arena.size, self.max_rank
+
     def enter(self, version: BankVersion) -> None:
         """Let the tables hold a version, from here on in the current stream."""
         if self._holds is version or version.reserved is not self:
@@ -121,40 +128,39 @@ class Reserved:
         self._holds = version
 
 
+@dataclass(eq=False, repr=False)
 class BankVersion:
     """See the module; made by :class:`AdapterBank`.
 
     Attributes:
+        bank: whose it is.
         shapes: of the factors.
-        dtype, device: of the factors.
         storage: what offsets count from.
+        dtype, device: of the factors.
         tables: what kernels look up.
+        by_slot: the adapters.
         thresholds: q of the adapters that drop, by slot.
         reserved: what captured graphs read; None where they cannot be.
         trains: whether any parameter required grad when it came.
+        widest: the highest rank of an adapter.
         max_total_rank: H.
         plans: of the calls that read this version.
     """
 
-    def __init__(
-        self,
-        bank: weakref.ref[nn.Module],
-        shapes: FactorShapes,
-        storage: Tensor,
-        tables: SlotTables,
-        entries: dict[int, Entry],
-        thresholds: dict[int, int],
-        reserved: Reserved | None,
-        trains: bool,
-        widest: int,
-    ) -> None:
-        self.bank = bank
-        self.shapes, self.storage, self.tables = shapes, storage, tables
-        self.dtype, self.device = storage.dtype, storage.device
-        self._by_slot, self.thresholds, self.reserved = entries, thresholds, reserved
-        self.trains, self._widest = trains, widest
-        self.slice_columns = shapes.slice_columns
-        self.max_total_rank = widest if reserved is None else reserved.max_rank
+    bank: weakref.ref[nn.Module]
+    shapes: FactorShapes
+    storage: Tensor
+    tables: SlotTables
+    by_slot: dict[int, Entry]
+    thresholds: dict[int, int]
+    reserved: Reserved | None
+    trains: bool = False
+    widest: int = 0
+
+    def __post_init__(self) -> None:
+        self.dtype, self.device = self.storage.dtype, self.storage.device
+        self.slice_columns = self.shapes.slice_columns
+        self.max_total_rank = self.widest if self.reserved is None else self.reserved.max_rank
         self._entries: list[Entry] | None = None
         self._parts: dict[tuple, Part] = {}  # replaced, never changed
         self._noted: set[tuple[int, int | None]] = set()  # streams, and slots that they read
@@ -168,24 +174,25 @@ class BankVersion:
     @property
     def entries(self) -> list[Entry]:
         """All adapters, in the order of their slots."""
-        if torch.compiler.is_compiling():  # a call that is being traced only reads
-            return self._entries or sorted(self._by_slot.values(), key=_slot_of)
-        if self._entries is None:
-            self._entries = sorted(self._by_slot.values(), key=_slot_of)
-        return self._entries
+        entries = self._entries
+        if entries is None:
+            entries = sorted(self.by_slot.values(), key=attrgetter("slot"))
+            if not torch.compiler.is_compiling():  # a call that is being traced only reads
+                self._entries = entries
+        return entries
 
     def __len__(self) -> int:
-        return len(self._by_slot)
+        return len(self.by_slot)
 
     def entry(self, slot: int) -> Entry | None:
         """The adapter in a slot; None where this bank has none there."""
-        return self._by_slot.get(slot)
+        return self.by_slot.get(slot)
 
     def entries_in(self, slots: tuple[int, ...] | None) -> list[Entry]:
         """The adapters in ``slots`` (None: all), in the order of their slots."""
         if slots is None:
             return self.entries
-        by_slot = self._by_slot
+        by_slot = self.by_slot
         return [by_slot[slot] for slot in slots if slot in by_slot]
 
     def tensors(self, slots: tuple[int, ...] | None = None, capacity: int = 0) -> BankTensors:
@@ -301,31 +308,25 @@ class BankVersion:
         self.wait()
         return self.tables
 
-    def with_entry(self, entry: Entry) -> BankVersion:
-        """This and an adapter, in a free slot or in the place of the one that has it."""
-        slot, adapter = entry.slot, entry.adapter
-        thresholds = {s: q for s, q in self.thresholds.items() if s != slot}
-        if adapter.threshold:
-            thresholds[slot] = adapter.threshold
-        tables = self._tables_there().with_adapters({slot: entry.rows}, {slot: adapter.scaling})
+    def with_entries(self, *entries: Entry) -> BankVersion:
+        """This and adapters, each in a free slot or in the place of the one that has it."""
+        by_slot = {entry.slot: entry for entry in entries}
+        thresholds = {s: q for s, q in self.thresholds.items() if s not in by_slot}
+        thresholds |= {s: q for s, entry in by_slot.items() if (q := entry.adapter.threshold)}
+        rows = {slot: entry.rows for slot, entry in by_slot.items()}
+        scalings = {slot: entry.adapter.scaling for slot, entry in by_slot.items()}
+        tables = self._tables_there().with_adapters(rows, scalings)
         if thresholds != self.thresholds:
             tables = tables.with_thresholds(thresholds)
-        return self._next(
+        bound = (each for entry in entries for each in entry.bound)
+        return replace(
+            self,
             tables=tables,
             thresholds=thresholds,
-            entries={**self._by_slot, slot: entry},
-            trains=self.trains or any(each.parameter.requires_grad for each in entry.bound),
-            widest=max(self._widest, entry.rank),
+            by_slot=self.by_slot | by_slot,
+            trains=self.trains or any(each.parameter.requires_grad for each in bound),
+            widest=max([self.widest, *(entry.rank for entry in entries)]),
         )
-
-    def with_entries(self, entries: list[Entry]) -> BankVersion:
-        """This with these adapters and no others."""
-        rows = {entry.slot: entry.rows for entry in entries}
-        scalings = {entry.slot: entry.adapter.scaling for entry in entries}
-        trains = any(each.parameter.requires_grad for entry in entries for each in entry.bound)
-        tables = self._tables_there().with_adapters(rows, scalings)
-        by_slot = {entry.slot: entry for entry in entries}
-        return self._next(tables=tables, entries=by_slot, trains=trains, widest=_widest(by_slot))
 
     def without(self, slot: int) -> BankVersion:
         """This less an adapter."""
@@ -333,43 +334,23 @@ class BankVersion:
         if slot in thresholds:
             thresholds = {s: q for s, q in thresholds.items() if s != slot}
             tables = tables.with_thresholds(thresholds)
-        entries, widest = dict(self._by_slot), self._widest
+        entries, widest = dict(self.by_slot), self.widest
         if entries.pop(slot).rank == widest:
-            widest = _widest(entries)
-        return self._next(tables=tables, entries=entries, thresholds=thresholds, widest=widest)
+            widest = max((entry.rank for entry in entries.values()), default=0)
+        return replace(self, tables=tables, by_slot=entries, thresholds=thresholds, widest=widest)
 
     def with_scaling(self, slot: int) -> BankVersion:
         """This with the scaling that an adapter has now."""
-        scaling = self._by_slot[slot].adapter.scaling
-        return self._next(tables=self._tables_there().with_scaling(slot, scaling))
+        scaling = self.by_slot[slot].adapter.scaling
+        return replace(self, tables=self._tables_there().with_scaling(slot, scaling))
 
     def with_thresholds(self) -> BankVersion:
         """This with the dropout that its adapters have now."""
-        now = {slot: q for slot, entry in self._by_slot.items() if (q := entry.adapter.threshold)}
+        now = {slot: q for slot, entry in self.by_slot.items() if (q := entry.adapter.threshold)}
         if now == self.thresholds:
             return self
-        return self._next(tables=self._tables_there().with_thresholds(now), thresholds=now)
+        return replace(self, tables=self._tables_there().with_thresholds(now), thresholds=now)
 
     def with_capacity(self, slots: int) -> BankVersion:
         """This with tables of so many slots."""
-        return self._next(tables=self._tables_there().resized(slots))
-
-    def _next(self, **changed) -> BankVersion:
-        same = {
-            "storage": self.storage,
-            "tables": self.tables,
-            "entries": self._by_slot,
-            "thresholds": self.thresholds,
-            "reserved": self.reserved,
-            "trains": self.trains,
-            "widest": self._widest,
-        }
-        return BankVersion(self.bank, self.shapes, **same | changed)
-
-
-def _slot_of(entry: Entry) -> int:
-    return entry.slot
-
-
-def _widest(entries: dict[int, Entry]) -> int:
-    return max((entry.rank for entry in entries.values()), default=0)
+        return replace(self, tables=self._tables_there().resized(slots))
