@@ -47,7 +47,13 @@ _H200 = SimpleNamespace(
     L2_cache_size=60 << 20,
     warp_size=32,
 )
-_STREAM = SimpleNamespace(stream_id=0, device=CUDA, wait_stream=lambda _: None)
+_STREAM = SimpleNamespace(
+    stream_id=0,
+    device=CUDA,
+    wait_stream=lambda _: None,
+    wait_event=lambda _: None,
+    record_event=lambda: None,
+)
 _ADDRESS_SPACE = 1 << 36  # of a storage: larger than any
 
 _device_of, _is_cuda, _is_meta = (

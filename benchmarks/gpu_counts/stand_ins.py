@@ -52,9 +52,9 @@ def _draw_mask(rows, columns, dropout):
     return mask
 
 
-def _masked_product(t, a, mask, dropout, alpha=1.0, out=None):
+def _masked_product(t, a, mask, dropout, alpha=1.0, scale=None):
     """Reads t ``[M, R]``, A ``[R, K]`` and the mask, writes ``keep * (t A)`` ``[M, K]``."""
-    out = a.new_empty((t.shape[0], a.shape[1])) if out is None else out
+    out = a.new_empty((t.shape[0], a.shape[1]))
     _launch("masked_product", nbytes(t, a, mask), nbytes(out))
     return out
 

@@ -34,7 +34,6 @@ def product_of_a_gpu(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 @pytest.fixture
 def gpu_products(monkeypatch):
     monkeypatch.setattr(products, "_product", product_of_a_gpu)
-    monkeypatch.setattr(products, "product_dtype", lambda x: accumulator_dtype(x.dtype))
     for module in (products, composed):
         monkeypatch.setattr(module, "widens_first", lambda x: False)
 

@@ -314,7 +314,6 @@ def test_a_mask_that_another_place_has_drawn_is_the_one_that_is_read(backend):
     problem = whole_numbers().with_(output_scale=None)
     place = MaskPlace(11, 16, 400)
     call = call_of(problem, place)
-    call.save = True
     _, h, mask, *_ = module.forward(call)
     needs = op.Needs(True, True, True, True, False)
     backward = {"dy": problem.dy, "h": h, "needs": needs}

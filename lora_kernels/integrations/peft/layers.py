@@ -109,6 +109,11 @@ def fused_forward(
         y = _lora(x, base, bias, first)
     elif first.dropout_p == 0.0:
         y = adapted_linear(x, base, _dora_factors(base, first), bias)
+    elif first.dora_base_under_dropout:
+        # x W' + b + (c - 1) D(x) W' + c s D(x) A' B', with the terms in D(x) joined.
+        dropped = _dropped(x, first)
+        y = adapted_linear(dropped, base, _dora_factors(base, first), bias)
+        y = y + base.matmul(x - dropped)
     else:
         y, others = base.matmul(x, bias), [first, *others]
     dtype = y.dtype
@@ -148,11 +153,9 @@ def _add_dora(
     adapter: ActiveAdapter,
 ) -> Tensor:  # [..., N], in the wider dtype of y and the magnitude, as in PEFT
     """``y + (c - 1) base + c s B A D(x)``; base is y without its bias, or ``W D(x)``."""
-    factors = adapter.factors
     c = _dora_factors(base, adapter).output_scale
     if adapter.dropout_p > 0.0:
-        # In A's dtype, as in PEFT: a half-precision 1 / (1 - p) is off by the same in every row.
-        x = F.dropout(x.to(factors.a.dtype), adapter.dropout_p).to(x.dtype)
+        x = _dropped(x, adapter)
     if adapter.dora_base_under_dropout:
         alone = base.matmul(x)
     elif bias is None:
@@ -160,6 +163,12 @@ def _add_dora(
     else:
         alone = y - bias
     return y + (c - 1) * alone + c * _lora(x, None, None, adapter._replace(dropout_p=0.0))
+
+
+def _dropped(x: Tensor, adapter: ActiveAdapter) -> Tensor:
+    """D(x), drawn by torch."""
+    # In A's dtype, as in PEFT: a half-precision 1 / (1 - p) is off by the same in every row.
+    return F.dropout(x.to(adapter.factors.a.dtype), adapter.dropout_p).to(x.dtype)
 
 
 def _dora_factors(base: DenseWeight, adapter: ActiveAdapter) -> LoRAFactors:

@@ -46,7 +46,6 @@ class LinearCall:
     dropout: ActiveDropout | None  # None where nothing is dropped
     backend: str = "auto"  # as it was asked for
     plan: LinearPlan | None = None  # None for a call of an op
-    save: bool = False  # whether a backward follows, which reads h
     save_unscaled: bool = False
     dy: Tensor | None = None  # [..., N]
     h: Tensor | None = None  # [M, R], needed for the gradient of B
@@ -60,7 +59,7 @@ class Result(NamedTuple):
     """What a forward computes: y, and what a backward may need."""
 
     y: Tensor  # [..., N]
-    h: Tensor  # [M, R] in fp32, or the composed backend's dtype: D(x) A^T
+    h: Tensor  # [M, R] in fp32, or composed's product_dtype: D(x) A^T
     mask: Tensor | None  # [M, ceil(K/8)], the packed keep-mask
     unscaled: Tensor | None  # [M, N], the result before output_scale and bias, where asked for
     rounded: Rounded = (None, None)  # handed to a backward that was planned with the forward

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from lora_kernels.adapters.factors import LoRAFactors
+from lora_kernels.base_weights import product_or_bias
 from lora_kernels.ops.linear.call import Gradients, LinearCall, Result
 from lora_kernels.ops.narrow.columns import column_dot, scale_columns
 from lora_kernels.ops.narrow.masks import draw_mask, masked_copy, masked_product
 from lora_kernels.ops.narrow.products import (
+    in_fp16_range,
     narrow_product,
     rounded,
     scaled_product,
@@ -33,28 +35,38 @@ def why_not(call: LinearCall) -> str | None:
 
 @below_autograd
 def forward(call: LinearCall) -> Result:
-    """h is in :func:`product_dtype` where it is saved."""
+    """h is in :func:`product_dtype`, or for few tokens in the factors' dtype."""
     x, factors = call.x, call.factors
     output_scale = factors.output_scale
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
     widens = widens_first(x)
-    a = factors.a if widens else factors.a.to(x.dtype)
-    b, alpha = _scaled_b(factors, x.dtype)
+    bias = call.bias if output_scale is None else None
     dropped, mask = rows, None
     if call.dropout is not None:
         dropped, mask = masked_copy(rows, call.dropout)
-    h = narrow_product(dropped, a.t(), None if call.save else x.dtype)
-    # The tail first: the wide GEMM then adds to a result that is still in the cache.
-    bias = call.bias if output_scale is None else None
-    y = scaled_product(h.to(x.dtype), b.t(), alpha, bias)
-    if call.base is not None:
-        call.base.add_matmul_(y, rows)
-    unscaled = None
+    kept_a = kept_b = unscaled = None
+    if _is_better_widened(rows, factors):
+        h = dropped.to(factors.a.dtype) @ factors.a.t()
+        y, begun = product_or_bias(call.base, rows, bias, factors.b.shape[0])
+        scaling = host_number(factors.scaling)
+        if isinstance(scaling, Tensor):
+            tail = (h * scaling) @ factors.b.t()
+        else:
+            tail = scaled_product(h, factors.b.t(), scaling)
+        y = y.add_(tail) if begun else tail.to(x.dtype)
+    else:
+        a = factors.a if widens else factors.a.to(x.dtype)
+        b, alpha = _scaled_b(factors, x.dtype)
+        h = narrow_product(dropped, a.t())
+        # The tail first: the wide GEMM then adds to a result that is still in the cache.
+        y = scaled_product(h.to(x.dtype), b.t(), alpha, bias)
+        if call.base is not None:
+            call.base.add_matmul_(y, rows)
+        kept_a = None if a is factors.a else a
+        kept_b = b if alpha == 1 and b is not factors.b and not widens else None
     if output_scale is not None:
         unscaled = y if call.save_unscaled else None
         y = scale_columns(y, output_scale, call.bias)
-    kept_a = None if a is factors.a else a
-    kept_b = b if alpha == 1 and b is not factors.b and not widens else None
     return Result(restore_leading_dims(y, x), h, mask, unscaled, (kept_a, kept_b))
 
 
@@ -83,27 +95,35 @@ def backward(call: LinearCall) -> Gradients:
         a = factors.a.to(dy.dtype)
     if b is None:
         b, alpha = _scaled_b(factors, torch.float32 if widens_first(dy) else dy.dtype)
-    # bf16 has fp32's range: there t is rounded once, by the product.
-    t = narrow_product(rows_dy, b, None if dy.dtype == torch.float16 else dy.dtype)  # [M, R]
+    t, scale = narrow_product(rows_dy, b), None  # [M, R]
+    if dy.dtype == torch.float16 and not widens_first(dy):
+        t, scale = in_fp16_range(t)
     mask, rows_x = call.mask, None
     if needs.lora_a:
         rows_x = call.x.reshape(-1, columns)
         if dropout is not None:
             rows_x, mask = masked_copy(rows_x, dropout, mask)
-        grad_a = transposed_product(t, rows_x, factors.a.dtype, alpha)
+        grad_a = transposed_product(t, rows_x, factors.a.dtype, alpha, scale)
         rows_x = None  # the copy goes before dx comes
     if needs.x:
         t = t.to(dy.dtype)
         if dropout is None:
-            dx = scaled_product(t, a, alpha)
+            dx = scaled_product(t if scale is None else rounded(t, dy.dtype, scale), a, alpha)
         else:
             if mask is None:
                 mask = draw_mask(num_rows, columns, dropout)
-            dx = masked_product(t, a, mask, dropout, alpha)
+            dx = masked_product(t, a, mask, dropout, alpha, scale)
         if call.base is not None:
             call.base.add_matmul_t_(dx, rows_dy)
         dx = dx.view(*dy.shape[:-1], columns)
     return Gradients(dx, grad_a, grad_b, grad_bias, grad_output_scale)
+
+
+def _is_better_widened(rows: Tensor, factors: LoRAFactors) -> bool:
+    """Whether the rows are to take the factors' wider dtype, and not the factors theirs: with so
+    few tokens the factors are most of what is read."""
+    wider = factors.a.dtype.itemsize > rows.dtype.itemsize
+    return wider and factors.a.dtype == factors.b.dtype and rows.shape[0] < factors.a.shape[0]
 
 
 def _scaled_b(factors: LoRAFactors, dtype: torch.dtype) -> tuple[Tensor, float]:

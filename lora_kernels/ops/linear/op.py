@@ -69,12 +69,11 @@ def stores_mask(device: torch.device, drops: bool, backend: str) -> bool:
 
 
 def _dtype_of_h(x: Tensor, backend: str) -> torch.dtype:
-    """Known from x's device and dtype, as the choice between native and composed is.
-
-    On a GPU it is the same whatever serves the call.
-    """
-    native = x.device.type == "cpu" and dispatch.choose(backend, x.device, x.dtype)[0] == "native"
-    return torch.float32 if native or backend == "triton" else product_dtype(x)
+    """Of the op's result: known from x's device and dtype, as the choice between native and
+    composed is. On a GPU it is composed's, whatever serves the call."""
+    if backend not in ("triton", "native") and x.device.type == "cpu":
+        backend = dispatch.choose(backend, x.device, x.dtype).backend
+    return torch.float32 if backend in ("triton", "native") else product_dtype(x)
 
 
 # --- kernels ---------------------------------------------------------------------------------
@@ -120,11 +119,11 @@ def _inference_kernel(*arguments):
 def _forward_kernel(x, *arguments):
     *operands, save_unscaled, backend = arguments
     call = _call_of(x, *operands)
-    call.save, call.save_unscaled = True, save_unscaled
+    call.save_unscaled = save_unscaled
     y, h, mask, unscaled, _ = _forward(call, backend)
     return (
         y,
-        h,
+        h.to(_dtype_of_h(x, backend)),
         x.new_empty(0, dtype=torch.uint8) if mask is None else mask,
         x.new_empty(0) if unscaled is None else unscaled,
     )
@@ -218,7 +217,7 @@ class LoRALinearFunction(torch.autograd.Function):
     def forward(ctx, x, a, b, bias, output_scale, call):
         needs_x, needs_a, needs_b, _, needs_output_scale, _ = ctx.needs_input_grad
         plan = call.plan
-        call.save, call.save_unscaled = True, needs_output_scale
+        call.save_unscaled = needs_output_scale
         rounded_a = rounded_b = None
         if plan is None:
             y, h, mask, unscaled = _FORWARD(*_operands(call), needs_output_scale, call.backend)

@@ -31,9 +31,20 @@ def scale_columns(y: Tensor, output_scale: Tensor, bias: Tensor | None) -> Tenso
 
 
 def column_dot(left: Tensor, right: Tensor) -> Tensor:
-    """The sum over rows of ``left * right``: two ``[M, N]`` to ``[N]``, in fp32 by chunks."""
+    """The sum over rows of ``left * right``: two ``[M, N]`` to ``[N]``, in fp32 by chunks.
+
+    On a device a chunk is as large as ``left`` in memory, which in half precision are two.
+    """
     accumulator = accumulator_dtype(left.dtype)
-    out = left.new_zeros(left.shape[1], dtype=accumulator)
-    for chunk in row_chunks(*left.shape, left.device):
-        out += (left[chunk].to(accumulator) * right[chunk]).sum(0)
-    return out
+    rows, chunks = left.shape[0], row_chunks(*left.shape, left.device)
+    if left.device.type != "cpu":
+        step = max(1, -(-rows * left.dtype.itemsize // accumulator.itemsize))
+        chunks = [slice(start, start + step) for start in range(0, rows, step)]
+    out = None
+    for chunk in chunks:
+        # In place where that is a copy, so that there is one in memory.
+        wide = left[chunk].to(accumulator)
+        wide = wide * right[chunk] if left.dtype == accumulator else wide.mul_(right[chunk])
+        total = wide.sum(0)
+        out = total if out is None else out.add_(total)
+    return left.new_zeros(left.shape[1], dtype=accumulator) if out is None else out

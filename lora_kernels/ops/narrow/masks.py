@@ -12,7 +12,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.narrow.products import row_chunks, scaled_product
+from lora_kernels.ops.narrow.products import rounded, row_chunks, scaled_product
 from lora_kernels.ops.narrow.triton.driver import missing
 from lora_kernels.runtime.dropout import ActiveDropout, packed_keep_mask, zero_dropped
 
@@ -50,13 +50,16 @@ def masked_product(
     mask: Tensor,  # [M, ceil(K/8)]
     dropout: ActiveDropout,
     alpha: float = 1.0,
+    scale: Tensor | None = None,  # [] fp32
 ) -> Tensor:  # [M, K]
-    """``alpha * keep * (t A)``, where keep is 0 or the dropout's scale."""
+    """``alpha * scale * keep * (t A)``, where keep is 0 or the dropout's scale."""
     if _has_kernels(t.device):
         from lora_kernels.ops.narrow.triton import masked
 
-        return masked.masked_product(t, a, mask, dropout, alpha)
+        return masked.masked_product(t, a, mask, dropout, alpha, scale)
     alpha = alpha * dropout.scale
+    if scale is not None:
+        t = rounded(t, t.dtype, scale)
     out = t.new_empty((t.shape[0], a.shape[1]))
     for chunk in row_chunks(*out.shape, out.device):
         out[chunk] = zero_dropped(scaled_product(t[chunk], a, alpha), mask[chunk])

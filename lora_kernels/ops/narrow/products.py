@@ -13,34 +13,31 @@ from lora_kernels.runtime.dtypes import accumulator_dtype
 _CHUNK_ELEMENTS, _DEVICE_CHUNK_ELEMENTS = 1 << 20, 1 << 23
 
 
-def narrow_product(wide: Tensor, factor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """``wide @ factor``: ``[M, D] x [D, R] -> [M, R]``, both of one dtype.
+def narrow_product(wide: Tensor, factor: Tensor) -> Tensor:
+    """``wide @ factor``: ``[M, D] x [D, R] -> [M, R]`` in :func:`product_dtype`.
 
-    Where wide :func:`widens first <widens_first>` the factor may be of a wider one.
-
-    Args:
-        dtype: of the result: theirs, or None for :func:`product_dtype`.
+    Both of one dtype; where wide :func:`widens first <widens_first>` the factor may be wider.
     """
-    if dtype is None:
-        dtype = product_dtype(wide)
     if not widens_first(wide):
-        return _product(wide, factor, dtype)
+        return _product(wide, factor, product_dtype(wide))
     out = wide.new_empty((wide.shape[0], factor.shape[1]), dtype=torch.float32)
     factor = factor.float()
     for chunk in row_chunks(*wide.shape, wide.device):
         torch.mm(wide[chunk].float(), factor, out=out[chunk])
-    return out.to(dtype)
+    return out
 
 
 def transposed_product(
-    left: Tensor, right: Tensor, dtype: torch.dtype, alpha: float = 1.0
-) -> Tensor:
-    """``alpha * left^T @ right``: ``[M, P], [M, Q] -> [P, Q]`` in ``dtype``, summed in fp32.
+    left: Tensor,  # [M, P]
+    right: Tensor,  # [M, Q]
+    dtype: torch.dtype,
+    alpha: float = 1.0,
+    scale: Tensor | None = None,  # []
+) -> Tensor:  # [P, Q]
+    """``alpha * scale * left^T @ right`` in ``dtype``, summed in fp32.
 
-    One side is an activation, the other h or t in its dtype or in fp32. That one is rounded for the
-    product; to fp16 after it was divided by its largest element, as all of it may lie below
-    fp16's smallest number. Nothing is read back for it, and a NaN or infinity in it reaches the
-    whole result.
+    One side is an activation, the other h or t in its dtype or in fp32; that one is rounded for the
+    product, to fp16 by :func:`in_fp16_range`.
     """
     narrow_is_left = left.dtype.itemsize > right.dtype.itemsize
     activation = right if narrow_is_left else left
@@ -49,16 +46,25 @@ def transposed_product(
         for chunk in row_chunks(activation.shape[0], max(out.shape), left.device):
             out.addmm_(left[chunk].float().t(), right[chunk].float(), alpha=alpha)
         return out.to(dtype)
-    if left.dtype == right.dtype or activation.dtype != torch.float16:
-        left, right = left.to(activation.dtype), right.to(activation.dtype)
+    if left.dtype != right.dtype and activation.dtype == torch.float16:
+        narrow, scale = in_fp16_range(left if narrow_is_left else right)
+        left, right = (narrow, right) if narrow_is_left else (left, narrow)
+    left, right = left.to(activation.dtype), right.to(activation.dtype)
+    if scale is None:
         return scaled_product(left.t(), right, alpha, dtype=dtype)
-    narrow = left if narrow_is_left else right
-    largest = torch.linalg.vector_norm(narrow, torch.inf) if narrow.numel() else narrow.new_ones(())
-    largest = largest.clamp_min_(torch.finfo(torch.float32).tiny)
-    narrow = rounded(narrow, torch.float16, largest, divide=True)
-    left, right = (narrow, right) if narrow_is_left else (left, narrow)
-    scale = largest if alpha == 1 else largest * alpha
+    scale = scale if alpha == 1 else scale * alpha
     return rounded(_product(left.t(), right, torch.float32), dtype, scale)
+
+
+def in_fp16_range(narrow: Tensor) -> tuple[Tensor, Tensor]:
+    """h or t ``[M, R]`` in fp16 after one division, and by what ([], on its device).
+
+    All of it may lie below fp16's smallest number. Nothing is read back; a NaN or infinity in it
+    reaches everything.
+    """
+    largest = torch.linalg.vector_norm(narrow, torch.inf) if narrow.numel() else narrow.new_ones(())
+    largest.clamp_min_(torch.finfo(torch.float32).tiny)
+    return rounded(narrow, torch.float16, largest, divide=True), largest
 
 
 def scaled_product(
@@ -118,11 +124,11 @@ def row_chunks(rows: int, columns: int, device: torch.device) -> list[slice]:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """h, t and the gradients of A and B come from products with ``x`` in fp32 (fp64 for fp64).
+    """h and t come from products with ``x`` in fp32 (fp64 for fp64).
 
-    Except bf16 on a CPU, where torch has no product with a wider result: it is rounded once, and
-    keeping it wider would only cost copies. (bf16 has fp32's range, so nothing underflows.)
+    Except bf16, where the products that follow take them rounded to it in any case: it has fp32's
+    range, so nothing underflows, and the product that makes them rounds them for nothing.
     """
-    if x.dtype == torch.bfloat16 and x.is_cpu:
+    if x.dtype == torch.bfloat16 and not widens_first(x):
         return torch.bfloat16
     return accumulator_dtype(x.dtype)

@@ -49,6 +49,7 @@ def run(tokens: int, columns: int, ranks: tuple[int, ...], dtype: torch.dtype, p
     for rank in ranks:
         t, a = empty(tokens, rank, dtype=dtype), empty(rank, columns, dtype=dtype)
         masked.masked_product(t, a, mask, dropout, alpha=0.5 + p)
+        masked.masked_product(t, a, mask, dropout, scale=empty(dtype=torch.float32))
     routing, thresholds = routing_of(tokens), empty(SLOTS + 1, dtype=torch.int32)
     z, mask = routed_masked.gather_masked(x, routing, thresholds, seed, place)
     routed_masked.gather_masked(x, routing, thresholds, None, place, mask)

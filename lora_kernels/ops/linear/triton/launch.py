@@ -95,7 +95,15 @@ def backward(call: LinearCall, gemm: Callable[..., None] = gemm_with_tail) -> Gr
         if needs.lora_b:
             # The dropout's scale rides on t, so that it reaches both of its products.
             tail = _b_gradient(
-                cell, rows_dy, call.h, factors.b, scaling, drop.scale, grads.lora_b, t, needs.x
+                cell,
+                rows_dy,
+                call.h.float(),
+                factors.b,
+                scaling,
+                drop.scale,
+                grads.lora_b,
+                t,
+                needs.x,
             )
         if t is not None and tail is None:
             narrow = factors.b.t()

@@ -96,19 +96,20 @@ def masked_product_kernel(
     t_ptr,  # [M, R], rows stride_tm apart
     a_ptr,  # [R, K], rows stride_ar apart, in the dtype of t
     mask_ptr,  # [M, ceil(K / 8)]
-    out_ptr,  # [M, K], rows stride_om apart
+    out_ptr,  # [M, K] contiguous
+    scale_ptr,  # [] fp32; unused without HAS_SCALE
     factor: tl.float32,
     M: tl.int32,
     K,
     R,
     stride_tm,
     stride_ar,
-    stride_om,
+    HAS_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """``keep * factor * (t A)``, accumulated in fp32 and rounded once.
+    """``keep * factor * scale * (t A)``, accumulated in fp32 and rounded once.
 
     The mask goes on the accumulator: both operands of the product come from memory as they are,
     so none of them is a register that a pipelined wgmma could see overwritten.
@@ -128,8 +129,10 @@ def masked_product_kernel(
         a_ptrs = a_ptr + ranks.to(tl.int64)[:, None] * stride_ar + columns[None, :]
         a = tl.load(a_ptrs, mask=inside_r[:, None] & inside_k[None, :], other=0.0)
         accumulator = tl.dot(t, a, accumulator, input_precision="ieee")
+    if HAS_SCALE:
+        factor *= tl.load(scale_ptr)
     kept = tl.where(unpack_bits(packed), accumulator * factor, 0.0)
-    out_ptrs = out_ptr + rows[:, None] * stride_om + columns[None, :]
+    out_ptrs = out_ptr + rows[:, None] * K + columns[None, :]
     inside = inside_m[:, None] & inside_k[None, :]
     tl.store(out_ptrs, kept.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -241,15 +244,17 @@ def masked_product(
     mask: Tensor,  # [M, ceil(K / 8)] uint8, contiguous
     dropout: ActiveDropout,
     alpha: float = 1.0,
-    out: Tensor | None = None,  # [M, K] in a's dtype, written
+    scale: Tensor | None = None,  # [] fp32
 ) -> Tensor:  # [M, K]
-    """``keep * alpha * scale * (t A)``, summed in fp32 and rounded once, in one pass over out."""
+    """``keep * alpha * scale * (t A)``, summed in fp32 and rounded once, in one pass over it.
+
+    keep is 0 or the dropout's own scale.
+    """
     assert t.dtype == a.dtype, "the product has operands of one dtype"
     assert mask.is_contiguous(), "a mask has no gaps"
     (rows, rank), columns = t.shape, a.shape[1]
-    if out is None:
-        out = a.new_empty((rows, columns))
-    strides = stride_of_rows(t), stride_of_rows(a), stride_of_rows(out)
+    out = a.new_empty((rows, columns))
+    strides = stride_of_rows(t), stride_of_rows(a)
     if rows == 0 or columns == 0:
         return out
     tile = product_tile(rank, a.element_size(), limits_of(t.device))
@@ -259,11 +264,13 @@ def masked_product(
             a,
             mask,
             out,
+            out if scale is None else scale,
             alpha * dropout.scale,
             rows,
             columns,
             rank,
             *strides,
+            HAS_SCALE=scale is not None,
             BLOCK_M=tile.BLOCK_M,
             BLOCK_K=tile.BLOCK_K,
             BLOCK_R=tile.BLOCK_R,
