@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Whether a product and a sum become one instruction, of every launch: said aloud, as Triton 3.10
+# changes what it takes unasked, and with it the results' bits.
+FP_FUSION = True
+
 
 @dataclass(frozen=True)
 class DeviceLimits:

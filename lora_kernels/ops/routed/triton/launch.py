@@ -22,7 +22,13 @@ from lora_kernels.ops.routed.triton.gradient_kernels import (
     routed_gradient_reduce_kernel,
 )
 from lora_kernels.ops.routed.triton.kernels import routed_finish_kernel, routed_shrink_kernel
-from lora_kernels.runtime.device_limits import cdiv, limits_of, padded_rows, precision
+from lora_kernels.runtime.device_limits import (
+    FP_FUSION,
+    cdiv,
+    limits_of,
+    padded_rows,
+    precision,
+)
 
 _BLOCK = 1024  # elements per program of the elementwise kernels
 
@@ -165,6 +171,7 @@ class RoutedLaunch:
             BLOCK_D=tile.BLOCK_D,
             BLOCK_R=tile.BLOCK_R,
             num_warps=tile.num_warps,
+            enable_fp_fusion=FP_FUSION,
             num_stages=tile.num_stages,
         )
 
@@ -209,6 +216,7 @@ class RoutedLaunch:
             BLOCK_M=routing.block,
             BLOCK_R=32,
             num_warps=4,
+            enable_fp_fusion=FP_FUSION,
         )
 
     # --- wide results -------------------------------------------------------------------------
@@ -287,6 +295,7 @@ class RoutedLaunch:
             BLOCK_R=tile.BLOCK_R,
             GROUP_M=tile.GROUP_M,
             num_warps=tile.num_warps,
+            enable_fp_fusion=FP_FUSION,
             num_stages=tile.num_stages,
         )
         return out
@@ -343,6 +352,7 @@ class RoutedLaunch:
             BLOCK_C=tile.BLOCK_C,
             BLOCK_R=tile.BLOCK_R,
             num_warps=tile.num_warps,
+            enable_fp_fusion=FP_FUSION,
             num_stages=tile.num_stages,
         )
         if by_pair:
@@ -365,6 +375,7 @@ class RoutedLaunch:
             BLOCK_M=block_m,
             BLOCK_C=block_c,
             num_warps=4,
+            enable_fp_fusion=FP_FUSION,
         )
 
     # --- gradients of the factors -------------------------------------------------------------
@@ -434,6 +445,7 @@ class RoutedLaunch:
             BLOCK_D=tile.BLOCK_D,
             BLOCK_R=tile.BLOCK_R,
             num_warps=tile.num_warps,
+            enable_fp_fusion=FP_FUSION,
             num_stages=tile.num_stages,
         )
         if windows == 1:
@@ -456,7 +468,8 @@ class RoutedLaunch:
             BLOCK_T=tiles.next_power_of_two(tile.window),
             TILE=routing.block,
             BLOCK=_BLOCK,
-            num_warps=4,
+            num_warps=2,
+            enable_fp_fusion=FP_FUSION,
         )
 
 
