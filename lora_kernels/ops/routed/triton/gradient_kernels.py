@@ -186,6 +186,6 @@ def routed_gradient_reduce_kernel(
         source = partials_ptr + (begin + element // rank) * H + element % rank
     size = tl.cast(D, tl.int64) * H
     total = tl.load(source + (2 * window + 1) * size, mask=inside, other=0.0)
-    for i in range(1, windows):
+    for i in tl.range(1, windows, loop_unroll_factor=4):
         total += tl.load(source + 2 * (window + i) * size, mask=inside, other=0.0)
     tl.store(grad_ptr + place + element, total.to(grad_ptr.dtype.element_ty), mask=inside)

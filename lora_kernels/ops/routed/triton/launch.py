@@ -30,7 +30,7 @@ from lora_kernels.runtime.device_limits import (
     precision,
 )
 
-_BLOCK = 1024  # elements per program of the elementwise kernels
+_BLOCK = 256  # elements per program of the reduction, as in lora_linear's
 
 
 class Tail:
