@@ -127,7 +127,7 @@ def _compile(launch: Launch, target: GPUTarget):
         if parameter.is_constexpr:
             kind, aligned = "constexpr", False
         elif parameter.do_not_specialize:
-            kind, aligned = parameter.annotation_type, False
+            kind, aligned = parameter.annotation_type or _type_of(argument), False
         else:
             kind, aligned = _specialise(argument)
         signature[parameter.name] = kind
@@ -149,10 +149,16 @@ def _specialise(argument: object) -> tuple[str, bool]:
         offset = argument.storage_offset() * argument.element_size()
         return f"*{_TYPE_OF[argument.dtype]}", offset % 16 == 0
     if isinstance(argument, float):
-        return "fp32", False
+        return _type_of(argument), False
     if argument == 1:
         return "constexpr", False
-    return "i32" if -(2**31) <= argument < 2**31 else "i64", argument % 16 == 0
+    return _type_of(argument), argument % 16 == 0
+
+
+def _type_of(number: float) -> str:
+    if isinstance(number, float):
+        return "fp32"
+    return "i32" if -(2**31) <= number < 2**31 else "i64"
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:

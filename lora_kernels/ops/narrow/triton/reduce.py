@@ -13,7 +13,7 @@ def load_scaling(scaling, IS_POINTER: tl.constexpr):
         return tl.cast(scaling, tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_partials",))
 def reduce_partials_kernel(
     partials_ptr,  # [P, rows * columns] fp32
     out_ptr,  # [rows, columns]

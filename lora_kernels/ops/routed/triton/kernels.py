@@ -131,7 +131,7 @@ def narrow_sum(
     return accumulator
 
 
-@triton.jit(do_not_specialize=PLACE)
+@triton.jit(do_not_specialize=(*PLACE, "M", "P", "blocks_per_part"))
 def routed_shrink_kernel(
     wide_ptr,  # [M, D]: x, or dy of all slices
     storage_ptr,
@@ -283,7 +283,7 @@ def store_sum(
         tl.store(rounded_ptrs, rounded, mask=inside_out & has_rank)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("P", "parts"))
 def routed_finish_kernel(
     partials_ptr,  # [parts, P, H], rows stride_pm apart; h itself where parts is 1
     h_ptr,  # [P, H], rows stride_hm apart; unused without HAS_WEIGHT_GRADIENT
