@@ -265,8 +265,9 @@ def store_sum(
 ):
     """Scale a tile of h or t and write it, and its copy for the product that follows.
 
-    That one is read from memory as it was rounded here: ptxas before 13.3 miscompiles a cast that
-    feeds a pipelined product on sm_90.
+    That one is read from memory as it was rounded here, so that no product has to take it from
+    registers: on sm_90, ptxas before 13.3 may overwrite a left operand there while a pipelined
+    product still reads it (triton#9433).
     """
     if DROPOUT:
         total *= keep_scale_of(threshold_ptr, slot)

@@ -71,7 +71,10 @@ class RoutedLaunch:
     def shrink(self, x: Tensor, h: Tensor | None, rounded: bool = True) -> Tail | None:
         """``h = D(x) A^T`` into ``h`` if given; what an expand takes if ``rounded``."""
         depth = x.shape[1]
-        tile = tiles.shrink_tile(self.cell, depth, 1, self.limits, aligned=_rows_are_aligned(x))
+        tile = tiles.shrink_tile(
+            self.cell, depth, 1, self.limits,
+            aligned=_rows_are_aligned(x), masked=self.seed is not None, of_a=True,
+        )  # fmt: skip
         in_parts = tiles.is_small(self.cell) and h is None
         if tile.parts == 1 and not in_parts:
             copy = self._copy() if rounded else None
@@ -96,7 +99,9 @@ class RoutedLaunch:
     ) -> Tensor | None:  # [P, H]
         """t and its rounded copy, and the gradient of the pairs' weights."""
         aligned, slices = _rows_are_aligned(dy), self.bank.num_slices
-        tile = tiles.shrink_tile(self.cell, self.widest, slices, self.limits, aligned=aligned)
+        tile = tiles.shrink_tile(
+            self.cell, self.widest, slices, self.limits, aligned=aligned, masked=False, of_a=False
+        )
         copy = self._copy() if rounded else None
         if tile.parts == 1 and grad_weights is None:
             self._shrink(dy, tile, t, copy, of_a=False)
@@ -403,7 +408,9 @@ class RoutedLaunch:
         boundaries = () if of_a else self.boundaries
         widest, slices = (columns, 1) if of_a else (self.widest, bank.num_slices)
         aligned = _rows_are_aligned(wide)
-        tile = tiles.gradient_tile(self.cell, columns, slices, self.limits, aligned=aligned)
+        tile = tiles.gradient_tile(
+            self.cell, columns, slices, self.limits, aligned=aligned, masked=dropout
+        )
         windows = cdiv(self.num_tiles, tile.window)
         partials = grad
         if windows > 1:
