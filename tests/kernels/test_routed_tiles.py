@@ -97,8 +97,9 @@ def test_gradient(cell, depth, count, limits, flags):
 
 @pytest.mark.parametrize("limits, block_d", [(A100, 64), (RTX_5090, 64), (H200, 128), (B200, 128)])
 def test_gradients_of_wide_ranks_leave_registers_for_the_operands(limits, block_d):
-    tile = tiles.gradient_tile(cell_of(width=64), 4096, 1, limits, aligned=True, masked=False)
-    assert tile.BLOCK_D == block_d
+    cell = cell_of(width=64)
+    found = tiles.gradient_tile(cell, 4096, 1, limits, aligned=True, masked=False).BLOCK_D
+    assert found == block_d
 
 
 @pytest.mark.parametrize("limits, stages", [(RTX_4090, 3), (A100, 4), (H200, 4)])

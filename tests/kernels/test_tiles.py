@@ -117,7 +117,7 @@ def test_no_second_wave_for_a_few_parts(columns, dropout, limits):
     """As many programs as run at once, or each block of columns in one part."""
     cell = cell_of(dropout=dropout)
     tile = tiles.rank_gradient_tile(cell, columns, limits, aligned=True)
-    registers = tiles.rank_gradient_registers(tile.BLOCK_R, limits, aligned=True)
+    registers = tiles.rank_gradient_registers(tile.BLOCK_R, tile.num_warps, limits)
     most = limits.multiprocessors * min(
         65_536 // (32 * tile.num_warps * registers), limits.threads // (32 * tile.num_warps)
     )

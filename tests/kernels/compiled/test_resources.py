@@ -39,9 +39,8 @@ def test_registers_are_as_tiles_take_them_to_be(call, capability):
     for launch, used in resources_of(call, capability):
         if launch.name != "rank_gradient_kernel":
             continue
-        aligned = call.in_features % 8 == 0
         bound = tiles.rank_gradient_registers(
-            launch.arguments["BLOCK_R"], DEVICES[capability], aligned=aligned
+            launch.arguments["BLOCK_R"], launch.options["num_warps"], DEVICES[capability]
         )
         assert used.registers <= bound
 

@@ -254,7 +254,7 @@ def rank_gradient_tile(
     blocks = cdiv(cell.tokens, block_m)
     at_once = limits.multiprocessors * blocks_at_once(
         num_warps,
-        rank_gradient_registers(block_r, limits, aligned=aligned),
+        rank_gradient_registers(block_r, num_warps, limits),
         loop.of(num_stages, limits),
         limits,
     )
@@ -273,10 +273,12 @@ def rank_gradient_tile(
     return replace(tile, **tuned(cell, limits).get("rank_gradient", {}))
 
 
-def rank_gradient_registers(block_r: int, limits: DeviceLimits, *, aligned: bool) -> int:
+def rank_gradient_registers(block_r: int, num_warps: int, limits: DeviceLimits) -> int:
     """Per thread of ``rank_gradient_kernel`` at most, as compiled for every architecture."""
-    if block_r > 32 or not aligned:
+    if block_r > 32:
         return 255
+    if num_warps == 4:
+        return 192
     return 168 if limits.capability >= 120 else 128
 
 
