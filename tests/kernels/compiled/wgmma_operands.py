@@ -70,6 +70,8 @@ def _target(instruction: str) -> int:
 def overwritten(machine_code: str) -> list[tuple[str, str]]:
     """``(product, what writes to its left operand)``, on any way from the one to the other."""
     code = instructions(machine_code)
+    if not any(map(left_operand, code.values())):
+        return []
     edges = successors(code)
     found, seen = set(), set()
     # Products in flight, by address: groups in their order, the last one still being added to.
