@@ -101,8 +101,10 @@ peft-suite: $(VENV)/.dev
 	$(PEFT_SUITE)/bin/pip install -c $(HELD) diffusers==0.42.1
 	$(PEFT_SUITE)/bin/python tests/peft_suite/run.py --jobs $(JOBS)
 
-# The kernels' proof on the oldest supported Triton and on another (the newest is in `make test`).
+# The kernels' proof: every variant compiled for every architecture (`make test` compiles a sample),
+# which takes the better part of an hour; then on the oldest supported Triton and on another.
 triton-matrix: $(VENV)/.dev
+	COMPILE_SWEEP=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels/compiled
 	$(MAKE) triton-3.6.0 NUMPY='numpy<2.4'
 	$(MAKE) triton-3.7.1
 

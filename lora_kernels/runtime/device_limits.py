@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Whether a product and a sum become one instruction, of every launch: said aloud, as Triton 3.10
+# changes what it takes unasked, and with it the results' bits.
+FP_FUSION = True
+
 
 @dataclass(frozen=True)
 class DeviceLimits:
@@ -16,6 +20,19 @@ class DeviceLimits:
     capability: int = 90
     multiprocessors: int = 4
     shared_memory: int = 232_448  # bytes per block
+
+    @property
+    def multiplies_shared_memory(self) -> bool:
+        """Whether the matrix units read tiles where copies put them (wgmma, tcgen05).
+
+        Elsewhere, the cards for desktops and their like included, mma.sync takes registers.
+        """
+        return 90 <= self.capability < 120
+
+    @property
+    def threads(self) -> int:
+        """Of one multiprocessor."""
+        return 2048 if self.capability in (80, 90, 100, 103) else 1536
 
 
 @functools.cache
@@ -49,9 +66,74 @@ def padded_rows(like: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return like.new_empty((rows, cdiv(columns, unit) * unit), dtype=dtype)[:, :columns]
 
 
-def pipeline_stages(wanted: int, stage: int, besides: int, limits: DeviceLimits) -> int:
-    """As many pipeline stages as fit beside the rest (all in bytes), at most ``wanted``."""
-    return clamp((limits.shared_memory - besides - 2048) // stage, 1, wanted)
+@dataclass(frozen=True)
+class PipelineBytes:
+    """Shared memory of a pipelined loop, in bytes: no less than what Triton's pipeliner takes.
+
+    What the matrix units read in place is busy while they do. What is read into registers first
+    (to be cast, masked, or for mma.sync) is free one stage earlier.
+    """
+
+    read_in_place: int  # per stage
+    through_registers: int  # per stage
+    besides: int = 0  # tiles on their way back from registers, and what the epilogue needs
+
+    def of(self, stages: int, limits: DeviceLimits) -> int:
+        in_place = stages if limits.multiplies_shared_memory else stages - 1
+        return in_place * self.read_in_place + (stages - 1) * self.through_registers + self.besides
+
+
+def drawing_warps(limits: DeviceLimits, *, cast: bool) -> int:
+    """Warps of a product whose left operand is masked as it is read; ``cast``: the right one is.
+
+    Four on a multiprocessor do not hide the hundred instructions that eight elements of the mask
+    take (reasoned, not measured). On sm_90, where nothing is cast, eight make Triton leave the
+    product in flight over the next step while it reads registers: see triton#9433.
+    """
+    return 4 if limits.capability == 90 and not cast else 8
+
+
+# Barriers and scratch memory of reductions.
+_SPARE = 2048
+
+
+def narrow_loop(
+    wide: int,  # bytes of a stage of the activation
+    narrow: int,  # bytes of a stage of the other operand
+    cast: int,  # bytes of that in the activation's dtype; 0 where it has it
+    limits: DeviceLimits,
+    *,
+    masked: bool,  # the activation, by the dropout
+    ieee: bool,  # no matrix units
+) -> PipelineBytes:
+    """The loop of a product with the rank as one side.
+
+    What is masked is written back to be a matrix unit's operand anywhere; what is cast only where
+    those read shared memory.
+    """
+    if ieee:
+        return PipelineBytes(0, wide + narrow, wide + (cast or narrow))
+    masked_wide = wide if masked else 0
+    if not limits.multiplies_shared_memory:
+        return PipelineBytes(0, wide + narrow, masked_wide)
+    in_place = (0 if masked else wide) + (0 if cast else narrow)
+    return PipelineBytes(in_place, wide + narrow - in_place, masked_wide + cast)
+
+
+def pipeline_stages(wanted: int, loop: PipelineBytes, limits: DeviceLimits) -> int:
+    """As many pipeline stages as fit, at most ``wanted``."""
+    fits = (n for n in range(wanted, 1, -1) if loop.of(n, limits) + _SPARE <= limits.shared_memory)
+    return next(fits, 1)
+
+
+def blocks_at_once(num_warps: int, registers: int, shared: int, limits: DeviceLimits) -> int:
+    """Blocks that one multiprocessor holds, by its 65,536 registers, threads and shared memory.
+
+    It has 1 KiB more than one block may ask for, and every block takes 1 KiB for itself.
+    """
+    threads = 32 * num_warps
+    by_memory = (limits.shared_memory + 1024) // (shared + 1024)
+    return max(1, min(65_536 // (threads * registers), limits.threads // threads, by_memory))
 
 
 def cdiv(numerator: int, denominator: int) -> int:

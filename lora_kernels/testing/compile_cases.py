@@ -6,6 +6,7 @@ The tests in ``tests/kernels/compiled`` and the table of resources share them; t
 """
 
 import functools
+import os
 from dataclasses import dataclass
 
 import torch
@@ -24,14 +25,18 @@ from lora_kernels.runtime.device_limits import DeviceLimits
 from lora_kernels.runtime.dropout import ActiveDropout
 from lora_kernels.testing.compile_only import Launch, Resources, compile_launch, record_launches
 
-# As cudaDeviceProp has them: A100, RTX 3090, RTX 4090, H200, B200, RTX 5090.
+# As cudaDeviceProp has them: A100, A10, RTX 4090, H200, B200, RTX 5090.
 DEVICES = {
     80: DeviceLimits("sm_80", 80, 108, 166_912),
-    86: DeviceLimits("sm_86", 86, 82, 101_376),
+    86: DeviceLimits("sm_86", 86, 72, 101_376),
     89: DeviceLimits("sm_89", 89, 128, 101_376),
     90: DeviceLimits("sm_90", 90, 132, 232_448),
     100: DeviceLimits("sm_100", 100, 148, 232_448),
     120: DeviceLimits("sm_120", 120, 170, 101_376),
+}
+MATRIX_INSTRUCTION = {
+    capability: {90: "wgmma.mma_async", 100: "tcgen05.mma"}.get(capability, "mma.sync")
+    for capability in DEVICES
 }
 
 
@@ -142,27 +147,34 @@ class RoutedCase:
             routed_launch.backward(call)
 
 
+# Every call for every architecture takes the better part of an hour: on demand.
+SWEEP = os.environ.get("COMPILE_SWEEP") == "1"
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
-# name: (call, compute capabilities)
+ALL = tuple(DEVICES)
+WIDE = (80, 90, 100)  # cards for servers
+
+# name: (call, compute capabilities of the default tests and the table; `make triton-matrix` takes
+# all of DEVICES)
 CALLS = {
     "bf16, r 16, dropout": (
         LinearCase(8192, 4096, 4096, 16, BF16, BF16, 0.1),
-        (80, 90, 100),
+        ALL,
     ),
     "bf16, fp32 adapters, r 64, DoRA": (
         LinearCase(
             8192, 4096, 4096, 64, BF16, FP32, with_output_scale=True, scaling_on_device=True
         ),
-        (80, 90, 100),
+        ALL,
     ),
     "bf16, fp32 adapters, r 160, dropout, hybrid": (
         LinearCase(8192, 4096, 4096, 160, BF16, FP32, 0.1, strategy="hybrid"),
-        (80, 90, 100),
+        ALL,
     ),
     "fp16, fp32 adapters, r 3, dropout, odd sizes": (
         LinearCase(1000, 4097, 4095, 3, FP16, FP32, 0.1),
-        (80, 90, 100),
+        WIDE,
     ),
     "fp32, r 16, dropout, hybrid": (
         LinearCase(8192, 4096, 4096, 16, FP32, FP32, 0.1, strategy="hybrid"),
@@ -173,18 +185,17 @@ CALLS = {
         (90,),
     ),
 }
-
-ALL = (80, 90, 100)
 ROUTED_CALLS = {
-    "routed, bf16, r 16": (RoutedCase(8192, 4096, (4096,), 16, BF16, BF16), ALL),
+    "routed, bf16, r 16": (RoutedCase(8192, 4096, (4096,), 16, BF16, BF16), WIDE),
     "routed q k v, bf16, fp32 adapters, r 64, dropout": (
-        RoutedCase(8192, 4096, (4096, 1024, 1024), 192, BF16, FP32, dropout=True), ALL,
+        RoutedCase(8192, 4096, (4096, 1024, 1024), 192, BF16, FP32, dropout=True),
+        WIDE,
     ),
     "routed, bf16, r 64, two weighted adapters per token": (
         RoutedCase(8192, 4096, (4096,), 64, BF16, BF16, pairs_per_token=2, weighted=True), ALL,
     ),
     "routed alone, fp16, fp32 adapters, r 3, dropout, odd sizes": (
-        RoutedCase(1000, 4097, (4095,), 3, FP16, FP32, dropout=True, with_weight=False), ALL,
+        RoutedCase(1000, 4097, (4095,), 3, FP16, FP32, dropout=True, with_weight=False), WIDE,
     ),
     "routed, fp32, r 16, dropout": (
         RoutedCase(8192, 4096, (4096,), 16, FP32, FP32, dropout=True), (90,),
@@ -200,10 +211,22 @@ ROUTED_CALLS = {
         RoutedCase(8192, 4096, (4096,), 64, FP32, FP32, strategy="fused"), (90,),
     ),
     "routed q k v, bf16, r 16, 32 tokens": (
-        RoutedCase(32, 4096, (4096, 1024, 1024), 48, BF16, BF16), ALL,
+        RoutedCase(32, 4096, (4096, 1024, 1024), 48, BF16, BF16), WIDE,
+    ),
+    "routed, bf16, fp32 adapters, r 32, 32 tokens": (
+        RoutedCase(32, 4096, (4096,), 32, BF16, FP32), ALL,
     ),
     "routed, bf16, r 160, one token": (RoutedCase(1, 4096, (4096,), 160, BF16, BF16), (90,)),
 }  # fmt: skip
+
+
+def cases(calls: dict) -> list[tuple[str, LinearCase | RoutedCase, int]]:
+    """``(name, call, compute capability)``: a sample, or all with COMPILE_SWEEP=1."""
+    return [
+        (f"{name}-sm_{capability}", call, capability)
+        for name, (call, capabilities) in calls.items()
+        for capability in (DEVICES if SWEEP else capabilities)
+    ]
 
 
 @functools.cache
@@ -243,7 +266,18 @@ def resource_table() -> str:
         "",
         "Registers per thread, spills and other stack in bytes per thread, shared memory in bytes",
         "per block. Tile: BLOCK_M x (BLOCK_C or BLOCK_D) [x BLOCK_D] / BLOCK_R, warps x stages.",
+        "",
+        "## At most",
+        "",
+        "Registers / shared memory of each kernel in the calls below. What a block may ask for:",
+        f"{', '.join(f'{v.shared_memory} on sm_{k}' for k, v in DEVICES.items())}.",
+        "",
+        f"| kernel | {' | '.join(f'sm_{capability}' for capability in DEVICES)} |",
+        f"|---|{'---:|' * len(DEVICES)}",
     ]
+    for kernel, most in bounds().items():
+        cells = (f"{most[each][0]} / {most[each][1]}" if each in most else "" for each in DEVICES)
+        lines.append(f"| {kernel} | {' | '.join(cells)} |")
     for name, (call, capabilities) in (CALLS | ROUTED_CALLS).items():
         columns = (
             call.out_features if isinstance(call, LinearCase) else "+".join(map(str, call.slices))
@@ -267,6 +301,18 @@ def resource_table() -> str:
                 )
                 lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
+
+
+def bounds() -> dict[str, dict[int, tuple[int, int]]]:
+    """kernel -> compute capability -> the most registers and the most shared memory."""
+    found = {}
+    for call, capabilities in (CALLS | ROUTED_CALLS).values():
+        for capability in capabilities:
+            for launched, used in resources_of(call, capability):
+                most = found.setdefault(launched.name.removesuffix("_kernel"), {})
+                registers, shared = most.get(capability, (0, 0))
+                most[capability] = max(registers, used.registers), max(shared, used.shared)
+    return dict(sorted(found.items()))
 
 
 def _tile(launched: Launch) -> str:

@@ -5,13 +5,12 @@ have launched; ``compile_launch`` compiles one of these as Triton would on that 
 same specialisation of its arguments. So what is checked without a GPU is what runs on one.
 """
 
-import functools
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
@@ -57,9 +56,19 @@ class Resources:
     stack: int  # bytes per thread: spills and local arrays
     shared: int  # bytes per block
     assembly: str
+    cubin: bytes = field(default=b"", repr=False)  # of NVIDIA's
+
+    @property
+    def spills(self) -> bool:
+        """Some ptxas give up a few registers, far below the limit, so that one more block fits."""
+        return self.stack > (32 if self.registers < 254 else 0)
 
     def instructions(self, mnemonic: str) -> int:
         return self.assembly.count(mnemonic)
+
+    def machine_code(self) -> str:
+        """NVIDIA's instructions with their addresses, as the assembler left them."""
+        return _cuobjdump("-sass", self.cubin)
 
 
 def record_launches(modules: list, function: Callable[[], object], limits) -> list[Launch]:
@@ -102,8 +111,9 @@ class _Recorder:
 def compile_launch(launch: Launch, capability: int) -> Resources:
     """Compile for an NVIDIA GPU of that compute capability (80, 90, 100, ...); none is needed."""
     compiled = _compile(launch, GPUTarget("cuda", capability, 32))
-    registers, stack = _usage(compiled.asm["cubin"])
-    return Resources(registers, stack, compiled.metadata.shared, compiled.asm["ptx"])
+    cubin = compiled.asm["cubin"]
+    registers, stack = _usage(cubin)
+    return Resources(registers, stack, compiled.metadata.shared, compiled.asm["ptx"], cubin)
 
 
 def compile_launch_for_amd(launch: Launch, architecture: str = "gfx942") -> Resources:
@@ -129,7 +139,7 @@ def _compile(launch: Launch, target: GPUTarget):
         if parameter.is_constexpr:
             kind, aligned = "constexpr", False
         elif parameter.do_not_specialize:
-            kind, aligned = parameter.annotation_type, False
+            kind, aligned = parameter.annotation_type or _type_of(argument), False
         else:
             kind, aligned = _specialise(argument)
         signature[parameter.name] = kind
@@ -151,24 +161,29 @@ def _specialise(argument: object) -> tuple[str, bool]:
         offset = argument.storage_offset() * argument.element_size()
         return f"*{_TYPE_OF[argument.dtype]}", offset % 16 == 0
     if isinstance(argument, float):
-        return "fp32", False
+        return _type_of(argument), False
     if argument == 1:
         return "constexpr", False
-    return "i32" if -(2**31) <= argument < 2**31 else "i64", argument % 16 == 0
+    return _type_of(argument), argument % 16 == 0
+
+
+def _type_of(number: float) -> str:
+    if isinstance(number, float):
+        return "fp32"
+    return "i32" if -(2**31) <= number < 2**31 else "i64"
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
     """Registers per thread and stack bytes of the one kernel in ``cubin``."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [_cuobjdump(), "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", _cuobjdump("-res-usage", cubin))
     return int(found[1]), int(found[2])
 
 
-@functools.cache
-def _cuobjdump() -> str:
-    """The tool that Triton's wheel brings along."""
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+def _cuobjdump(option: str, cubin: bytes) -> str:
+    """What the tool that Triton's wheel brings along says."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout

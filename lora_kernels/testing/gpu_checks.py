@@ -107,7 +107,7 @@ SHAPES = {
     "tiny": (7, 9, 5, 1),
 }
 # More tiles than SMs, M > 128 and BLOCK_C of 256, edges in M and N: where ptxas before 13.3 made
-# NaN of values rounded in registers.
+# NaN, as it overwrote what a pipelined product on sm_90 still read from registers (triton#9433).
 NAN_HUNT = (2176, 1032, 4104, 24)
 
 

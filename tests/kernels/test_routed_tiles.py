@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 
 from lora_kernels.ops.routed.triton import tiles
 from lora_kernels.ops.routed.triton.tiles import RoutedCell
-from lora_kernels.runtime.device_limits import DeviceLimits, cdiv
+from lora_kernels.runtime.device_limits import DeviceLimits, cdiv, drawing_warps
 
 A100 = DeviceLimits("A100", 80, 108, 166_912)
+A10 = DeviceLimits("A10", 86, 72, 101_376)
 RTX_4090 = DeviceLimits("RTX 4090", 89, 128, 101_376)
+RTX_5090 = DeviceLimits("RTX 5090", 120, 170, 101_376)
 H200 = DeviceLimits("NVIDIA H200", 90, 132, 232_448)
 B200 = DeviceLimits("B200", 100, 148, 232_448)
 
@@ -40,7 +42,7 @@ cells = st.builds(
     slots=st.integers(1, 4096),
     ieee=st.booleans(),
 )
-devices = st.sampled_from([A100, RTX_4090, H200, B200, DeviceLimits()])
+devices = st.sampled_from([A100, A10, RTX_4090, RTX_5090, H200, B200, DeviceLimits()])
 depths = st.integers(1, 200_000)
 slices = st.integers(1, 4)
 
@@ -52,12 +54,19 @@ def check_common(tile, sizes: tuple[str, ...]) -> None:
     assert tile.num_warps in (4, 8) and 1 <= tile.num_stages <= 4
 
 
-@given(cell=cells, depth=depths, count=slices, limits=devices, aligned=st.booleans())
-def test_shrink(cell, depth, count, limits, aligned):
-    tile = tiles.shrink_tile(cell, depth, count, limits, aligned=aligned)
+flags = st.fixed_dictionaries({"aligned": st.booleans(), "masked": st.booleans()})
+
+
+@given(cell=cells, depth=depths, count=slices, limits=devices, flags=flags, of_a=st.booleans())
+def test_shrink(cell, depth, count, limits, flags, of_a):
+    tile = tiles.shrink_tile(cell, depth, count, limits, **flags, of_a=of_a)
     check_common(tile, ("BLOCK_D", "BLOCK_R"))
     stage = tile.BLOCK_D * (cell.block * cell.itemsize + tile.BLOCK_R * cell.factor_itemsize)
-    assert tile.num_stages * stage <= limits.shared_memory
+    loops = 1 if of_a or cell.factor_itemsize == 2 else 2
+    assert loops * (tile.num_stages - 1) * stage <= limits.shared_memory
+    if flags["masked"] and not tiles.is_small(cell):
+        cast = cell.factor_itemsize != cell.itemsize
+        assert tile.num_warps >= drawing_warps(limits, cast=cast)
     blocks = cdiv(depth, tile.BLOCK_D)
     assert 1 <= tile.parts <= min(16, blocks)
     assert (tile.parts - 1) * cdiv(blocks, tile.parts) < blocks, "a part without columns"
@@ -70,18 +79,36 @@ def test_expand(cell, count, limits, aligned):
     assert not tiles.is_small(cell) or tile.num_stages == 1, "a cast feeds its product"
     itemsize = max(cell.itemsize, cell.factor_itemsize)
     stage = (cell.block + tile.BLOCK_C) * tile.BLOCK_R * itemsize
-    assert tile.num_stages * stage <= limits.shared_memory
+    assert (tile.num_stages - 1) * stage <= limits.shared_memory
 
 
-@given(cell=cells, depth=depths, count=slices, limits=devices, aligned=st.booleans())
-def test_gradient(cell, depth, count, limits, aligned):
-    tile = tiles.gradient_tile(cell, depth, count, limits, aligned=aligned)
+@given(cell=cells, depth=depths, count=slices, limits=devices, flags=flags)
+def test_gradient(cell, depth, count, limits, flags):
+    tile = tiles.gradient_tile(cell, depth, count, limits, **flags)
+    if flags["masked"] and not tiles.is_small(cell):
+        assert tile.num_warps >= drawing_warps(limits, cast=cell.itemsize == 2)
     check_common(tile, ("BLOCK_M", "BLOCK_D", "BLOCK_R"))
     stage = tile.BLOCK_M * (tile.BLOCK_D * cell.itemsize + tile.BLOCK_R * 4)
-    assert tile.num_stages * stage <= limits.shared_memory
+    assert (tile.num_stages - 1) * stage <= limits.shared_memory
     windows = cdiv(cell.num_tiles, tile.window)
     partials = 2 * 4 * windows * depth * cell.max_total_rank
     assert windows == 1 or partials <= tiles.MAX_PARTIALS
+
+
+@pytest.mark.parametrize("limits, block_d", [(A100, 64), (RTX_5090, 64), (H200, 128), (B200, 128)])
+def test_gradients_of_wide_ranks_leave_registers_for_the_operands(limits, block_d):
+    cell = cell_of(width=64)
+    found = tiles.gradient_tile(cell, 4096, 1, limits, aligned=True, masked=False).BLOCK_D
+    assert found == block_d
+
+
+@pytest.mark.parametrize("limits, stages", [(RTX_4090, 3), (A100, 4), (H200, 4)])
+def test_both_loops_over_b_have_buffers(limits, stages):
+    """fp32 adapters over bf16, few pairs: 20,480 bytes a stage, in two loops."""
+    cell = cell_of(pairs=32, width=32, factor_itemsize=4)
+    options = {"aligned": True, "masked": False}
+    assert tiles.shrink_tile(cell, 4096, 1, limits, **options, of_a=False).num_stages == stages
+    assert tiles.shrink_tile(cell, 4096, 1, limits, **options, of_a=True).num_stages == 4
 
 
 @pytest.mark.parametrize("width, count, block_r", [(16, 1, 16), (48, 3, 16), (64, 1, 64)])
@@ -90,14 +117,15 @@ def test_rank_tile_fits_one_slice(width, count, block_r):
 
 
 def test_few_tokens_split_the_depth_and_many_do_not():
-    few = tiles.shrink_tile(cell_of(pairs=4), 14_336, 1, H200, aligned=True)
-    many = tiles.shrink_tile(cell_of(pairs=8192), 14_336, 1, H200, aligned=True)
+    options = {"aligned": True, "masked": False, "of_a": True}
+    few = tiles.shrink_tile(cell_of(pairs=4), 14_336, 1, H200, **options)
+    many = tiles.shrink_tile(cell_of(pairs=8192), 14_336, 1, H200, **options)
     assert few.parts == 16 and many.parts == 1
 
 
 @pytest.mark.parametrize("pairs", [512, 8192, 2**20])
 def test_windows_give_every_multiprocessor_work(pairs):
-    tile = tiles.gradient_tile(cell_of(pairs=pairs), 4096, 1, H200, aligned=True)
+    tile = tiles.gradient_tile(cell_of(pairs=pairs), 4096, 1, H200, aligned=True, masked=False)
     programs = cdiv(pairs, 64 * tile.window) * cdiv(4096, tile.BLOCK_D)
     assert programs >= H200.multiprocessors
 

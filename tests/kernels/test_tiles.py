@@ -8,9 +8,20 @@ from hypothesis import strategies as st
 
 from lora_kernels.ops.linear.triton import tiles
 from lora_kernels.ops.linear.triton.tiles import DeviceLimits, LinearCell
+from lora_kernels.runtime.device_limits import (
+    PipelineBytes,
+    blocks_at_once,
+    drawing_warps,
+    narrow_loop,
+    pipeline_stages,
+)
 
 A100 = DeviceLimits("A100", 80, 108, 166_912)
+RTX_3090 = DeviceLimits("RTX 3090", 86, 82, 101_376)
+A10 = DeviceLimits("A10", 86, 72, 101_376)
 RTX_4090 = DeviceLimits("RTX 4090", 89, 128, 101_376)
+L40S = DeviceLimits("L40S", 89, 142, 101_376)
+RTX_5090 = DeviceLimits("RTX 5090", 120, 170, 101_376)
 H200 = DeviceLimits("NVIDIA H200", 90, 132, 232_448)
 B200 = DeviceLimits("B200", 100, 148, 232_448)
 
@@ -34,7 +45,8 @@ cells = st.builds(
     dropout=st.booleans(),
     ieee=st.just(False),
 )
-devices = st.sampled_from([A100, RTX_4090, H200, B200, DeviceLimits()])
+SMALL = [RTX_3090, A10, RTX_4090, L40S, RTX_5090]
+devices = st.sampled_from([A100, H200, B200, DeviceLimits(), *SMALL])
 
 
 def is_power_of_two(number: int) -> bool:
@@ -52,7 +64,9 @@ def test_shrink(cell, limits, aligned, itemsize):
     tile = tiles.shrink_tile(cell, cell.in_features, itemsize, limits, aligned=aligned)
     check_common(tile, ("BLOCK_M", "BLOCK_D", "BLOCK_R"))
     stage = tile.BLOCK_D * (tile.BLOCK_M * cell.itemsize + tile.BLOCK_R * itemsize)
-    assert tile.num_stages * stage <= limits.shared_memory
+    assert (tile.num_stages - 1) * stage <= limits.shared_memory
+    if cell.dropout and tile.BLOCK_M >= 32:
+        assert tile.num_warps >= drawing_warps(limits, cast=itemsize != cell.itemsize)
     assert 1 <= tile.parts <= max(1, tiles.cdiv(cell.in_features, tile.BLOCK_D))
     assert min(cell.rank, tiles.MAX_BLOCK_R) <= tile.BLOCK_R, "x is read once"
 
@@ -62,7 +76,8 @@ def test_rank_gradient(cell, limits, aligned):
     tile = tiles.rank_gradient_tile(cell, cell.out_features, limits, aligned=aligned)
     check_common(tile, ("BLOCK_M", "BLOCK_D", "BLOCK_R"))
     stage = tile.BLOCK_M * (tile.BLOCK_D * cell.itemsize + tile.BLOCK_R * 4)
-    assert tile.num_stages * stage <= limits.shared_memory
+    assert (tile.num_stages - 1) * stage <= limits.shared_memory
+    assert not cell.dropout or tile.num_warps >= drawing_warps(limits, cast=cell.itemsize == 2)
     blocks = tiles.cdiv(cell.tokens, tile.BLOCK_M)
     assert 1 <= tile.parts <= blocks
     assert (tile.parts - 1) * tiles.cdiv(blocks, tile.parts) < blocks, "a part without rows"
@@ -80,6 +95,82 @@ def test_gemm(cell, limits, flags):
     depth = max(tile.BLOCK_D if has_main else 0, tile.BLOCK_R)
     stage = (tile.BLOCK_M + tile.BLOCK_C) * depth * cell.itemsize
     assert min(tile.num_stages, 2) * stage <= limits.shared_memory
+
+
+@pytest.mark.parametrize("limits", [H200, B200])
+def test_wide_tiles_where_three_stages_fit(limits):
+    assert tiles.wide_tile_pays(cell_of(), 4096, limits, two_results=False)
+    assert not tiles.wide_tile_pays(cell_of(tokens=512), 4096, limits, two_results=False)
+
+
+def test_no_wide_tile_with_one_stage_on_a_small_card():
+    assert not tiles.wide_tile_pays(cell_of(), 4096, RTX_5090, two_results=False)
+    options = {"aligned": True, "row_major": True, "has_main": True, "two_results": False}
+    tile = tiles.gemm_tile(cell_of(), 4096, RTX_5090, **options)
+    assert tile.tma and (tile.BLOCK_C, tile.num_stages) == (128, 3)
+
+
+@pytest.mark.parametrize("limits", [A100, H200, B200, *SMALL], ids=lambda limits: limits.name)
+@pytest.mark.parametrize("columns", [2048, 4096, 11_008, 14_336])
+@pytest.mark.parametrize("dropout", [False, True])
+def test_no_second_wave_for_a_few_parts(columns, dropout, limits):
+    """As many programs as run at once, or each block of columns in one part."""
+    cell = cell_of(dropout=dropout)
+    tile = tiles.rank_gradient_tile(cell, columns, limits, aligned=True)
+    registers = tiles.rank_gradient_registers(tile.BLOCK_R, tile.num_warps, limits)
+    most = limits.multiprocessors * min(
+        65_536 // (32 * tile.num_warps * registers), limits.threads // (32 * tile.num_warps)
+    )
+    programs = tiles.cdiv(columns, tile.BLOCK_D) * tile.parts
+    assert programs <= most or tile.parts == 1
+
+
+def test_a_small_card_pipelines_what_goes_through_registers():
+    """Three stages: two tiles of dy and of h. Triton takes 53,248 bytes for them."""
+    tile = tiles.rank_gradient_tile(cell_of(), 4096, RTX_4090, aligned=True)
+    assert (tile.BLOCK_M, tile.BLOCK_D, tile.num_stages) == (64, 256, 3)
+
+
+def test_blocks_at_once():
+    """By each of the three: shared memory, registers, threads."""
+    assert blocks_at_once(8, 64, 118_784, H200) == 1
+    assert blocks_at_once(8, 64, 110_592, H200) == 2
+    assert blocks_at_once(8, 128, 1_000, H200) == 2
+    assert blocks_at_once(8, 129, 1_000, H200) == 1
+    assert blocks_at_once(4, 32, 0, H200) == 16 and blocks_at_once(4, 32, 0, RTX_4090) == 12
+    assert blocks_at_once(8, 255, 200_000, RTX_4090) == 1, "it runs, or it would not start at all"
+
+
+def test_pipelines():
+    """A buffer for every stage that is read in place, one less where it passes registers."""
+    in_place, registers = PipelineBytes(10_000, 0, 500), PipelineBytes(0, 10_000, 500)
+    assert (in_place.of(3, H200), in_place.of(3, A100)) == (30_500, 20_500)
+    assert registers.of(3, H200) == registers.of(3, A100) == 20_500
+    assert pipeline_stages(4, PipelineBytes(0, 49_000), RTX_4090) == 3
+    assert pipeline_stages(4, PipelineBytes(0, 49_000, 2_000), RTX_4090) == 2
+    assert pipeline_stages(4, PipelineBytes(0, 200_000), RTX_4090) == 1
+
+
+@given(wanted=st.integers(1, 4), sizes=st.tuples(*[st.integers(1, 60_000)] * 3), limits=devices)
+def test_as_many_stages_as_fit(wanted, sizes, limits):
+    loop = PipelineBytes(*sizes)
+    stages = pipeline_stages(wanted, loop, limits)
+    assert stages == 1 or loop.of(stages, limits) <= limits.shared_memory - 2048
+    assert stages == wanted or loop.of(stages + 1, limits) > limits.shared_memory - 2048
+
+
+def test_drawing_takes_eight_warps_where_no_product_stays_in_flight():
+    assert [drawing_warps(limits, cast=True) for limits in (A100, H200, B200, *SMALL)] == [8] * 8
+    assert [drawing_warps(limits, cast=False) for limits in (A100, H200, B200)] == [8, 4, 8]
+
+
+def test_what_is_cast_or_masked_passes_registers():
+    plain, masked = ({"masked": masked, "ieee": False} for masked in (False, True))
+    assert narrow_loop(100, 10, 0, H200, **plain) == PipelineBytes(110, 0, 0)
+    assert narrow_loop(100, 10, 5, H200, **plain) == PipelineBytes(100, 10, 5)
+    assert narrow_loop(100, 10, 5, H200, **masked) == PipelineBytes(0, 110, 105)
+    assert narrow_loop(100, 10, 5, RTX_4090, **plain) == PipelineBytes(0, 110, 0)
+    assert narrow_loop(100, 10, 5, RTX_4090, **masked) == PipelineBytes(0, 110, 100)
 
 
 def test_split_fills_the_device_when_tokens_are_few():
@@ -104,7 +195,9 @@ def test_unmeasured_devices_take_the_vendors_gemm():
 def test_tuned_table_overrides_single_fields(tmp_path, monkeypatch):
     cell = cell_of(tokens=5000, rank=12)
     assert cell.key == "forward/bfloat16/M8192/K4096/N4096/R16/p0"
-    table = {"cells": {cell.key: {"strategy": "fused", "gemm": {"num_stages": 4}}}}
+    few = cell_of(tokens=127, rank=12)
+    fused = {"strategy": "fused", "gemm": {"num_stages": 4}}
+    table = {"cells": {cell.key: fused, few.key: fused}}
     path = tmp_path / "NVIDIA_H200" / "lora_linear.json"
     path.parent.mkdir()
     path.write_text(json.dumps(table))
@@ -113,12 +206,16 @@ def test_tuned_table_overrides_single_fields(tmp_path, monkeypatch):
     try:
         options = {"aligned": True, "row_major": True, "has_main": True, "two_results": False}
         assert tiles.strategy(cell, H200) == "fused" and tiles.strategy(cell, A100) == "hybrid"
+        for tokens, taken in ((127, "hybrid"), (128, "fused")):
+            assert tiles.strategy(cell_of(tokens=tokens, rank=12), H200) == taken
         tuned = tiles.gemm_tile(cell, 4096, H200, **options)
         plain = tiles.gemm_tile(cell_of(tokens=20_000), 4096, H200, **options)
         assert (tuned.num_stages, plain.num_stages) == (4, 3)
         assert tuned.BLOCK_C == plain.BLOCK_C
         with tiles.use_cells({"*": {"strategy": "hybrid"}}):
             assert tiles.strategy(cell, H200) == "hybrid"
+        with tiles.use_cells({few.key: fused}):
+            assert tiles.strategy(few, H200) == "fused", "what is named is taken"
         assert tiles.strategy(cell, H200) == "fused"
     finally:
         tiles.shipped_cells.cache_clear()

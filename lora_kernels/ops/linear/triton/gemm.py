@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lora_kernels.ops.linear.triton import tiles
 from lora_kernels.ops.linear.triton.operands import Dropout, outer_axis
 from lora_kernels.ops.narrow.triton.gemm_tail import gemm_tail_kernel, gemm_tail_tma_kernel
-from lora_kernels.runtime.device_limits import cdiv, limits_of, precision
+from lora_kernels.runtime.device_limits import FP_FUSION, cdiv, limits_of, precision
 
 
 def gemm_with_tail(
@@ -154,6 +154,7 @@ def _epilogue_constants(tile, unscaled, bias, output_scale, drop, dtype) -> dict
         "BLOCK_R": tile.BLOCK_R,
         "GROUP_M": tile.GROUP_M,
         "num_warps": tile.num_warps,
+        "enable_fp_fusion": FP_FUSION,
         "num_stages": tile.num_stages,
     }
 

@@ -14,7 +14,7 @@ from lora_kernels.ops.narrow.triton.philox import PLACE, keep_tile
 from lora_kernels.ops.narrow.triton.reduce import load_scaling
 
 
-@triton.jit(do_not_specialize=PLACE)
+@triton.jit(do_not_specialize=(*PLACE, "M", "blocks_per_part"))
 def shrink_kernel(
     wide_ptr,  # [M, D]
     narrow_ptr,  # [R, D], any floating dtype
@@ -90,7 +90,7 @@ def shrink_kernel(
             tl.store(rounded_ptrs, rounded, mask=inside)
 
 
-@triton.jit(do_not_specialize=PLACE)
+@triton.jit(do_not_specialize=(*PLACE, "M", "blocks_per_part"))
 def rank_gradient_kernel(
     wide_ptr,  # [M, D]: dy, or x
     narrow_ptr,  # [M, R] contiguous, fp32: h, or t
@@ -162,7 +162,7 @@ def rank_gradient_kernel(
     tl.store(gradient_ptrs, accumulator, mask=inside_d[:, None] & inside_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "rows_per_part"))
 def output_gradient_kernel(
     dy_ptr,  # [M, N]
     unscaled_ptr,  # [M, N] contiguous: y before output_scale and bias

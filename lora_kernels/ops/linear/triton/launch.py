@@ -25,10 +25,19 @@ from lora_kernels.ops.linear.triton.kernels import (
 from lora_kernels.ops.linear.triton.operands import Dropout, is_aligned, scaling_argument
 from lora_kernels.ops.linear.triton.tiles import LinearCell, cell_of
 from lora_kernels.ops.narrow.triton.reduce import reduce_partials_kernel, scale_cast_kernel
-from lora_kernels.runtime.device_limits import cdiv, limits_of, on_device, padded_rows, precision
+from lora_kernels.runtime.device_limits import (
+    FP_FUSION,
+    cdiv,
+    limits_of,
+    on_device,
+    padded_rows,
+    precision,
+)
 from lora_kernels.runtime.eager import restore_leading_dims
 
-_BLOCK = 1024  # elements per program of the elementwise kernels
+# Elements per program of the elementwise kernels: 16 bytes of fp32 for each thread of two warps, so
+# that a small result makes work for every multiprocessor (reasoned, not measured).
+_BLOCK = 256
 
 
 def forward(call: LinearCall, gemm: Callable[..., None] = gemm_with_tail) -> Result:
@@ -174,6 +183,7 @@ def _shrink(
         BLOCK_D=tile.BLOCK_D,
         BLOCK_R=tile.BLOCK_R,
         num_warps=tile.num_warps,
+        enable_fp_fusion=FP_FUSION,
         num_stages=tile.num_stages,
     )
     if parts > 1:
@@ -258,6 +268,7 @@ def _rank_gradient(
         BLOCK_D=tile.BLOCK_D,
         BLOCK_R=tile.BLOCK_R,
         num_warps=tile.num_warps,
+        enable_fp_fusion=FP_FUSION,
         num_stages=tile.num_stages,
     )
     return gradient, projection
@@ -298,6 +309,7 @@ def _output_gradients(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         num_warps=4,
+        enable_fp_fusion=FP_FUSION,
     )
     if grad_bias is not None:
         _reduce(bias_partials, grad_bias, 1.0, 1.0, None)
@@ -327,7 +339,8 @@ def _reduce(
         SCALING_IS_POINTER=isinstance(scaling, Tensor),
         HAS_ROUNDED=rounded is not None,
         BLOCK=_BLOCK,
-        num_warps=4,
+        num_warps=2,
+        enable_fp_fusion=FP_FUSION,
     )
 
 
@@ -344,7 +357,8 @@ def _scale_cast(factor: Tensor, scaling: Tensor | float, dtype: torch.dtype) -> 
         out.stride(0),
         SCALING_IS_POINTER=isinstance(scaling, Tensor),
         BLOCK=_BLOCK,
-        num_warps=4,
+        num_warps=2,
+        enable_fp_fusion=FP_FUSION,
     )
     return out
 

@@ -23,8 +23,12 @@ from torch import Tensor
 
 from lora_kernels.runtime.device_limits import (
     DeviceLimits,
+    PipelineBytes,
+    blocks_at_once,
     cdiv,
     clamp,
+    drawing_warps,
+    narrow_loop,
     next_power_of_two,
     pipeline_stages,
     precision,
@@ -36,6 +40,10 @@ TUNED = Path(__file__).parents[3] / "tuned"
 # "fused" runs base and adapter in one GEMM; "hybrid" lets our kernel write the adapter's part and
 # the vendor's GEMM accumulate the base on top of it (beta = 1).
 STRATEGIES = ("fused", "hybrid")
+
+# Fewer rows are less than one tile of the fused GEMM high: it has no split of the reduction to make
+# work of them, the vendor's has (reasoned, not measured).
+FUSED_ROWS = 128
 
 # Cells and tiles that are kept: a model has a dozen shapes, times its numbers of tokens.
 _KEPT = 4096
@@ -160,9 +168,13 @@ def strategy(cell: LinearCell, limits: DeviceLimits) -> str:
 
     The rule for unmeasured cells: the base GEMM is nearly all of the time, the vendor's is close to
     the device's ceiling everywhere, and what ours reaches on an unknown device is not known. With
-    ``hybrid`` the loss is bounded by one more write and read of the result.
+    ``hybrid`` the loss is bounded by one more write and read of the result. A shipped ``fused`` is
+    not taken below FUSED_ROWS, which the cell of 128 rows would have it for.
     """
-    return tuned(cell, limits).get("strategy", "hybrid")
+    named = tuned(cell, limits).get("strategy", "hybrid")
+    if named == "fused" and cell.tokens < FUSED_ROWS and _replacement is None:
+        return "hybrid"
+    return named
 
 
 @tile_of_cell
@@ -184,15 +196,26 @@ def shrink_tile(
     if 4 * programs < 3 * limits.multiprocessors:
         # Below four blocks per part the pipeline does not fill.
         parts = max(1, min(2 * limits.multiprocessors // max(programs, 1), blocks // 4))
-    stage = block_m * block_d * cell.itemsize + block_d * block_r * narrow_itemsize
-    converted = block_d * block_r * cell.itemsize + block_m * block_d * cell.itemsize
+    masked = cell.dropout and cell.direction == "forward"
+    cast = narrow_itemsize != cell.itemsize
+    num_warps = 8 if block_r >= 64 and block_m >= 32 else 4
+    if masked and block_m >= 32:
+        num_warps = max(num_warps, drawing_warps(limits, cast=cast or cell.ieee))
+    loop = narrow_loop(
+        block_m * block_d * cell.itemsize,
+        block_d * block_r * narrow_itemsize,
+        block_d * block_r * cell.itemsize if cast else 0,
+        limits,
+        masked=masked,
+        ieee=cell.ieee,
+    )
     tile = ShrinkTile(
         BLOCK_M=block_m,
         BLOCK_D=block_d,
         BLOCK_R=block_r,
         parts=parts,
-        num_warps=8 if block_r >= 64 and block_m >= 32 else 4,
-        num_stages=pipeline_stages(4, stage, converted, limits),
+        num_warps=num_warps,
+        num_stages=pipeline_stages(4, loop, limits),
     )
     return replace(tile, **tuned(cell, limits).get("shrink", {}))
 
@@ -201,7 +224,7 @@ def shrink_tile(
 def rank_gradient_tile(
     cell: LinearCell, depth: int, limits: DeviceLimits, *, aligned: bool
 ) -> RankGradientTile:
-    """For ``[depth, M] @ [M, R]``. The rows are split until every SM has work for two blocks."""
+    """For ``[depth, M] @ [M, R]``. The rows are split into as many parts as run at once."""
     block_r = clamp(next_power_of_two(cell.rank), 16, MAX_BLOCK_R)
     block_d = 128 if block_r > 32 or cell.dropout else 256
     if cell.itemsize == 4 or not aligned:
@@ -211,22 +234,52 @@ def rank_gradient_tile(
     block_m = 64
     if cell.ieee:
         block_d, block_m = 64, 32
+    cast = cell.itemsize != 4
+    num_warps = 8 if block_d * block_r >= 4096 else 4
+    if cell.dropout:
+        num_warps = max(num_warps, drawing_warps(limits, cast=cast or cell.ieee))
+    loop = narrow_loop(
+        block_m * block_d * cell.itemsize,
+        block_m * block_r * 4,
+        block_m * block_r * cell.itemsize if cast else 0,
+        limits,
+        masked=cell.dropout,
+        ieee=cell.ieee,
+    )
+    if not cell.dropout and projects_in_same_pass(cell, depth, block_d):
+        factor = block_d * block_r * cell.itemsize
+        loop = replace(loop, besides=loop.besides + factor)
+    num_stages = pipeline_stages(3, loop, limits)
     programs = cdiv(depth, block_d) * cdiv(cell.rank, block_r)
     blocks = cdiv(cell.tokens, block_m)
-    parts = clamp(cdiv(2 * limits.multiprocessors, programs), 1, max(blocks, 1))
+    at_once = limits.multiprocessors * blocks_at_once(
+        num_warps,
+        rank_gradient_registers(block_r, num_warps, limits),
+        loop.of(num_stages, limits),
+        limits,
+    )
+    # Rounded down: a few programs more than run at once take as long as twice as many.
+    parts = clamp(at_once // programs, 1, max(blocks, 1))
     # Whole blocks per part: no part may be left without rows.
     parts = cdiv(blocks, cdiv(blocks, parts)) if blocks else 1
-    stage = block_m * block_d * cell.itemsize + block_m * block_r * 4
-    converted = block_m * (block_d + block_r) * cell.itemsize
     tile = RankGradientTile(
         BLOCK_M=block_m,
         BLOCK_D=block_d,
         BLOCK_R=block_r,
         parts=parts,
-        num_warps=8 if block_d * block_r >= 4096 else 4,
-        num_stages=pipeline_stages(3, stage, converted, limits),
+        num_warps=num_warps,
+        num_stages=num_stages,
     )
     return replace(tile, **tuned(cell, limits).get("rank_gradient", {}))
+
+
+def rank_gradient_registers(block_r: int, num_warps: int, limits: DeviceLimits) -> int:
+    """Per thread of ``rank_gradient_kernel`` at most, as compiled for every architecture."""
+    if block_r > 32:
+        return 255
+    if num_warps == 4:
+        return 192
+    return 168 if limits.capability >= 120 else 128
 
 
 def projects_in_same_pass(cell: LinearCell, depth: int, block_d: int) -> bool:
@@ -263,9 +316,7 @@ def gemm_tile(
         block_m, block_c, block_d, block_r = min(block_m, 64), 64, 16, 16
         num_warps, num_stages = 4, 2
     elif tma:
-        wide = cdiv(cell.tokens, 128) * cdiv(columns, 256) >= limits.multiprocessors
-        # On sm_100 the accumulator comes from tensor memory all at once; two results would spill.
-        wide = wide and not (two_results and limits.capability >= 100)
+        wide = wide_tile_pays(cell, columns, limits, two_results=two_results)
         block_m, block_d = max(block_m, 64), 64
         block_c, num_stages = (256, 3) if wide and block_m == 128 else (128, 4)
         num_warps = 8 if block_m == 128 else 4
@@ -274,10 +325,7 @@ def gemm_tile(
         block_m, num_warps = min(block_m, 64), 4 if block_m <= 32 else 8
     elif cell.itemsize == 4:
         block_r = min(block_r, 32)
-    stage = (block_m + block_c) * block_d * cell.itemsize
-    if not has_main:
-        stage = (block_m + block_c) * block_r * cell.itemsize
-    epilogue = block_m * block_c * (cell.itemsize if tma else 4) // 2
+    loop = gemm_loop(block_m, block_c, block_d if has_main else block_r, cell.itemsize, tma=tma)
     tile = GemmTile(
         BLOCK_M=block_m,
         BLOCK_C=block_c,
@@ -286,11 +334,32 @@ def gemm_tile(
         GROUP_M=8,
         tma=tma,
         num_warps=num_warps,
-        num_stages=pipeline_stages(num_stages, stage, epilogue, limits),
+        num_stages=pipeline_stages(num_stages, loop, limits),
     )
     if not has_main:
         return tile
     return replace(tile, **tuned(cell, limits).get("gemm", {}))
+
+
+def gemm_loop(
+    block_m: int, block_c: int, block_d: int, itemsize: int, *, tma: bool
+) -> PipelineBytes:
+    """The main loop, and half a tile on its way out: as it is stored by TMA, else in fp32."""
+    stage = (block_m + block_c) * block_d * itemsize
+    return PipelineBytes(stage, 0, block_m * block_c * (itemsize if tma else 4) // 2)
+
+
+def wide_tile_pays(
+    cell: LinearCell, columns: int, limits: DeviceLimits, *, two_results: bool
+) -> bool:
+    """Whether 128 x 256 tiles are taken by TMA: with work for every SM and three stages.
+
+    On sm_100 the accumulator comes from tensor memory all at once; two results would spill.
+    """
+    tiles = cdiv(cell.tokens, 128) * cdiv(columns, 256)
+    stages = pipeline_stages(3, gemm_loop(128, 256, 64, cell.itemsize, tma=True), limits)
+    spills = two_results and limits.capability >= 100
+    return tiles >= limits.multiprocessors and stages == 3 and not spills
 
 
 # --- tuned tables ----------------------------------------------------------------------------

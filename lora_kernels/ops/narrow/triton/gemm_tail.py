@@ -86,7 +86,7 @@ def accumulate(
     return accumulator
 
 
-@triton.jit(do_not_specialize=PLACE)
+@triton.jit(do_not_specialize=(*PLACE, "M"))
 def gemm_tail_kernel(
     left_ptr,  # [M, D]
     right_ptr,  # [D, C]
@@ -181,7 +181,7 @@ def accumulate_tma(
     return accumulator
 
 
-@triton.jit(do_not_specialize=PLACE)
+@triton.jit(do_not_specialize=(*PLACE, "M"))
 def gemm_tail_tma_kernel(
     left_desc,  # [M, D]
     right_desc,  # [D, C], or [C, D] if RIGHT_TRANSPOSED

@@ -13,7 +13,7 @@ def load_scaling(scaling, IS_POINTER: tl.constexpr):
         return tl.cast(scaling, tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_partials",))
 def reduce_partials_kernel(
     partials_ptr,  # [P, rows * columns] fp32
     out_ptr,  # [rows, columns]
@@ -32,7 +32,8 @@ def reduce_partials_kernel(
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < numel
     total = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(num_partials):
+    # Four loads are under way while the sums wait for each other.
+    for _ in tl.range(num_partials, loop_unroll_factor=4):
         total += tl.load(partials_ptr + index, mask=inside, other=0.0)
         partials_ptr += numel
     total *= load_scaling(scaling, SCALING_IS_POINTER) * tl.cast(factor, tl.float32)

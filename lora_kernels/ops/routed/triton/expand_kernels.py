@@ -108,7 +108,7 @@ def tail_of_slot(
     return accumulator
 
 
-@triton.jit(do_not_specialize=PLACE)
+@triton.jit(do_not_specialize=(*PLACE, "M", "P", "parts"))
 def routed_expand_kernel(
     tail_ptr,  # [P, H] in out's dtype, rows stride_tm apart; [parts, P, H] if PARTIALS
     storage_ptr,
@@ -197,7 +197,7 @@ def routed_expand_kernel(
     tl.store(out_ptrs, accumulator.to(DTYPE), mask=write)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("M", "P"))
 def routed_combine_kernel(
     deltas_ptr,  # [P, C] contiguous
     has_delta_ptr,  # [S, P] int8

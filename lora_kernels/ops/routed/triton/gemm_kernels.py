@@ -14,7 +14,7 @@ from lora_kernels.ops.routed.triton.kernels import (
 )
 
 
-@triton.jit(do_not_specialize=PLACE)
+@triton.jit(do_not_specialize=(*PLACE, "M", "num_tiles"))
 def routed_gemm_kernel(
     left_ptr,  # [M, D]: x, or dy
     right_ptr,  # [D, C]: W^T, or W

@@ -1,10 +1,10 @@
 """Triton kernels of ``routed_lora`` for the gradients of the factors.
 
-Dimensions as in :mod:`kernels`. A *window* is WINDOW neighbouring tiles; a *run* is what a window
-holds of one slot's pairs, which are neighbours in the routing. A program walks the runs of its
-window, so that the work is spread evenly however large the groups are. A group that lies within one
-window is written at once. Of any other, each window writes a partial sum: one that begins before
-the window, and one that goes on after it, so there are at most two.
+Dimensions as in :mod:`kernels`. A *window* is ``window_tiles`` neighbouring tiles; a *run* is what
+a window holds of one slot's pairs, which are neighbours in the routing. A program walks the runs of
+its window, so that the work is spread evenly however large the groups are. A group that lies within
+one window is written at once. Of any other, each window writes a partial sum: one that begins
+before the window, and one that goes on after it, so there are at most two.
 """
 
 import triton
@@ -15,7 +15,7 @@ from lora_kernels.ops.narrow.triton.philox import PLACE, keep_tile
 from lora_kernels.ops.routed.triton.kernels import factor_of_slot, keep_scale_of, slice_of_block
 
 
-@triton.jit(do_not_specialize=PLACE)
+@triton.jit(do_not_specialize=(*PLACE, "M", "num_tiles", "window_tiles"))
 def routed_gradient_kernel(
     wide_ptr,  # [M, D]: x, or dy of all slices
     narrow_ptr,  # [P, H], rows stride_nm apart: t, or h
@@ -37,6 +37,7 @@ def routed_gradient_kernel(
     H,
     num_slots,
     num_tiles,
+    window_tiles,
     stride_wm,
     stride_wd,
     stride_nm,
@@ -47,7 +48,6 @@ def routed_gradient_kernel(
     DROPOUT: tl.constexpr,
     LONG_COUNTER: tl.constexpr,
     PRECISION: tl.constexpr,
-    WINDOW: tl.constexpr,
     TILE: tl.constexpr,  # pairs per tile of the routing
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -64,8 +64,8 @@ def routed_gradient_kernel(
     if DROPOUT:
         seed = tl.load(seed_ptr)
 
-    tile = window * WINDOW
-    last_tile = tl.minimum(tile + WINDOW, num_tiles)
+    tile = window * window_tiles
+    last_tile = tl.minimum(tile + window_tiles, num_tiles)
     while tile < last_tile:
         slot = tl.load(tiles_ptr + 2 * tile)
         first = tl.load(tiles_ptr + 2 * tile + 1)
@@ -131,7 +131,7 @@ def routed_gradient_kernel(
         tile += run_tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("num_tiles", "window_tiles"))
 def routed_gradient_reduce_kernel(
     partials_ptr,  # as routed_gradient_kernel leaves them
     table_ptr,
@@ -143,18 +143,18 @@ def routed_gradient_reduce_kernel(
     H,
     num_slots,
     num_tiles,
+    window_tiles,
     OF_A: tl.constexpr,
     BOUNDARIES: tl.constexpr,
     NUM_FACTORS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_T: tl.constexpr,  # at least WINDOW
+    BLOCK_T: tl.constexpr,  # at least window_tiles
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Add the partial sums of the group that begins in a window and goes on after it, if any."""
     window, index = tl.program_id(1), tl.program_id(2)
-    tile = window * WINDOW + tl.arange(0, BLOCK_T)
-    next_window = (window + 1) * WINDOW
+    tile = window * window_tiles + tl.arange(0, BLOCK_T)
+    next_window = (window + 1) * window_tiles
     inside = (tile < num_tiles) & (tile < next_window)
     slots = tl.load(tiles_ptr + 2 * tile, mask=inside, other=-1)
     first = tl.load(tiles_ptr + 2 * tile + 1, mask=inside, other=0)
@@ -167,7 +167,7 @@ def routed_gradient_reduce_kernel(
     slot = tl.max(tl.where(goes_on, slots, -1), axis=0)
     if slot < 0:
         return
-    windows = tl.cdiv(tl.max(tl.where(goes_on, tile_after, 0), axis=0), WINDOW) - window
+    windows = tl.cdiv(tl.max(tl.where(goes_on, tile_after, 0), axis=0), window_tiles) - window
     factor = 0 if OF_A else 1 + index
     rank, _, _ = factor_of_slot(table_ptr, slot, factor, H, OF_A, NUM_FACTORS)
     place = tl.load(layout_ptr + slot.to(tl.int64) * NUM_FACTORS + factor)
@@ -186,6 +186,6 @@ def routed_gradient_reduce_kernel(
         source = partials_ptr + (begin + element // rank) * H + element % rank
     size = tl.cast(D, tl.int64) * H
     total = tl.load(source + (2 * window + 1) * size, mask=inside, other=0.0)
-    for i in range(1, windows):
+    for i in tl.range(1, windows, loop_unroll_factor=4):
         total += tl.load(source + 2 * (window + i) * size, mask=inside, other=0.0)
     tl.store(grad_ptr + place + element, total.to(grad_ptr.dtype.element_ty), mask=inside)

@@ -131,7 +131,7 @@ def narrow_sum(
     return accumulator
 
 
-@triton.jit(do_not_specialize=PLACE)
+@triton.jit(do_not_specialize=(*PLACE, "M", "P", "blocks_per_part"))
 def routed_shrink_kernel(
     wide_ptr,  # [M, D]: x, or dy of all slices
     storage_ptr,
@@ -265,8 +265,9 @@ def store_sum(
 ):
     """Scale a tile of h or t and write it, and its copy for the product that follows.
 
-    That one is read from memory as it was rounded here: ptxas before 13.3 miscompiles a cast that
-    feeds a pipelined product on sm_90.
+    That one is read from memory as it was rounded here, so that no product has to take it from
+    registers: on sm_90, ptxas before 13.3 may overwrite a left operand there while a pipelined
+    product still reads it (triton#9433).
     """
     if DROPOUT:
         total *= keep_scale_of(threshold_ptr, slot)
@@ -283,7 +284,7 @@ def store_sum(
         tl.store(rounded_ptrs, rounded, mask=inside_out & has_rank)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("P", "parts"))
 def routed_finish_kernel(
     partials_ptr,  # [parts, P, H], rows stride_pm apart; h itself where parts is 1
     h_ptr,  # [P, H], rows stride_hm apart; unused without HAS_WEIGHT_GRADIENT

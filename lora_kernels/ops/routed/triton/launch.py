@@ -22,9 +22,15 @@ from lora_kernels.ops.routed.triton.gradient_kernels import (
     routed_gradient_reduce_kernel,
 )
 from lora_kernels.ops.routed.triton.kernels import routed_finish_kernel, routed_shrink_kernel
-from lora_kernels.runtime.device_limits import cdiv, limits_of, padded_rows, precision
+from lora_kernels.runtime.device_limits import (
+    FP_FUSION,
+    cdiv,
+    limits_of,
+    padded_rows,
+    precision,
+)
 
-_BLOCK = 1024  # elements per program of the elementwise kernels
+_BLOCK = 256  # elements per program of the reduction, as in lora_linear's
 
 
 class Tail:
@@ -65,7 +71,10 @@ class RoutedLaunch:
     def shrink(self, x: Tensor, h: Tensor | None, rounded: bool = True) -> Tail | None:
         """``h = D(x) A^T`` into ``h`` if given; what an expand takes if ``rounded``."""
         depth = x.shape[1]
-        tile = tiles.shrink_tile(self.cell, depth, 1, self.limits, aligned=_rows_are_aligned(x))
+        tile = tiles.shrink_tile(
+            self.cell, depth, 1, self.limits,
+            aligned=_rows_are_aligned(x), masked=self.seed is not None, of_a=True,
+        )  # fmt: skip
         in_parts = tiles.is_small(self.cell) and h is None
         if tile.parts == 1 and not in_parts:
             copy = self._copy() if rounded else None
@@ -90,7 +99,9 @@ class RoutedLaunch:
     ) -> Tensor | None:  # [P, H]
         """t and its rounded copy, and the gradient of the pairs' weights."""
         aligned, slices = _rows_are_aligned(dy), self.bank.num_slices
-        tile = tiles.shrink_tile(self.cell, self.widest, slices, self.limits, aligned=aligned)
+        tile = tiles.shrink_tile(
+            self.cell, self.widest, slices, self.limits, aligned=aligned, masked=False, of_a=False
+        )
         copy = self._copy() if rounded else None
         if tile.parts == 1 and grad_weights is None:
             self._shrink(dy, tile, t, copy, of_a=False)
@@ -165,6 +176,7 @@ class RoutedLaunch:
             BLOCK_D=tile.BLOCK_D,
             BLOCK_R=tile.BLOCK_R,
             num_warps=tile.num_warps,
+            enable_fp_fusion=FP_FUSION,
             num_stages=tile.num_stages,
         )
 
@@ -209,6 +221,7 @@ class RoutedLaunch:
             BLOCK_M=routing.block,
             BLOCK_R=32,
             num_warps=4,
+            enable_fp_fusion=FP_FUSION,
         )
 
     # --- wide results -------------------------------------------------------------------------
@@ -287,6 +300,7 @@ class RoutedLaunch:
             BLOCK_R=tile.BLOCK_R,
             GROUP_M=tile.GROUP_M,
             num_warps=tile.num_warps,
+            enable_fp_fusion=FP_FUSION,
             num_stages=tile.num_stages,
         )
         return out
@@ -343,6 +357,7 @@ class RoutedLaunch:
             BLOCK_C=tile.BLOCK_C,
             BLOCK_R=tile.BLOCK_R,
             num_warps=tile.num_warps,
+            enable_fp_fusion=FP_FUSION,
             num_stages=tile.num_stages,
         )
         if by_pair:
@@ -365,6 +380,7 @@ class RoutedLaunch:
             BLOCK_M=block_m,
             BLOCK_C=block_c,
             num_warps=4,
+            enable_fp_fusion=FP_FUSION,
         )
 
     # --- gradients of the factors -------------------------------------------------------------
@@ -392,7 +408,9 @@ class RoutedLaunch:
         boundaries = () if of_a else self.boundaries
         widest, slices = (columns, 1) if of_a else (self.widest, bank.num_slices)
         aligned = _rows_are_aligned(wide)
-        tile = tiles.gradient_tile(self.cell, columns, slices, self.limits, aligned=aligned)
+        tile = tiles.gradient_tile(
+            self.cell, columns, slices, self.limits, aligned=aligned, masked=dropout
+        )
         windows = cdiv(self.num_tiles, tile.window)
         partials = grad
         if windows > 1:
@@ -419,6 +437,7 @@ class RoutedLaunch:
             width,
             bank.scaling.shape[0] - 1,
             self.num_tiles,
+            tile.window,
             *wide.stride(),
             narrow.stride(0),
             OF_A=of_a,
@@ -428,12 +447,12 @@ class RoutedLaunch:
             DROPOUT=dropout,
             LONG_COUNTER=dropout and self.place.needs_long_counter(*wide.shape),
             PRECISION=precision(wide.dtype),
-            WINDOW=tile.window,
             TILE=routing.block,
             BLOCK_M=tile.BLOCK_M,
             BLOCK_D=tile.BLOCK_D,
             BLOCK_R=tile.BLOCK_R,
             num_warps=tile.num_warps,
+            enable_fp_fusion=FP_FUSION,
             num_stages=tile.num_stages,
         )
         if windows == 1:
@@ -449,14 +468,16 @@ class RoutedLaunch:
             width,
             bank.scaling.shape[0] - 1,
             self.num_tiles,
+            tile.window,
             OF_A=of_a,
             BOUNDARIES=boundaries,
             NUM_FACTORS=self.num_factors,
-            WINDOW=tile.window,
-            BLOCK_T=tiles.next_power_of_two(tile.window),
+            # One variant for all but the longest windows.
+            BLOCK_T=max(128, tiles.next_power_of_two(tile.window)),
             TILE=routing.block,
             BLOCK=_BLOCK,
-            num_warps=4,
+            num_warps=2,
+            enable_fp_fusion=FP_FUSION,
         )
 
 

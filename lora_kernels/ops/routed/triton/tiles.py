@@ -10,8 +10,11 @@ from dataclasses import dataclass
 
 from lora_kernels.runtime.device_limits import (
     DeviceLimits,
+    PipelineBytes,
     cdiv,
     clamp,
+    drawing_warps,
+    narrow_loop,
     next_power_of_two,
     pipeline_stages,
 )
@@ -88,11 +91,19 @@ def is_small(cell: RoutedCell) -> bool:
 
 @_remembered
 def shrink_tile(
-    cell: RoutedCell, depth: int, slices: int, limits: DeviceLimits, *, aligned: bool
+    cell: RoutedCell,
+    depth: int,
+    slices: int,
+    limits: DeviceLimits,
+    *,
+    aligned: bool,
+    masked: bool,
+    of_a: bool,
 ) -> ShrinkTile:
     """For rows of ``[M, depth]`` times ``[depth, R]``; small batches split the depth.
 
-    ``slices``: of the factor, 1 for A; ``aligned``: rows are read 16 bytes at a time.
+    ``slices``: of the factor, 1 for A; ``aligned``: rows are read 16 bytes at a time; ``masked``:
+    by a dropout; ``of_a``: otherwise B, whose pitch is the rank.
     """
     block_r = rank_block(cell, slices)
     block_d = 128 if block_r <= 32 and cell.itemsize == 2 else 64
@@ -103,6 +114,9 @@ def shrink_tile(
     elif cell.block > 16 and (not aligned or cell.itemsize == 4):
         # Every element has its own pointer and predicate in registers.
         block_d, num_warps = 64, 8
+    cast = cell.factor_itemsize != cell.itemsize
+    if masked and cell.block > 16:
+        num_warps = max(num_warps, drawing_warps(limits, cast=cast or cell.ieee))
     programs = cdiv(cell.pairs, cell.block) * cdiv(cell.max_total_rank, block_r) * slices
     blocks = cdiv(depth, block_d)
     parts = 1
@@ -111,14 +125,25 @@ def shrink_tile(
         parts = clamp(min(2 * limits.multiprocessors // max(programs, 1), blocks // 4), 1, 16)
     # Whole blocks per part: no part may be left without any.
     parts = cdiv(blocks, cdiv(blocks, parts))
-    stage = cell.block * block_d * cell.itemsize + block_d * block_r * cell.factor_itemsize
-    converted = block_d * (block_r + cell.block) * cell.itemsize
+    loop = narrow_loop(
+        cell.block * block_d * cell.itemsize,
+        block_d * block_r * cell.factor_itemsize,
+        block_d * block_r * cell.itemsize if cast else 0,
+        limits,
+        masked=masked,
+        ieee=cell.ieee,
+    )
+    if not of_a and cell.factor_itemsize >= 4:
+        # Ranks that are multiples of eight and those that are not have a loop each, with buffers
+        # side by side. (Elements of two bytes are not copied one by one, so that in halves only
+        # the first has any.)
+        loop = PipelineBytes(2 * loop.read_in_place, 2 * loop.through_registers, loop.besides)
     return ShrinkTile(
         BLOCK_D=block_d,
         BLOCK_R=block_r,
         parts=parts,
         num_warps=num_warps,
-        num_stages=pipeline_stages(4, stage, converted, limits),
+        num_stages=pipeline_stages(4, loop, limits),
     )
 
 
@@ -134,29 +159,42 @@ def expand_tile(
     if cell.ieee:
         block_r = min(block_r, 32)
     stage = (cell.block + block_c) * block_r * max(cell.itemsize, cell.factor_itemsize)
-    # One stage where the left operand is rounded in registers (ptxas before 13.3), and where the
-    # rank is over in one step.
+    # One stage where the left operand comes from registers, and so must not be overwritten while a
+    # product reads it (triton#9433; a test looks for it), and where the rank is over in one step.
     wanted = 1 if is_small(cell) or cdiv(cell.max_total_rank, slices) <= block_r else 2
     return ExpandTile(
         BLOCK_C=block_c,
         BLOCK_R=block_r,
         num_warps=num_warps,
-        num_stages=pipeline_stages(wanted, stage, cell.block * block_c * 4, limits),
+        num_stages=pipeline_stages(
+            wanted, PipelineBytes(0, stage, cell.block * block_c * 4), limits
+        ),
     )
 
 
 @_remembered
 def gradient_tile(
-    cell: RoutedCell, depth: int, slices: int, limits: DeviceLimits, *, aligned: bool
+    cell: RoutedCell,
+    depth: int,
+    slices: int,
+    limits: DeviceLimits,
+    *,
+    aligned: bool,
+    masked: bool,
 ) -> GradientTile:
     """For ``[depth, n] @ [n, R]`` of each slot; windows are as many as give every SM work."""
     block_r = rank_block(cell, slices)
     block_m = cell.block
-    # On sm_80 every operand passes through registers.
-    narrow = cell.itemsize == 4 or not aligned or (block_r == 64 and limits.capability < 90)
+    # For mma.sync every operand passes through registers.
+    in_registers = block_r == 64 and not limits.multiplies_shared_memory
+    narrow = cell.itemsize == 4 or not aligned or in_registers
     block_d = 64 if narrow else 128
     if cell.ieee:
         block_d, block_m = 64, min(block_m, 32)
+    cast = cell.itemsize != 4
+    num_warps = 8 if block_r == 64 or (cell.ieee and block_r > 16) else 4
+    if masked and not is_small(cell):
+        num_warps = max(num_warps, drawing_warps(limits, cast=cast or cell.ieee))
     programs = cdiv(depth, block_d) * cdiv(cdiv(cell.max_total_rank, slices), block_r)
     windows = max(1, cdiv(2 * limits.multiprocessors, programs))
     # The tiles that hold pairs are fewer than T, which allows for a cut tile in every group.
@@ -164,15 +202,21 @@ def gradient_tile(
     most = max(1, MAX_PARTIALS // (2 * 4 * depth * cell.max_total_rank))
     while cdiv(cell.num_tiles, window) > most:
         window *= 2
-    stage = block_m * block_d * cell.itemsize + block_m * block_r * 4
-    converted = block_m * (block_d + block_r) * cell.itemsize
+    loop = narrow_loop(
+        block_m * block_d * cell.itemsize,
+        block_m * block_r * 4,
+        block_m * block_r * cell.itemsize if cast else 0,
+        limits,
+        masked=masked,
+        ieee=cell.ieee,
+    )
     return GradientTile(
         BLOCK_M=block_m,
         BLOCK_D=block_d,
         BLOCK_R=block_r,
         window=window,
-        num_warps=8 if block_r == 64 or (cell.ieee and block_r > 16) else 4,
-        num_stages=pipeline_stages(3, stage, converted, limits),
+        num_warps=num_warps,
+        num_stages=pipeline_stages(3, loop, limits),
     )
 
 
@@ -192,7 +236,7 @@ def gemm_tile(cell: RoutedCell, slices: int, limits: DeviceLimits, *, aligned: b
         BLOCK_R=block_r,
         GROUP_M=8,
         num_warps=num_warps,
-        num_stages=pipeline_stages(4, stage, cell.block * block_c * 4, limits),
+        num_stages=pipeline_stages(4, PipelineBytes(stage, 0, cell.block * block_c * 4), limits),
     )
 
 
