@@ -19,7 +19,7 @@ def narrow_product(wide: Tensor, narrow: Tensor, scaling: Tensor | float | None 
     fp16 never rounds the result to fp16: h and t may lie below its smallest number. Where torch has
     no product with a wider result, a row chunk at a time is widened before it.
     """
-    if _widens_first(wide.dtype, wide.device):
+    if widens_first(wide.dtype, wide.device):
         factor = narrow.float() if scaling is None else narrow.float() * scaling
         out = wide.new_empty((wide.shape[0], narrow.shape[1]), dtype=torch.float32)
         for chunk in row_chunks(*wide.shape, wide.device):
@@ -44,7 +44,7 @@ def transposed_product(left: Tensor, right: Tensor) -> Tensor:
     """
     wide = left if right.dtype == torch.float32 else right
     dtype = wide.dtype
-    if _widens_first(dtype, wide.device):
+    if widens_first(dtype, wide.device):
         out = left.new_zeros((left.shape[1], right.shape[1]), dtype=torch.float32)
         for chunk in row_chunks(*wide.shape, wide.device):
             out.addmm_(left[chunk].float().t(), right[chunk].float())
@@ -69,7 +69,7 @@ def scaled(factor: Tensor, scaling: Tensor | float, dtype: torch.dtype) -> Tenso
     return (factor.to(wide) * scaling).to(dtype)
 
 
-def _widens_first(dtype: torch.dtype, device: torch.device) -> bool:
+def widens_first(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a half-precision operand is to become fp32 for a product in :func:`product_dtype`.
 
     MPS has neither ``torch.mm(out_dtype=)`` nor the ``frexp`` of :func:`_to_half_range`; XPU has
