@@ -23,7 +23,7 @@ def masked_copy(
     mask: Tensor | None = None,  # [M, ceil(K/8)]; None draws it
 ) -> tuple[Tensor, Tensor]:
     """``D(x)`` ``[M, K]`` rounded to x's dtype, and the packed mask."""
-    if _has_kernels(x.device):
+    if has_kernels(x):
         from lora_kernels.ops.narrow.triton import masked
 
         return masked.masked_copy(x, dropout, mask)
@@ -53,7 +53,7 @@ def masked_product(
     scale: Tensor | None = None,  # [] fp32
 ) -> Tensor:  # [M, K]
     """``alpha * scale * keep * (t A)``, where keep is 0 or the dropout's scale."""
-    if _has_kernels(t.device):
+    if has_kernels(t):
         from lora_kernels.ops.narrow.triton import masked
 
         return masked.masked_product(t, a, mask, dropout, alpha, scale)
@@ -71,6 +71,11 @@ def slow_on(device: torch.device) -> str | None:
     own; None where kernels of ours draw and apply the masks, or it is a CPU, where an operation is
     no launch."""
     return None if device.type in ("cpu", "meta") else missing(device)
+
+
+def has_kernels(x: Tensor) -> bool:
+    """Whether kernels draw and apply the masks of x: where not, a warning has said so once."""
+    return _has_kernels(x.device) and x.dtype != torch.float64
 
 
 @functools.cache

@@ -1,30 +1,36 @@
-"""``routed_lora`` on the vendor's GEMMs, one group of tokens after the other.
+"""``routed_lora`` on the vendor's GEMMs: for the groups of a batch, or for few tokens batched.
 
 Dimensions: M tokens, P pairs, K in_features, N out_features of all slices, R an adapter's rank over
-its slices, H the widest R of the bank, n the pairs of one group.
+its slices, H the widest R of the bank, G groups, T pairs of the longest group, n the pairs of one.
 
-A group's rows of x are a view where its tokens are neighbours and are gathered otherwise; no
-weights are gathered and no rank is padded. Groups come in a fixed order, so that a token with
-several adapters gets the same bits every time.
+On a device every operation is a launch. So only products are made group by group, into and out of
+buffers of all pairs; rows that are not neighbours are gathered once for all groups, and the factors
+are cast at once. Results of pairs are gathered by their tokens and added in the order of the pairs:
+a token with several adapters, or with one twice, gets the same bits every time.
 """
-
-from collections.abc import Iterator
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from lora_kernels.base_weights import product_or_bias
-from lora_kernels.ops.narrow.products import (
-    narrow_product,
-    product_dtype,
-    rounded,
-    row_chunks,
-    transposed_product,
+from lora_kernels.ops.narrow.grouped import (
+    add_product_,
+    copy_,
+    factor_dtype,
+    in_half_range,
+    narrow_buffer,
+    product_,
+    transposed_product_,
 )
-from lora_kernels.ops.routed.call import Gradients, Result, RoutedCall, stores_mask
-from lora_kernels.runtime.dropout import packed_keep_mask_of_rows, zero_dropped
+from lora_kernels.ops.narrow.products import product_dtype, widens_first
+from lora_kernels.ops.routed.batch import OF_A, OF_B, Batch, Block, FlatGradient, Rows
+from lora_kernels.ops.routed.call import Gradients, Result, RoutedCall
+from lora_kernels.ops.routed.pair_masks import draw_masks, gather_masked, mask_rows_
+from lora_kernels.ops.routed.pairs import Layout
 from lora_kernels.runtime.dtypes import accumulator_dtype
+
+# Bytes that memory moves while an operation is started.
+_CPU_BYTES, _DEVICE_BYTES = 1 << 14, 1 << 22
 
 
 def forward(call: RoutedCall) -> Result:
@@ -33,293 +39,341 @@ def forward(call: RoutedCall) -> Result:
     if y is None:
         y, begun = product_or_bias(call.base, x, call.bias, call.bank.slice_columns[-1])
         y = y if begun else y.zero_()
-    if call.save:
-        h, mask = _saved(call)
-    for group in _groups(call, x.dtype):
-        narrow = _shrink(group, call, mask)
-        if h is not None:
-            h[group.pairs, : group.rank] = narrow
-        _expand(group, narrow, y)
-    return Result(y, h, mask)
+    batch = Batch(call, x)
+    if not call.save and call.seed is None and _is_better_padded(batch):
+        _add_padded(batch, y)
+    else:
+        h, mask = _shrink(batch)
+        _expand(batch, h, y)
+    return Result(y, h, mask) if call.save else Result(y)
 
 
 def backward(call: RoutedCall) -> Gradients:
     dy, needs = call.dy, call.needs
-    grad = call.bank.storage.new_zeros(call.layout.numel)
-    grad_weights = _weight_gradient(call)
+    grad_weights = torch.zeros_like(call.routing.pair_weights) if needs.weights else None
     grad_bias = dy.sum(0) if needs.bias else None
     dx = None
     if needs.x and call.base is not None:
         dx = call.base.matmul_t(dy)
     elif needs.x:
         dx = dy.new_zeros((dy.shape[0], call.in_features))
-    for group in _groups(call, dy.dtype):
-        if not (needs.x or needs.weights or group.needs_a or group.needs_b):
-            continue
-        t = _expand_backward(group, call, grad, grad_weights, needs.x or group.needs_a)
-        if t is not None:
-            _shrink_backward(group, t, call, grad, dx)
-    return Gradients(dx, grad, grad_weights, grad_bias)
+    batch = Batch(call, dy)
+    grad = FlatGradient(batch)
+    needs_t = needs.x or grad.needs_a
+    t = _expand_backward(batch, grad, grad_weights, needs_t)
+    if needs_t:
+        _shrink_backward(batch, t, grad, dx)
+    return Gradients(dx, grad.result(), grad_weights, grad_bias)
 
 
 def shrink(call: RoutedCall) -> tuple[Tensor, Tensor | None]:
     """h and mask as :func:`forward` saves them."""
-    h, mask = _saved(call)
-    for group in _groups(call, call.x.dtype):
-        h[group.pairs, : group.rank] = _shrink(group, call, mask)
-    return h, mask
+    return _shrink(Batch(call, call.x))
 
 
 def shrink_backward(call: RoutedCall) -> Gradients:
-    x, needs_x = call.x, call.needs.x
-    grad = call.bank.storage.new_zeros(call.layout.numel)
-    dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs_x else None
-    for group in _groups(call, x.dtype):
-        if needs_x or group.needs_a:
-            narrow = call.dy[group.pairs, : group.rank]
-            _shrink_backward(group, narrow, call, grad, dx)
-    return Gradients(dx, grad)
+    x = call.x
+    dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if call.needs.x else None
+    batch = Batch(call, x)
+    grad = FlatGradient(batch)
+    _shrink_backward(batch, call.dy[: batch.pairs.count], grad, dx)
+    return Gradients(dx, grad.result())
 
 
 def expand_(call: RoutedCall) -> None:
     """``out += w s h B^T`` for every pair."""
-    for group in _groups(call, call.out.dtype):
-        _expand(group, call.h[group.pairs, : group.rank], call.out)
+    _expand(Batch(call, call.out), call.h, call.out)
 
 
 def expand_backward(call: RoutedCall) -> Gradients:
-    dy, needs = call.dy, call.needs
-    grad = call.bank.storage.new_zeros(call.layout.numel)
-    grad_weights = _weight_gradient(call)
-    t = None
+    needs = call.needs
+    grad_weights = torch.zeros_like(call.routing.pair_weights) if needs.weights else None
+    batch = Batch(call, call.dy)
+    grad = FlatGradient(batch)
+    t = _expand_backward(batch, grad, grad_weights, needs.x)
     if needs.x:
         shape = (call.routing.tokens.shape[0], call.bank.max_total_rank)
-        t = dy.new_zeros(shape, dtype=accumulator_dtype(dy.dtype))
-    for group in _groups(call, dy.dtype):
-        narrow = _expand_backward(group, call, grad, grad_weights, needs.x)
-        if narrow is not None:
-            t[group.pairs, : group.rank] = narrow
-    return Gradients(t, grad, grad_weights)
+        dh = call.dy.new_zeros(shape, dtype=accumulator_dtype(call.dy.dtype))
+        dh[: batch.pairs.count] = t
+        t = dh
+    return Gradients(t, grad.result(), grad_weights)
 
 
-# --- one group -------------------------------------------------------------------------------
+# --- few tokens ------------------------------------------------------------------------------
 
 
-class _Group:
-    """The pairs of one adapter, its factors, its scale and where their gradients go."""
+def _is_better_padded(batch: Batch) -> bool:
+    """Whether batched products over groups of equal size cost less than the loop.
 
-    __slots__ = (
-        "a", "b", "columns", "first", "offsets", "pairs", "rank", "scale", "scaling", "slot",
-        "threshold", "tokens",
-    )  # fmt: skip
+    They move the factors and more rows than there are, and are fewer.
+    """
+    bank, like, groups = batch.call.bank, batch.like, len(batch.pairs.groups)
+    slices, members = bank.num_slices, batch.members
+    if len(members) < 2 or any(len(member.parts) < slices for member in members):
+        return False
+    rows, saved = groups * batch.pairs.longest, (1 + slices) * (len(members) - 1)
+    width = like.shape[1] + bank.slice_columns[-1]
+    moved = 2 * (groups * bank.max_total_rank + rows) * width * like.element_size()
+    return moved < saved * (_CPU_BYTES if like.device.type == "cpu" else _DEVICE_BYTES)
 
-    def rows_of(self, x: Tensor, chunk: slice | None = None) -> Tensor:
-        """The group's rows of ``x`` (or a chunk of them): a view if they are neighbours."""
-        if self.first >= 0:
-            start, stop = self.first, self.first + self.pairs.stop - self.pairs.start
-            return x[start:stop] if chunk is None else x[start:stop][chunk]
-        return x.index_select(0, self.tokens if chunk is None else self.tokens[chunk])
 
-    def add_product(self, out: Tensor, left: Tensor, right: Tensor) -> None:
-        """Add ``left @ right`` ``[n, R] x [R, D]`` to the group's rows of ``out`` ``[M, D]``."""
-        if self.first < 0:
-            out.index_add_(0, self.tokens, _wide_product(left, right, out.dtype))
-        elif right.dtype == out.dtype:
-            self.rows_of(out).addmm_(left.to(out.dtype), right)
+def _add_padded(batch: Batch, y: Tensor) -> None:
+    """Add ``w s D(x) A^T B^T`` by batched products over groups that all have T rows.
+
+    The rows that fill up a group repeat one of its own: nothing of theirs is read.
+    """
+    call, members = batch.call, batch.members
+    x, bank, routing = call.x, call.bank, call.routing
+    layout, length = batch.pairs.padded(routing), batch.pairs.longest
+    groups, columns = len(batch.pairs.groups), bank.slice_columns
+    widths = [max(m.factors[1 + s].shape[1] for m in members) for s in range(bank.num_slices)]
+    starts = [sum(widths[:s]) for s in range(len(widths) + 1)]
+    a, b, exponent = _stacked(batch, widths, starts)
+
+    rows = x.index_select(0, layout.tokens).to(a.dtype).view(groups, length, x.shape[1])
+    wide = accumulator_dtype(x.dtype)
+    if rows.dtype.itemsize == 2 and x.device.type == "cuda":
+        h = torch.bmm(rows, a.transpose(1, 2), out_dtype=wide)
+    else:
+        h = torch.bmm(rows, a.transpose(1, 2))
+    h = h.view(layout.count, starts[-1])
+    if exponent is not None:
+        h.mul_(exponent)
+    scaled = narrow_buffer(x, layout.count, starts[-1], b[0].dtype)
+    torch.mul(h, batch.scale(layout), out=scaled)
+    scaled = scaled.unflatten(0, (groups, length))
+    z = y.new_empty((layout.count + batch.pairs.some_without, columns[-1]))
+    by_group = z[: layout.count].view(groups, length, columns[-1])
+    for s, factor in enumerate(b):
+        part = by_group[:, :, columns[s] : columns[s + 1]]
+        left = scaled[:, :, starts[s] : starts[s] + widths[s]]
+        if factor.dtype == z.dtype:
+            torch.bmm(left, factor.transpose(1, 2), out=part)
         else:
-            self.rows_of(out).add_(_wide_product(left, right, out.dtype))
-
-    @property
-    def needs_a(self) -> bool:
-        return self.offsets[0] >= 0
-
-    @property
-    def needs_b(self) -> bool:
-        return any(offset >= 0 for offset in self.offsets[1:])
-
-    def row_numbers(self) -> Tensor:
-        if self.tokens is not None:
-            return self.tokens
-        return torch.arange(
-            self.first, self.first + self.pairs.stop - self.pairs.start, device=self.a.device
-        )
+            part.copy_(torch.bmm(left, factor.transpose(1, 2)))
+    for number, group in enumerate(batch.pairs.groups):
+        if group in batch.absent:
+            _leave(by_group[number])
+    _add_by_token(batch, y, z, layout)
 
 
-def _groups(call: RoutedCall, dtype: torch.dtype) -> Iterator[_Group]:
-    """The groups whose adapter is in this bank, for activations of that dtype."""
-    bank, routing, layout = call.bank, call.routing, call.layout
-    adapter_of = {slot: index for index, slot in enumerate(bank.slots)}
-    places = {} if layout is None else layout.by_slot(bank)
-    nowhere = [-1] * (1 + bank.num_slices)
-    on_cpu = bank.scaling.device.type == "cpu"
-    scaling = bank.scaling.tolist() if on_cpu else bank.scaling
-    columns = [slice(*ends) for ends in pairwise(bank.slice_columns)]
-    for slot, start, end, first in routing.plan.tolist():
-        adapter = adapter_of.get(slot)
-        if adapter is None:
-            continue
-        group = _Group()
-        group.slot, group.first, group.pairs = slot, first, slice(start, end)
-        group.tokens = routing.tokens[start:end] if first < 0 else None
-        group.a, *group.b = bank.factors_of(adapter)
-        group.offsets = places.get(slot, nowhere)
-        group.rank = group.a.shape[0]
-        group.threshold = bank.thresholds[adapter]
-        group.columns = columns
-        group.scale = group.scaling = scaling[slot]
-        if routing.pair_weights is not None:
-            weights = routing.pair_weights[start:end].to(accumulator_dtype(dtype))
-            group.scale = (weights * group.scale).unsqueeze(1)  # [n, 1]
-        yield group
+def _stacked(
+    batch: Batch, widths: list[int], starts: list[int]
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """A of all slices ``[G, R, K]``, each B ``[G, N_s, R_s]``, zeros beyond an adapter's ranks.
+
+    And what h is to be multiplied by, or None.
+    """
+    x, bank, members = batch.call.x, batch.call.bank, batch.members
+    groups, columns = len(batch.pairs.groups), bank.slice_columns
+    is_full = not batch.absent and all(
+        m.factors[1 + s].shape[1] == width for m in members for s, width in enumerate(widths)
+    )
+    new = x.new_empty if is_full else x.new_zeros
+    kind = members[0].factors[0].dtype
+    dtype = factor_dtype(x, kind, batch.ranks, narrow=True)
+    a = new((groups, starts[-1], x.shape[1]), dtype=dtype)
+    dtype = factor_dtype(x, kind, batch.ranks, narrow=False)
+    b = [
+        new((groups, columns[s + 1] - columns[s], width), dtype=dtype)
+        for s, width in enumerate(widths)
+    ]
+    number_of = {group.slot: number for number, group in enumerate(batch.pairs.groups)}
+    places, sources = ([], []), ([], [])
+    for group, factors, parts, _ in members:
+        number = number_of[group.slot]
+        for s, _, ranks in parts:
+            width = ranks.stop - ranks.start
+            places[0].append(a[number, starts[s] : starts[s] + width])
+            sources[0].append(factors[0][ranks])
+            places[1].append(b[s][number, :, :width])
+            sources[1].append(factors[1 + s])
+    exponent = copy_(places[0], sources[0], in_range=True)
+    copy_(places[1], sources[1])
+    return a, b, exponent
 
 
-def _shrink(group: _Group, call: RoutedCall, mask: Tensor | None) -> Tensor:
-    """``D(x) A^T`` of the group's pairs ``[n, R]``; writes its rows of the mask, if any."""
-    x = call.x
-    if group.threshold == 0:
-        return _narrow(group.rows_of(x), group.a.t())
-    packed = _packed_mask(group, x.shape[1], call)
-    if mask is not None:
-        mask[group.pairs] = packed
-    h = x.new_empty((packed.shape[0], group.rank), dtype=product_dtype(x))
-    for chunk in row_chunks(packed.shape[0], x.shape[1], x.device):
-        kept = zero_dropped(group.rows_of(x, chunk), packed[chunk])
-        factor = rounded(group.a, kept.dtype, _keep_scale(group.threshold))
-        h[chunk] = narrow_product(kept, factor.t())
-    return h
+# --- group by group --------------------------------------------------------------------------
 
 
-def _expand(group: _Group, h: Tensor, out: Tensor) -> None:
-    """Add ``w s h B^T`` to the group's rows of out."""
-    scaled, start = h * group.scale, 0
-    if len(group.b) == 1:
-        group.add_product(out, scaled, group.b[0].t())
-        return
-    for b, columns in zip(group.b, group.columns, strict=True):
-        if rank := b.shape[1]:
-            group.add_product(out[:, columns], scaled[:, start : start + rank], b.t())
-        start += rank
-
-
-def _expand_backward(
-    group: _Group,
-    call: RoutedCall,
-    grad: Tensor,  # flat, written
-    grad_weights: Tensor | None,  # [P], written
-    needs_t: bool,
-) -> Tensor | None:  # [n, R]
-    """t, the gradient of the group's h; writes the gradients of its B and of its weights."""
-    dy, h = call.dy, call.h
-    rows = group.rows_of(dy)
-    narrow = None if h is None else h[group.pairs, : group.rank]
-    t = None
-    if needs_t or grad_weights is not None:
-        dtype = product_dtype(dy)
-        t = rows.new_empty((rows.shape[0], group.rank), dtype=dtype)
-    start = 0
-    for s, (b, columns) in enumerate(zip(group.b, group.columns, strict=True)):
-        rank, offset = b.shape[1], group.offsets[1 + s]
-        if rank == 0:
-            continue
-        part = slice(start, start + rank)
-        if t is not None:
-            t[:, part] = _narrow(rows[:, columns], b)
-        if offset >= 0:
-            scaled_h = narrow[:, part] * group.scale
-            product = transposed_product(rows[:, columns], scaled_h, grad.dtype)
-            grad[offset : offset + b.numel()].view(b.shape).copy_(product)
-        start += rank
-    if t is None:
-        return None
-    if grad_weights is not None:
-        dtype = grad_weights.dtype
-        grad_weights[group.pairs] = (t.to(dtype) * narrow.to(dtype)).sum(1) * group.scaling
-    return t * group.scale if needs_t else None
-
-
-def _shrink_backward(
-    group: _Group,
-    t: Tensor,  # [n, R]
-    call: RoutedCall,
-    grad: Tensor,  # flat, written
-    dx: Tensor | None,  # [M, K], added to
-) -> None:
-    """Add ``keep * (t A)`` to the group's rows of dx; write the gradient of its A."""
-    offset, a, x, mask = group.offsets[0], group.a, call.x, call.mask
-    columns = a.shape[1]
-    if group.threshold == 0:
-        if dx is not None:
-            group.add_product(dx, t, a)
-        if offset >= 0:
-            product = transposed_product(t, group.rows_of(x), grad.dtype)
-            grad[offset : offset + a.numel()].view(a.shape).copy_(product)
-        return
-    packed = _packed_mask(group, columns, call) if mask is None else mask[group.pairs]
-    t = t * _keep_scale(group.threshold)
-    total = t.new_zeros(a.shape, dtype=accumulator_dtype(t.dtype)) if offset >= 0 else None
-    tokens = None if dx is None else group.row_numbers()
-    for chunk in row_chunks(t.shape[0], columns, t.device):
-        if dx is not None:
-            kept = zero_dropped(_wide_product(t[chunk], a, dx.dtype), packed[chunk])
-            dx.index_add_(0, tokens[chunk], kept)
-        if offset >= 0:
-            kept = zero_dropped(group.rows_of(x, chunk), packed[chunk])
-            total += transposed_product(t[chunk], kept, total.dtype)
-    if offset >= 0:
-        grad[offset : offset + a.numel()].view(a.shape).copy_(total)
-
-
-# --- pieces ----------------------------------------------------------------------------------
-
-
-def _saved(call: RoutedCall) -> tuple[Tensor, Tensor | None]:
-    """Empty h and mask for :func:`_shrink` to fill."""
-    x, pairs = call.x, call.routing.tokens.shape[0]
-    # Zero where nothing is written: pairs without an adapter, columns beyond an adapter's rank.
-    h = x.new_zeros((pairs, call.bank.max_total_rank), dtype=product_dtype(x))
-    mask = None
-    if stores_mask(x.device, call.seed, call.backend):
-        mask = x.new_zeros((pairs, -(-x.shape[1] // 8)), dtype=torch.uint8)
+def _shrink(batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """``D(x) A^T`` of all pairs ``[P, H]``, and the mask where something drops."""
+    call, mask = batch.call, None
+    h = batch.narrow(call.routing.tokens.shape[0], product_dtype(call.x))
+    factors, exponent = batch.factors(OF_A, narrow=True)
+    for block in batch.blocks():
+        rows, mask = _dropped(batch, block, mask)
+        for group, *_ in block.members:
+            (a,) = factors[group.slot]
+            product_(h[group.pairs, : a.shape[0]], rows[group], a.t())
+    if exponent is not None:
+        h.mul_(exponent)
     return h, mask
 
 
-def _packed_mask(group: _Group, columns: int, call: RoutedCall) -> Tensor:
-    p = group.threshold / 65536
-    return packed_keep_mask_of_rows(
-        call.seed, p, group.row_numbers(), columns, group.slot, call.place
-    )
+def _expand(batch: Batch, h: Tensor, out: Tensor) -> None:
+    """Add ``w s h B^T`` to the rows of out."""
+    factors, _ = batch.factors(OF_B, narrow=False)
+    if not factors:
+        return
+    dtype = batch.members[0].factors[1].dtype
+    dtype = factor_dtype(out, dtype, batch.ranks, narrow=False)
+    scaled = _as_operand(h[: batch.pairs.count], dtype, batch.scale(batch.layout()))
+    terms = {
+        group.slot: [
+            (part.columns, part.ranks, factors[group.slot][part.index].t()) for part in parts
+        ]
+        for group, _, parts, _ in batch.members
+    }
+    _add_products(batch, out, scaled, terms, None)
 
 
-def _keep_scale(threshold: int) -> float:
-    return 65536 / (65536 - threshold)
+def _expand_backward(
+    batch: Batch, grad: FlatGradient, grad_weights: Tensor | None, needs_t: bool
+) -> Tensor | None:
+    """t, the gradient of h ``[P, H]`` without the pairs behind the groups.
 
-
-def _weight_gradient(call: RoutedCall) -> Tensor | None:
-    return torch.zeros_like(call.routing.pair_weights) if call.needs.weights else None
-
-
-def _narrow(wide: Tensor, factor: Tensor) -> Tensor:
-    """``wide @ factor``: ``[n, D] x [D, R] -> [n, R]`` in :func:`product_dtype`.
-
-    The smaller one is cast where their dtypes differ: with few tokens that is not the factor.
+    Writes the gradients of B and of the weights ``[P]``.
     """
-    if factor.dtype == wide.dtype == product_dtype(wide):
-        return wide @ factor
-    if _is_better_widened(wide, factor, wide.dtype, factor.shape[1]):
-        return (wide.to(factor.dtype) @ factor).to(product_dtype(wide))
-    return narrow_product(wide, factor.to(wide.dtype))
+    call, dy, count = batch.call, batch.call.dy, batch.pairs.count
+    needs_product = needs_t or grad_weights is not None
+    if not (needs_product or grad.needs_b):
+        return None
+    layout, t, narrow, factors = batch.layout(), None, None, {}
+    h, scale = None if call.h is None else call.h[:count], batch.scale(layout)
+    if needs_product:
+        t = batch.narrow(count, product_dtype(dy))
+        factors, exponent = batch.factors(OF_B, narrow=True)
+    if grad.needs_b:
+        narrow, exponent_of_b = _as_transposed(h, dy, scale)
+    for block in batch.blocks():
+        rows = batch.rows(dy, block)
+        for member in block.members:
+            group = member.group
+            for s, columns, ranks in member.parts:
+                wide = rows[group][:, columns]
+                if needs_product:
+                    product_(t[group.pairs, ranks], wide, factors[group.slot][s])
+                if (of_b := grad.of(member, 1 + s)) is not None:
+                    transposed_product_(of_b, wide, narrow[group.pairs, ranks])
+    if needs_product and exponent is not None:
+        t.mul_(exponent)
+    if grad.needs_b and exponent_of_b is not None:
+        grad.multiply_(OF_B, exponent_of_b)
+    if grad_weights is not None:
+        dtype = grad_weights.dtype
+        unweighted = batch.scale(layout, weighted=False).squeeze(1)
+        grad_weights[:count] = (t.to(dtype) * h.to(dtype)).sum(1) * unweighted
+    return t.mul_(scale) if needs_t else None
 
 
-def _wide_product(narrow: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``narrow @ factor``: ``[n, R] x [R, D] -> [n, D]`` in ``dtype``."""
-    if factor.dtype == dtype:
-        return (narrow if narrow.dtype == dtype else narrow.to(dtype)) @ factor
-    if _is_better_widened(narrow, factor, dtype, factor.shape[0]):
-        return (narrow.to(factor.dtype) @ factor).to(dtype)
-    return narrow.to(dtype) @ factor.to(dtype)
+def _shrink_backward(batch: Batch, t: Tensor, grad: FlatGradient, dx: Tensor | None) -> None:
+    """Add ``keep * (t A)`` to the rows of dx ``[M, K]``; writes the gradients of A."""
+    call, x, mask = batch.call, batch.call.x, batch.call.mask
+    if not batch.members:
+        return
+    if mask is None and call.seed is not None:
+        columns = batch.members[0].factors[0].shape[1]
+        mask = draw_masks(columns, call.routing, call.bank, call.seed, call.place)
+    if dx is not None:
+        factors, _ = batch.factors(OF_A, narrow=False)
+        terms = {
+            slot: [(slice(0, a.shape[1]), slice(0, a.shape[0]), a)]
+            for slot, (a,) in factors.items()
+        }
+        dtype = factor_dtype(dx, batch.members[0].factors[0].dtype, batch.ranks, narrow=False)
+        _add_products(batch, dx, _as_operand(t, dtype), terms, mask)
+    if not grad.needs_a:
+        return
+    narrow, exponent = _as_transposed(t, x)
+    for block in batch.blocks():
+        if all(member.offsets[0] < 0 for member in block.members):
+            continue
+        rows, _ = _dropped(batch, block, mask)
+        for member in block.members:
+            if (of_a := grad.of(member, 0)) is not None:
+                of_group = narrow[member.group.pairs, : of_a.shape[0]]
+                transposed_product_(of_a, of_group, rows[member.group])
+    if exponent is not None:
+        grad.multiply_(OF_A, exponent)
 
 
-def _is_better_widened(rows: Tensor, factor: Tensor, dtype: torch.dtype, rank: int) -> bool:
-    """Whether the rows are to take the factor's wider dtype, and not the factor ``dtype``."""
-    wider = factor.dtype.itemsize > dtype.itemsize
-    return wider and rows.device.type == "cpu" and rows.shape[0] < rank
+def _dropped(batch: Batch, block: Block, mask: Tensor | None) -> tuple[Rows, Tensor | None]:
+    """``D(x)`` of a block's pairs, and the mask of all, drawn where it was not given."""
+    call = batch.call
+    if mask is None and call.seed is None:
+        return batch.rows(call.x, block), None
+    kept, mask = gather_masked(
+        call.x, call.routing, call.bank, call.seed, call.place, mask, block.pairs
+    )
+    return Rows(kept, block.pairs.start), mask
+
+
+Term = tuple[slice, slice, Tensor]  # columns of the result, ranks, and the factor between them
+
+
+def _add_products(
+    batch: Batch,
+    out: Tensor,  # [M, D], added to
+    narrow: Tensor,  # [P, H], without the pairs behind the groups
+    terms: dict[int, list[Term]],  # by slot
+    mask: Tensor | None,  # [P, ceil(D/8)], of a pair's result
+) -> None:
+    call, pairs = batch.call, batch.pairs
+    if mask is None and (pairs.by_tokens or call.routing.pairs_per_token == 1):
+        for block in batch.blocks():
+            rows = batch.rows(out, block)
+            for group, *_ in block.members:
+                for columns, ranks, factor in terms[group.slot]:
+                    add_product_(rows[group][:, columns], narrow[group.pairs, ranks], factor)
+            if not pairs.by_tokens:
+                out.index_copy_(0, batch.tokens(block), rows.rows)
+        return
+    z = out.new_empty((call.routing.tokens.shape[0], out.shape[1]))
+    for group, _, parts, _ in batch.members:
+        if mask is None and len(parts) < call.bank.num_slices:
+            _leave(z[group.pairs])
+        for columns, ranks, factor in terms[group.slot]:
+            product_(z[group.pairs, columns], narrow[group.pairs, ranks], factor)
+    if mask is not None:
+        mask_rows_(z, call.routing, call.bank, mask)
+    for group in batch.absent:
+        _leave(z[group.pairs])
+    _add_by_token(batch, out, z, batch.layout())
+
+
+def _add_by_token(batch: Batch, out: Tensor, z: Tensor, layout: Layout) -> None:
+    """Add rows of pairs ``z`` ``[rows, D]`` to those of their tokens ``out`` ``[M, D]``."""
+    first = batch.pairs.offset
+    if layout.pairs is None and first is not None:
+        out[first : first + layout.count].add_(z[: layout.count])
+        return
+    if batch.pairs.some_without:
+        _leave(z[layout.count])
+    for rows in layout.of_tokens:
+        out.add_(z.index_select(0, rows[: out.shape[0]]))
+
+
+# --- operands --------------------------------------------------------------------------------
+
+
+def _leave(z: Tensor) -> None:
+    """What changes no bit where it is added: not a zero's of the other sign either."""
+    z.fill_(-0.0)
+
+
+def _as_operand(narrow: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+    """``scale * narrow`` ``[rows, H]``, rounded once."""
+    out = narrow_buffer(narrow, *narrow.shape, dtype)
+    return out.copy_(narrow) if scale is None else torch.mul(narrow, scale, out=out)
+
+
+def _as_transposed(
+    narrow: Tensor, wide: Tensor, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The same for a product over the rows; and what its results are to be multiplied by."""
+    if widens_first(wide):
+        return _as_operand(narrow, torch.float32, scale), None
+    if wide.dtype == torch.float16:
+        return in_half_range(narrow if scale is None else narrow * scale)
+    return _as_operand(narrow, wide.dtype, scale), None

@@ -13,7 +13,6 @@ fp64), so that nothing narrow is rounded between one derivative and the next.
 """
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 
 from lora_kernels.ops.narrow.second_order import drop, with_missing_edge
 from lora_kernels.ops.routed.call import RoutedCall
+from lora_kernels.ops.routed.pairs import pairs_of
 from lora_kernels.ops.routed.tensors import check_groups_can_be_read, groups_of
 from lora_kernels.runtime.dropout import packed_keep_mask_of_rows, unpacked_keep_mask
 from lora_kernels.runtime.dtypes import accumulator_dtype
@@ -133,31 +133,27 @@ class _Backward:
     def _groups(self) -> Iterator[_Group]:
         slices, bank = self._slices(), self.bank
         thresholds = dict(zip(bank.slots, bank.thresholds, strict=True))
-        plan = self.routing.plan
-        check_groups_can_be_read(self.routing.tokens.device)
-        if not plan.shape[0]:  # a backend without loops on the host
-            plan = groups_of(self.routing.offsets, self.routing.tokens)
-        for slot, start, end, _ in plan.tolist():
+        routing = self.routing
+        check_groups_can_be_read(routing.tokens.device)
+        if not routing.plan.shape[0]:  # a backend without loops on the host
+            routing = routing._replace(plan=groups_of(routing.offsets, routing.tokens))
+        for group in pairs_of(routing).groups:
+            slot = group.slot
             if slot in slices:
-                tokens = self.routing.tokens[start:end].long()
-                p = thresholds[slot] / 65536
-                yield _Group(slot, slice(start, end), tokens, slices[slot], bank.scaling[slot], p)
+                tokens, p = routing.tokens[group.pairs].long(), thresholds[slot] / 65536
+                yield _Group(slot, group.pairs, tokens, slices[slot], bank.scaling[slot], p)
 
     def _slices(self) -> dict[int, list[_Slice]]:
         """By slot."""
         bank, found, index = self.bank, {}, 0
-        columns = [slice(*ends) for ends in pairwise(bank.slice_columns)]
         adapter_of = {slot: adapter for adapter, slot in enumerate(bank.slots)}
         while index < len(self.factors.parameters):
-            slot, first_rank = self.factors.slots[index], 0
+            slot = self.factors.slots[index]
             found[slot] = []
-            for of_slice, b in zip(columns, bank.factors_of(adapter_of[slot])[1:], strict=True):
-                if b.shape[1] == 0:
-                    continue
-                ranks = slice(first_rank, first_rank + b.shape[1])
+            for _, columns, ranks in bank.parts_of(adapter_of[slot]):
                 a, b = self._factor(index), self._factor(index + 1)
-                found[slot].append(_Slice(index, a, b, of_slice, ranks))
-                first_rank, index = ranks.stop, index + 2
+                found[slot].append(_Slice(index, a, b, columns, ranks))
+                index += 2
         return found
 
     def _factor(self, index: int) -> Tensor:

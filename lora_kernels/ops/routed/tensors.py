@@ -44,6 +44,24 @@ class BankTensors(NamedTuple):
         count = 1 + self.num_slices
         return self.factors[adapter * count : (adapter + 1) * count]
 
+    def parts_of(self, adapter: int) -> "list[Part]":
+        """The slices in which the adapter with that index has a rank."""
+        found, start = [], 0
+        for index, b in enumerate(self.factors_of(adapter)[1:]):
+            columns = slice(self.slice_columns[index], self.slice_columns[index + 1])
+            if b.shape[1]:
+                found.append(Part(index, columns, slice(start, start + b.shape[1])))
+            start += b.shape[1]
+        return found
+
+
+class Part(NamedTuple):
+    """Where one slice of one adapter stands."""
+
+    index: int  # of the slice
+    columns: slice  # of the result
+    ranks: slice  # of h
+
 
 def in_one_piece(bank: BankTensors, dtype: torch.dtype | None = None) -> BankTensors:
     """The same adapters in a storage of their own, one factor behind the other.

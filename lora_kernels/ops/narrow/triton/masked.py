@@ -16,13 +16,11 @@ from torch import Tensor
 from lora_kernels.ops.narrow.triton.keep_bits import draw_bits, load_bits, store_bits, unpack_bits
 from lora_kernels.ops.narrow.triton.philox import PLACE
 from lora_kernels.runtime.device_limits import (
-    DeviceLimits,
+    FP_FUSION,
     cdiv,
     clamp,
-    limits_of,
     next_power_of_two,
     on_device,
-    pipeline_stages,
 )
 from lora_kernels.runtime.dropout import GROUP, ActiveDropout
 
@@ -160,14 +158,12 @@ def copy_tile(columns: int) -> CopyTile:
 
 
 @lru_cache(maxsize=256)
-def product_tile(rank: int, itemsize: int, limits: DeviceLimits) -> ProductTile:
-    """Small tiles: what is written decides, and the rank is mostly over in one step."""
-    block_m, block_k = 64, 128
+def product_tile(rank: int, itemsize: int) -> ProductTile:
+    """Small tiles: what is written decides, and the rank is mostly over in one step. Two stages are
+    24 KiB, which every GPU has."""
     # fp32 products are not on the matrix units: each thread holds what it multiplies.
     block_r = 16 if itemsize == 4 else clamp(next_power_of_two(rank), 16, 32)
-    stage = (block_m + block_k) * block_r * itemsize
-    stages = pipeline_stages(1 if rank <= block_r else 2, stage, block_m * block_k * 4, limits)
-    return ProductTile(block_m, block_k, block_r, 8, stages)
+    return ProductTile(64, 128, block_r, num_warps=8, num_stages=1 if rank <= block_r else 2)
 
 
 def masked_copy(
@@ -209,6 +205,7 @@ def masked_copy(
             BLOCK_M=tile.BLOCK_M,
             BLOCK_K=tile.BLOCK_K,
             num_warps=tile.num_warps,
+            enable_fp_fusion=FP_FUSION,
         )
     return kept, mask
 
@@ -234,6 +231,7 @@ def draw_mask(rows: int, columns: int, dropout: ActiveDropout) -> Tensor:
             BLOCK_M=tile.BLOCK_M,
             BLOCK_K=tile.BLOCK_K,
             num_warps=tile.num_warps,
+            enable_fp_fusion=FP_FUSION,
         )
     return mask
 
@@ -257,7 +255,7 @@ def masked_product(
     strides = stride_of_rows(t), stride_of_rows(a)
     if rows == 0 or columns == 0:
         return out
-    tile = product_tile(rank, a.element_size(), limits_of(t.device))
+    tile = product_tile(rank, a.element_size())
     with on_device(t):
         masked_product_kernel[(cdiv(rows, tile.BLOCK_M) * cdiv(columns, tile.BLOCK_K),)](
             t,
@@ -276,6 +274,7 @@ def masked_product(
             BLOCK_R=tile.BLOCK_R,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            enable_fp_fusion=FP_FUSION,
         )
     return out
 

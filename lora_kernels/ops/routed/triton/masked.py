@@ -15,7 +15,7 @@ from lora_kernels.ops.narrow.triton.masked import empty_mask, stride_of_rows
 from lora_kernels.ops.narrow.triton.philox import GROUP, PLACE
 from lora_kernels.ops.routed.tensors import RoutingTensors
 from lora_kernels.ops.routed.triton.kernels import keep_scale_of, rows_of_tile
-from lora_kernels.runtime.device_limits import cdiv, on_device
+from lora_kernels.runtime.device_limits import FP_FUSION, cdiv, on_device
 from lora_kernels.runtime.dropout import MaskPlace
 
 
@@ -162,6 +162,7 @@ def gather_masked(
             BLOCK_M=routing.block,
             BLOCK_K=block_k,
             num_warps=8,
+            enable_fp_fusion=FP_FUSION,
         )
     return kept, mask
 
@@ -191,5 +192,6 @@ def mask_rows_(
             BLOCK_M=routing.block,
             BLOCK_K=block_k,
             num_warps=8,
+            enable_fp_fusion=FP_FUSION,
         )
     return z

@@ -1,0 +1,111 @@
+"""Where the pairs of a routing stand: for loops on the host, and for gathers on a device.
+
+Dimensions: M tokens, P pairs, k pairs per token, G groups, T pairs of the longest group.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lora_kernels.ops.routed.tensors import RoutingTensors
+
+
+class Group(NamedTuple):
+    """The pairs of one adapter."""
+
+    slot: int
+    start: int  # first pair
+    end: int
+    first: int  # token; -1 where the group's tokens are not neighbours in ascending order
+
+    @property
+    def pairs(self) -> slice:
+        return slice(self.start, self.end)
+
+    @property
+    def tokens(self) -> slice:
+        return slice(self.first, self.first + self.end - self.start)
+
+
+class Layout(NamedTuple):
+    """Rows that hold the groups' pairs, one group after the other, as tensors on the device."""
+
+    count: int  # of rows
+    pairs: Tensor | None  # [count]: which pair each row holds; None: row p holds pair p
+    tokens: Tensor  # [count] int64: whose it is
+    slots: Tensor  # [count]
+    of_tokens: Tensor  # [k, M]: the row of each token's pairs, in order; count where it has none
+
+
+class Pairs:
+    """The groups of one filling. What a device reads of them is copied there once, when needed.
+
+    Attributes:
+        groups: with an adapter, none of them empty.
+        count: of the pairs in them; those behind have no adapter.
+        some_without: whether there are pairs without an adapter.
+        by_tokens: whether every group's tokens are neighbours: its rows are a view.
+        offset: token minus pair where that is the same for all of them, else None.
+        longest: T.
+    """
+
+    def __init__(self, plan: Tensor, routing: RoutingTensors) -> None:
+        self.groups = [Group(*row) for row in plan.tolist() if row[0] >= 0]
+        self.count = self.groups[-1].end if self.groups else 0
+        self.some_without = self.count < routing.tokens.shape[0]
+        self.by_tokens = all(group.first >= 0 for group in self.groups)
+        offsets = {group.first - group.start for group in self.groups}
+        self.offset = offsets.pop() if self.by_tokens and len(offsets) == 1 else None
+        self.longest = max((group.end - group.start for group in self.groups), default=0)
+        self._dense: Layout | None = None
+        self._padded: Layout | None = None
+
+    def dense(self, routing: RoutingTensors) -> Layout:
+        """Row p holds pair p."""
+        if self._dense is None:
+            self._dense = self._laid_out(routing, None)
+        return self._dense
+
+    def padded(self, routing: RoutingTensors) -> Layout:
+        """T rows for each group; those behind its pairs hold its first one again."""
+        if self._padded is None:
+            starts = torch.tensor([group.start for group in self.groups], dtype=torch.int32)
+            sizes = torch.tensor([group.end - group.start for group in self.groups])
+            place = torch.arange(self.longest, dtype=torch.int32)
+            place = torch.where(place < sizes[:, None], place, 0)
+            self._padded = self._laid_out(routing, starts[:, None] + place)
+        return self._padded
+
+    @torch.inference_mode(False)
+    def _laid_out(self, routing: RoutingTensors, padded: Tensor | None) -> Layout:
+        device = routing.tokens.device
+        sizes = torch.tensor([group.end - group.start for group in self.groups], dtype=torch.int64)
+        slots = torch.tensor([group.slot for group in self.groups], dtype=torch.int32)
+        of_pairs = routing.inverse.view(-1, routing.pairs_per_token).t()
+        if padded is None:
+            pairs, tokens = None, routing.tokens[: self.count].long()
+            count, slots = self.count, slots.repeat_interleave(sizes, output_size=self.count)
+            of_tokens = of_pairs.clamp_max(count)
+        else:
+            count, slots = padded.numel(), slots.repeat_interleave(self.longest)
+            moved = torch.arange(len(self.groups)) * self.longest - padded[:, 0]
+            moved = moved.repeat_interleave(sizes, output_size=self.count)
+            rows = torch.full((routing.tokens.shape[0],), count, dtype=torch.int32)
+            rows[: self.count] = torch.arange(self.count) + moved
+            pairs = padded.flatten().to(device)
+            tokens = routing.tokens.index_select(0, pairs).long()
+            of_tokens = rows.to(device)[of_pairs.long()]
+        return Layout(count, pairs, tokens, slots.to(device), of_tokens.contiguous())
+
+
+_of_plans: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def pairs_of(routing: RoutingTensors) -> Pairs:
+    """Of a routing with a plan, which is a tensor of its own for every filling."""
+    pairs = _of_plans.get(routing.plan)
+    if pairs is None:
+        pairs = _of_plans[routing.plan] = Pairs(routing.plan, routing)
+    return pairs
