@@ -178,7 +178,7 @@ def calls() -> dict:
         ("native", "lora_linear, native, bf16, tensor", 14),
         ("native", "LoRALinear", 16),
         ("native", "PEFT, accelerated", 18),
-        ("native", "routed_lora_linear, native", 46),
+        ("native", "routed_lora_linear, native", 45),
         ("triton", "lora_linear, triton, fp32", 50),
     ],
     ids=lambda value: value if isinstance(value, str) and "," in value else None,

@@ -79,7 +79,9 @@ def units_of(section: str, dry_run: bool) -> list[Unit]:
         if dry_run:
             return _units("composed", [check for check in checks if check.on_cpu], device)
         if section == "quick" or section == "routed":
-            return _units("triton", checks, device)
+            default = [check for check in checks if check.strategy == "fused"]  # it has no others
+            ours = _units("composed", default, device, ", composed")
+            return ours + _units("triton", checks, device)
         if section == "long":
             ours = native_gpu_checks.of_native(checks)
             return _units("triton", checks, device) + _units("native", ours, device, ", native")

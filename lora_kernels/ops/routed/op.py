@@ -407,7 +407,8 @@ class RoutedFunction(torch.autograd.Function):
         )  # fmt: skip
         ctx.base = len(weights), *(("", ()) if base is None else (base.format, base.meta))
         bank = call.bank
-        if is_captured(bank.storage.device):  # only then may the tables hold something else later
+        # Only the tables of reserved memory, an arena, may hold something else by then.
+        if bank.storage.ndim == 1 and is_captured(bank.storage.device):
             bank = bank._replace(
                 scaling=bank.scaling.clone(), threshold_table=bank.threshold_table.clone()
             )
