@@ -80,7 +80,7 @@ class LinearCase:
             needs=Needs(True, True, True, False, self.with_output_scale),
         )
         with tiles.use_cells({"*": {"strategy": self.strategy}}):
-            _, call.h, _, call.unscaled = launch.forward(call)
+            _, call.h, _, call.unscaled, _ = launch.forward(call)
             launch.backward(call)
 
 

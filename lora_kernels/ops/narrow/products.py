@@ -39,6 +39,8 @@ def transposed_product(
     One side is an activation, the other h or t in its dtype or in fp32; that one is rounded for the
     product, to fp16 by :func:`in_fp16_range`.
     """
+    if scale is None and left.dtype == right.dtype and not widens_first(left):
+        return scaled_product(left.t(), right, alpha, dtype=dtype)
     narrow_is_left = left.dtype.itemsize > right.dtype.itemsize
     activation = right if narrow_is_left else left
     if widens_first(activation):
@@ -90,8 +92,11 @@ def rounded(
     narrow: Tensor, dtype: torch.dtype, scaling: Tensor | float, divide: bool = False
 ) -> Tensor:
     """``scaling * narrow`` (or ``narrow / scaling``) in ``dtype``, rounded once, in one launch."""
-    if dtype != narrow.dtype:
-        narrow = narrow.to(torch.promote_types(narrow.dtype, dtype))
+    if dtype == narrow.dtype:
+        return narrow / scaling if divide else narrow * scaling
+    narrow = narrow.to(torch.promote_types(narrow.dtype, dtype))
+    if narrow.is_cpu:  # where two operations take less time than one into a tensor
+        return (narrow / scaling if divide else narrow * scaling).to(dtype)
     out = torch.empty_like(narrow, dtype=dtype)
     return (torch.div if divide else torch.mul)(narrow, scaling, out=out)
 
