@@ -16,10 +16,12 @@ from lora_kernels.adapters.factors import LoRAFactors
 from lora_kernels.base_weights import DenseWeight
 from lora_kernels.ops.linear.call import LinearCall, Needs
 from lora_kernels.ops.linear.triton import gemm, launch, tiles
+from lora_kernels.ops.narrow.triton import masked
 from lora_kernels.ops.routed import call as routed
 from lora_kernels.ops.routed import triton as routed_launch
 from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout, RoutingTensors
 from lora_kernels.ops.routed.triton import launch as routed_grids
+from lora_kernels.ops.routed.triton import masked as routed_masked
 from lora_kernels.ops.routed.triton import tiles as routed_tiles
 from lora_kernels.runtime.device_limits import DeviceLimits
 from lora_kernels.runtime.dropout import ActiveDropout
@@ -147,6 +149,48 @@ class RoutedCase:
             routed_launch.backward(call)
 
 
+@dataclass(frozen=True)
+class MaskedCase:
+    """Dropout around the vendor's GEMMs, of one adapter and of many: what ``composed`` launches."""
+
+    tokens: int
+    in_features: int
+    rank: int
+    dtype: torch.dtype
+    num_slots: int = 64
+
+    modules = (masked, routed_masked)
+
+    def run(self) -> None:
+        """On meta tensors: nothing is computed, only launched."""
+        m, k = self.tokens, self.in_features
+
+        def empty(*shape: int, dtype: torch.dtype = self.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        def ints(*shape: int) -> torch.Tensor:
+            return empty(*shape, dtype=torch.int32)
+
+        x, seed = empty(m, k), empty(dtype=torch.int64)
+        dropout = ActiveDropout(0.1, seed)
+        _, mask = masked.masked_copy(x, dropout)
+        masked.masked_copy(x, dropout, mask)
+        masked.draw_mask(m, k, dropout)
+        masked.masked_product(empty(m, self.rank), empty(self.rank, k), mask, dropout)
+        block = 16 if m <= 256 else 64
+        routing = RoutingTensors(
+            tokens=ints(m), offsets=ints(self.num_slots + 2),
+            tiles=ints(m // block + min(self.num_slots + 1, m), 2), inverse=ints(m),
+            pair_weights=None, plan=empty(0, 4, dtype=torch.int64), pairs_per_token=1, block=block,
+        )  # fmt: skip
+        thresholds = ints(self.num_slots + 1)
+        kept, mask = routed_masked.gather_masked(x, routing, thresholds, seed, dropout.place)
+        routed_masked.gather_masked(x, routing, thresholds, None, dropout.place, mask)
+        routed_masked.mask_rows_(kept, routing, thresholds, mask)
+
+
+Case = LinearCase | RoutedCase | MaskedCase
+
 # Every call for every architecture takes the better part of an hour: on demand.
 SWEEP = os.environ.get("COMPILE_SWEEP") == "1"
 
@@ -220,7 +264,14 @@ ROUTED_CALLS = {
 }  # fmt: skip
 
 
-def cases(calls: dict) -> list[tuple[str, LinearCase | RoutedCase, int]]:
+MASKED_CALLS = {
+    "masks, bf16, r 16": (MaskedCase(8192, 4096, 16, BF16), ALL),
+    "masks, fp16, r 160, odd sizes": (MaskedCase(1000, 4097, 160, FP16), WIDE),
+    "masks, fp32, r 64, few tokens": (MaskedCase(200, 4096, 64, FP32), (80, 90)),
+}
+
+
+def cases(calls: dict) -> list[tuple[str, Case, int]]:
     """``(name, call, compute capability)``: a sample, or all with COMPILE_SWEEP=1."""
     return [
         (f"{name}-sm_{capability}", call, capability)
@@ -230,7 +281,7 @@ def cases(calls: dict) -> list[tuple[str, LinearCase | RoutedCase, int]]:
 
 
 @functools.cache
-def launches_of(call: LinearCase | RoutedCase, capability: int) -> list[Launch]:
+def launches_of(call: Case, capability: int) -> list[Launch]:
     """What the call launches on that device, each distinct kernel variant once."""
     recorded = record_launches(list(call.modules), call.run, DEVICES[capability])
     return list({compile_key(launched): launched for launched in recorded}.values())
@@ -248,7 +299,7 @@ def compile_key(launched: Launch) -> str:
 
 
 @functools.cache
-def resources_of(call: LinearCase | RoutedCase, capability: int) -> list[tuple[Launch, Resources]]:
+def resources_of(call: Case, capability: int) -> list[tuple[Launch, Resources]]:
     return [
         (launched, compile_launch(launched, capability))
         for launched in launches_of(call, capability)
@@ -278,11 +329,12 @@ def resource_table() -> str:
     for kernel, most in bounds().items():
         cells = (f"{most[each][0]} / {most[each][1]}" if each in most else "" for each in DEVICES)
         lines.append(f"| {kernel} | {' | '.join(cells)} |")
-    for name, (call, capabilities) in (CALLS | ROUTED_CALLS).items():
-        columns = (
-            call.out_features if isinstance(call, LinearCase) else "+".join(map(str, call.slices))
-        )
-        shape = f"M {call.tokens}, K {call.in_features}, N {columns}"
+    for name, (call, capabilities) in (CALLS | ROUTED_CALLS | MASKED_CALLS).items():
+        shape = f"M {call.tokens}, K {call.in_features}"
+        if isinstance(call, LinearCase):
+            shape += f", N {call.out_features}"
+        elif isinstance(call, RoutedCase):
+            shape += f", N {'+'.join(map(str, call.slices))}"
         lines += ["", f"## {name} ({shape})", ""]
         lines += [
             "| sm | kernel | tile | variant | registers | stack | shared |",
@@ -306,7 +358,7 @@ def resource_table() -> str:
 def bounds() -> dict[str, dict[int, tuple[int, int]]]:
     """kernel -> compute capability -> the most registers and the most shared memory."""
     found = {}
-    for call, capabilities in (CALLS | ROUTED_CALLS).values():
+    for call, capabilities in (CALLS | ROUTED_CALLS | MASKED_CALLS).values():
         for capability in capabilities:
             for launched, used in resources_of(call, capability):
                 most = found.setdefault(launched.name.removesuffix("_kernel"), {})
@@ -318,7 +370,7 @@ def bounds() -> dict[str, dict[int, tuple[int, int]]]:
 def _tile(launched: Launch) -> str:
     sizes = {
         name: launched.arguments[name]
-        for name in ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_D")
+        for name in ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_D", "BLOCK_K")
         if name in launched.arguments
     }
     rank = f" / {launched.arguments['BLOCK_R']}" if "BLOCK_R" in launched.arguments else ""

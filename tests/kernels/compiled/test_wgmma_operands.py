@@ -7,12 +7,19 @@ from dataclasses import replace
 import pytest
 import wgmma_operands
 
-from lora_kernels.testing.compile_cases import CALLS, ROUTED_CALLS, cases, launches_of, resources_of
+from lora_kernels.testing.compile_cases import (
+    CALLS,
+    MASKED_CALLS,
+    ROUTED_CALLS,
+    cases,
+    launches_of,
+    resources_of,
+)
 from lora_kernels.testing.compile_only import compile_launch
 
 CASES = [
     pytest.param(call, id=name)
-    for name, call, capability in cases(CALLS | ROUTED_CALLS)
+    for name, call, capability in cases(CALLS | ROUTED_CALLS | MASKED_CALLS)
     if capability == 90
 ]
 
