@@ -6,7 +6,6 @@ key is known has passed the check, and one that has not is always checked.
 
 from __future__ import annotations
 
-import threading
 import weakref
 from typing import TypeVar
 
@@ -17,8 +16,8 @@ from lora_kernels.runtime import tensor_state
 Plan = TypeVar("Plan")
 
 _LIMIT = 4096
+# Without a lock: an interrupt just before a `with` lets go of one would leave it held for good.
 _ALL: weakref.WeakSet[Plans] = weakref.WeakSet()
-_LOCK = threading.Lock()  # of _ALL: it cannot be read while it grows
 
 
 class Plans(dict):
@@ -28,8 +27,7 @@ class Plans(dict):
 
     def __init__(self) -> None:
         super().__init__()
-        with _LOCK:
-            _ALL.add(self)
+        _ALL.add(self)
 
     def keep(self, key: tuple | None, plan: Plan) -> Plan:
         """Remember a plan; None is no key."""
@@ -42,8 +40,12 @@ class Plans(dict):
 
 def forget_plans() -> None:
     """To be called where what plans were made from has changed: a table, the extension."""
-    with _LOCK:
-        found = list(_ALL)
+    found = None
+    while found is None:
+        try:
+            found = list(_ALL)
+        except RuntimeError:  # another thread has made some meanwhile
+            continue
     for plans in found:
         plans.clear()
 
