@@ -330,7 +330,7 @@ def forward(problem: LoRAProblem):
     from lora_kernels.ops.linear import cuda
 
     call = call_of(problem, save_unscaled=problem.output_scale is not None)
-    y, h, mask, unscaled = cuda.forward(call)
+    y, h, mask, unscaled, _ = cuda.forward(call)
     assert mask is None and unscaled is None
     return y, h
 

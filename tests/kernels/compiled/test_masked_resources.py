@@ -133,5 +133,5 @@ def test_no_argument_that_follows_the_call_compiles_again():
             key = bind(**launch.arguments, **launch.options)[1]
             block = launch.arguments["BLOCK_M"]  # a routing has tiles of 16 pairs or of 64
             seen.setdefault((index, launch.name, block), set()).add(str((key, launch.options)))
-    assert len(seen) == 9 + 4, "the routed ones twice"
+    assert len(seen) == 11 + 4, "the routed ones twice"
     assert all(len(keys) == 1 for keys in seen.values()), {k: len(v) for k, v in seen.items()}

@@ -158,12 +158,14 @@ def copy_tile(columns: int) -> CopyTile:
 
 
 @lru_cache(maxsize=256)
-def product_tile(rank: int, itemsize: int) -> ProductTile:
+def product_tile(columns: int, rank: int, itemsize: int) -> ProductTile:
     """Small tiles: what is written decides, and the rank is mostly over in one step. Two stages are
     24 KiB, which every GPU has."""
+    # Where rows begin anywhere each element has a pointer and a predicate of its own.
+    block_k = 64 if columns % 16 else 128
     # fp32 products are not on the matrix units: each thread holds what it multiplies.
     block_r = 16 if itemsize == 4 else clamp(next_power_of_two(rank), 16, 32)
-    return ProductTile(64, 128, block_r, num_warps=8, num_stages=1 if rank <= block_r else 2)
+    return ProductTile(64, block_k, block_r, num_warps=8, num_stages=1 if rank <= block_r else 2)
 
 
 def masked_copy(
@@ -255,7 +257,7 @@ def masked_product(
     strides = stride_of_rows(t), stride_of_rows(a)
     if rows == 0 or columns == 0:
         return out
-    tile = product_tile(rank, a.element_size())
+    tile = product_tile(columns, rank, a.element_size())
     with on_device(t):
         masked_product_kernel[(cdiv(rows, tile.BLOCK_M) * cdiv(columns, tile.BLOCK_K),)](
             t,
