@@ -26,7 +26,8 @@ def masked_copy(
     if has_kernels(x):
         from lora_kernels.ops.narrow.triton import masked
 
-        return masked.masked_copy(x, dropout, mask)
+        mask = None if mask is None else mask.contiguous()
+        return masked.masked_copy(with_neighbours(x), dropout, mask)
     if mask is None:
         mask = draw_mask(*x.shape, dropout)
     kept = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -56,7 +57,8 @@ def masked_product(
     if has_kernels(t):
         from lora_kernels.ops.narrow.triton import masked
 
-        return masked.masked_product(t, a, mask, dropout, alpha, scale)
+        t, a = with_neighbours(t), with_neighbours(a)
+        return masked.masked_product(t, a, mask.contiguous(), dropout, alpha, scale)
     alpha = alpha * dropout.scale
     if scale is not None:
         t = rounded(t, t.dtype, scale)
@@ -64,6 +66,11 @@ def masked_product(
     for chunk in row_chunks(*out.shape, out.device):
         out[chunk] = zero_dropped(scaled_product(t[chunk], a, alpha), mask[chunk])
     return out
+
+
+def with_neighbours(matrix: Tensor) -> Tensor:
+    """The matrix, or its copy, with rows of neighbouring elements: as the kernels step."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def slow_on(device: torch.device) -> str | None:
