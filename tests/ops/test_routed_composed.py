@@ -74,6 +74,17 @@ def test_same_bits_twice_and_no_atomics(way, dropout, monkeypatch):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_where_torch_makes_tensors_by_default_is_no_matter(way, monkeypatch):
+    serve(monkeypatch, way)
+    p = of("pairs", dropout=0.3)
+    bank = p.bank()
+    expected = run(p, bank)
+    with torch.device("meta"):
+        found = run(p, bank)
+    assert all(torch.equal(found[name], result) for name, result in expected.items())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("adapter_dtype", [None, torch.float32], ids=["like x", "fp32"])
 @pytest.mark.parametrize("kind", IDS)

@@ -3,6 +3,7 @@
 Dimensions: M tokens, P pairs, k pairs per token, G groups, T pairs of the longest group.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -71,9 +72,9 @@ class Pairs:
     def padded(self, routing: RoutingTensors) -> Layout:
         """T rows for each group; those behind its pairs hold its first one again."""
         if self._padded is None:
-            starts = torch.tensor([group.start for group in self.groups], dtype=torch.int32)
-            sizes = torch.tensor([group.end - group.start for group in self.groups])
-            place = torch.arange(self.longest, dtype=torch.int32)
+            starts = _on_host([group.start for group in self.groups], torch.int32)
+            sizes = _on_host([group.end - group.start for group in self.groups], torch.int32)
+            place = torch.arange(self.longest, dtype=torch.int32, device="cpu")
             place = torch.where(place < sizes[:, None], place, 0)
             self._padded = self._laid_out(routing, starts[:, None] + place)
         return self._padded
@@ -81,8 +82,8 @@ class Pairs:
     @torch.inference_mode(False)
     def _laid_out(self, routing: RoutingTensors, padded: Tensor | None) -> Layout:
         device = routing.tokens.device
-        sizes = torch.tensor([group.end - group.start for group in self.groups], dtype=torch.int64)
-        slots = torch.tensor([group.slot for group in self.groups], dtype=torch.int32)
+        sizes = _on_host([group.end - group.start for group in self.groups], torch.int64)
+        slots = _on_host([group.slot for group in self.groups], torch.int32)
         of_pairs = routing.inverse.view(-1, routing.pairs_per_token).t()
         if padded is None:
             pairs, tokens = None, routing.tokens[: self.count].long()
@@ -90,14 +91,19 @@ class Pairs:
             of_tokens = of_pairs.clamp_max(count)
         else:
             count, slots = padded.numel(), slots.repeat_interleave(self.longest)
-            moved = torch.arange(len(self.groups)) * self.longest - padded[:, 0]
+            moved = torch.arange(len(self.groups), device="cpu") * self.longest - padded[:, 0]
             moved = moved.repeat_interleave(sizes, output_size=self.count)
-            rows = torch.full((routing.tokens.shape[0],), count, dtype=torch.int32)
-            rows[: self.count] = torch.arange(self.count) + moved
+            rows = torch.full((routing.tokens.shape[0],), count, dtype=torch.int32, device="cpu")
+            rows[: self.count] = torch.arange(self.count, device="cpu") + moved
             pairs = padded.flatten().to(device)
             tokens = routing.tokens.index_select(0, pairs).long()
             of_tokens = rows.to(device)[of_pairs.long()]
         return Layout(count, pairs, tokens, slots.to(device), of_tokens.contiguous())
+
+
+def _on_host(numbers: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Wherever torch makes tensors by default."""
+    return torch.tensor(numbers, dtype=dtype, device="cpu")
 
 
 _of_plans: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -168,7 +168,7 @@ def groups_of(
         RuntimeError: a CUDA graph is captured.
     """
     if tokens.is_meta:
-        return torch.empty((0, 4), dtype=torch.int64)
+        return torch.empty((0, 4), dtype=torch.int64, device="cpu")
     check_groups_can_be_read(tokens.device)
     starts, tokens = offsets.cpu().long(), tokens.cpu().long()
     counts = starts[1:] - starts[:-1]
