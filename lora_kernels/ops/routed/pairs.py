@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lora_kernels.ops.routed.tensors import RoutingTensors
+from lora_kernels.runtime.capture import stream_of
 
 
 class Group(NamedTuple):
@@ -41,7 +42,8 @@ class Layout(NamedTuple):
 
 
 class Pairs:
-    """The groups of one filling. What a device reads of them is copied there once, when needed.
+    """The groups of one filling. What a device reads of them is copied there when it is needed,
+    once for each stream: see :func:`stream_of`.
 
     Attributes:
         groups: with an adapter, none of them empty.
@@ -60,24 +62,28 @@ class Pairs:
         offsets = {group.first - group.start for group in self.groups}
         self.offset = offsets.pop() if self.by_tokens and len(offsets) == 1 else None
         self.longest = max((group.end - group.start for group in self.groups), default=0)
-        self._dense: Layout | None = None
-        self._padded: Layout | None = None
+        self._dense: dict[int, Layout] = {}
+        self._padded: dict[int, Layout] = {}
 
     def dense(self, routing: RoutingTensors) -> Layout:
         """Row p holds pair p."""
-        if self._dense is None:
-            self._dense = self._laid_out(routing, None)
-        return self._dense
+        stream = stream_of(routing.tokens.device)
+        layout = self._dense.get(stream)
+        if layout is None:
+            layout = self._dense[stream] = self._laid_out(routing, None)
+        return layout
 
     def padded(self, routing: RoutingTensors) -> Layout:
         """T rows for each group; those behind its pairs hold its first one again."""
-        if self._padded is None:
+        stream = stream_of(routing.tokens.device)
+        layout = self._padded.get(stream)
+        if layout is None:
             starts = _on_host([group.start for group in self.groups], torch.int32)
             sizes = _on_host([group.end - group.start for group in self.groups], torch.int32)
             place = torch.arange(self.longest, dtype=torch.int32, device="cpu")
             place = torch.where(place < sizes[:, None], place, 0)
-            self._padded = self._laid_out(routing, starts[:, None] + place)
-        return self._padded
+            layout = self._padded[stream] = self._laid_out(routing, starts[:, None] + place)
+        return layout
 
     @torch.inference_mode(False)
     def _laid_out(self, routing: RoutingTensors, padded: Tensor | None) -> Layout:
