@@ -11,6 +11,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from lora_kernels.ops.narrow.products import rounded, row_chunks, scaled_product
 from lora_kernels.ops.narrow.triton.driver import missing
@@ -38,7 +39,7 @@ def masked_copy(
 
 def draw_mask(rows: int, columns: int, dropout: ActiveDropout) -> Tensor:
     """The packed mask ``[rows, ceil(columns / 8)]``."""
-    if _has_kernels(dropout.seed.device):
+    if _may_have_kernels(dropout.seed.device):
         from lora_kernels.ops.narrow.triton import masked
 
         return masked.draw_mask(rows, columns, dropout)
@@ -82,7 +83,12 @@ def slow_on(device: torch.device) -> str | None:
 
 def has_kernels(x: Tensor) -> bool:
     """Whether kernels draw and apply the masks of x: where not, a warning has said so once."""
-    return _has_kernels(x.device) and x.dtype != torch.float64
+    return _may_have_kernels(x.device) and x.dtype != torch.float64
+
+
+def _may_have_kernels(device: torch.device) -> bool:
+    # A tracer follows torch's operations, and not the question whether a driver starts.
+    return not is_compiling() and _has_kernels(device)
 
 
 @functools.cache
