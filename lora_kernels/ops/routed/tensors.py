@@ -8,11 +8,13 @@ A *factor* of an adapter is its A of all slices ``[R, K]``, or its B of one slic
 """
 
 import itertools
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_kernels.ops.routed.bank.storage import ALIGNMENT
 from lora_kernels.runtime.capture import is_captured
@@ -116,9 +118,12 @@ class TrainableFactors(NamedTuple):
 
     def used(self, routing: "RoutingTensors") -> list[Tensor]:
         """The parameters of the adapters that the batch uses, as far as the host knows."""
-        if type(routing.plan) is not Tensor or torch._C._len_torch_dispatch_stack() > 0:
+        if type(routing.plan) is not Tensor:
             return []  # a graph is being traced: there are no values to look at
-        is_used = set(routing.plan[:, 0].tolist()).__contains__
+        # Past modes: checkpointing compares what two calls save, of which one may be under a mode.
+        is_watched = torch._C._len_torch_dispatch_stack() > 0
+        with _disable_current_modes() if is_watched else nullcontext():
+            is_used = set(routing.plan[:, 0].tolist()).__contains__
         return list(itertools.compress(self.parameters, map(is_used, self.slots)))
 
     def gradients(self, flat: Tensor) -> list[Tensor | None]:
