@@ -296,6 +296,7 @@ def test_streams_do_not_share_what_a_bank_makes_for_calls(monkeypatch):
     """The tables of a routing of fewer slots, and where gradients go."""
     bank = reserved_bank()
     version, found = bank.slots.current.of(bank), []
+    version.has_streams = True
     for stream in (0, 7, 0, 7):
         for module in (versions, layouts):
             monkeypatch.setattr(module, "stream_of", lambda device, stream=stream: stream)

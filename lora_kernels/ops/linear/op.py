@@ -226,7 +226,8 @@ class LoRALinearFunction(torch.autograd.Function):
             unscaled = unscaled if needs_output_scale else None
         else:
             y, h, mask, unscaled, (rounded_a, rounded_b) = plan.forward.forward(call)
-            if _is_checkpointed():
+            hooks = _saved_tensors_hooks(False)
+            if hooks is not None and _are_of_checkpoints(hooks[0]):
                 # What the op would save: checkpointing compares the two, and may take each once.
                 h, rounded_a, rounded_b = h.to(_dtype_of_h(x, call.backend)), None, None
                 if not stores_mask(x.device, call.dropout is not None, call.backend):
@@ -264,9 +265,8 @@ class LoRALinearFunction(torch.autograd.Function):
         return *_gradients(ctx, dy), None
 
 
-def _is_checkpointed() -> bool:
-    hooks = _saved_tensors_hooks(False)
-    return hooks is not None and getattr(hooks[0], "__module__", "") == checkpoint.__name__
+def _are_of_checkpoints(pack) -> bool:
+    return getattr(pack, "__module__", "") == checkpoint.__name__
 
 
 @functools.cache

@@ -8,7 +8,6 @@ A *factor* of an adapter is its A of all slices ``[R, K]``, or its B of one slic
 """
 
 import itertools
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -121,9 +120,10 @@ class TrainableFactors(NamedTuple):
         if type(routing.plan) is not Tensor:
             return []  # a graph is being traced: there are no values to look at
         # Past modes: checkpointing compares what two calls save, of which one may be under a mode.
-        is_watched = torch._C._len_torch_dispatch_stack() > 0
-        with _disable_current_modes() if is_watched else nullcontext():
-            is_used = set(routing.plan[:, 0].tolist()).__contains__
+        if torch._C._len_torch_dispatch_stack() > 0:
+            with _disable_current_modes():
+                return self.used(routing)
+        is_used = set(routing.plan[:, 0].tolist()).__contains__
         return list(itertools.compress(self.parameters, map(is_used, self.slots)))
 
     def gradients(self, flat: Tensor) -> list[Tensor | None]:

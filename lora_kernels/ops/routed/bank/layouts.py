@@ -49,7 +49,7 @@ class GradientLayouts:
         """The layout of the adapters in ``slots`` (None: all), and their parameters."""
         if torch.compiler.is_compiling():
             return self._of_a_graph(version, slots)
-        key = slots, capacity, stream_of(version.device)
+        key = slots, capacity, stream_of(version.device) if version.has_streams else None
         made, bound = self._made.get(key), version.part(slots, capacity).bound
         if made is None or made.needed != list(map(_needs_gradient, bound)):
             made = _make(version, slots, capacity)

@@ -165,6 +165,8 @@ class BankVersion:
         self._parts: dict[tuple, Part] = {}  # replaced, never changed
         self._noted: set[tuple[int, int | None]] = set()  # streams, and slots that they read
         self._made: torch.cuda.Event | None = None
+        self.has_streams = self.device.type == "cuda"
+        self._whole = 0, self.tables.slots  # capacities that its own tables have
         self._resized: dict[tuple[int, int], SlotTables] = {}  # by slots and stream
         self._layouts = GradientLayouts(self)
         self.plans = Plans()
@@ -224,8 +226,8 @@ class BankVersion:
 
     def part(self, slots: tuple[int, ...] | None, capacity: int = 0) -> Part:
         """The adapters in ``slots`` (None: all), for a routing of so many slots."""
-        is_resized = capacity not in (0, self.tables.slots)
-        key = slots, capacity, stream_of(self.device) if is_resized else None
+        is_whole = capacity in self._whole
+        key = slots, capacity, None if is_whole else stream_of(self.device)
         part = self._parts.get(key)
         if part is None:
             entries = self.entries_in(slots)
@@ -237,7 +239,7 @@ class BankVersion:
         return part
 
     def _tables_of(self, capacity: int) -> SlotTables:
-        if capacity in (0, self.tables.slots):
+        if capacity in self._whole:
             return self.tables
         key = capacity, stream_of(self.device)
         resized = self._resized.get(key)
