@@ -221,12 +221,12 @@ def _routing(runs: Runs, slots: Pinned, device: torch.device) -> Routing:
         return Routing.from_sequences(runs.names, runs.length, slots, device=device)
     rows = [_pairs(row) for row in runs.names]
     count = max(1, *map(len, rows))
-    ids = torch.full((len(rows), count), -1)
-    weights = torch.zeros(len(rows), count)
+    ids = torch.full((len(rows), count), -1, device="cpu")
+    weights = torch.zeros(len(rows), count, device="cpu")
     for index, row in enumerate(rows):
         for place, (name, weight) in enumerate(row):
             ids[index, place], weights[index, place] = slots.version.slot_of(name), weight
-    tokens = torch.arange(len(rows)).repeat_interleave(runs.length)
+    tokens = torch.arange(len(rows), device="cpu").repeat_interleave(runs.length)
     return Routing.from_weighted(ids[tokens], weights[tokens], slots, device=device)
 
 

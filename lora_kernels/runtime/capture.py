@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 _CAN_BE = torch.backends.cuda.is_built()  # or torch raises when it is asked for a fake tensor's
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -39,7 +40,7 @@ def kept_per_device(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(make)
     def find(*key) -> Tensor:
-        if _dispatch_modes() > 0:
+        if is_compiling() or _dispatch_modes() > 0:
             return make(*key)
         tensor = kept.get(key)
         if tensor is not None:

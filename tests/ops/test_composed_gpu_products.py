@@ -56,6 +56,26 @@ def test_fp16_does_not_underflow(gpu_products):
         assert (ours[name].double() - exact[name]).norm() / exact[name].norm() < 2**-10
 
 
+@pytest.mark.parametrize("on_device", [False, True], ids=["number", "on a device"])
+@pytest.mark.parametrize("adapter_dtype", [FP16, FP32], ids=str)
+@pytest.mark.parametrize("gpu", [False, True], ids=["a CPU's", "a GPU's"])
+def test_a_scaled_h_beyond_fp16s_range(gpu, adapter_dtype, on_device, request, monkeypatch):
+    """h is near 6000, and 50 h above the largest number; B is small, and all results fit."""
+    if gpu:
+        request.getfixturevalue("gpu_products")
+    if on_device:
+        monkeypatch.setattr(composed, "host_number", lambda scaling: scaling.float())
+    problem = LoRAProblem.random((60,), 43, 29, 8, dtype=FP16, adapter_dtype=adapter_dtype)
+    large = problem.with_(
+        lora_a=problem.lora_a * 2000, lora_b=problem.lora_b / 2000, dy=problem.dy / 64,
+        scaling=torch.tensor(50.0),
+    )  # fmt: skip
+    exact = oracle_results(large)
+    ours = run_forward_backward(partial(lora_linear, backend="composed"), large)
+    for name in ("y", "x", "lora_a", "lora_b"):
+        assert (ours[name] - exact[name]).norm() / exact[name].norm() < 2**-9, name
+
+
 @pytest.mark.parametrize("t", [1e-12, 1.0, 1e8], ids=str)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_gradient_beyond_fp16s_range(t, side, gpu_products):

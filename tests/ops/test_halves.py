@@ -6,6 +6,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from lora_kernels import lora_linear
 from lora_kernels.ops.linear.halves import lora_expand, lora_shrink
+from lora_kernels.ops.narrow import masks
 from lora_kernels.runtime.dropout import MaskPlace
 from lora_kernels.testing import assert_within_policy
 
@@ -67,6 +68,23 @@ def test_gradients_of_any_order(p):
         return lora_expand(lora_shrink(x, a, dropout_p=p, seed=seed), b[:, :4], 0.5)
 
     assert gradcheck(halves, (x, a, b)) and gradgradcheck(halves, (x, a, b))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_compiled_one_is_a_graph_of_torchs_operations(dtype, monkeypatch):
+    """Dropout too, and no tracer is asked whether a driver starts."""
+    x, a, _ = operands(dtype, torch.float32)
+    seed, dh = torch.tensor(77), torch.randn(M, R)
+
+    def shrink(x, a):
+        return lora_shrink(x, a, dropout_p=0.3, seed=seed)
+
+    expected = shrink(x, a)
+    expected = [expected, *torch.autograd.grad(expected, (x, a), dh)]
+    monkeypatch.setattr(masks, "_has_kernels", lambda device: pytest.fail("asked"))
+    h = torch.compile(shrink, fullgraph=True, backend="aot_eager")(x, a)
+    for found, ours in zip([h, *torch.autograd.grad(h, (x, a), dh)], expected, strict=True):
+        torch.testing.assert_close(found, ours)
 
 
 def test_a_slice_drops_what_the_whole_one_drops():

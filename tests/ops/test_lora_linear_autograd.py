@@ -470,18 +470,29 @@ def test_the_backward_is_asked_for_what_is_needed_alone(needed, monkeypatch):
     assert asked == [tuple(name == needed for name in named)]
 
 
-@pytest.mark.parametrize("rows", [9, 0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [9, 2, 0])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("scaled", [True, False], ids=["output_scale", ""])
-def test_checkpointing_under_a_mode_and_recomputing_outside_of_it(scaled, dropout_p, rows):
-    """The two ways through the package save as many tensors."""
-    problem = LoRAProblem.random((rows,), 40, 24, 4, with_output_scale=scaled, dropout_p=dropout_p)
-    x = problem.x.requires_grad_()
+@pytest.mark.parametrize("backend", ["auto", "composed"])
+def test_checkpointing_under_a_mode_and_recomputing_outside_of_it(
+    backend, scaled, dropout_p, rows, dtype
+):
+    """The two ways through the package save as many tensors, of the same shapes and dtypes."""
+    problem = LoRAProblem.random(
+        (rows,), 40, 24, 4, with_output_scale=scaled, dropout_p=dropout_p, dtype=dtype,
+        adapter_dtype=torch.float32,
+    )  # fmt: skip
+    x, problem = problem.x.requires_grad_(), problem.with_(lora_b=problem.lora_b.requires_grad_())
+
+    def run(x):
+        return call(problem, x=x, seed=None, scaling=0.5, backend=backend)
+
     torch.manual_seed(3)
     with FlopCounterMode(display=False):
-        y = checkpoint(lambda x: call(problem, x=x, seed=None, scaling=0.5), x, use_reentrant=False)
+        y = checkpoint(run, x, use_reentrant=False)
     torch.manual_seed(3)
-    (expected,) = torch.autograd.grad(call(problem, x=x, seed=None, scaling=0.5).sum(), x)
+    (expected,) = torch.autograd.grad(run(x).sum(), x)
     (grad,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(grad, expected)
 

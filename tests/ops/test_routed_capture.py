@@ -28,6 +28,7 @@ from lora_kernels.ops.routed import (
     routed_shrink,
     unpacked,
 )
+from lora_kernels.ops.routed.bank import layouts, versions
 from lora_kernels.ops.routed.bank.storage import anchor
 from lora_kernels.ops.routed.tensors import check_groups_can_be_read
 from lora_kernels.ops.routed.unpacked import routed_linear_unpacked
@@ -289,6 +290,20 @@ def test_streams_do_not_share_what_may_be_dropped(monkeypatch):
         monkeypatch.setattr(choices, "stream_of", lambda device, stream=stream: stream)
         seen.append(choice.routing_of(Runs(("a",), 3), cpu, bank.slots.current)._tokens)
     assert seen[0] is seen[2] and seen[1] is seen[3] and seen[0] is not seen[1]
+
+
+def test_streams_do_not_share_what_a_bank_makes_for_calls(monkeypatch):
+    """The tables of a routing of fewer slots, and where gradients go."""
+    bank = reserved_bank()
+    version, found = bank.slots.current.of(bank), []
+    version.has_streams = True
+    for stream in (0, 7, 0, 7):
+        for module in (versions, layouts):
+            monkeypatch.setattr(module, "stream_of", lambda device, stream=stream: stream)
+        tables = version.part((0,), 31).tensors.slot_table, version.gradients((0,))[0].table
+        found.append(tables)
+    for first, second, third, fourth in zip(*found, strict=True):
+        assert first is third and second is fourth and first is not second
 
 
 @pytest.mark.parametrize(

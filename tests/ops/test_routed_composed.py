@@ -8,10 +8,10 @@ from routed_calls import call_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels.ops.narrow.grouped import half_range
-from lora_kernels.ops.routed import batch, composed, pair_masks
+from lora_kernels.ops.routed import batch, composed, pair_masks, pairs
 from lora_kernels.ops.routed.batch import Batch
 from lora_kernels.ops.routed.call import Needs
-from lora_kernels.ops.routed.pairs import pairs_of
+from lora_kernels.ops.routed.pairs import Pairs, pairs_of
 from lora_kernels.testing.policy import assert_within_policy
 from lora_kernels.testing.routed_inputs import RoutedProblem, routed_eager, routed_oracle
 
@@ -72,6 +72,35 @@ def test_same_bits_twice_and_no_atomics(way, dropout, monkeypatch):
     first, second = run(p), run(p)
     assert first.keys() == second.keys() >= {"y", "h", "x", "factors", "weights"}
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_each_stream_has_its_own_copies(way, monkeypatch):
+    """Another stream's are not there yet, and go when that stream is through with them."""
+    serve(monkeypatch, way)
+    p = of("pairs")
+    bank = p.bank()
+    routing = p.routing(bank).tensors(with_plan=True)
+    kept, makes = [], Pairs._laid_out
+    monkeypatch.setattr(Pairs, "_laid_out", lambda *a: kept.append(makes(*a)) or kept[-1])
+    made = []
+    for stream in (1, 2, 1):
+        monkeypatch.setattr(pairs, "stream_of", lambda device, stream=stream: stream)
+        with torch._C._AutoDispatchBelowAutograd():
+            composed.forward(call_of(p, bank, "composed", routing))
+        made.append(len(kept))
+    assert made == [1, 2, 2] and kept[0].tokens.data_ptr() != kept[1].tokens.data_ptr()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_where_torch_makes_tensors_by_default_is_no_matter(way, monkeypatch):
+    serve(monkeypatch, way)
+    p = of("pairs", dropout=0.3)
+    bank = p.bank()
+    expected = run(p, bank)
+    with torch.device("meta"):
+        found = run(p, bank)
+    assert all(torch.equal(found[name], result) for name, result in expected.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

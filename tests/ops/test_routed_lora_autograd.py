@@ -2,12 +2,14 @@
 
 import itertools
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from routed_calls import OPS, call_of, op, operands
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels.ops.routed import (
     AdapterBank,
@@ -146,6 +148,24 @@ def test_no_result_of_an_op_holds_uninitialised_memory(half, poisoned_memory, mo
 
 
 # --- checkpointing and seeds ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["auto", "composed"])
+@pytest.mark.parametrize("recomputed", [True, False], ids=["the recomputation", "the forward"])
+def test_checkpointing_of_which_one_part_is_under_a_mode(recomputed, backend):
+    p = RoutedProblem.random([0, 0, 1, -1, 2], (1, 3, 5), 43, 29, dropout=0.3)
+    bank, x = p.bank(), p.x.requires_grad_()
+    routing = p.routing(bank)
+
+    def run(x):
+        return call_routed(p, bank, backend, x=x, routing=routing)
+
+    (expected,) = torch.autograd.grad(run(x), x, p.dy)
+    with nullcontext() if recomputed else FlopCounterMode(display=False):
+        y = checkpoint(run, x, use_reentrant=False)
+    with FlopCounterMode(display=False) if recomputed else nullcontext():
+        (found,) = torch.autograd.grad(y, x, p.dy)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -118,6 +118,21 @@ def test_against_a_loop(data, live, k, large):
             check(routing.set_tokens_(given_ids.flatten()), ids)
 
 
+def test_lists_are_read_wherever_torch_makes_tensors_by_default():
+    slots, ids, weights = slots_with(3), [[0, 2], [1, -1]], [[0.5, 1.0], [2.0, 0.0]]
+    with torch.device("meta"):
+        tokens = Routing.from_tokens([2, -1, 0], slots)
+        sequences = Routing.from_sequences(["a1", "a0"], [2, 1], slots)
+        segments = Routing.from_segments([1, 0], [0, 1, 3], slots)
+        weighted = Routing.from_weighted(ids, weights, slots)
+        with pytest.raises(ValueError, match="ids"):
+            Routing.from_tokens([3], slots)
+    check(tokens, [[2], [-1], [0]])
+    check(sequences, [[1], [1], [0]])
+    check(segments, [[1], [0], [0]])
+    check(weighted, ids, torch.tensor(weights))
+
+
 def padded(weights: torch.Tensor, room: int) -> torch.Tensor:
     return torch.nn.functional.pad(weights, (0, 0, 0, room - weights.shape[0]))
 

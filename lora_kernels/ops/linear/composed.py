@@ -83,9 +83,7 @@ def backward(call: LinearCall) -> Gradients:
     if factors.output_scale is not None and (needs.x or needs.lora_a or needs.lora_b):
         rows_dy = scale_columns(rows_dy, factors.output_scale, None)
     if needs.lora_b:
-        # The scaling goes to h: the product may come out rounded, and is not to be rounded twice.
-        h = rounded(call.h, dy.dtype, host_number(factors.scaling))
-        grad_b = transposed_product(rows_dy, h, factors.b.dtype)  # [N, R]
+        grad_b = _gradient_of_b(call, rows_dy)
     if not (needs.x or needs.lora_a):
         return Gradients(dx, grad_a, grad_b, grad_bias, grad_output_scale)
 
@@ -117,6 +115,20 @@ def backward(call: LinearCall) -> Gradients:
             call.base.add_matmul_t_(dx, rows_dy)
         dx = dx.view(*dy.shape[:-1], columns)
     return Gradients(dx, grad_a, grad_b, grad_bias, grad_output_scale)
+
+
+def _gradient_of_b(call: LinearCall, rows_dy: Tensor) -> Tensor:  # [N, R]
+    h, dtype, scaling = call.h, call.factors.b.dtype, host_number(call.factors.scaling)
+    on_device = isinstance(scaling, Tensor)
+    # h is in fp16's range, as it was in the forward; much scaled it may not be.
+    in_range = not on_device and 0.25 <= abs(scaling) <= 4
+    if rows_dy.dtype != torch.float16 or in_range:
+        # The scaling goes to h: the product may come out rounded, and is not to be rounded twice.
+        return transposed_product(rows_dy, rounded(h, rows_dy.dtype, scaling), dtype)
+    h = h if widens_first(rows_dy) else h.to(torch.float16)
+    if on_device:
+        return transposed_product(rows_dy, h, dtype, scale=scaling)
+    return transposed_product(rows_dy, h, dtype, scaling)
 
 
 def _is_better_widened(rows: Tensor, factors: LoRAFactors) -> bool:

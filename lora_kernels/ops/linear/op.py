@@ -16,6 +16,7 @@ import math
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.utils import checkpoint
 
 from lora_kernels.adapters.factors import LoRAFactors
 from lora_kernels.base_weights import rebuild
@@ -56,6 +57,7 @@ _FORWARD = torch.ops.lora_kernels.lora_linear_forward.default
 _BACKWARD = torch.ops.lora_kernels.lora_linear_backward.default
 
 _autocasts = torch._C._is_any_autocast_enabled
+_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
@@ -224,6 +226,12 @@ class LoRALinearFunction(torch.autograd.Function):
             unscaled = unscaled if needs_output_scale else None
         else:
             y, h, mask, unscaled, (rounded_a, rounded_b) = plan.forward.forward(call)
+            hooks = _saved_tensors_hooks(False)
+            if hooks is not None and _are_of_checkpoints(hooks[0]):
+                # What the op would save: checkpointing compares the two, and may take each once.
+                h, rounded_a, rounded_b = h.to(_dtype_of_h(x, call.backend)), None, None
+                if not stores_mask(x.device, call.dropout is not None, call.backend):
+                    mask = None
         base, dropout = call.base, call.dropout
         scaling, kind, meta, weights = call.factors.scaling, None, (), ()
         if base is not None:
@@ -255,6 +263,10 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         return *_gradients(ctx, dy), None
+
+
+def _are_of_checkpoints(pack) -> bool:
+    return getattr(pack, "__module__", "") == checkpoint.__name__
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from lora_kernels.ops.narrow.products import rounded, row_chunks, scaled_product
 from lora_kernels.ops.narrow.triton.driver import missing
@@ -26,7 +27,8 @@ def masked_copy(
     if has_kernels(x):
         from lora_kernels.ops.narrow.triton import masked
 
-        return masked.masked_copy(x, dropout, mask)
+        mask = None if mask is None else mask.contiguous()
+        return masked.masked_copy(with_neighbours(x), dropout, mask)
     if mask is None:
         mask = draw_mask(*x.shape, dropout)
     kept = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -37,7 +39,7 @@ def masked_copy(
 
 def draw_mask(rows: int, columns: int, dropout: ActiveDropout) -> Tensor:
     """The packed mask ``[rows, ceil(columns / 8)]``."""
-    if _has_kernels(dropout.seed.device):
+    if _may_have_kernels(dropout.seed.device):
         from lora_kernels.ops.narrow.triton import masked
 
         return masked.draw_mask(rows, columns, dropout)
@@ -56,7 +58,8 @@ def masked_product(
     if has_kernels(t):
         from lora_kernels.ops.narrow.triton import masked
 
-        return masked.masked_product(t, a, mask, dropout, alpha, scale)
+        t, a = with_neighbours(t), with_neighbours(a)
+        return masked.masked_product(t, a, mask.contiguous(), dropout, alpha, scale)
     alpha = alpha * dropout.scale
     if scale is not None:
         t = rounded(t, t.dtype, scale)
@@ -64,6 +67,11 @@ def masked_product(
     for chunk in row_chunks(*out.shape, out.device):
         out[chunk] = zero_dropped(scaled_product(t[chunk], a, alpha), mask[chunk])
     return out
+
+
+def with_neighbours(matrix: Tensor) -> Tensor:
+    """The matrix, or its copy, with rows of neighbouring elements: as the kernels step."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
 def slow_on(device: torch.device) -> str | None:
@@ -75,7 +83,12 @@ def slow_on(device: torch.device) -> str | None:
 
 def has_kernels(x: Tensor) -> bool:
     """Whether kernels draw and apply the masks of x: where not, a warning has said so once."""
-    return _has_kernels(x.device) and x.dtype != torch.float64
+    return _may_have_kernels(x.device) and x.dtype != torch.float64
+
+
+def _may_have_kernels(device: torch.device) -> bool:
+    # A tracer follows torch's operations, and not the question whether a driver starts.
+    return not is_compiling() and _has_kernels(device)
 
 
 @functools.cache

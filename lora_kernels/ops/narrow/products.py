@@ -47,7 +47,7 @@ def transposed_product(
         out = left.new_zeros((left.shape[1], right.shape[1]), dtype=torch.float32)
         for chunk in row_chunks(activation.shape[0], max(out.shape), left.device):
             out.addmm_(left[chunk].float().t(), right[chunk].float(), alpha=alpha)
-        return out.to(dtype)
+        return (out if scale is None else out.mul_(scale)).to(dtype)
     if left.dtype != right.dtype and activation.dtype == torch.float16:
         narrow, scale = in_fp16_range(left if narrow_is_left else right)
         left, right = (narrow, right) if narrow_is_left else (left, narrow)

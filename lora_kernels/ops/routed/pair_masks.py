@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.narrow.masks import has_kernels
+from lora_kernels.ops.narrow.masks import has_kernels, with_neighbours
 from lora_kernels.ops.narrow.products import row_chunks
 from lora_kernels.ops.routed.pairs import Group, pairs_of
 from lora_kernels.ops.routed.tensors import BankTensors, RoutingTensors
@@ -35,8 +35,7 @@ def gather_masked(
         pairs: whole groups; all pairs on a device.
     """
     if (kernels := _kernels(x)) is not None:
-        x = x if x.stride(1) == 1 else x.contiguous()
-        mask = None if mask is None else mask.contiguous()
+        x, mask = with_neighbours(x), None if mask is None else mask.contiguous()
         return kernels.gather_masked(x, routing, bank.threshold_table, seed, place, mask)
     if mask is None:
         mask = draw_masks(x.shape[1], routing, bank, seed, place)

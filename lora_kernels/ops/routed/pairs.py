@@ -3,6 +3,7 @@
 Dimensions: M tokens, P pairs, k pairs per token, G groups, T pairs of the longest group.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lora_kernels.ops.routed.tensors import RoutingTensors
+from lora_kernels.runtime.capture import stream_of
 
 
 class Group(NamedTuple):
@@ -40,7 +42,8 @@ class Layout(NamedTuple):
 
 
 class Pairs:
-    """The groups of one filling. What a device reads of them is copied there once, when needed.
+    """The groups of one filling. What a device reads of them is copied there when it is needed,
+    once for each stream: see :func:`stream_of`.
 
     Attributes:
         groups: with an adapter, none of them empty.
@@ -59,30 +62,34 @@ class Pairs:
         offsets = {group.first - group.start for group in self.groups}
         self.offset = offsets.pop() if self.by_tokens and len(offsets) == 1 else None
         self.longest = max((group.end - group.start for group in self.groups), default=0)
-        self._dense: Layout | None = None
-        self._padded: Layout | None = None
+        self._dense: dict[int, Layout] = {}
+        self._padded: dict[int, Layout] = {}
 
     def dense(self, routing: RoutingTensors) -> Layout:
         """Row p holds pair p."""
-        if self._dense is None:
-            self._dense = self._laid_out(routing, None)
-        return self._dense
+        stream = stream_of(routing.tokens.device)
+        layout = self._dense.get(stream)
+        if layout is None:
+            layout = self._dense[stream] = self._laid_out(routing, None)
+        return layout
 
     def padded(self, routing: RoutingTensors) -> Layout:
         """T rows for each group; those behind its pairs hold its first one again."""
-        if self._padded is None:
-            starts = torch.tensor([group.start for group in self.groups], dtype=torch.int32)
-            sizes = torch.tensor([group.end - group.start for group in self.groups])
-            place = torch.arange(self.longest, dtype=torch.int32)
+        stream = stream_of(routing.tokens.device)
+        layout = self._padded.get(stream)
+        if layout is None:
+            starts = _on_host([group.start for group in self.groups], torch.int32)
+            sizes = _on_host([group.end - group.start for group in self.groups], torch.int32)
+            place = torch.arange(self.longest, dtype=torch.int32, device="cpu")
             place = torch.where(place < sizes[:, None], place, 0)
-            self._padded = self._laid_out(routing, starts[:, None] + place)
-        return self._padded
+            layout = self._padded[stream] = self._laid_out(routing, starts[:, None] + place)
+        return layout
 
     @torch.inference_mode(False)
     def _laid_out(self, routing: RoutingTensors, padded: Tensor | None) -> Layout:
         device = routing.tokens.device
-        sizes = torch.tensor([group.end - group.start for group in self.groups], dtype=torch.int64)
-        slots = torch.tensor([group.slot for group in self.groups], dtype=torch.int32)
+        sizes = _on_host([group.end - group.start for group in self.groups], torch.int64)
+        slots = _on_host([group.slot for group in self.groups], torch.int32)
         of_pairs = routing.inverse.view(-1, routing.pairs_per_token).t()
         if padded is None:
             pairs, tokens = None, routing.tokens[: self.count].long()
@@ -90,14 +97,19 @@ class Pairs:
             of_tokens = of_pairs.clamp_max(count)
         else:
             count, slots = padded.numel(), slots.repeat_interleave(self.longest)
-            moved = torch.arange(len(self.groups)) * self.longest - padded[:, 0]
+            moved = torch.arange(len(self.groups), device="cpu") * self.longest - padded[:, 0]
             moved = moved.repeat_interleave(sizes, output_size=self.count)
-            rows = torch.full((routing.tokens.shape[0],), count, dtype=torch.int32)
-            rows[: self.count] = torch.arange(self.count) + moved
+            rows = torch.full((routing.tokens.shape[0],), count, dtype=torch.int32, device="cpu")
+            rows[: self.count] = torch.arange(self.count, device="cpu") + moved
             pairs = padded.flatten().to(device)
             tokens = routing.tokens.index_select(0, pairs).long()
             of_tokens = rows.to(device)[of_pairs.long()]
         return Layout(count, pairs, tokens, slots.to(device), of_tokens.contiguous())
+
+
+def _on_host(numbers: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Wherever torch makes tensors by default."""
+    return torch.tensor(numbers, dtype=dtype, device="cpu")
 
 
 _of_plans: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -293,8 +293,9 @@ class Routing:
         slots = [model.slot_of(name) for name in names]
         used = slots_in(slot for slot, length in zip(slots, lengths, strict=True) if length)
         self._check_capacity(model, used)
-        ids = torch.tensor(slots, dtype=torch.int64)
-        ids = ids.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+        # On the CPU wherever torch makes tensors by default, as other lists.
+        ids, lengths = integers("ids", slots), integers("lengths", lengths)
+        ids = ids.repeat_interleave(lengths)
         return self._fill(model, ids, ids.shape[0], used)
 
     def set_segments_(self, ids: Ids, offsets: Ids) -> "Routing":
@@ -338,7 +339,7 @@ class Routing:
                 f"ids: expected [tokens, {self.pairs_per_token}], got {list(ids.shape)}"
             )
         if not isinstance(weights, Tensor):
-            weights = torch.tensor(weights, dtype=torch.float32)
+            weights = torch.tensor(weights, dtype=torch.float32, device="cpu")
         if not weights.is_floating_point():
             raise TypeError(f"weights: expected floating point numbers, got {weights.dtype}")
         if weights.shape != ids.shape:
@@ -530,7 +531,7 @@ class Routing:
             RuntimeError: a CUDA graph is captured.
         """
         if self.device.type == "meta":
-            return torch.empty((0, 4), dtype=torch.int64)
+            return torch.empty((0, 4), dtype=torch.int64, device="cpu")
         if torch.compiler.is_compiling() and self._padded_plan is not None:
             return self._padded_plan
         check_groups_can_be_read(self.device)  # also where a warm-up has: a replay reads nothing
@@ -582,7 +583,8 @@ class Routing:
             self._captured.note(self._weights, self._weight_buffer)
         if not compiling and (tensors := self._as_tensors.get(with_plan)) is not None:
             return tensors
-        plan = self.plan() if with_plan else torch.empty((0, 4), dtype=torch.int64)
+        none = torch.empty((0, 4), dtype=torch.int64, device="cpu")
+        plan = self.plan() if with_plan else none
         tensors = RoutingTensors(
             self._tokens,
             self._offsets,

@@ -54,7 +54,8 @@ def runs_of(slots: tuple[int, ...]) -> list[tuple[int, int]]:
 def integers(name: str, values: Tensor | Sequence) -> Tensor:
     if not isinstance(values, Tensor):
         try:
-            values = torch.tensor(values, dtype=None if len(values) else torch.int64)
+            dtype = None if len(values) else torch.int64
+            values = torch.tensor(values, dtype=dtype, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{name}: expected a list of integers or a tensor ({error})") from None
     if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:

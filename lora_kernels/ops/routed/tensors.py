@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lora_kernels.ops.routed.bank.storage import ALIGNMENT
 from lora_kernels.runtime.capture import is_captured
@@ -116,8 +117,12 @@ class TrainableFactors(NamedTuple):
 
     def used(self, routing: "RoutingTensors") -> list[Tensor]:
         """The parameters of the adapters that the batch uses, as far as the host knows."""
-        if type(routing.plan) is not Tensor or torch._C._len_torch_dispatch_stack() > 0:
+        if type(routing.plan) is not Tensor:
             return []  # a graph is being traced: there are no values to look at
+        # Past modes: checkpointing compares what two calls save, of which one may be under a mode.
+        if torch._C._len_torch_dispatch_stack() > 0:
+            with _disable_current_modes():
+                return self.used(routing)
         is_used = set(routing.plan[:, 0].tolist()).__contains__
         return list(itertools.compress(self.parameters, map(is_used, self.slots)))
 
@@ -168,7 +173,7 @@ def groups_of(
         RuntimeError: a CUDA graph is captured.
     """
     if tokens.is_meta:
-        return torch.empty((0, 4), dtype=torch.int64)
+        return torch.empty((0, 4), dtype=torch.int64, device="cpu")
     check_groups_can_be_read(tokens.device)
     starts, tokens = offsets.cpu().long(), tokens.cpu().long()
     counts = starts[1:] - starts[:-1]

@@ -147,7 +147,7 @@ def _routing(
         slots = AdapterSlots(capacity)
         for slot in range(capacity):
             slots.acquire(str(slot))
-        tokens = torch.tensor(ids, dtype=torch.int64).repeat_interleave(length)
+        tokens = torch.tensor(ids, device="cpu").repeat_interleave(length)
         return Routing.from_tokens(tokens, slots, device=device)
 
 
@@ -160,10 +160,10 @@ def _anchor(dtype: torch.dtype, device: torch.device) -> Tensor:
 def _table(rows: tuple, capacity: int, device: torch.device, stream: int) -> Tensor:
     """``[L + 1, 2, 3]``: rank, column and offset of A and B by slot; zeros where nobody asks."""
     with torch.inference_mode(False):
-        table = torch.zeros(capacity + 1, 2, 3, dtype=torch.int64)
+        table = torch.zeros(capacity + 1, 2, 3, dtype=torch.int64, device="cpu")
         for slot, rank, *offsets in rows:
             for factor, offset in enumerate(offsets):
-                table[slot, factor] = torch.tensor([rank, 0, offset])
+                table[slot, factor] = torch.tensor([rank, 0, offset], device="cpu")
         return table.to(device)
 
 

@@ -1,9 +1,13 @@
 """Dropout in one pass against its definition in torch: bits exact, and every buffer poisoned."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
+from lora_kernels import lora_linear
+from lora_kernels.ops.narrow import masks
 from lora_kernels.ops.narrow.triton import masked
 from lora_kernels.ops.narrow.triton.masked import draw_mask, masked_copy, masked_product
 from lora_kernels.ops.routed.tensors import RoutingTensors
@@ -18,7 +22,7 @@ from lora_kernels.runtime.dropout import (
     packed_keep_mask_of_rows,
     unpacked_keep_mask,
 )
-from lora_kernels.testing import assert_within_policy
+from lora_kernels.testing import LoRAProblem, assert_within_policy, run_forward_backward
 
 SEED = torch.tensor(0x1234_5678_9ABC_DEF1)
 P = 0.4
@@ -167,6 +171,18 @@ def test_other_strides_are_refused():
         masked_product(torch.zeros(4, 2), torch.zeros(8, 2).t(), mask, dropout)
     with pytest.raises(AssertionError, match="no gaps"):
         masked_copy(torch.zeros(4, 8), dropout, torch.zeros(4, 2, dtype=torch.uint8)[:, :1])
+
+
+@pytest.mark.parametrize("of", ["x", "lora_a", "lora_b", "dy"])
+def test_composed_takes_any_strides(of, monkeypatch):
+    """What a GPU's kernels are handed: an operand whose rows have no neighbouring elements."""
+    monkeypatch.setattr(masks, "_has_kernels", lambda device: True)
+    problem = LoRAProblem.random((9,), 40, 24, 4, dropout_p=P)
+    transposed = problem.with_(**{of: getattr(problem, of).t().contiguous().t()})
+    served = partial(lora_linear, backend="composed")
+    expected, found = (run_forward_backward(served, each) for each in (problem, transposed))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor)
 
 
 # --- many adapters --------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_kernels.ops.routed.bank.storage import aligned
 from lora_kernels.ops.routed.routing_arguments import is_fake
 from lora_kernels.ops.routed.tensors import GradientLayout, TrainableFactors
-from lora_kernels.runtime.capture import is_captured, kept_per_device
+from lora_kernels.runtime.capture import is_captured, kept_per_device, stream_of
 
 # Sets of adapters whose layouts are kept: the micro-batches of a step take turns.
 _KEPT = 4
@@ -49,7 +49,7 @@ class GradientLayouts:
         """The layout of the adapters in ``slots`` (None: all), and their parameters."""
         if torch.compiler.is_compiling():
             return self._of_a_graph(version, slots)
-        key = slots, capacity
+        key = slots, capacity, stream_of(version.device) if version.has_streams else None
         made, bound = self._made.get(key), version.part(slots, capacity).bound
         if made is None or made.needed != list(map(_needs_gradient, bound)):
             made = _make(version, slots, capacity)

@@ -23,7 +23,7 @@ from lora_kernels.ops.routed.bank.storage import Arena, FactorShapes
 from lora_kernels.ops.routed.bank.tables import SlotTables
 from lora_kernels.ops.routed.routing_arguments import is_fake
 from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout, TrainableFactors
-from lora_kernels.runtime.capture import is_captured
+from lora_kernels.runtime.capture import is_captured, stream_of
 from lora_kernels.runtime.plan import Plans
 
 
@@ -165,7 +165,9 @@ class BankVersion:
         self._parts: dict[tuple, Part] = {}  # replaced, never changed
         self._noted: set[tuple[int, int | None]] = set()  # streams, and slots that they read
         self._made: torch.cuda.Event | None = None
-        self._resized: dict[int, SlotTables] = {}
+        self.has_streams = self.device.type == "cuda"
+        self._whole = 0, self.tables.slots  # capacities that its own tables have
+        self._resized: dict[tuple[int, int], SlotTables] = {}  # by slots and stream
         self._layouts = GradientLayouts(self)
         self.plans = Plans()
 
@@ -224,7 +226,8 @@ class BankVersion:
 
     def part(self, slots: tuple[int, ...] | None, capacity: int = 0) -> Part:
         """The adapters in ``slots`` (None: all), for a routing of so many slots."""
-        key = slots, capacity
+        is_whole = capacity in self._whole
+        key = slots, capacity, None if is_whole else stream_of(self.device)
         part = self._parts.get(key)
         if part is None:
             entries = self.entries_in(slots)
@@ -236,14 +239,15 @@ class BankVersion:
         return part
 
     def _tables_of(self, capacity: int) -> SlotTables:
-        if capacity in (0, self.tables.slots):
+        if capacity in self._whole:
             return self.tables
-        resized = self._resized.get(capacity)
+        key = capacity, stream_of(self.device)
+        resized = self._resized.get(key)
         if resized is None:
             with torch.inference_mode(False):
                 resized = self._tables_there().resized(capacity)
             if not is_captured(self.device):
-                self._resized[capacity] = resized
+                self._resized[key] = resized
         return resized
 
     def _tensors(self, entries: list[Entry], tables: SlotTables) -> BankTensors:
