@@ -299,7 +299,7 @@ def test_where_a_mask_is_stored(device):
     }
     on_cuda = device == "cuda"
     assert stored == {
-        "auto": not on_cuda, "composed": True, "native": not on_cuda, "triton": False,
+        "auto": True, "composed": True, "native": not on_cuda, "triton": False,
     }  # fmt: skip
     assert not any(
         op.stores_mask(torch.device(device), False, backend) for backend in ("auto", "composed")

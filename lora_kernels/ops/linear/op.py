@@ -24,6 +24,7 @@ from lora_kernels.ops.linear import cpu, tuned
 from lora_kernels.ops.linear.call import Gradients, LinearCall, Needs, Result
 from lora_kernels.ops.linear.plan import LinearPlan, module_of
 from lora_kernels.ops.linear.second_order import X_WAS_NOT_SAVED, differentiable_backward
+from lora_kernels.ops.narrow.masks import draw_mask
 from lora_kernels.ops.narrow.products import product_dtype
 from lora_kernels.ops.narrow.second_order import missing_edge
 from lora_kernels.runtime import dispatch
@@ -64,10 +65,9 @@ _is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 def stores_mask(device: torch.device, drops: bool, backend: str) -> bool:
     """Whether the forward hands its packed keep-mask to the backward; else it is drawn again.
 
-    Known from the arguments alone, so that fake tensors agree: on a GPU a kernel that does not
-    write masks may serve unless composed was asked for.
+    Known from the arguments alone, so that fake tensors agree.
     """
-    return drops and backend != "triton" and (device.type != "cuda" or backend == "composed")
+    return drops and backend != "triton" and (device.type != "cuda" or backend != "native")
 
 
 def _dtype_of_h(x: Tensor, backend: str) -> torch.dtype:
@@ -100,10 +100,7 @@ def _module(direction: str, activation: Tensor, call: LinearCall, backend: str):
 
 
 def _forward(call: LinearCall, backend: str) -> Result:
-    result = _module("forward", call.x, call, backend).forward(call)
-    if stores_mask(call.x.device, call.dropout is not None, backend):
-        return result
-    return result._replace(mask=None)
+    return _module("forward", call.x, call, backend).forward(call)
 
 
 def _check_factors(factors: LoRAFactors) -> None:
@@ -123,6 +120,10 @@ def _forward_kernel(x, *arguments):
     call = _call_of(x, *operands)
     call.save_unscaled = save_unscaled
     y, h, mask, unscaled, _ = _forward(call, backend)
+    if not stores_mask(x.device, call.dropout is not None, backend):
+        mask = None
+    elif mask is None:  # a kernel served that keeps none
+        mask = draw_mask(x.numel() // x.shape[-1], x.shape[-1], call.dropout)
     return (
         y,
         h.to(_dtype_of_h(x, backend)),
@@ -230,8 +231,6 @@ class LoRALinearFunction(torch.autograd.Function):
             if hooks is not None and _are_of_checkpoints(hooks[0]):
                 # What the op would save: checkpointing compares the two, and may take each once.
                 h, rounded_a, rounded_b = h.to(_dtype_of_h(x, call.backend)), None, None
-                if not stores_mask(x.device, call.dropout is not None, call.backend):
-                    mask = None
         base, dropout = call.base, call.dropout
         scaling, kind, meta, weights = call.factors.scaling, None, (), ()
         if base is not None:
