@@ -254,7 +254,11 @@ def test_ours_saves_less_than_naive_with_dropout():
     # The compiled kernels keep h in fp32; the vendor's product of bf16 comes out rounded.
     assert {"h bfloat16[64,4]": 64 * 4 * 2, "h float32[64,4]": 64 * 4 * 4}.items() & ours.items()
     ours = {name: size for name, size in ours.items() if not name.startswith("h ")}
-    assert sum(ours.values()) <= 64 * 128 // 8 + 64  # at most a packed mask and scalars
+    # At most a packed mask and scalars; and the factors that composed had to round.
+    rounded = (
+        0 if dispatch.choose("auto", torch.device("cpu"), torch.bfloat16).backend == "native" else 2
+    )
+    assert sum(ours.values()) <= 64 * 128 // 8 + 64 + rounded * 4 * (128 + 64)
     assert sum(s.bytes for s in naive) > 2 * 64 * 128 * 2
 
 

@@ -107,16 +107,16 @@ def shrink_tile(
     """
     block_r = rank_block(cell, slices)
     block_d = 128 if block_r <= 32 and cell.itemsize == 2 else 64
+    cast = cell.factor_itemsize != cell.itemsize
     num_warps = 8 if block_r == 64 and cell.block > 16 else 4
+    if masked and cell.block > 16:
+        num_warps = 8
     if cell.ieee:
         block_d = 32
         num_warps = 8 if cell.block > 16 else 4
     elif cell.block > 16 and (not aligned or cell.itemsize == 4):
         # Every element has its own pointer and predicate in registers.
         block_d, num_warps = 64, 8
-    cast = cell.factor_itemsize != cell.itemsize
-    if masked and cell.block > 16:
-        num_warps = max(num_warps, drawing_warps(limits, cast=cast or cell.ieee))
     programs = cdiv(cell.pairs, cell.block) * cdiv(cell.max_total_rank, block_r) * slices
     blocks = cdiv(depth, block_d)
     parts = 1
@@ -138,12 +138,15 @@ def shrink_tile(
         # side by side. (Elements of two bytes are not copied one by one, so that in halves only
         # the first has any.)
         loop = PipelineBytes(2 * loop.read_in_place, 2 * loop.through_registers, loop.besides)
+    # A pipeline would leave a product that reads registers in flight over the next step, whatever
+    # the warps: see drawing_warps. The mask's instructions and other blocks hide the memory.
+    in_flight = masked and drawing_warps(limits, cast=cast or cell.ieee) == 4
     return ShrinkTile(
         BLOCK_D=block_d,
         BLOCK_R=block_r,
         parts=parts,
         num_warps=num_warps,
-        num_stages=pipeline_stages(4, loop, limits),
+        num_stages=1 if in_flight else pipeline_stages(4, loop, limits),
     )
 
 
