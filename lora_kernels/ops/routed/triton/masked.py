@@ -108,9 +108,10 @@ def mask_rows_kernel(
     tl.store(z_ptrs, kept.to(z_ptr.dtype.element_ty), mask=inside_p[:, None] & inside_k)
 
 
-def block_of_columns(block: int) -> int:
-    """Columns per program beside so many pairs: 4096 elements for eight warps, as ``copy_tile``."""
-    return max(4096 // block, 16)
+def block_of_columns(block: int, columns: int) -> int:
+    """Columns per program beside so many pairs: 4096 elements for eight warps, as ``copy_tile``;
+    half of it where rows begin anywhere, as each element has a pointer of its own there."""
+    return max((2048 if columns % 16 else 4096) // block, 16)
 
 
 def gather_masked(
@@ -138,7 +139,7 @@ def gather_masked(
     assert mask is None or mask.is_contiguous(), "a mask has no gaps"
     if pairs == 0 or columns == 0:
         return kept, mask
-    block_k = block_of_columns(routing.block)
+    block_k = block_of_columns(routing.block, columns)
     first_group, groups_per_row = place.groups(columns)
     with on_device(x):
         gather_masked_kernel[(routing.tiles.shape[0] * cdiv(columns, block_k),)](
@@ -178,7 +179,7 @@ def mask_rows_(
     row_stride, (pairs, columns) = stride_of_rows(z), z.shape
     if pairs == 0 or columns == 0:
         return z
-    block_k = block_of_columns(routing.block)
+    block_k = block_of_columns(routing.block, columns)
     with on_device(z):
         mask_rows_kernel[(routing.tiles.shape[0] * cdiv(columns, block_k),)](
             z,
