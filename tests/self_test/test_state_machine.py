@@ -1,0 +1,282 @@
+"""What a user sees of each way in which a test of kernels can end; no kernel is run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import filelock
+import pytest
+import torch
+
+from lora_kernels import self_test
+from lora_kernels.runtime import verdicts
+from lora_kernels.runtime.verdicts import ABSENT, BROKEN, PROVEN, UNPROVEN, Verdict
+from lora_kernels.self_test.families import FAMILIES
+
+KIND = "H200, sm_90"
+FIRST, SECOND, *REST = FAMILIES
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(verdicts, "_of_this_process", {})
+    verdicts.forget()
+    yield tmp_path / "cache"
+    verdicts.forget()
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+class Runner:
+    """Stands for the child: what each family's test does, by name; the others pass."""
+
+    def __init__(self, **ends):
+        self.ends, self.runs = ends, []
+
+    def __call__(self, arguments, seconds):
+        self.runs.append(arguments)
+        skipped = {word for word in arguments if "/" in word}
+        yield {"ready": [KIND]}
+        for name in FAMILIES:
+            if f"{KIND}/{name}" in skipped:
+                continue
+            yield {"kind": KIND, "family": name, "begins": True}
+            yield {"check": "bfloat16, aligned"}
+            end = self.ends.get(name.replace("/", "_").replace(" ", "_"))
+            if isinstance(end, str):
+                yield {"ended": end}
+                return
+            state, detail = end or (PROVEN, "14 checks passed")
+            yield {
+                "kind": KIND, "family": name, "state": state, "detail": detail, "seconds": 1.0,
+            }  # fmt: skip
+
+
+def ensure(runner, said, **options):
+    return self_test.ensure(runner=runner, say=said.append, **options)
+
+
+def states(found):
+    return {name: verdict.state for name, verdict in found[KIND].items()}
+
+
+def named(family):
+    return family.replace("/", "_").replace(" ", "_")
+
+
+def test_what_passes_is_proven_once_per_machine_state(said):
+    runner = Runner()
+    assert set(states(ensure(runner, said)).values()) == {PROVEN}
+    assert set(states(ensure(runner, said)).values()) == {PROVEN}
+    assert len(runner.runs) == 1
+    assert len(said) == 2 and "at most 60 s" in said[0] and f"{len(FAMILIES)} proven" in said[1]
+
+
+def test_again_tests_what_has_a_verdict(said):
+    runner = Runner()
+    ensure(runner, said)
+    ensure(runner, said, again=True)
+    assert len(runner.runs) == 2 and not any("/" in word for word in runner.runs[1])
+
+
+def test_a_wrong_number_breaks_its_family_alone(said):
+    wrong = (BROKEN, "bfloat16, odd, dropout 0.1: AssertionError: x: maximum error 1 exceeds 0.1")
+    found = ensure(Runner(**{named(SECOND): wrong}), said)
+    assert found[KIND][SECOND].detail == wrong[1]
+    assert [name for name, state in states(found).items() if state != PROVEN] == [SECOND]
+    assert f"1 broken, {len(FAMILIES) - 1} proven" in said[1]
+
+
+@pytest.mark.parametrize("how", ["did nothing for 30 s", "was killed by signal 11"])
+def test_a_hang_or_a_signal_breaks_its_family_and_the_rest_is_tested(said, how):
+    runner = Runner(**{named(SECOND): how})
+    found = ensure(runner, said)
+    assert found[KIND][SECOND] == Verdict(
+        BROKEN, f"bfloat16, aligned: the process {how}", 0.0, found[KIND][SECOND].time
+    )
+    assert [name for name, state in states(found).items() if state != PROVEN] == [SECOND]
+    assert len(runner.runs) == 2
+    assert {f"{KIND}/{FIRST}", f"{KIND}/{SECOND}"} <= set(runner.runs[1])
+
+
+def test_what_there_is_no_time_for_is_unproven_and_tried_again_later(said, monkeypatch):
+    found = ensure(Runner(**{named(SECOND): self_test.OUT_OF_TIME}), said)
+    assert states(found) == {FIRST: PROVEN} | dict.fromkeys([SECOND, *REST], UNPROVEN)
+    assert "no time" in found[KIND][SECOND].detail
+    runner = Runner()
+    ensure(runner, said)
+    assert not runner.runs, "not at once"
+    later = time.time() + verdicts.RETRY_SECONDS + 1
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert set(states(ensure(runner, said)).values()) == {PROVEN}
+    assert f"{KIND}/{FIRST}" in runner.runs[0] and f"{KIND}/{SECOND}" not in runner.runs[0]
+
+
+def test_a_child_that_cannot_start_proves_nothing_and_breaks_nothing(said):
+    def runner(arguments, seconds):
+        yield {"ended": "ended with status 1: CUDA error: all CUDA-capable devices are busy"}
+
+    found = ensure(runner, said)
+    assert {verdict.state for verdict in found[verdicts.ANY].values()} == {UNPROVEN}
+    assert "could not start" in found[verdicts.ANY][FIRST].detail
+    assert "devices are busy" in verdicts.verdict(FIRST, torch.device("cpu")).detail
+
+
+def test_a_changed_state_is_tested_anew(said, monkeypatch):
+    runner = Runner()
+    ensure(runner, said)
+    state = verdicts.machine_state() | {"torch": "99.0"}
+    monkeypatch.setattr(verdicts, "machine_state", lambda: state)
+    ensure(runner, said)
+    assert len(runner.runs) == 2
+
+
+@pytest.mark.parametrize("field", ["torch", "triton", "gpus", "cpu", "kernels", "visible", "cuda"])
+def test_every_part_of_the_state_has_a_file_of_its_own(field):
+    state = verdicts.machine_state()
+    assert verdicts.file_of(state) != verdicts.file_of(state | {field: "another"})
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"verdicts": 3}', '{"verdicts": {"a": {"b": {"other": 1}}}}']
+)
+def test_a_corrupt_file_is_put_aside(said, content):
+    path = verdicts.file_of(verdicts.machine_state())
+    path.parent.mkdir()
+    path.write_text(content)
+    runner = Runner()
+    with pytest.warns(UserWarning, match="holds no verdicts"):
+        found = ensure(runner, said)
+    assert set(states(found).values()) == {PROVEN} and len(runner.runs) == 1
+    assert path.with_suffix(".corrupt").read_text() == content
+    assert json.loads(path.read_text())["verdicts"][KIND][FIRST]["state"] == PROVEN
+
+
+def test_a_home_that_cannot_be_written_to_is_served_within_the_process(said, monkeypatch, tmp_path):
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "a file" / "cache"))
+    runner = Runner()
+    ensure(runner, said)
+    found = ensure(runner, said)
+    assert set(states(found).values()) == {PROVEN} and len(runner.runs) == 1
+    assert "cannot be written to" in said[1]
+
+
+def test_two_that_ask_at_once_test_once(said):
+    began, runner = threading.Event(), Runner()
+
+    def slow(arguments, seconds):
+        began.set()
+        time.sleep(0.3)
+        yield from runner(arguments, seconds)
+
+    first = threading.Thread(target=ensure, args=(slow, said))
+    first.start()
+    began.wait()
+    found = ensure(runner, said)
+    first.join()
+    assert set(states(found).values()) == {PROVEN} and len(runner.runs) == 1
+
+
+def test_one_that_waits_too_long_goes_on_without(said, directory):
+    directory.mkdir()
+    path = verdicts.file_of(verdicts.machine_state())
+    runner = Runner()
+    with filelock.FileLock(path.with_suffix(".lock")):
+        assert ensure(runner, said, patience=0.05) == {}
+    assert not runner.runs and "goes on without them" in said[0]
+
+
+def test_a_test_that_is_interrupted_leaves_no_lock_and_no_verdict(said):
+    def runner(arguments, seconds):
+        yield {"ready": [KIND]}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ensure(runner, said)
+    assert set(states(ensure(Runner(), said)).values()) == {PROVEN}
+
+
+# ---- the process itself
+
+
+@pytest.fixture
+def child(tmp_path, monkeypatch):
+    """Runs a script in place of the child."""
+
+    def run(script, seconds=30.0, hung=30.0):
+        path = tmp_path / "child.py"
+        path.write_text("import json, os, signal, sys, time\n" + script)
+        popen = subprocess.Popen
+
+        def start(command, **options):
+            return popen([sys.executable, str(path), *command[3:]], **options)
+
+        monkeypatch.setattr(subprocess, "Popen", start)
+        return list(self_test.run_child(["--dtypes", "float32"], seconds, hung))
+
+    return run
+
+
+SAY = "print(json.dumps({'ready': []}), flush=True)\n"
+
+
+def test_lines_come_through_and_a_good_end_says_nothing(child):
+    assert child(SAY + "print('noise')\nprint('x' * 200000, file=sys.stderr)") == [{"ready": []}]
+
+
+def test_a_signal_is_named(child):
+    lines = child(SAY + "os.kill(os.getpid(), signal.SIGSEGV)")
+    assert lines[1:] == [{"ended": f"was killed by signal {signal.SIGSEGV.value}"}]
+
+
+def test_the_last_complaint_is_told(child):
+    (line,) = child("raise RuntimeError('CUDA error: out of memory')")
+    assert line["ended"] == "ended with status 1: RuntimeError: CUDA error: out of memory"
+
+
+def test_a_hang_ends(child):
+    began = time.monotonic()
+    assert child(SAY + "time.sleep(60)", hung=0.5)[1:] == [{"ended": "did nothing for 0 s"}]
+    assert time.monotonic() - began < 20
+
+
+def test_out_of_time_is_no_hang(child):
+    busy = "while True:\n    print(json.dumps({'check': 'x'}), flush=True); time.sleep(0.05)"
+    assert child(SAY + busy, seconds=1.5, hung=1.0)[-1] == {"ended": self_test.OUT_OF_TIME}
+
+
+def test_what_a_launcher_says_to_its_workers_is_not_for_the_child(child, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    (line,) = child("print(json.dumps({'seen': sorted(os.environ)}))")
+    assert not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} & set(line["seen"])
+    assert "CUDA_VISIBLE_DEVICES" in line["seen"]
+
+
+def test_a_python_that_is_gone_means_unproven(said, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    found = self_test.ensure(say=said.append)
+    assert found[verdicts.ANY][FIRST].state == UNPROVEN
+    assert "FileNotFoundError" in found[verdicts.ANY][FIRST].detail
+
+
+def test_the_parent_starts_no_cuda():
+    code = (
+        "import torch, lora_kernels; from lora_kernels.runtime import verdicts\n"
+        "verdicts.machine_state(); assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
+
+
+def test_absent_stands_for_good():
+    assert Verdict(ABSENT).stands and Verdict(BROKEN).stands and not Verdict(UNPROVEN).stands
