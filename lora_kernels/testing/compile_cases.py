@@ -7,6 +7,8 @@ The tests in ``tests/kernels/compiled`` and the table of resources share them; t
 
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +44,16 @@ MATRIX_INSTRUCTION = {
 }
 
 
+@contextmanager
+def fp32_precision(tf32: bool) -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if tf32 else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 @dataclass(frozen=True)
 class LinearCase:
     """A forward and a backward of ``lora_linear``, with every gradient but that of the bias."""
@@ -56,6 +68,7 @@ class LinearCase:
     with_output_scale: bool = False
     strategy: str = "fused"
     scaling_on_device: bool = False
+    tf32: bool = False  # fp32 products on the matrix units
 
     modules = (launch, gemm)
 
@@ -81,7 +94,7 @@ class LinearCase:
             dy=dy,
             needs=Needs(True, True, True, False, self.with_output_scale),
         )
-        with tiles.use_cells({"*": {"strategy": self.strategy}}):
+        with tiles.use_cells({"*": {"strategy": self.strategy}}), fp32_precision(self.tf32):
             _, call.h, _, call.unscaled, _ = launch.forward(call)
             launch.backward(call)
 
@@ -102,6 +115,7 @@ class RoutedCase:
     with_weight: bool = True
     num_slots: int = 64
     strategy: str = "hybrid"
+    tf32: bool = False  # fp32 products on the matrix units
 
     modules = (routed_grids,)
 
@@ -143,7 +157,7 @@ class RoutedCase:
             seed=empty(dtype=torch.int64) if self.dropout else None,
             dy=dy, layout=layout, in_features=k, needs=routed.Needs(True, self.weighted),
         )  # fmt: skip
-        with routed_tiles.use_strategy(self.strategy):
+        with routed_tiles.use_strategy(self.strategy), fp32_precision(self.tf32):
             for call.save in (False, True):
                 _, call.h, _ = routed_launch.forward(call)
             routed_launch.backward(call)
@@ -224,6 +238,10 @@ CALLS = {
         LinearCase(8192, 4096, 4096, 16, FP32, FP32, 0.1, strategy="hybrid"),
         (90,),
     ),
+    "tf32, r 16, dropout, hybrid": (
+        LinearCase(8192, 4096, 4096, 16, FP32, FP32, 0.1, strategy="hybrid", tf32=True),
+        (90,),
+    ),
     "bf16, r 16, one token": (
         LinearCase(1, 4096, 4096, 16, BF16, BF16, strategy="hybrid"),
         (90,),
@@ -243,6 +261,9 @@ ROUTED_CALLS = {
     ),
     "routed, fp32, r 16, dropout": (
         RoutedCase(8192, 4096, (4096,), 16, FP32, FP32, dropout=True), (90,),
+    ),
+    "routed, tf32, r 16, dropout": (
+        RoutedCase(8192, 4096, (4096,), 16, FP32, FP32, dropout=True, tf32=True), (90,),
     ),
     "routed q k v fused, bf16, r 16, dropout": (
         RoutedCase(8192, 4096, (4096, 1024, 1024), 48, BF16, BF16, dropout=True, strategy="fused"),

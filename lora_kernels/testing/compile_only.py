@@ -60,8 +60,11 @@ class Resources:
 
     @property
     def spills(self) -> bool:
-        """Some ptxas give up a few registers, far below the limit, so that one more block fits."""
-        return self.stack > (32 if self.registers < 254 else 0)
+        """More than a few registers are kept in memory, or one is in a loop over a reduction.
+
+        Some ptxas keep an address that a tile needs once, so that one more block fits.
+        """
+        return self.stack > 32 or bool(self.stack and stack_accesses_in_loops(self.machine_code()))
 
     def instructions(self, mnemonic: str) -> int:
         return self.assembly.count(mnemonic)
@@ -69,6 +72,39 @@ class Resources:
     def machine_code(self) -> str:
         """NVIDIA's instructions with their addresses, as the assembler left them."""
         return _cuobjdump("-sass", self.cubin)
+
+
+def instructions(machine_code: str) -> dict[int, str]:
+    """address -> instruction, without the braces of those that are issued together."""
+    found = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([A-Z@{].*?)\s*;", machine_code)
+    return {int(address, 16): instruction.lstrip("{ ") for address, instruction in found}
+
+
+def stack_accesses_in_loops(machine_code: str) -> list[str]:
+    """What reads or writes the stack in an innermost loop that multiplies."""
+    code = instructions(machine_code)
+    loops = []
+    for address, text in code.items():
+        jump = re.search(r"\bBRA\S* .*0x([0-9a-f]+)", text)
+        if jump and int(jump[1], 16) < address:
+            loops.append(range(int(jump[1], 16), address + 1))
+    multiplying = [
+        loop
+        for loop in loops
+        if any(re.search("MMA|FFMA", text) for address, text in code.items() if address in loop)
+    ]
+    innermost = [
+        loop
+        for loop in multiplying
+        if not any(
+            other != loop and other[0] in loop and other[-1] in loop for other in multiplying
+        )
+    ]
+    return [
+        text
+        for address, text in code.items()
+        if re.search(r"\b(LDL|STL)\b", text) and any(address in loop for loop in innermost)
+    ]
 
 
 def record_launches(modules: list, function: Callable[[], object], limits) -> list[Launch]:

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from lora_kernels.runtime.device_limits import (
+    DRAWING_WARPS,
     DeviceLimits,
     PipelineBytes,
     blocks_at_once,
     cdiv,
     clamp,
-    drawing_warps,
     narrow_loop,
     next_power_of_two,
     pipeline_stages,
@@ -200,7 +200,7 @@ def shrink_tile(
     cast = narrow_itemsize != cell.itemsize
     num_warps = 8 if block_r >= 64 and block_m >= 32 else 4
     if masked and block_m >= 32:
-        num_warps = max(num_warps, drawing_warps(limits, cast=cast or cell.ieee))
+        num_warps = DRAWING_WARPS
     loop = narrow_loop(
         block_m * block_d * cell.itemsize,
         block_d * block_r * narrow_itemsize,
@@ -237,7 +237,7 @@ def rank_gradient_tile(
     cast = cell.itemsize != 4
     num_warps = 8 if block_d * block_r >= 4096 else 4
     if cell.dropout:
-        num_warps = max(num_warps, drawing_warps(limits, cast=cast or cell.ieee))
+        num_warps = DRAWING_WARPS
     loop = narrow_loop(
         block_m * block_d * cell.itemsize,
         block_m * block_r * 4,

@@ -6,14 +6,14 @@ depend on the other rows, and a captured CUDA graph serves any routing. Nothing 
 
 import functools
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_kernels.runtime.device_limits import (
+    DRAWING_WARPS,
     DeviceLimits,
     PipelineBytes,
     cdiv,
     clamp,
-    drawing_warps,
     narrow_loop,
     next_power_of_two,
     pipeline_stages,
@@ -110,7 +110,7 @@ def shrink_tile(
     cast = cell.factor_itemsize != cell.itemsize
     num_warps = 8 if block_r == 64 and cell.block > 16 else 4
     if masked and cell.block > 16:
-        num_warps = 8
+        num_warps = DRAWING_WARPS
     if cell.ieee:
         block_d = 32
         num_warps = 8 if cell.block > 16 else 4
@@ -137,16 +137,17 @@ def shrink_tile(
         # Ranks that are multiples of eight and those that are not have a loop each, with buffers
         # side by side. (Elements of two bytes are not copied one by one, so that in halves only
         # the first has any.)
-        loop = PipelineBytes(2 * loop.read_in_place, 2 * loop.through_registers, loop.besides)
-    # A pipeline would leave a product that reads registers in flight over the next step, whatever
-    # the warps: see drawing_warps. The mask's instructions and other blocks hide the memory.
-    in_flight = masked and drawing_warps(limits, cast=cast or cell.ieee) == 4
+        loop = replace(
+            loop,
+            read_in_place=2 * loop.read_in_place,
+            through_registers=2 * loop.through_registers,
+        )
     return ShrinkTile(
         BLOCK_D=block_d,
         BLOCK_R=block_r,
         parts=parts,
         num_warps=num_warps,
-        num_stages=1 if in_flight else pipeline_stages(4, loop, limits),
+        num_stages=pipeline_stages(4, loop, limits),
     )
 
 
@@ -197,7 +198,7 @@ def gradient_tile(
     cast = cell.itemsize != 4
     num_warps = 8 if block_r == 64 or (cell.ieee and block_r > 16) else 4
     if masked and not is_small(cell):
-        num_warps = max(num_warps, drawing_warps(limits, cast=cast or cell.ieee))
+        num_warps = DRAWING_WARPS
     programs = cdiv(depth, block_d) * cdiv(cdiv(cell.max_total_rank, slices), block_r)
     windows = max(1, cdiv(2 * limits.multiprocessors, programs))
     # The tiles that hold pairs are fewer than T, which allows for a cut tile in every group.
