@@ -138,7 +138,7 @@ examples: $(VENV)/.dev
 
 # The site, in build/docs: a broken link or reference is an error. Nothing is fetched.
 docs: $(VENV)/.dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .PHONY: examples docs
 
