@@ -129,6 +129,26 @@ def test_a_command_that_is_not_there_is_found(tmp_path):
     assert missing_commands(text, tmp_path) == {"make tests", "python -m bench"}
 
 
+def variables_of(tree: Path) -> set[str]:
+    """Of the environment, named anywhere in the sources."""
+    sources = [tree / "setup.py", *(tree / "lora_kernels").rglob("*.py")]
+    return {
+        name
+        for source in sources
+        if source.exists()
+        for name in re.findall(r"\bLORA_KERNELS_[A-Z_]+[A-Z]\b", source.read_text())
+    }
+
+
+def test_every_variable_is_explained(tmp_path):
+    explained = set(
+        re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/build.md").read_text(), re.MULTILINE)
+    )
+    assert variables_of(ROOT) <= explained
+    (tmp_path / "setup.py").write_text("os.environ.get('LORA_KERNELS_PLANTED')\n")
+    assert not variables_of(tmp_path) <= explained
+
+
 # ---- where pages point
 
 
