@@ -131,6 +131,17 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
 
+# Six uses, each complete in at most 40 lines.
+EXAMPLES = $(filter-out examples/finetune_demo.py,$(wildcard examples/*.py))
+examples: $(VENV)/.dev
+	set -e; for each in $(EXAMPLES); do echo "== $$each"; $(BIN)/python $$each; done
+
+# The site, in build/docs: a broken link or reference is an error. Nothing is fetched.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.PHONY: examples docs
+
 # What the compiled extension is made of; it is built by the installation.
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)
 
