@@ -60,10 +60,10 @@ class Resources:
 
     @property
     def spills(self) -> bool:
-        """More than a few registers are kept in memory, or one is in a loop over a reduction.
-
-        Some ptxas keep an address that a tile needs once, so that one more block fits.
-        """
+        """Some ptxas keep a few registers in memory, far below the limit, so that one more block
+        fits. At the limit none may be touched in a loop that multiplies."""
+        if self.registers < 254:
+            return self.stack > 32
         return self.stack > 32 or bool(self.stack and stack_accesses_in_loops(self.machine_code()))
 
     def instructions(self, mnemonic: str) -> int:

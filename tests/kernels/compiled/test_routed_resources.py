@@ -39,7 +39,7 @@ def test_instructions(call, capability):
         seen.add(launch.name)
         if launch.name not in DOTS:
             continue
-        if call.dtype == torch.float32:  # ieee: not on the matrix units
+        if call.dtype == torch.float32 and not call.tf32:  # ieee: not on the matrix units
             assert not any(used.instructions(mnemonic) for mnemonic in MATRIX_INSTRUCTION.values())
             continue
         # Tiles of 16 pairs are too short for the wide instructions, except as a depth.
