@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import wgmma_operands
-
-from lora_kernels.testing.compile_cases import (
+from compile_cases import (
     CALLS,
     MASKED_CALLS,
     ROUTED_CALLS,
@@ -15,7 +14,7 @@ from lora_kernels.testing.compile_cases import (
     launches_of,
     resources_of,
 )
-from lora_kernels.testing.compile_only import compile_launch
+from compile_only import compile_launch
 
 CASES = [
     pytest.param(call, id=name)
