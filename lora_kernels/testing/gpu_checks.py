@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from gaps import vendor_gap
 from torch import Tensor
 
 from lora_kernels import lora_linear
 from lora_kernels.ops.linear.triton import tiles
 from lora_kernels.runtime.dropout import keep_mask
-from lora_kernels.testing.gaps import vendor_gap
 from lora_kernels.testing.inputs import (
     DIFFERENTIABLE,
     LoRAProblem,

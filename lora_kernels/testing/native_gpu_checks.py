@@ -10,6 +10,8 @@ import functools
 import itertools
 
 import torch
+from gaps import vendor_gap
+from routed_results import call_routed, routed_eager, routed_oracle
 from torch import Tensor
 
 from lora_kernels import lora_linear
@@ -19,17 +21,11 @@ from lora_kernels.runtime import cuda_extension
 from lora_kernels.runtime.device_limits import padded_rows
 from lora_kernels.runtime.dropout import ActiveDropout, keep_mask
 from lora_kernels.testing import gpu_checks
-from lora_kernels.testing.gaps import vendor_gap
 from lora_kernels.testing.gpu_checks import BF16, FP16, FP32, Check, Skip, Target, poisoned_memory
 from lora_kernels.testing.inputs import oracle_results, run_forward_backward
 from lora_kernels.testing.policy import Draw, assert_draws_within_policy, assert_within_policy
 from lora_kernels.testing.routed_gpu_checks import moved, some_ids
-from lora_kernels.testing.routed_inputs import (
-    RoutedProblem,
-    call_routed,
-    routed_eager,
-    routed_oracle,
-)
+from lora_kernels.testing.routed_inputs import RoutedProblem
 
 TOKENS = (1, 2, 7, 8, 9, 16, 33, 64)
 # K, N, R, dtype of the adapters (None: x's)

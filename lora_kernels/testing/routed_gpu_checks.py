@@ -10,20 +10,15 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 
 import torch
+from gaps import vendor_gap
+from routed_results import call_routed, routed_eager, routed_oracle, run_routed
 from torch import Tensor
 
 from lora_kernels.ops.routed import AdapterSlots, Routing, routed_lora, routed_lora_linear
 from lora_kernels.ops.routed.triton import tiles
-from lora_kernels.testing.gaps import vendor_gap
 from lora_kernels.testing.gpu_checks import Check, Skip, Target, poisoned_memory
 from lora_kernels.testing.policy import Draw, assert_draws_within_policy
-from lora_kernels.testing.routed_inputs import (
-    RoutedProblem,
-    call_routed,
-    routed_eager,
-    routed_oracle,
-    run_routed,
-)
+from lora_kernels.testing.routed_inputs import RoutedProblem
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 RANKS = (1, 3, 8, 24, 64, 160)  # the last is never the only one used
