@@ -1,8 +1,7 @@
 """Every test starts from the same seed, on one thread; memory can be poisoned with NaN."""
 
-import importlib.util
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from lora_kernels.runtime.plan import forget_plans
 
 # The same examples on every machine and run. HYPOTHESIS_PROFILE=search draws new ones. The checks
 # on a GPU do without.
-if importlib.util.find_spec("hypothesis") is not None:
+with suppress(ModuleNotFoundError):
     from hypothesis import settings
 
     settings.register_profile("fixed", derandomize=True, deadline=None)

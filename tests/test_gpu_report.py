@@ -244,22 +244,34 @@ def test_what_a_section_does_not_get_to_is_out_of_time(tmp_path):
     assert not good and lines == ["failed  Every Triton kernel, dtype and shape: 1 out of time"]
 
 
+class Item:
+    def __init__(self, nodeid: str, own: float | None = None) -> None:
+        self.nodeid, self.marks = nodeid, []
+        self.own = own and pytest.mark.timeout(own).mark
+
+    def get_closest_marker(self, name: str):
+        return self.own
+
+    def add_marker(self, mark) -> None:
+        self.marks.append((*mark.args, mark.kwargs))
+
+
 def test_sections_have_their_own_time():
     """What one does not use, the next ones have; what one does not get to, they still do."""
     config = SimpleNamespace(
         getoption={"gpu_seconds": 57.5, "gpu_sections": "linear,sanitizer"}.get,
-        pluginmanager=SimpleNamespace(hasplugin=lambda name: False),
+        pluginmanager=SimpleNamespace(hasplugin=lambda name: True),
         hook=SimpleNamespace(pytest_deselected=lambda items: None),
     )
-    items = [
-        SimpleNamespace(nodeid=f"test_{name}.py::test_{i}")
-        for name in ("routed", "sanitizer", "linear")
-        for i in range(2)
-    ]
+    names = ("routed", "sanitizer", "linear")
+    items = [Item(f"test_{name}.py::test_{own}", own) for name in names for own in (None, 5)]
     checks = Checks(config, began=100.0)
     checks.pytest_collection_modifyitems(items)
     assert [section_of(item.nodeid).name for item in items] == ["linear"] * 2 + ["sanitizer"] * 2
     assert checks.deadlines == {"linear": 142.5, "sanitizer": 157.5}
+    # The time of one check; pytest-timeout's other method ends a check and not its process.
+    thread = {"method": "thread"}
+    assert [item.marks for item in items] == [[(60, thread)], [], [(28, thread)], []]
 
 
 def test_order_of_worth():
@@ -289,9 +301,9 @@ def test_all_sections_fit_into_the_time():
     assert all(section.check_seconds <= section.seconds for section in SECTIONS)
 
 
-def shell(*words: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def shell(*words: str, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "tests/gpu/run.py", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -307,10 +319,23 @@ def test_an_unknown_section_is_refused():
     assert done.returncode == 2 and "got speed" in done.stderr
 
 
-def test_dry_run(tmp_path):
-    """The real checks on a CPU, as somebody without a GPU would try it."""
-    done = shell("--dry-run", "--only=long,sanitizer", f"--out={tmp_path / 'out'}")
+REFUSING = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+"""
+
+
+def test_dry_run_on_a_bare_machine(tmp_path):
+    """The real checks on a CPU, where torch and pytest are all that is installed."""
+    absent = ("hypothesis", "peft", "transformers", "safetensors", "rich", "matplotlib")
+    (tmp_path / "sitecustomize.py").write_text(REFUSING.format(absent))
+    out = tmp_path / "out"
+    done = shell("--dry-run", "--only=long,sanitizer", f"--out={out}", PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "out" / "checks.jsonl").open()]
+    rows = [json.loads(line) for line in (out / "checks.jsonl").open()]
     states = [row["state"] for row in rows if row["kind"] == "check"]
     assert len(states) > 5 and set(states) == {"passed"}
