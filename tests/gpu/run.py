@@ -21,7 +21,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from gpu_report import SECTIONS
+from gpu_report import SECTIONS, section_of
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -131,11 +131,12 @@ def summary(report: Path) -> tuple[list[str], bool]:
             elif line["kind"] == "collected":
                 collected |= line["checks"]
     lines, good = [], bool(checks)
-    for section in SECTIONS:
+    for section in dict.fromkeys([*SECTIONS, *(section_of(line["nodeid"]) for line in checks)]):
         mine = [line for line in checks if line["section"] == section.name]
+        missing = collected.get(section.name, 0) - len(mine)
         states = [line["state"] for line in mine]
         counts = {state: states.count(state) for state in dict.fromkeys(sorted(states))}
-        if missing := collected.get(section.name, 0) - len(mine):
+        if missing > 0:  # a file that cannot be imported has a line and was not collected
             counts["not run"] = missing
         if not counts:
             continue
@@ -145,11 +146,17 @@ def summary(report: Path) -> tuple[list[str], bool]:
         numbers = ", ".join(f"{count} {state}" for state, count in counts.items())
         lines.append(f"{verdict:<8}{section.title}: {numbers}")
         lines += [
-            f"        FAILED {line['nodeid']}: {(line['reason'] or '').splitlines()[-1]}"
+            f"        FAILED {line['nodeid']}: {in_a_line(line['reason'])}"
             for line in mine
             if line["state"] == "failed"
         ]
     return lines or ["no check was run"], good
+
+
+def in_a_line(reason: str) -> str:
+    """The message of an exception, as pytest marks it, or the last line of anything else."""
+    lines = reason.splitlines() or [""]
+    return next((line[1:].strip() for line in lines if line.startswith("E ")), lines[-1])
 
 
 def sees_cuda() -> bool:
