@@ -114,10 +114,12 @@ triton-%: $(VENV)/.dev
 	$(VENV)-triton-$*/bin/python -m pytest tests/kernels/compiled
 	TRITON_INTERPRET=1 $(VENV)-triton-$*/bin/python -m pytest tests/kernels/interpreter
 
-# On a machine with a GPU. Installs nothing: PYTHON needs torch >= 2.9 with CUDA, and Triton.
+# On a machine with a GPU. Installs nothing: PYTHON needs torch >= 2.9 with CUDA, Triton and pytest;
+# with pytest-xdist and pytest-timeout, a check that hangs or crashes costs only itself.
 GPU_REPORT := gpu-report
+GPU_MINUTES := 7.8
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py --out $(GPU_REPORT) $(GPU_CHECK_ARGS)
+	$(PYTHON) tests/gpu/run.py --out $(GPU_REPORT) --minutes $(GPU_MINUTES) $(GPU_CHECK_ARGS)
 
 FORMATTED := $(wildcard csrc/*.h csrc/*.cpp csrc/*/* tests/cuda/emulator/*.h tests/cuda/emulator/*.cpp \
 	tests/native/*.h tests/native/*.cpp)

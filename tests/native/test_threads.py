@@ -6,11 +6,12 @@ import sys
 
 import pytest
 import torch
+from routed_results import run_routed
 
 from lora_kernels.runtime import cpu_extension as native
 from lora_kernels.runtime.dropout import ActiveDropout
 from lora_kernels.testing import LoRAProblem, run_forward_backward
-from lora_kernels.testing.routed_inputs import RoutedProblem, run_routed
+from lora_kernels.testing.routed_inputs import RoutedProblem
 
 
 def kernels(dtype: torch.dtype) -> list[torch.Tensor]:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from linear_calls import BACKWARD, FORWARD, OP
+from linear_target import check_policy
 from padded_weight import PaddedWeight
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -18,7 +19,6 @@ from lora_kernels.nn.merging import merged_weight
 from lora_kernels.runtime import cpu_extension as native
 from lora_kernels.runtime import dispatch
 from lora_kernels.testing import LoRAProblem, check_linear, run_forward_backward
-from lora_kernels.testing.gpu_checks import check_policy
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 KINDS = {"dense": DenseWeight, "padded": PaddedWeight.of}

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from gaps import vendor_gap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_calls import call_of
@@ -22,7 +23,6 @@ from lora_kernels.testing import (
     oracle_results,
     run_forward_backward,
 )
-from lora_kernels.testing.gaps import vendor_gap
 
 OPERANDS = list(itertools.product([True, False], [True, False], [True, False], [0.0, 0.3]))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

@@ -6,10 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import triton
-from packaging.version import Version
-
-from lora_kernels.ops.linear.triton import tiles
-from lora_kernels.testing.compile_cases import (
+from compile_cases import (
     BF16,
     CALLS,
     DEVICES,
@@ -20,11 +17,10 @@ from lora_kernels.testing.compile_cases import (
     launches_of,
     resources_of,
 )
-from lora_kernels.testing.compile_only import (
-    compile_launch,
-    compile_launch_for_amd,
-    stack_accesses_in_loops,
-)
+from compile_only import compile_launch, compile_launch_for_amd, stack_accesses_in_loops
+from packaging.version import Version
+
+from lora_kernels.ops.linear.triton import tiles
 
 CASES = [pytest.param(*case, id=name) for name, *case in cases(CALLS)]
 DOTS = {"shrink_kernel", "rank_gradient_kernel", "gemm_tail_kernel", "gemm_tail_tma_kernel"}

@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-from lora_kernels.testing.compile_cases import (
+from compile_cases import (
     BF16,
     DEVICES,
     FP32,
@@ -17,7 +16,7 @@ from lora_kernels.testing.compile_cases import (
     launches_of,
     resources_of,
 )
-from lora_kernels.testing.compile_only import compile_launch, compile_launch_for_amd
+from compile_only import compile_launch, compile_launch_for_amd
 
 CASES = [pytest.param(*case, id=name) for name, *case in cases(ROUTED_CALLS)]
 NARROW = {"routed_shrink_kernel", "routed_gradient_kernel"}

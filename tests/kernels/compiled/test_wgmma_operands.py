@@ -4,8 +4,7 @@ import re
 
 import pytest
 import wgmma_operands
-
-from lora_kernels.testing.compile_cases import (
+from compile_cases import (
     CALLS,
     MASKED_CALLS,
     ROUTED_CALLS,

@@ -7,7 +7,7 @@ ptxas before 13.3 may write to them earlier (triton#9433).
 import re
 from itertools import pairwise
 
-from lora_kernels.testing.compile_only import instructions
+from compile_only import instructions
 
 # Their first operand is read.
 _READING = ("WARPSYNC", "BRX", "JMX", "RET", "NANOSLEEP", "CALL", "BAR", "R2P")

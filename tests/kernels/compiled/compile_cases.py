@@ -1,8 +1,6 @@
 """The calls whose kernels are compiled without a GPU: what our operations launch for each.
 
-The tests in ``tests/kernels/compiled`` and the table of resources share them; the table is made by
-
-    python -m lora_kernels.testing.compile_cases > benchmarks/resources.md
+The tests beside this file and the table of resources share them.
 """
 
 import functools
@@ -13,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import triton
+from compile_only import Launch, Resources, compile_launch, record_launches
 
 from lora_kernels.adapters.factors import LoRAFactors
 from lora_kernels.base_weights import DenseWeight
@@ -27,7 +26,9 @@ from lora_kernels.ops.routed.triton import masked as routed_masked
 from lora_kernels.ops.routed.triton import tiles as routed_tiles
 from lora_kernels.runtime.device_limits import DeviceLimits
 from lora_kernels.runtime.dropout import ActiveDropout
-from lora_kernels.testing.compile_only import Launch, Resources, compile_launch, record_launches
+
+# Writes the table of resources, benchmarks/resources.md.
+RENEW = "python -m pytest tests/kernels/compiled/test_resource_table.py --renew"
 
 # As cudaDeviceProp has them: A100, A10, RTX 4090, H200, B200, RTX 5090.
 DEVICES = {
@@ -334,7 +335,7 @@ def resource_table() -> str:
         "",
         "Generated without a GPU; the tests compare it for the Triton it names. To renew:",
         "",
-        "    python -m lora_kernels.testing.compile_cases > benchmarks/resources.md",
+        f"    {RENEW}",
         "",
         "Registers per thread, spills and other stack in bytes per thread, shared memory in bytes",
         "per block. Tile: BLOCK_M x (BLOCK_C or BLOCK_D) [x BLOCK_D] / BLOCK_R, warps x stages.",
@@ -406,7 +407,3 @@ def _variant(launched: Launch) -> str:
         if argument is True
     ]
     return ", ".join(flags)
-
-
-if __name__ == "__main__":
-    print(resource_table(), end="")

@@ -1,61 +1,25 @@
-"""What ``routed_lora`` must get right on a GPU, as plain functions that need no pytest.
+"""What ``routed_lora`` must get right on a GPU; the same bodies run on a CPU over ``composed``.
 
-Like :mod:`gpu_checks`, whose runner takes them: the same bodies run on a CPU over ``composed``.
 The oracle and the eager formula are computed on the CPU from the same values.
 """
 
-import functools
 import itertools
-from collections.abc import Callable
-from dataclasses import fields, replace
 
+import pytest
 import torch
+from gaps import vendor_gap
+from linear_target import Target, poisoned_memory
+from routed_results import call_routed, routed_eager, routed_oracle, run_routed
+from targets import on
 from torch import Tensor
 
 from lora_kernels.ops.routed import AdapterSlots, Routing, routed_lora, routed_lora_linear
 from lora_kernels.ops.routed.triton import tiles
-from lora_kernels.testing.gaps import vendor_gap
-from lora_kernels.testing.gpu_checks import Check, Skip, Target, poisoned_memory
 from lora_kernels.testing.policy import Draw, assert_draws_within_policy
-from lora_kernels.testing.routed_inputs import (
-    RoutedProblem,
-    call_routed,
-    routed_eager,
-    routed_oracle,
-    run_routed,
-)
+from lora_kernels.testing.routed_inputs import RoutedProblem, some_ids
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 RANKS = (1, 3, 8, 24, 64, 160)  # the last is never the only one used
-
-
-def moved(problem: RoutedProblem, device: str) -> RoutedProblem:
-    """The same problem with its tensors, but for the ids, on another device."""
-    changes = {
-        field.name: value.to(device)
-        for field in fields(problem)
-        if field.name != "ids" and isinstance(value := getattr(problem, field.name), Tensor)
-    }
-    adapters = {
-        name: replace(
-            adapter,
-            pairs=tuple(
-                pair and tuple(factor.to(device) for factor in pair) for pair in adapter.pairs
-            ),
-        )
-        for name, adapter in problem.adapters.items()
-    }
-    return replace(problem, adapters=adapters, **changes)
-
-
-def some_ids(tokens: int, adapters: int, per_token: int = 1, seed: int = 0) -> Tensor:
-    """Random slots, -1 among them; the last adapter is used, the first is not."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(-1, adapters, (tokens, per_token), generator=generator)
-    ids[ids == 0] = -1
-    if tokens:
-        ids[tokens // 2, 0] = adapters - 1
-    return ids
 
 
 def check_policy(target: Target, problem: RoutedProblem) -> dict[str, Tensor]:
@@ -64,7 +28,7 @@ def check_policy(target: Target, problem: RoutedProblem) -> dict[str, Tensor]:
     def draw(number: int) -> Draw:
         drawn = problem.redrawn(number)
         with poisoned_memory():
-            ours = run_routed(moved(drawn, target.device), target.backend)
+            ours = run_routed(drawn.to(target.device), target.backend)
         ours = {name: result.cpu() for name, result in ours.items()}
         return ours, routed_eager(drawn), routed_oracle(drawn)
 
@@ -83,7 +47,31 @@ SHAPES = {
 }
 
 
-def shape(label: str, dtype: torch.dtype, dropout: bool, target: Target) -> None:
+@pytest.mark.parametrize("dropout", [False, True], ids=["plain", "with dropout"])
+@pytest.mark.parametrize("label", SHAPES)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+@on("cpu", "composed", "fused", "native")
+def test_half_precision(target, dtype, label, dropout):
+    check_shape(target, label, dtype, dropout)
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["plain", "with dropout"])
+@pytest.mark.parametrize("label", SHAPES)
+@on("cpu", "composed", "fused")
+def test_float32(target, label, dropout):
+    check_shape(target, label, FP32, dropout)
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["plain", "with dropout"])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@on("fused")
+def test_fused_gemm(target, dtype, dropout):
+    """The base GEMM with the routed tail in one kernel."""
+    with tiles.use_strategy("fused"):
+        check_shape(target, "training", dtype, dropout)
+
+
+def check_shape(target: Target, label: str, dtype: torch.dtype, dropout: bool) -> None:
     tokens, per_token, columns, widths = SHAPES[label]
     ranks: list = list(RANKS)
     if len(widths) > 1:  # another rank in each slice, and none in some
@@ -101,13 +89,8 @@ def shape(label: str, dtype: torch.dtype, dropout: bool, target: Target) -> None
     check_policy(target, problem)
 
 
-def fused(label: str, dtype: torch.dtype, dropout: bool, target: Target) -> None:
-    """The base GEMM with the routed tail in one kernel."""
-    with tiles.use_strategy("fused"):
-        shape(label, dtype, dropout, target)
-
-
-def fp32_adapters(target: Target) -> None:
+@on("cpu", "composed", "fused", "native")
+def test_fp32_adapters(target):
     for dtype in (BF16, FP16):
         problem = RoutedProblem.random(
             some_ids(300, 6), RANKS, 136, 264, dtype=dtype, adapter_dtype=FP32, dropout=0.2
@@ -115,7 +98,8 @@ def fp32_adapters(target: Target) -> None:
         check_policy(target, problem)
 
 
-def alone_and_into_out(target: Target) -> None:
+@on("cpu", "composed", "fused", "native")
+def test_alone_and_into_out(target):
     for with_out in (False, True):
         problem = RoutedProblem.random(
             some_ids(60, 6), RANKS, 136, 264, dtype=BF16, with_weight=False, with_out=with_out
@@ -123,14 +107,12 @@ def alone_and_into_out(target: Target) -> None:
         check_policy(target, problem)
 
 
-def rows_without_an_adapter_stay(target: Target) -> None:
+@on("cpu", "composed", "fused", "native")
+def test_rows_without_an_adapter_stay(target):
     for tokens in (20, 400):
-        problem = moved(
-            RoutedProblem.random(
-                some_ids(tokens, 6), RANKS, 136, 264, dtype=BF16, with_weight=False, with_out=True
-            ),
-            target.device,
-        )
+        problem = RoutedProblem.random(
+            some_ids(tokens, 6), RANKS, 136, 264, dtype=BF16, with_weight=False, with_out=True
+        ).to(target.device)
         bank = problem.bank().requires_grad_(False)
         out = problem.out.clone()
         with torch.no_grad():
@@ -140,7 +122,17 @@ def rows_without_an_adapter_stay(target: Target) -> None:
         assert not torch.equal(out[~none], problem.out[~none])
 
 
-def nan_stays_where_it_is(target: Target) -> None:
+@on("composed", "fused", "native")
+def test_nan_stays_where_it_is(target):
+    check_where_nan_stays(target)
+
+
+@on("cpu", "cpu-native")
+def test_nan_stays_where_it_is_beside_both_gemms(target, both_gemms):
+    check_where_nan_stays(target)
+
+
+def check_where_nan_stays(target: Target) -> None:
     """In an adapter that nobody uses and in another adapter's rows."""
     for tokens, whole in itertools.product((30, 400), (True, False)):
         clean = RoutedProblem.random(
@@ -153,8 +145,8 @@ def nan_stays_where_it_is(target: Target) -> None:
         )
         unused = tuple((a * float("nan"), b * float("nan")) for a, b in clean.adapters["a0"].pairs)
         poisoned = clean.with_(x=poisoned_x).with_adapter("a0", pairs=unused)
-        good = run_routed(moved(clean, target.device), target.backend)
-        bad = run_routed(moved(poisoned, target.device), target.backend)
+        good = run_routed(clean.to(target.device), target.backend)
+        bad = run_routed(poisoned.to(target.device), target.backend)
         rows = clean.ids[:, 0] != 5
         assert torch.equal(bad["y"][rows], good["y"][rows])
         assert torch.equal(bad["x"][rows], good["x"][rows])
@@ -165,15 +157,14 @@ def nan_stays_where_it_is(target: Target) -> None:
         assert not any(name.startswith("a0.") for name in bad), "nobody uses it"
 
 
-def rows_do_not_depend_on_the_batch(target: Target) -> None:
+# Promised for triton and native only: the vendor's GEMMs do not have it.
+@on("fused", "native")
+def test_rows_do_not_depend_on_the_batch(target):
     """The adapters' part of a row has the same bits wherever it stands and whoever is beside it."""
     for tokens in (24, 500):
-        problem = moved(
-            RoutedProblem.random(
-                some_ids(tokens, 6), RANKS, 136, 264, dtype=BF16, with_weight=False
-            ),
-            target.device,
-        )
+        problem = RoutedProblem.random(
+            some_ids(tokens, 6), RANKS, 136, 264, dtype=BF16, with_weight=False
+        ).to(target.device)
         bank = problem.bank().requires_grad_(False)
 
         def run(x: Tensor, ids: Tensor, bank=bank) -> Tensor:
@@ -194,25 +185,24 @@ def rows_do_not_depend_on_the_batch(target: Target) -> None:
         assert torch.equal(again[: tokens // 2], whole[: tokens // 2])
 
 
-def same_bits_every_time(target: Target) -> None:
+@on("cpu", "composed", "fused", "native")
+def test_same_bits_every_time(target):
     for tokens, per_token in ((40, 2), (700, 1)):
-        problem = moved(
-            RoutedProblem.random(
+        problem = RoutedProblem.random(
                 some_ids(tokens, 6, per_token), RANKS, 264, 136, dtype=BF16,
                 weighted=per_token > 1, dropout=0.2,
-            ),
-            target.device,
-        )  # fmt: skip
+            ).to(target.device)  # fmt: skip
         first = run_routed(problem, target.backend)
         for _ in range(50 if target.device == "cuda" else 3):
             for name, result in run_routed(problem, target.backend).items():
                 assert torch.equal(result, first[name]), f"{name} differs from the first run"
 
 
-def empty_batches(target: Target) -> None:
+@on("cpu", "composed", "fused", "native")
+def test_empty_batches(target):
     for ids in (torch.full((40, 1), -1), torch.full((0, 1), -1)):
         problem = RoutedProblem.random(ids, RANKS, 136, 264, dtype=BF16)
-        ours = run_routed(moved(problem, target.device), target.backend)
+        ours = run_routed(problem.to(target.device), target.backend)
         assert ours.keys() == {"y", "x", "bias"}, "an adapter has a gradient"
     bank = problem.bank(AdapterSlots())
     x = torch.randn(9, 136, dtype=BF16, device=target.device)
@@ -223,17 +213,14 @@ def empty_batches(target: Target) -> None:
     assert (routed_lora(x, bank, routing, backend=target.backend) == 0).all()
 
 
-def captured_graph_replays_other_routings(target: Target) -> None:
+@on("composed", "fused", "native")
+def test_captured_graph_replays_other_routings(target):
     """One graph, three fillings of its routing, inference and training; also on a side stream.
 
     Of composed there is none: it would replay the groups that it was captured with.
     """
-    if target.device != "cuda":
-        raise Skip("there are no CUDA graphs on a CPU")
     for tokens in (32, 400):
-        problem = moved(
-            RoutedProblem.random(some_ids(tokens, 6), RANKS, 264, 136, dtype=BF16), "cuda"
-        )
+        problem = RoutedProblem.random(some_ids(tokens, 6), RANKS, 264, 136, dtype=BF16).to("cuda")
         bank = problem.bank()
         bank.reserve()
         routing = Routing.empty(tokens, bank).set_tokens_(problem.ids[:, 0].cuda())
@@ -269,35 +256,3 @@ def captured_graph_replays_other_routings(target: Target) -> None:
             for got, wanted in zip(replayed, expected, strict=True):
                 wanted = torch.zeros_like(got) if wanted is None else wanted
                 assert torch.equal(got, wanted), f"filling {seed}"
-
-
-def checks() -> list[Check]:
-    """In order of worth."""
-    found = []
-
-    def add(name: str, run: Callable[[Target], None], on_cpu: bool = True, half=True) -> None:
-        found.append(Check(f"routed {name}", run, on_cpu=on_cpu, half=half))
-
-    for dtype, dropout in itertools.product((BF16, FP16, FP32), (False, True)):
-        for label in SHAPES:
-            kind = str(dtype).removeprefix("torch.")
-            drops = " with dropout" if dropout else ""
-            run = functools.partial(shape, label, dtype, dropout)
-            add(f"{kind} {label}{drops}", run, half=dtype != FP32)
-    for dtype, dropout in itertools.product((BF16, FP16, FP32), (False, True)):
-        kind = f"{str(dtype).removeprefix('torch.')}{' with dropout' if dropout else ''}"
-        run = functools.partial(fused, "training", dtype, dropout)
-        add(f"fused GEMM {kind}", run, on_cpu=False, half=dtype != FP32)
-    for run in (
-        fp32_adapters,
-        nan_stays_where_it_is,
-        rows_without_an_adapter_stay,
-        captured_graph_replays_other_routings,
-        same_bits_every_time,
-        alone_and_into_out,
-        empty_batches,
-    ):
-        add(run.__name__.replace("_", " "), run)
-    # Promised for triton and native only: the vendor's GEMMs do not have it.
-    add("rows do not depend on the batch", rows_do_not_depend_on_the_batch, on_cpu=False)
-    return found

@@ -1,35 +1,43 @@
-"""Checks of ``lora_linear`` on a GPU that take longer: graphs, streams, threads, offsets, training.
-
-Like :mod:`gpu_checks`; what needs no CUDA runs on a CPU too.
-"""
+"""``lora_linear`` on a GPU, what takes longer: graphs, streams, threads, offsets, training."""
 
 import functools
 import threading
 from collections.abc import Callable
 
+import pytest
 import torch
+from targets import on
 from torch import Tensor
 
 from lora_kernels import lora_linear
 from lora_kernels.ops.linear.reference import lora_linear_reference
 from lora_kernels.runtime.dropout import _pack_lanes, _philox_words, drop_threshold
-from lora_kernels.testing.gpu_checks import BF16, FP16, FP32, Check, Skip, Target
-from lora_kernels.testing.inputs import LoRAProblem, oracle_results, run_forward_backward
-from lora_kernels.testing.policy import assert_within_policy
+from lora_kernels.testing import (
+    LoRAProblem,
+    assert_within_policy,
+    oracle_results,
+    run_forward_backward,
+)
 
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 _LEAVES = ("x", "lora_a", "lora_b", "bias")
 
 
-def determinism(sizes: tuple[int, int, int, int], runs: int, target: Target) -> None:
+@pytest.mark.parametrize(
+    "sizes", [(300, 520, 264, 16), (16, 4096, 1024, 16), (2048, 1024, 1024, 64)], ids=str
+)
+@on("composed", "fused", "native")
+def test_determinism(target, sizes):
     rows, *others = sizes
     problem = target.problem((rows,), *others, dtype=BF16, dropout_p=0.1, with_output_scale=True)
     first = run_forward_backward(target.call, problem)
-    for run in range(1, runs):
+    for run in range(1, 50):
         for name, result in run_forward_backward(target.call, problem).items():
             assert torch.equal(result, first[name]), f"{name} of run {run} differs"
 
 
-def graph_replay(target: Target) -> None:
+@on("composed", "fused", "hybrid", "native")
+def test_graph_replay(target):
     """Captured once, replayed over other values in the same memory, the seed's too."""
     static = target.problem((300,), 520, 264, 16, dtype=BF16, dropout_p=0.2)
     captured = _capture(target.call, static)
@@ -46,7 +54,8 @@ def graph_replay(target: Target) -> None:
             assert_within_policy(name, result, eager[name], oracle[name], BF16)
 
 
-def graph_draws_a_new_mask(target: Target) -> None:
+@on("composed", "fused", "native")
+def test_graph_draws_a_new_mask(target):
     problem = target.problem((300,), 520, 264, 16, dtype=BF16, dropout_p=0.5).with_(seed=None)
     captured = _capture(target.call, problem)
     draws = []
@@ -78,7 +87,8 @@ class _capture:
         self._graph.replay()
 
 
-def side_stream(target: Target) -> None:
+@on("composed", "fused", "hybrid", "native")
+def test_side_stream(target):
     """Kernels run on the current stream: x is NaN until that stream has waited and copied."""
     problem = target.problem((300,), 520, 264, 16, dtype=BF16, dropout_p=0.2)
     expected = run_forward_backward(target.call, problem)
@@ -94,7 +104,8 @@ def side_stream(target: Target) -> None:
         assert torch.equal(result, expected[name]), name
 
 
-def threads(target: Target) -> None:
+@on("composed", "fused", "hybrid", "native")
+def test_threads(target):
     """Several Python threads at once, each on its stream; backward in autograd's own threads."""
     problems = [
         target.problem((300,), 520, 264, 16, dtype=BF16, dropout_p=0.2, generator_seed=i)
@@ -126,7 +137,8 @@ def threads(target: Target) -> None:
     assert not failures, failures
 
 
-def grad_scaler(target: Target) -> None:
+@on("cpu", "composed", "fused", "native")
+def test_grad_scaler(target):
     """fp16 from B = 0 as trainers do it: fp32 adapters, a scaled loss, Adam."""
     generator = torch.Generator().manual_seed(0)
 
@@ -153,7 +165,8 @@ def grad_scaler(target: Target) -> None:
     assert losses[-1] < 0.2 * losses[0], f"the loss went from {losses[0]:.4f} to {losses[-1]:.4f}"
 
 
-def compiled(target: Target) -> None:
+@on("composed", "fused", "native")
+def test_compiled(target):
     problem = target.problem((300,), 520, 264, 16, dtype=BF16, dropout_p=0.2)
     function = torch.compile(target.call, fullgraph=True)
     for scaling in (0.7, 0.9):
@@ -166,7 +179,9 @@ def compiled(target: Target) -> None:
 # ---- offsets past 2**31
 
 
-def large_offsets(which: str, target: Target) -> None:
+@pytest.mark.parametrize("which", ["x", "y"])
+@on("composed", "fused", "native")
+def test_large_offsets(target, which):
     """x or y of more than 2**31 elements; what the last rows give, and only they count."""
     rows, last = 2**20 + 40, 64
     k, n = (2056, 16) if which == "x" else (16, 2056)
@@ -183,7 +198,8 @@ def large_offsets(which: str, target: Target) -> None:
         assert_within_policy(name, result, eager[name], oracle[name], BF16)
 
 
-def large_dropout_counter(target: Target) -> None:
+@on("composed", "fused", "native")
+def test_large_dropout_counter(target):
     """More than 2**31 Philox groups: the mask of the last rows, in all three kernels."""
     groups, last, kept_columns, p = 256, 64, 128, 0.5
     rows, k, n = 2**31 // groups + 40, 8 * groups, 8
@@ -217,27 +233,4 @@ def large_dropout_counter(target: Target) -> None:
 def _need_memory(count: int) -> None:
     free, _ = torch.cuda.mem_get_info()
     if free < count + (2 << 30):
-        raise Skip(f"needs {count / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
-
-
-def long() -> list[Check]:
-    """In order of worth."""
-    checks = []
-    for strategy in ("fused", "hybrid"):
-        checks += [
-            Check(f"graph replay {strategy}", graph_replay, strategy, on_cpu=False),
-            Check(f"side stream {strategy}", side_stream, strategy, on_cpu=False),
-            Check(f"threads {strategy}", threads, strategy, on_cpu=False),
-        ]
-    for sizes in ((300, 520, 264, 16), (16, 4096, 1024, 16), (2048, 1024, 1024, 64)):
-        name = f"determinism {'x'.join(map(str, sizes))}"
-        checks.append(Check(name, functools.partial(determinism, sizes, 50), on_cpu=False))
-    checks += [
-        Check("grad scaler", grad_scaler),
-        Check("graph draws a new mask", graph_draws_a_new_mask, on_cpu=False),
-        Check("x past 2^31 elements", functools.partial(large_offsets, "x"), on_cpu=False),
-        Check("y past 2^31 elements", functools.partial(large_offsets, "y"), on_cpu=False),
-        Check("more than 2^31 Philox groups", large_dropout_counter, on_cpu=False),
-        Check("torch.compile", compiled, on_cpu=False),
-    ]
-    return checks
+        pytest.skip(f"needs {count / 1e9:.0f} GB, {free / 1e9:.0f} GB are free")
