@@ -1,13 +1,17 @@
-"""The grid of calls around Llama-3's linears, resumable: what is in the result file is skipped.
+"""Measures what a GPU should show, in order of worth, until the time is over.
 
-    python -m lora_kernels bench grid --minutes 25 --out benchmarks/results/h200/grid.jsonl
+    python -m benchmarks gpu --out FILE [--seconds N] [--only core,decode,...] [--dry-run]
 
-Stops after the cell in which the minutes run out; the same command goes on from there. A cell is
-measured as a whole, because ratios are taken within a repetition.
+Rows are written when their case is measured, and cases that are in the file are skipped: the same
+command goes on where it stopped. Cases run in a child process. One that hangs or breaks the CUDA
+context costs itself: it is recorded, and another child goes on behind it. A provider whose result
+breaks the error policy is not timed. --dry-run does all that at tiny sizes on a CPU.
 """
 
 import argparse
+import faulthandler
 import shlex
+import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -15,82 +19,144 @@ from pathlib import Path
 
 import torch
 
-from lora_kernels.bench import cells, report
-from lora_kernels.bench.case import OpCase
-from lora_kernels.bench.providers import OP_PROVIDERS, MissingExtra
-from lora_kernels.bench.rows import measure_case, say
-from lora_kernels.measuring import machine
+from benchmarks import provenance, report
+from benchmarks.cells import Cell, sections
+from benchmarks.driver import environment, measure_case, say
 
-CELLS = {"core": cells.core, "full": cells.grid}
+# How a child ends that wants a fresh process: its case is recorded, its CUDA context is broken.
+AGAIN = 75
+SHRINK = 64  # of a dry run; it takes the first two cases of each section
 
 
 def main(argv: list[str]) -> int:
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    names = list(dict.fromkeys(args.providers.split(",")))
-    if unknown := [name for name in names if name not in OP_PROVIDERS]:
-        parser.error(
-            f"--providers: expected names of {', '.join(OP_PROVIDERS)}; got {', '.join(unknown)}"
-        )
-    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
-        say("lora_kernels bench grid: no CUDA device here; --device=cpu --shrink=64 tries it out")
-        return 2
-    cases = CELLS[args.cells](args.device, args.shrink)
-    rows = report.read_rows(args.out) if args.out.is_file() else []
-    todo = [case for case in cases if not is_done(case, names, rows)]
-    say(f"{len(cases)} cells, {len(cases) - len(todo)} of them in {args.out} already")
-    # Without where the output went: a path says nothing about the measurement.
-    options = [f"--cells={args.cells}", f"--providers={args.providers}", f"--reps={args.reps}"]
-    command = shlex.join(["python", "-m", "lora_kernels", "bench", "grid", *options])
-
-    began = time.monotonic()
-    for index, case in enumerate(todo):
-        if time.monotonic() - began > 60 * args.minutes:
-            say(f"{len(todo) - index} cells left; the same command goes on with them")
-            break
-        say(f"[{index + 1}/{len(todo)}] {case.title}")
-        meta = machine.meta(torch.device(case.device), command)
-        try:
-            group = measure_case("op", case, names, meta, args.reps, not args.no_memory)
-        except MissingExtra as error:
-            say(f"lora_kernels bench grid: {error}")
-            return 2
-        except KeyboardInterrupt:
-            say("interrupted; the cells finished before are in the file")
-            return 130
-        rows = [row for row in rows if not is_of(row, case)] + group
-        report.write_rows(args.out, rows)
-        report.print_case(group, plain=not sys.stdout.isatty())
-    return 0
-
-
-def is_of(row: dict, case: OpCase) -> bool:
-    return row["kind"] == "op" and row["case"] == asdict(case)
-
-
-def is_done(case: OpCase, names: list[str], rows: list[dict]) -> bool:
-    return set(names) <= {row["provider"] for row in rows if is_of(row, case)}
-
-
-def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m lora_kernels bench grid",
+        prog="python -m benchmarks gpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--cells", choices=CELLS, default="full", help="which cells (%(default)s)")
-    add("--providers", default=",".join(cells.PROVIDERS), help="comma-separated (%(default)s)")
-    add("--minutes", type=float, default=25, help="start no cell after these (%(default)s)")
-    add("--reps", type=int, default=7, help="interleaved repetitions (%(default)s)")
-    add("--device", default="cuda", help="(%(default)s)")
-    add("--no-memory", action="store_true", help="skip the peak memory")
-    add(
-        "--out",
-        type=Path,
-        default=Path("bench-report") / "grid.jsonl",
-        help="result file (%(default)s)",
-    )
-    # Divides M, K and N: the grid can be tried out where it could never be measured.
-    add("--shrink", type=int, default=1, help=argparse.SUPPRESS)
-    return parser
+    add("--out", type=Path, required=True, help="result file, JSON lines")
+    add("--seconds", type=float, default=240, help="start no case after these (%(default)s)")
+    add("--case-seconds", type=float, default=40, help="for one case (%(default)s)")
+    add("--only", help=f"comma-separated, of: {', '.join(sections('cpu'))}")
+    add("--reps", type=int, default=9, help="interleaved repetitions (%(default)s)")
+    add("--dry-run", action="store_true", help="at tiny sizes on a CPU")
+    add("--child", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    known = list(sections("cpu"))
+    chosen = args.only.split(",") if args.only else known
+    if unknown := [name for name in chosen if name not in known]:
+        parser.error(f"--only: expected names of {', '.join(known)}; got {', '.join(unknown)}")
+    if not args.dry_run and not torch.cuda.is_available():
+        say("benchmarks gpu: torch sees no CUDA device here; --dry-run shows what would run")
+        return 2
+    cells = cells_of(chosen, args.dry_run)
+    command = command_of(args)
+    if args.child:
+        return measure(cells, args, command)
+    return run(cells, args, argv, command)
+
+
+def cells_of(chosen: list[str], dry_run: bool) -> list[Cell]:
+    if not dry_run:
+        found = sections()
+        return [cell for name in chosen for cell in found[name]]
+    found = sections("cpu", SHRINK)
+    return [cell for name in chosen for cell in found[name][:2]]
+
+
+def command_of(args: argparse.Namespace) -> str:
+    options = ["--dry-run"] * args.dry_run + [f"--only={args.only}"] * bool(args.only)
+    return shlex.join(["python", "-m", "benchmarks", "gpu", *options])
+
+
+def rows_in(out: Path) -> list[dict]:
+    return report.read_rows(out) if out.is_file() else []
+
+
+def left_of(cells: list[Cell], out: Path) -> list[Cell]:
+    known = {(row["kind"], report.key_of(row["case"])) for row in rows_in(out)}
+    return [c for c in cells if (c.kind, report.key_of(asdict(c.case))) not in known]
+
+
+# ---- the parent
+
+
+def run(cells: list[Cell], args: argparse.Namespace, argv: list[str], command: str) -> int:
+    """Children, one behind the other, until nothing is left or the time is over."""
+    deadline, lost = time.monotonic() + args.seconds, []
+    todo = left_of(cells, args.out)
+    say(f"{len(cells)} cases, {len(cells) - len(todo)} of them in {args.out} already")
+    while todo and (seconds := deadline - time.monotonic()) > 0:
+        words = [sys.executable, "-m", "benchmarks", "gpu", *argv, "--child"]
+        words += [f"--seconds={seconds}"]
+        limit = seconds + 1.5 * args.case_seconds
+        try:
+            code = subprocess.run(words, env=environment(), timeout=limit).returncode
+        except subprocess.TimeoutExpired:
+            code = f"nothing within {limit:.0f} s"
+        todo = left_of(cells, args.out)
+        if code == 0:
+            break
+        if code != AGAIN and todo:
+            lost.append(todo[0])
+            record(todo[0], args.out, command, f"its process ended with {code}")
+            todo = todo[1:]
+    wrong = [f"{row['provider']}: {row['title']}" for row in rows_in(args.out) if is_wrong(row)]
+    for line in (*(f"{cell.case.title}: lost" for cell in lost), *(f"wrong: {w}" for w in wrong)):
+        say(line)
+    say(f"{len(todo)} cases left; the same command goes on with them" if todo else "all measured")
+    return int(bool(lost or wrong))
+
+
+def record(cell: Cell, out: Path, command: str, reason: str) -> None:
+    """A row for each provider that says why there is no time."""
+    meta = provenance.meta(torch.device(cell.case.device), command)
+    skipped = dict.fromkeys(cell.names, reason)
+    rows = report.rows_of(cell.kind, cell.case, meta, {}, skipped, {})
+    report.write_rows(out, [*rows_in(out), *rows])
+
+
+def is_wrong(row: dict) -> bool:
+    return bool(row["skipped"]) and "its result is wrong" in row["skipped"]
+
+
+# ---- a child
+
+
+def measure(cells: list[Cell], args: argparse.Namespace, command: str) -> int:
+    """0 where the cases or the time are over."""
+    if args.dry_run:
+        torch.set_num_threads(1)  # tiny sizes, and maybe neighbours
+    deadline, todo = time.monotonic() + args.seconds, left_of(cells, args.out)
+    for index, cell in enumerate(todo):
+        if time.monotonic() > deadline:
+            return 0
+        say(f"[{index + 1}/{len(todo)}] {cell.case.title}")
+        # A C thread: it also ends a process that hangs inside a CUDA call.
+        faulthandler.dump_traceback_later(args.case_seconds, exit=True)
+        meta = provenance.meta(torch.device(cell.case.device), command)
+        on_cuda = cell.case.device == "cuda"
+        reps = 2 if args.dry_run else args.reps
+        try:
+            rows = measure_case(cell.kind, cell.case, list(cell.names), meta, reps, on_cuda)
+        except Exception as error:  # the oracle's memory, say: this case's trouble
+            record(cell, args.out, command, f"{type(error).__name__}: {error}")
+        else:
+            report.write_rows(args.out, [*rows_in(args.out), *rows])
+            report.print_case(rows, plain=not sys.stdout.isatty())
+        faulthandler.cancel_dump_traceback_later()
+        if not context_works():
+            return AGAIN
+    return 0
+
+
+def context_works() -> bool:
+    if not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True

@@ -5,20 +5,78 @@ gradient that enters the backward is given. `step` is forward and backward. Froz
 without adapters whose input requires grad.
 """
 
-import contextlib
 import functools
 import gc
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_kernels.bench.case import LayerCase
-from lora_kernels.bench.memory import PeakMemory, SavedStorage, peak_of, saved_for_backward
-from lora_kernels.bench.providers import forced_strategy, naive_formula, naive_fp32_formula
+from benchmarks.memory import PeakMemory, SavedStorage, peak_of, saved_for_backward
+from benchmarks.naive import naive_fp32_linear, naive_linear
+from benchmarks.op_providers import around
+from benchmarks.preparing import import_peft, prepare_each
+from lora_kernels import lora_linear
 from lora_kernels.measuring import timing
+from lora_kernels.measuring.linear_call import Typed
+from lora_kernels.testing import assert_within_policy
+
+
+@dataclass(frozen=True)
+class LayerCase(Typed):
+    batch: int = 4
+    length: int = 2048
+    hidden: int = 4096
+    heads: int = 32
+    kv_heads: int = 8
+    intermediate: int = 14336
+    dtype: str = "bf16"
+    dropout: float = 0.0
+    rank: int = 16
+    alpha: float = 32
+    device: str = "cuda"
+
+    @property
+    def title(self) -> str:
+        return (
+            f"decoder layer: hidden {self.hidden}, {self.batch}x{self.length} tokens, "
+            f"r {self.rank}, {self.dtype}, dropout {self.dropout:g}"
+        )
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """name -> (out_features, in_features)"""
+        head = self.hidden // self.heads
+        return {
+            "q": (self.heads * head, self.hidden),
+            "k": (self.kv_heads * head, self.hidden),
+            "v": (self.kv_heads * head, self.hidden),
+            "o": (self.hidden, self.heads * head),
+            "gate": (self.intermediate, self.hidden),
+            "up": (self.intermediate, self.hidden),
+            "down": (self.hidden, self.intermediate),
+        }
+
+
+# To try the benchmark out on a CPU.
+SMALL = {
+    "batch": 2, "length": 16, "hidden": 64, "heads": 4, "kv_heads": 2, "intermediate": 96,
+    "rank": 4,
+}  # fmt: skip
+Case = LayerCase
+
+
+def default_cases(device: str) -> list[LayerCase]:
+    sizes = {} if torch.device(device).type == "cuda" else SMALL
+    return [LayerCase(dropout=p, device=device, **sizes) for p in (0.0, 0.1)]
+
+
+def default_providers(case: LayerCase) -> list[str]:
+    return ["frozen", "naive", "naive-fp32", "peft", "composed", "ours"]
+
+
+# ---- who competes
 
 # linear(x, weight, lora_a, lora_b, scaling, dropout_p)
 LinearFunction = Callable[[Tensor, Tensor, Tensor, Tensor, float, float], Tensor]
@@ -29,26 +87,46 @@ def frozen_linear(x, weight, lora_a, lora_b, scaling, dropout_p) -> Tensor:
 
 
 def our_linear(backend: str, x, weight, lora_a, lora_b, scaling, dropout_p) -> Tensor:
-    from lora_kernels import lora_linear
-
     return lora_linear(x, weight, lora_a, lora_b, scaling, dropout_p=dropout_p, backend=backend)
+
+
+class PeftLinear:
+    """PEFT's own layers around the tensors that it is called with."""
+
+    def __init__(self) -> None:
+        self._package = import_peft()
+        self._layers: dict[int, nn.Module] = {}
+
+    def __call__(self, x, weight, lora_a, lora_b, scaling, dropout_p) -> Tensor:
+        if id(lora_a) not in self._layers:
+            with torch.device("meta"):
+                linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            rank = lora_a.shape[0]
+            config = self._package.LoraConfig(r=rank, lora_dropout=dropout_p)
+            layer = self._package.tuners.lora.layer.Linear(
+                linear, "default", config=config, r=rank, lora_alpha=scaling * rank
+            ).train()
+            layer.lora_A["default"].weight, layer.lora_B["default"].weight = lora_a, lora_b
+            self._layers[id(lora_a)] = layer
+        return self._layers[id(lora_a)](x)
 
 
 @dataclass(frozen=True)
 class LayerProvider:
-    linear: LinearFunction
+    linear: LinearFunction | type[PeftLinear]
     adapter_dtype: torch.dtype | None = torch.float32  # None: that of the base
-    strategy: str | None = None
     adapted: bool = True
 
 
 PROVIDERS = {
     "frozen": LayerProvider(frozen_linear, adapted=False),
-    "naive": LayerProvider(naive_formula, adapter_dtype=None),
-    "naive-fp32": LayerProvider(naive_fp32_formula),
+    "naive": LayerProvider(naive_linear, adapter_dtype=None),
+    "naive-fp32": LayerProvider(naive_fp32_linear),
+    "peft": LayerProvider(PeftLinear),
     "composed": LayerProvider(functools.partial(our_linear, "composed")),
-    "triton-hybrid": LayerProvider(functools.partial(our_linear, "triton"), strategy="hybrid"),
-    "triton-fused": LayerProvider(functools.partial(our_linear, "triton"), strategy="fused"),
+    "triton-hybrid": LayerProvider(functools.partial(our_linear, "triton")),
+    "triton-fused": LayerProvider(functools.partial(our_linear, "triton")),
     "native": LayerProvider(functools.partial(our_linear, "native")),
     "ours": LayerProvider(functools.partial(our_linear, "auto")),
 }
@@ -61,9 +139,11 @@ class DecoderLayer(nn.Module):
         self, case: LayerCase, weights: dict[str, Tensor], provider: LayerProvider
     ) -> None:
         super().__init__()
-        self.case, self._linear = case, provider.linear
-        self._weights = weights
-        self._norms = [torch.ones(case.hidden, dtype=case.torch_dtype, device=case.device)] * 2
+        self.case, self._weights = case, weights
+        linear = provider.linear
+        self._linear = linear() if isinstance(linear, type) else linear
+        norm = torch.ones(case.hidden, dtype=case.torch_dtype, device=case.device)
+        self.register_buffer("_norm", norm)
         generator = torch.Generator().manual_seed(3)
         dtype = provider.adapter_dtype or case.torch_dtype
         self.adapters = nn.ParameterDict()
@@ -85,7 +165,7 @@ class DecoderLayer(nn.Module):
         batch, length, _ = x.shape
         head = case.hidden // case.heads
 
-        normed = F.rms_norm(x, (case.hidden,), self._norms[0], 1e-5)
+        normed = F.rms_norm(x, (case.hidden,), self._norm, 1e-5)
         q, k, v = (
             self._project(name, normed).view(batch, length, heads, head).transpose(1, 2)
             for name, heads in (("q", case.heads), ("k", case.kv_heads), ("v", case.kv_heads))
@@ -96,7 +176,7 @@ class DecoderLayer(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self._project("o", mixed.transpose(1, 2).reshape(batch, length, -1))
 
-        normed = F.rms_norm(x, (case.hidden,), self._norms[1], 1e-5)
+        normed = F.rms_norm(x, (case.hidden,), self._norm, 1e-5)
         gated = F.silu(self._project("gate", normed)) * self._project("up", normed)
         return x + self._project("down", gated)
 
@@ -122,15 +202,8 @@ class LayerStep:
         self._layer = DecoderLayer(case, weights, provider)
         self._weights = weights
         self._trained = [p for p in self._layer.parameters() if p.requires_grad]
-        self._around = contextlib.nullcontext
-        if provider.strategy:
-            self._around = functools.partial(forced_strategy, provider.strategy, self.device)
-        generator = torch.Generator().manual_seed(4)
-        shape = (case.batch, case.length, case.hidden)
-        self._x, self._dy = (
-            torch.randn(shape, generator=generator).to(case.device, case.torch_dtype)
-            for _ in range(2)
-        )
+        self._around = functools.partial(around, name, self.device)
+        self._x, self._dy = inputs_of(case)
         self._x.requires_grad_()
 
     def run(self) -> timing.Sample:
@@ -159,6 +232,14 @@ class LayerStep:
         return peak_of(lambda: self.run() and None, self.device)
 
 
+def inputs_of(case: LayerCase) -> tuple[Tensor, Tensor]:
+    """x and dy"""
+    generator = torch.Generator().manual_seed(4)
+    shape = (case.batch, case.length, case.hidden)
+    x, dy = (torch.randn(shape, generator=generator) for _ in range(2))
+    return x.to(case.device, case.torch_dtype), dy.to(case.device, case.torch_dtype)
+
+
 def base_weights(case: LayerCase) -> dict[str, Tensor]:
     generator = torch.Generator(case.device).manual_seed(2)
     return {
@@ -169,22 +250,52 @@ def base_weights(case: LayerCase) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
+def results_of(layer: DecoderLayer, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """y, dx and the adapters' gradients."""
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    gradients = torch.autograd.grad(y, [x, *layer.adapters.values()], dy)
+    return dict(zip(("y", "x", *layer.adapters), (y.detach(), *gradients), strict=True))
+
+
+def exact_results(case: LayerCase, weights: dict[str, Tensor], adapters: torch.dtype | None):
+    """In fp64, a sequence at a time: the memory of all at once is not everywhere."""
+    weights = {name: weight.double() for name, weight in weights.items()}
+    layer = DecoderLayer(case, weights, LayerProvider(naive_linear, adapters)).double()
+    x, dy = (each.double().split(1) for each in inputs_of(case))
+    parts = [results_of(layer, *pair) for pair in zip(x, dy, strict=True)]
+    summed = {name: sum(part[name] for part in parts) for name in layer.adapters}
+    return {name: torch.cat([part[name] for part in parts]) for name in ("y", "x")} | summed
+
+
+def hold_to_policy(case: LayerCase, weights: dict[str, Tensor], name: str, known: dict) -> None:
+    """Raises an AssertionError where a result breaks the package's error policy; without dropout.
+
+    known: what results are held to, by the adapters' dtype, kept between the providers.
+    """
+    provider, case = PROVIDERS[name], replace(case, dropout=0.0)
+    if not provider.adapted:
+        return
+    if provider.adapter_dtype not in known:
+        naive = DecoderLayer(case, weights, PROVIDERS["naive"])
+        exact = exact_results(case, weights, provider.adapter_dtype)
+        known[provider.adapter_dtype] = results_of(naive, *inputs_of(case)), exact
+    eager, oracle = known[provider.adapter_dtype]
+    with around(name, torch.device(case.device)):
+        ours = results_of(DecoderLayer(case, weights, provider), *inputs_of(case))
+    for what, exact in oracle.items():
+        like = eager[what].to(ours[what].dtype)  # an fp32 adapter over a half base
+        assert_within_policy(what, ours[what], like, exact, case.torch_dtype)
+
+
 def prepare(case: LayerCase, names: list[str]) -> tuple[dict[str, LayerStep], dict[str, str]]:
-    """The steps that can run here, and for those that cannot, why."""
-    weights = base_weights(case)
-    steps, skipped = {}, {}
-    for name in names:
-        try:
-            step = LayerStep(case, name, weights)
-            for _ in range(2):
-                step.run()  # warms up: compilation, the allocator
-            steps[name] = step
-        except Exception as error:  # one provider's trouble is not the others'
-            skipped[name] = f"{type(error).__name__}: {error}"
-    return steps, skipped
+    weights, known = base_weights(case), {}
 
+    def make(name: str) -> LayerStep:
+        hold_to_policy(case, weights, name, known)
+        step = LayerStep(case, name, weights)
+        for _ in range(2):
+            step.run()  # warms up: compilation, the allocator
+        return step
 
-def small(case: LayerCase) -> LayerCase:
-    """The same layer at a size for a CPU, to try the benchmark out."""
-    sizes = {"batch": 2, "length": 16, "hidden": 64, "heads": 4, "kv_heads": 2, "intermediate": 96}
-    return LayerCase(**{**asdict(case), **sizes, "rank": 4})
+    return prepare_each(names, make)
