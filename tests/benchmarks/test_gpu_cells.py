@@ -6,10 +6,10 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from lora_kernels.bench.case import LayerCase, OpCase
 
 from lora_kernels.__main__ import main
 from lora_kernels.bench import cells, grid, layer, op, providers, report
-from lora_kernels.bench.case import LayerCase, OpCase
 from lora_kernels.measuring import timing as measure
 from lora_kernels.ops.linear.triton import tiles
 

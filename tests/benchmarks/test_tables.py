@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
+from lora_kernels.bench.case import OpCase
 
 from lora_kernels.bench import report
-from lora_kernels.bench.case import OpCase
 
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "readme_tables.py"
 META = {
