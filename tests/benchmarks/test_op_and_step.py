@@ -147,11 +147,10 @@ def test_a_case_survives_json_and_its_options(kind, case):
         return driver.cases_of(kind, driver.make_parser(kind).parse_args([*argv, "--device=cpu"]))
 
     assert parsed(f"--case={json.dumps(asdict(case))}") == [case]
-    values = {
-        k: "+".join(map(str, v)) if isinstance(v, tuple) else v for k, v in asdict(case).items()
-    }
     options = [
-        f"--{k.replace('_', '-')}={v}" for k, v in values.items() if v != "" and k != "device"
+        f"--{name.replace('_', '-')}={driver._text(value)}"
+        for name, value in asdict(case).items()
+        if value != "" and name != "device"
     ]
     assert parsed(*options) == [case]
 

@@ -1,18 +1,18 @@
-"""What the harness writes: its rows, its tables, the README's sections."""
+"""What benchmarks write: rows, tables, the pages' sections and their plot."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
-from lora_kernels.bench.case import OpCase
 
-from lora_kernels.bench import report
+from benchmarks import readme, report
+from benchmarks.__main__ import main
+from benchmarks.routed import RoutedCase
+from benchmarks.step import StepCase
+from lora_kernels.measuring.linear_call import LinearCase
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "readme_tables.py"
 META = {
     "time": "2026-01-01 00:00 UTC",
-    "command": "python -m lora_kernels bench op",
+    "command": "python -m benchmarks op",
     "versions": {"torch": "2.13.0"},
     "device": "a CPU",
     "threads": 2,
@@ -20,7 +20,7 @@ META = {
 
 
 def known_rows():
-    case = OpCase(m=2, k=3, n=4)
+    case = LinearCase(m=2, k=3, n=4)
 
     def samples(total):
         return [{"forward": 0.25 * t, "backward": 0.75 * t, "both": t} for t in total]
@@ -99,51 +99,146 @@ def test_bytes_are_readable(count, text):
     assert report.format_bytes(count) == text
 
 
-README = """# Title
-before
-<!-- bench:here/op -->
-old numbers
-<!-- /bench:here/op -->
-after
-"""
+# ---- the pages
+
+
+def step_rows():
+    """frozen, naive, PEFT and ours, the dropout twice."""
+    rows = []
+    for dropout in (0.0, 0.05):
+        samples = {
+            name: [{"forward": 0.4 * t, "backward": 0.6 * t, "step": t} for t in (f, 2 * f, 4 * f)]
+            for name, f in (("frozen", 1.0), ("naive", 1.6), ("peft", 2.0), ("ours", 1.25))
+        }
+        details = {name: {"timing": "wall clock", "saved_bytes": 10**8} for name in samples}
+        details["ours"]["saved_bytes"] = 5 * 10**7
+        rows += report.rows_of("step", StepCase(dropout=dropout), META, samples, {}, details)
+    return rows
+
+
+def routed_rows():
+    samples = {
+        name: [{"layer": t, "part": t - 1}]
+        for name, t in (("peft", 4.0), ("naive", 3.0), ("ours", 2.0))
+    }
+    details = {name: {"timing": "wall clock", "saved_bytes": 0} for name in samples}
+    return report.rows_of("routed", RoutedCase(), META, samples, {}, details)
+
+
+def count_rows():
+    return [
+        {"case": case, "provider": provider, "launches": launches, "read": 10**9, "written": 10**9}
+        for case in readme.COUNTED.values()
+        for provider, launches in (("PEFT", 30), ("ours", 10))
+    ]
 
 
 @pytest.fixture
-def readme_tables():
-    spec = importlib.util.spec_from_file_location("readme_tables", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+def pages(tmp_path):
+    """A root with results and pages of its own; the options that name them."""
+    results = tmp_path / "results"
+    report.write_rows(results / "cpu" / "step.jsonl", step_rows())
+    report.write_rows(results / "cpu" / "joint.jsonl", step_rows()[:1])
+    report.write_rows(results / "cpu" / "routed.jsonl", routed_rows())
+    report.write_rows(results / "counted" / "gpu.jsonl", count_rows())
+    for page, marks in readme.PAGES.items():
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        text = "".join(f"<!-- bench:{m} -->\nold\n<!-- /bench:{m} -->\n" for m in marks)
+        (tmp_path / page).write_text(f"# Title\nbefore\n{text}after\n")
+    return [f"--root={tmp_path}", f"--results={results}"]
 
 
-def test_readme_tables_are_idempotent_and_touch_nothing_else(tmp_path, readme_tables):
-    report.write_rows(tmp_path / "here" / "op.jsonl", known_rows())
-    readme = tmp_path / "README.md"
-    readme.write_text(README)
-    options = ["--readme", str(readme), "--results", str(tmp_path)]
-
-    assert readme_tables([*options, "--check"]) == 1
-    assert readme.read_text() == README
-    assert readme_tables(options) == 0
-    once = readme.read_text()
-    assert "| ours |" in once and "old numbers" not in once
-    assert once.startswith("# Title\nbefore\n<!-- bench:here/op -->\n")
-    assert once.endswith("\n<!-- /bench:here/op -->\nafter\n")
-    assert readme_tables(options) == 0
-    assert readme.read_text() == once
-    assert readme_tables([*options, "--check"]) == 0
-
-
-def test_readme_tables_draw_the_same_plot_twice(tmp_path, readme_tables):
+def test_pages_are_filled_once_and_nothing_else_is_touched(pages, tmp_path):
     pytest.importorskip("matplotlib")
-    report.write_rows(tmp_path / "here" / "op.jsonl", known_rows())
-    readme = tmp_path / "README.md"
-    readme.write_text(README)
+    before = (tmp_path / "README.md").read_text()
+    assert main(["readme", *pages, "--check"]) == 1
+    assert (tmp_path / "README.md").read_text() == before
+    assert not (tmp_path / readme.PLOT).exists()
+    assert main(["readme", *pages]) == 0
+    once = {page: (tmp_path / page).read_text() for page in readme.PAGES}
+    for text in once.values():
+        assert text.startswith("# Title\nbefore\n<!-- bench:") and text.endswith("-->\nafter\n")
+        assert "\nold\n" not in text
+    assert main(["readme", *pages, "--check"]) == 0
+    assert main(["readme", *pages]) == 0
+    assert once == {page: (tmp_path / page).read_text() for page in readme.PAGES}
+
+
+def test_the_figures_are_the_results(pages, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert main(["readme", *pages]) == 0
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    rows = [line.split(" | ") for line in lines if "results/" in line]
+    assert len(rows) == 5
+    assert rows[0][1:6] == ["2.00 s", "3.20 s", "4.00 s", "2.50 s", "1.60"]
+    assert rows[2][1:6] == ["100 MB", "100 MB", "100 MB", "50.0 MB", "2.00"]
+    assert rows[3][1:6] == ["-", "3.00 s", "4.00 s", "2.00 s", "2.00"]
+    assert rows[4][3:7] == ["30 (2.00 GB)", "10 (2.00 GB)", "3.00", "counted, not measured"]
+    assert rows[0][6] == "a CPU, 2 threads"
+
+
+@pytest.mark.parametrize("page", readme.PAGES)
+def test_a_wrong_figure_is_found(page, pages, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert main(["readme", *pages]) == 0
+    path = tmp_path / page
+    text = path.read_text()
+    assert "2.50 s" in text
+    path.write_text(text.replace("2.50 s", "2.40 s", 1))
+    assert main(["readme", *pages, "--check"]) == 1
+    assert capsys.readouterr().out.startswith(f"{page} is not what the results say")
+
+
+def test_a_plot_of_other_numbers_is_found(pages, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert main(["readme", *pages]) == 0
+    path = tmp_path / "results" / "cpu" / "step.jsonl"
+    rows = report.read_rows(path)
+    rows[3]["saved_bytes"] += 1
+    report.write_rows(path, rows)
+    assert main(["readme", *pages, "--check"]) == 1
+    assert f"{readme.PLOT} is not what the results say" in capsys.readouterr().out
+    drawn = (tmp_path / readme.PLOT).read_text()
+    assert main(["readme", *pages]) == 0
+    assert (tmp_path / readme.PLOT).read_text() != drawn
+
+
+def test_the_same_results_give_the_same_plot(pages, tmp_path):
+    pytest.importorskip("matplotlib")
     drawn = []
     for _ in range(2):
-        readme_tables(["--readme", str(readme), "--results", str(tmp_path), "--plots"])
-        drawn.append((tmp_path / "here" / "op.svg").read_bytes())
+        assert main(["readme", *pages]) == 0
+        drawn.append((tmp_path / readme.PLOT).read_bytes())
+        (tmp_path / readme.PLOT).unlink()
     assert drawn[0] == drawn[1] and b"<svg" in drawn[0]
+    for provider in ("naive", "peft", "ours"):
+        assert f'"{provider}": '.encode() in drawn[0].replace(b"&quot;", b'"')
+    assert b"a CPU, 2 threads" in drawn[0]
+
+
+@pytest.mark.parametrize(
+    ("page", "text", "said"),
+    [
+        ("README.md", None, "README.md is missing"),
+        ("docs/benchmarks.md", None, "docs/benchmarks.md is missing"),
+        ("README.md", "# no marks\n", "README.md has no <!-- bench:figures -->"),
+        ("docs/benchmarks.md", "", "docs/benchmarks.md has no <!-- bench:cpu/routed -->"),
+    ],
+)
+def test_what_is_missing_is_named(page, text, said, pages, tmp_path, capsys):
+    if text is None:
+        (tmp_path / page).unlink()
+    else:
+        (tmp_path / page).write_text(text)
+    assert main(["readme", *pages, "--check"]) == 1
+    assert said in capsys.readouterr().out
+
+
+README = """# Title
+<!-- bench:here/op -->
+old numbers
+<!-- /bench:here/op -->
+"""
 
 
 @pytest.mark.parametrize(
@@ -156,12 +251,11 @@ def test_markers_that_do_not_match_are_refused(text):
         report.fill_markers(text, lambda name: "")
 
 
-def test_a_marker_without_results_is_an_error(tmp_path, readme_tables):
-    readme = tmp_path / "README.md"
-    readme.write_text(README)
-    with pytest.raises(SystemExit, match="here/op"):
-        readme_tables(["--readme", str(readme), "--results", str(tmp_path)])
+def test_a_mark_without_results_is_an_error(pages, tmp_path):
+    (tmp_path / "README.md").write_text(README)
+    with pytest.raises(SystemExit, match="wants bench:here/op"):
+        main(["readme", *pages])
 
 
-def test_the_readme_of_this_repository_is_what_its_results_say(readme_tables):
-    assert readme_tables(["--check"]) == 0
+def test_the_pages_of_this_repository_are_what_its_results_say():
+    assert main(["readme", "--check"]) == 0
