@@ -48,7 +48,8 @@ def test_sections_are_in_order_of_worth_and_no_case_is_twice():
     assert [cell.case.m for cell in cells.sections("cpu", 64)["decode"][:4]] == [1, 8, 16, 64]
     # Beside naive LoRA everywhere; the GEMMs alone have none.
     assert all(
-        "naive" in cell.names for cell in listed if getattr(cell.case, "what", "decode") == "decode"
+        ("naive" in cell.names) == (getattr(cell.case, "what", "decode") == "decode")
+        for cell in listed
     )
 
 
@@ -64,26 +65,29 @@ def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def in_a_process(*argv, prelude=None, folder=None):
-    """`gpu --dry-run`; prelude: what its processes run before anything else."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    if prelude:
-        (folder / "sitecustomize.py").write_text(prelude)
-        environment["PYTHONPATH"] = str(folder)
-    words = [sys.executable, "-m", "benchmarks", "gpu", "--dry-run", *argv]
+# What a process runs before anything else. Without PEFT: it takes long to import.
+PRELUDE = "import sys; sys.modules['peft'] = None\n"
+
+
+def in_a_process(tmp_path, *argv, prelude=""):
+    """`gpu --dry-run` into gpu.jsonl."""
+    (tmp_path / "sitecustomize.py").write_text(PRELUDE + prelude)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)}
+    out = f"--out={tmp_path / 'gpu.jsonl'}"
+    words = [sys.executable, "-m", "benchmarks", "gpu", "--dry-run", out, *argv]
     return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 def test_a_dry_run_writes_every_section_and_goes_on_where_it_stopped(tmp_path):
     out = tmp_path / "gpu.jsonl"
-    done = in_a_process(f"--out={out}", "--only=core,decode")
+    done = in_a_process(tmp_path, "--only=core,decode")
     assert done.returncode == 0, done.stderr
     first = rows_of(out)
     kinds = {(row["kind"], row["title"]) for row in first}
     assert len(kinds) == 4 and {kind for kind, _ in kinds} == {"op", "kernel"}
     assert all(row["seconds"] for row in first if not row["skipped"])
     assert str(tmp_path) not in out.read_text()
-    done = in_a_process(f"--out={out}")
+    done = in_a_process(tmp_path)
     assert done.returncode == 0 and "12 cases, 4 of them in" in done.stderr
     assert rows_of(out)[: len(first)] == first
     assert {row["kind"] for row in rows_of(out)} == {"op", "kernel", "routed", "layer"}
@@ -111,9 +115,8 @@ def test_a_case_that_hangs_or_dies_costs_itself(fault, code, tmp_path):
     out = tmp_path / "gpu.jsonl"
     began = time.monotonic()
     done = in_a_process(
-        f"--out={out}", "--only=core,gemm", "--case-seconds=20",
-        prelude=HANGS.format(fault=fault), folder=tmp_path,
-    )  # fmt: skip
+        tmp_path, "--only=core,gemm", "--case-seconds=20", prelude=HANGS.format(fault=fault)
+    )
     assert done.returncode == 1 and time.monotonic() - began < 300, done.stderr
     rows = rows_of(out)
     lost = [row for row in rows if row["skipped"] and "its process ended" in row["skipped"]]
@@ -133,7 +136,7 @@ formula = op_providers.naive_linear
 op_providers.PROVIDERS["naive"] = lambda problem: op_providers.by_formula(
     lambda *args: formula(*args) * 1.1, op_providers.in_base_dtype(problem))
 """
-    done = in_a_process(f"--out={out}", "--only=core", prelude=prelude, folder=tmp_path)
+    done = in_a_process(tmp_path, "--only=core", prelude=prelude)
     assert done.returncode == 1 and "wrong: naive: lora_linear: M 128" in done.stderr
     by_name = {row["provider"]: row for row in rows_of(out)}
     assert by_name["naive"]["skipped"].startswith("not timed, its result is wrong: y")
@@ -142,7 +145,7 @@ op_providers.PROVIDERS["naive"] = lambda problem: op_providers.by_formula(
 
 def test_no_case_is_started_when_the_time_is_over(tmp_path):
     out = tmp_path / "gpu.jsonl"
-    done = in_a_process(f"--out={out}", "--seconds=0")
+    done = in_a_process(tmp_path, "--seconds=0")
     assert done.returncode == 0 and "12 cases left" in done.stderr and not out.exists()
 
 
@@ -278,9 +281,8 @@ def test_layer_saves_less_than_naive_and_makes_rows():
     meta = {"device": "a", "device_type": "cpu", "threads": 1, "versions": {"torch": "2"}}
     meta["time"] = "now"
     names = ["frozen", "naive", "ours", "triton-fused"]
-    found = {
-        row["provider"]: row for row in driver.measure_case("layer", case, names, meta, 2, True)
-    }
+    rows = driver.measure_case("layer", case, names, meta, 2, memory=False)
+    found = {row["provider"]: row for row in rows}
     assert found["ours"]["saved_bytes"] < found["naive"]["saved_bytes"]
     assert found["triton-fused"]["skipped"] and found["ours"]["case"] == asdict(case)
     assert math.isfinite(found["ours"]["over_frozen"]["step"]["median"])
@@ -289,13 +291,12 @@ def test_layer_saves_less_than_naive_and_makes_rows():
 
 def test_peft_in_the_layer_is_naive_fp32():
     pytest.importorskip("peft")
-    case = replace(LAYER, dtype="bf16")
-    weights, (x, dy) = layer.base_weights(case), layer.inputs_of(case)
+    weights, (x, dy) = layer.base_weights(LAYER), layer.inputs_of(LAYER)
     theirs, ours = (
-        layer.results_of(layer.DecoderLayer(case, weights, layer.PROVIDERS[name]), x, dy)
+        layer.results_of(layer.DecoderLayer(LAYER, weights, layer.PROVIDERS[name]), x, dy)
         for name in ("peft", "naive-fp32")
     )
-    assert all(torch.equal(theirs[name], ours[name]) for name in ours)
+    torch.testing.assert_close(theirs, ours)
 
 
 @pytest.mark.parametrize(
