@@ -94,9 +94,13 @@ def test_a_dry_run_writes_every_section_and_goes_on_where_it_stopped(tmp_path):
     assert "all measured" in done.stderr
 
 
+# Without the machine's ceilings: they take seconds where bf16 has no instructions.
+QUICKLY = """
+from benchmarks import op
+op.limits = lambda case: {"flops_per_second": 1e9, "bytes_per_second": 1e9}
+"""
 HANGS = """
 import time
-from benchmarks import op
 prepare = op.prepare
 def hang(case, names):
     if case.dropout:
@@ -115,7 +119,10 @@ def test_a_case_that_hangs_or_dies_costs_itself(fault, code, tmp_path):
     out = tmp_path / "gpu.jsonl"
     began = time.monotonic()
     done = in_a_process(
-        tmp_path, "--only=core,gemm", "--case-seconds=20", prelude=HANGS.format(fault=fault)
+        tmp_path,
+        "--only=core,gemm",
+        "--case-seconds=20",
+        prelude=QUICKLY + HANGS.format(fault=fault),
     )
     assert done.returncode == 1 and time.monotonic() - began < 300, done.stderr
     rows = rows_of(out)
@@ -136,7 +143,7 @@ formula = op_providers.naive_linear
 op_providers.PROVIDERS["naive"] = lambda problem: op_providers.by_formula(
     lambda *args: formula(*args) * 1.1, op_providers.in_base_dtype(problem))
 """
-    done = in_a_process(tmp_path, "--only=core", prelude=prelude)
+    done = in_a_process(tmp_path, "--only=core", prelude=QUICKLY + prelude)
     assert done.returncode == 1 and "wrong: naive: lora_linear: M 128" in done.stderr
     by_name = {row["provider"]: row for row in rows_of(out)}
     assert by_name["naive"]["skipped"].startswith("not timed, its result is wrong: y")
@@ -287,16 +294,6 @@ def test_layer_saves_less_than_naive_and_makes_rows():
     assert found["triton-fused"]["skipped"] and found["ours"]["case"] == asdict(case)
     assert math.isfinite(found["ours"]["over_frozen"]["step"]["median"])
     assert "decoder layer" in report.markdown(list(found.values()))
-
-
-def test_peft_in_the_layer_is_naive_fp32():
-    pytest.importorskip("peft")
-    weights, (x, dy) = layer.base_weights(LAYER), layer.inputs_of(LAYER)
-    theirs, ours = (
-        layer.results_of(layer.DecoderLayer(LAYER, weights, layer.PROVIDERS[name]), x, dy)
-        for name in ("peft", "naive-fp32")
-    )
-    torch.testing.assert_close(theirs, ours)
 
 
 @pytest.mark.parametrize(
