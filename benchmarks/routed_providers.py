@@ -4,16 +4,67 @@ A provider is a function from the inputs of one call to a `Call` whose leaves ar
 and B of each adapter and slice.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_kernels.bench.case import RoutedCase
-from lora_kernels.bench.providers import Call, MissingExtra, Unavailable
+from benchmarks.preparing import Unavailable, import_peft
+from lora_kernels.measuring.linear_call import DTYPES, Call, Typed
+
+
+@dataclass(frozen=True)
+class RoutedCase(Typed):
+    """sequences x tokens rows; sequence i uses adapter i mod adapters, whose ranks are ``ranks``,
+    over and over. slices: out_features of each, side by side."""
+
+    sequences: int = 64
+    tokens: int = 1
+    k: int = 2048
+    slices: tuple[int, ...] = (2048,)
+    adapters: int = 16
+    ranks: tuple[int, ...] = (8, 16, 24, 32, 40, 48, 56, 64)
+    dtype: str = "bf16"
+    adapter_dtype: str = ""  # as dtype
+    train: bool = False
+    base: bool = True  # False: the adapters alone, without the frozen layer
+    device: str = "cpu"
+
+    @property
+    def torch_adapter_dtype(self) -> torch.dtype:
+        return DTYPES[self.adapter_dtype or self.dtype]
+
+    @property
+    def rows(self) -> int:
+        return self.sequences * self.tokens
+
+    @property
+    def n(self) -> int:
+        return sum(self.slices)
+
+    def rank_of(self, adapter: int) -> int:
+        return self.ranks[adapter % len(self.ranks)]
+
+    @property
+    def adapter_of_row(self) -> list[int]:
+        return [i % self.adapters for i in range(self.sequences) for _ in range(self.tokens)]
+
+    @property
+    def title(self) -> str:
+        what = "training" if self.train else "inference"
+        ranks = sorted(set(self.ranks))
+        spread = f"r {ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"r {ranks[0]}"
+        out = "+".join(map(str, self.slices))
+        adapters = f"{self.adapters} {self.adapter_dtype or self.dtype} adapters of {spread}"
+        alone = "" if self.base else ", without the base layer"
+        return (
+            f"routed, {what}: {self.sequences}x{self.tokens} tokens, {adapters}, "
+            f"{self.k} to {out}, {self.dtype}{alone}"
+        )
 
 
 @dataclass(frozen=True)
@@ -54,8 +105,8 @@ def _leaves(inputs: RoutedInputs, factors: list[list[tuple[Tensor, Tensor]]]) ->
     return [inputs.x, *(factor for slices in factors for pair in slices for factor in pair)]
 
 
-def loop(inputs: RoutedInputs, case: RoutedCase) -> Call:
-    """One adapter after the other in plain torch, the rows' indices known beforehand."""
+def naive(inputs: RoutedInputs, case: RoutedCase) -> Call:
+    """A loop over the adapters in plain torch, the rows' indices known beforehand."""
     factors = _own_factors(inputs, case)
     owner = torch.tensor(case.adapter_of_row, device=inputs.x.device)
     rows_of = [(owner == adapter).nonzero().flatten() for adapter in range(case.adapters)]
@@ -129,11 +180,8 @@ def peft(inputs: RoutedInputs, case: RoutedCase, accelerated: bool = False) -> C
         raise Unavailable("PEFT refuses mixed batches in training")
     if not case.base:
         raise Unavailable("PEFT's layer has a base")
-    try:
-        from peft.tuners.lora.config import LoraConfig
-        from peft.tuners.lora.layer import Linear
-    except ImportError:
-        raise MissingExtra("peft") from None
+    package = import_peft()
+    Linear = package.tuners.lora.layer.Linear
     layers = []
     for s, weight in enumerate(inputs.weight.split(case.slices)):
         linear = nn.Linear(case.k, case.slices[s], bias=False, device="meta")
@@ -141,7 +189,7 @@ def peft(inputs: RoutedInputs, case: RoutedCase, accelerated: bool = False) -> C
         layer = None
         for adapter in range(case.adapters):
             a, b = inputs.lora_a[adapter][s], inputs.lora_b[adapter][s]
-            options = {"r": a.shape[0], "lora_alpha": a.shape[0], "config": LoraConfig()}
+            options = {"r": a.shape[0], "lora_alpha": a.shape[0], "config": package.LoraConfig()}
             name = f"adapter{adapter}"
             if layer is None:
                 layer = Linear(linear, name, **options)
@@ -196,14 +244,6 @@ def ours(inputs: RoutedInputs, case: RoutedCase, backend: str = "auto") -> Call:
     return Call(forward, leaves)
 
 
-def fused(inputs: RoutedInputs, case: RoutedCase) -> Call:
-    """Our kernels with the base GEMM and the routed tail in one."""
-    from lora_kernels.ops.routed.triton import tiles
-
-    call = ours(inputs, case, "triton")
-    return replace(call, around=functools.partial(tiles.use_strategy, "fused"))
-
-
 def single(inputs: RoutedInputs, case: RoutedCase) -> Call:
     """One adapter of the mean rank for all tokens: what routing is measured against."""
     from lora_kernels.ops.linear import lora_linear
@@ -225,17 +265,26 @@ def single(inputs: RoutedInputs, case: RoutedCase) -> Call:
 # Those that compute something else, to compare with.
 OTHER_FUNCTIONS = ("frozen", "single")
 
-ROUTED_PROVIDERS: dict[str, Callable[[RoutedInputs, RoutedCase], Call]] = {
+PROVIDERS: dict[str, Callable[[RoutedInputs, RoutedCase], Call]] = {
     "frozen": frozen,
+    "naive": naive,
     "single": single,
     "peft": peft,
     "peft-accelerated": functools.partial(peft, accelerated=True),
-    "loop": loop,
     "gather-bmm": gather_bmm,
     "grouped-mm": grouped_mm,
     "ours": ours,
     "composed": functools.partial(ours, backend="composed"),
     "triton": functools.partial(ours, backend="triton"),
-    "triton-fused": fused,
+    "triton-fused": functools.partial(ours, backend="triton"),
     "native": functools.partial(ours, backend="native"),
 }
+
+
+def around(name: str) -> contextlib.AbstractContextManager[None]:
+    """What a provider is called in: triton-fused has the base GEMM and the routed tail in one."""
+    if name != "triton-fused":
+        return contextlib.nullcontext()
+    from lora_kernels.ops.routed.triton import tiles
+
+    return tiles.use_strategy("fused")

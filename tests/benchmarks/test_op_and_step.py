@@ -1,10 +1,9 @@
-"""The harness: what it measures on known functions, and its providers."""
+"""What op and step measure on known functions, and their providers."""
 
 import json
 import platform
 import sys
-from dataclasses import replace
-from itertools import pairwise
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,73 +11,22 @@ import torch
 from torch import nn
 
 import lora_kernels
-from lora_kernels.bench import memory, op, providers, step
-from lora_kernels.bench.case import OpCase, StepCase
-from lora_kernels.measuring import machine
-from lora_kernels.measuring import timing as measure
-from lora_kernels.measuring.timing import Spread
+from benchmarks import (
+    ceilings,
+    driver,
+    memory,
+    naive,
+    op,
+    op_providers,
+    provenance,
+    step,
+    step_providers,
+)
+from benchmarks.preparing import MissingExtra
+from benchmarks.routed import RoutedCase
+from benchmarks.step import StepCase
+from lora_kernels.measuring.linear_call import LinearCase, problem_of
 from lora_kernels.runtime import dispatch
-
-# ---- time
-
-
-def test_spread_is_the_median_and_the_quartiles():
-    assert Spread.of([5.0, 1.0, 4.0, 2.0, 3.0]) == Spread(median=3.0, q1=2.0, q3=4.0)
-    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
-    with pytest.raises(ValueError, match="no values"):
-        Spread.of([])
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_rounds_give_every_provider_every_place_equally_often(count):
-    names = [f"p{i}" for i in range(count)]
-    orders = list(measure.rounds(names, reps=2 * count))
-    assert all(sorted(order) == names for order in orders)
-    for place in range(count):
-        assert sorted(order[place] for order in orders) == sorted(names * 2)
-    # Each name follows every neighbour it has, not always the same one.
-    followers = {pair for order in orders for pair in pairwise(order)}
-    assert all((b, a) in followers for a, b in followers)
-
-
-def test_interleave_runs_everyone_once_per_repetition_and_keeps_the_order_of_repetitions():
-    ran, told = [], []
-    counts = {"a": 0, "b": 0, "c": 0}
-
-    def run(name):
-        ran.append(name)
-        counts[name] += 1
-        return {"step": float(counts[name])}
-
-    runs = {name: lambda name=name: run(name) for name in counts}
-    samples = measure.interleave(runs, 4, lambda rep, name, took: told.append((rep, name, took)))
-
-    assert ran == [name for order in measure.rounds(["a", "b", "c"], 4) for name in order]
-    assert samples == {name: [{"step": float(i)} for i in (1, 2, 3, 4)] for name in "abc"}
-    assert [rep for rep, *_ in told] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
-
-
-def test_ratios_are_taken_within_a_repetition():
-    # The machine becomes three times slower in the middle: the quotient does not move, while the
-    # quotient of the medians (40 / 10) would.
-    ours = [{"step": seconds, "optimizer": 1.0} for seconds in (10.0, 30.0, 10.0, 40.0, 40.0)]
-    frozen = [{"step": sample["step"] / 2} for sample in ours]
-    frozen[4]["step"] = 10.0
-    assert measure.ratios(ours, frozen) == {"step": Spread(2.0, 2.0, 2.0)}
-    with pytest.raises(ValueError, match="zip"):
-        measure.ratios(ours, frozen[:3])
-
-
-def test_clock_adds_laps_of_one_name_and_drops_what_lies_before_a_start(monkeypatch):
-    times = iter([0.0, 1.0, 3.0, 100.0, 105.0, 112.0])
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(times))
-    clock = measure.Clock(torch.device("cpu"))
-    for _ in range(2):
-        clock.start()
-        clock.mark("forward")
-        clock.mark("backward")
-    assert clock.seconds() == {"forward": 1.0 + 5.0, "backward": 2.0 + 7.0}
-
 
 # ---- memory
 
@@ -136,7 +84,7 @@ def test_peak_without_proc_says_how_it_was_read(monkeypatch):
 
 
 def test_meta_names_no_path_and_no_host():
-    meta = machine.meta(torch.device("cpu"), "python -m lora_kernels bench op")
+    meta = provenance.meta(torch.device("cpu"), "python -m benchmarks op")
     assert meta["versions"]["torch"] == torch.__version__
     assert meta["threads"] == torch.get_num_threads()
     text = json.dumps(meta)
@@ -144,7 +92,7 @@ def test_meta_names_no_path_and_no_host():
 
 
 def test_floor_is_the_frozen_gemms_and_one_pass_over_each_operand():
-    case = OpCase(m=100, k=20, n=30, dtype="bf16")
+    case = LinearCase(m=100, k=20, n=30, dtype="bf16")
     flops, x, w, y = 2 * 100 * 20 * 30, 2 * 100 * 20, 2 * 20 * 30, 2 * 100 * 30
     compute_bound = op.floor(case, {"flops_per_second": 1e3, "bytes_per_second": 1e6})
     assert compute_bound["forward"] == pytest.approx(flops / 1e3 + x / 1e6)
@@ -166,17 +114,17 @@ def test_ceilings_of_a_slow_cpu_take_no_minutes(monkeypatch):
         clock[0] += 1e-6
         return clock[0]
 
-    monkeypatch.setattr(machine.torch, "mm", slow)
-    monkeypatch.setattr(machine.time, "perf_counter", now)
-    monkeypatch.setattr(machine, "last_level_cache_bytes", lambda device: 1)
-    limits = machine.ceilings.__wrapped__(torch.device("cpu"), torch.bfloat16)
+    monkeypatch.setattr(ceilings.torch, "mm", slow)
+    monkeypatch.setattr(ceilings.time, "perf_counter", now)
+    monkeypatch.setattr(ceilings, "last_level_cache_bytes", lambda device: 1)
+    limits = ceilings.ceilings.__wrapped__(torch.device("cpu"), torch.bfloat16)
     assert sizes == [768] * 3
     assert limits["flops_per_second"] == pytest.approx(2 * 768**3)
 
 
 def test_ceilings_are_positive(monkeypatch):
     monkeypatch.setattr(torch, "randn", lambda *sizes, device: torch.ones(64, 64))
-    limits = machine.ceilings.__wrapped__(torch.device("cpu"), torch.float32)
+    limits = ceilings.ceilings.__wrapped__(torch.device("cpu"), torch.float32)
     assert set(limits) == {"flops_per_second", "bytes_per_second"}
     assert all(value > 0 for value in limits.values())
 
@@ -184,30 +132,35 @@ def test_ceilings_are_positive(monkeypatch):
 # ---- cases and providers
 
 
-def parsed(argv):
-    from lora_kernels.bench import cli
-
-    return list(cli.cases_of(cli.make_parser().parse_args(argv)))
-
-
 @pytest.mark.parametrize(
-    "case",
+    ("kind", "case"),
     [
-        OpCase(m=3, k=5, n=7, dtype="fp16", dropout=0.25, rank=3, alpha=1.5),
-        StepCase(dtype="fp32", dropout=0.1, batch=3, length=7, layers=2, kv_heads=1),
+        ("op", LinearCase(m=3, k=5, n=7, dtype="fp16", dropout=0.25, rank=3, alpha=1.5)),
+        ("step", StepCase(dtype="fp32", dropout=0.1, batch=3, length=7, layers=2, kv_heads=1)),
+        ("routed", RoutedCase(3, 5, slices=(8, 16), ranks=(2, 3), adapter_dtype="fp32")),
+        ("routed", RoutedCase(train=True, base=False)),
     ],
-    ids=["op", "step"],
+    ids=["op", "step", "routed", "routed training"],
 )
-def test_a_case_survives_its_own_command_line(case):
-    assert parsed(case.argv()) == [case]
+def test_a_case_survives_json_and_its_options(kind, case):
+    def parsed(*argv):
+        return driver.cases_of(kind, driver.make_parser(kind).parse_args([*argv, "--device=cpu"]))
+
+    assert parsed(f"--case={json.dumps(asdict(case))}") == [case]
+    options = [
+        f"--{name.replace('_', '-')}={driver._text(value)}"
+        for name, value in asdict(case).items()
+        if value != "" and name != "device"
+    ]
+    assert parsed(*options) == [case]
 
 
-SMALL = OpCase(m=24, k=40, n=56, dtype="fp32", rank=4, alpha=6)
+SMALL = LinearCase(m=24, k=40, n=56, dtype="fp32", rank=4, alpha=6)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "name", [n for n in providers.OP_PROVIDERS if n not in ("frozen", "compile")]
+    "name", [n for n in op_providers.PROVIDERS if n not in ("frozen", "compile")]
 )
 def test_every_op_provider_computes_the_formula(name, dtype):
     if name.startswith("peft"):
@@ -216,38 +169,38 @@ def test_every_op_provider_computes_the_formula(name, dtype):
     backend = name.split("-")[0]  # triton-fused
     if backend in dispatch.BACKENDS and dispatch.unavailable(backend, torch.device("cpu")):
         pytest.skip("this backend has no kernel here")
-    assert op.wrong(case, name, op.make_inputs(case, seed=0)) is None
+    op.hold_to_policy(name, problem_of(case, seed=0), {})
 
 
 @pytest.mark.parametrize(
     ("what", "broken"),
     [
-        ("y is off", lambda *args: providers.naive_formula(*args) * (1 + 1e-3)),
-        ("y is off by nan", lambda *args: providers.naive_formula(*args) * float("nan")),
-        ("dB is off", lambda x, w, a, b, s, p: providers.naive_formula(x, w, a, b.detach(), s, p)
-            + 0 * b.sum()),
+        ("y: maximum error", lambda *args: naive.naive_linear(*args) * (1 + 1e-3)),
+        ("y", lambda *args: naive.naive_linear(*args) * float("nan")),
+        ("lora_b: maximum error", lambda x, w, a, b, s, p:
+            naive.naive_linear(x, w, a, b.detach(), s, p) + 0 * b.sum()),
     ],
     ids=["scaled", "nan", "no gradient"],
 )  # fmt: skip
 def test_a_provider_with_a_wrong_result_is_not_timed(what, broken, monkeypatch):
-    call = lambda inputs, case: providers.naive_op(inputs, case, broken)  # noqa: E731
-    monkeypatch.setitem(providers.OP_PROVIDERS, "broken", call)
+    call = lambda problem: op_providers.by_formula(broken, problem)  # noqa: E731
+    monkeypatch.setitem(op_providers.PROVIDERS, "broken", call)
     ops, skipped = op.prepare(SMALL, ["frozen", "broken"])
     assert list(ops) == ["frozen"]
-    assert "not timed" in skipped["broken"] and what in skipped["broken"]
+    assert skipped["broken"].startswith(f"not timed, its result is wrong: {what}")
 
 
 def test_op_saved_bytes_are_those_of_the_formula():
     """Naive without dropout: x and h, and nothing but them."""
-    case = OpCase(m=24, k=40, n=56, dtype="fp32", rank=4)
-    timed = op.Op(case, "naive", [op.make_inputs(case, 0)])
+    case = LinearCase(m=24, k=40, n=56, dtype="fp32", rank=4)
+    timed = op.Op(case, "naive", [problem_of(case, 0)])
     named = {storage.name: storage.bytes for storage in timed.saved()}
     assert named == {"x": 24 * 40 * 4, "h float32[24,4]": 24 * 4 * 4}
 
 
 def test_ours_saves_less_than_naive_with_dropout():
-    case = OpCase(m=64, k=128, n=64, dtype="bf16", dropout=0.1, rank=4)
-    inputs = [op.make_inputs(case, 0)]
+    case = LinearCase(m=64, k=128, n=64, dtype="bf16", dropout=0.1, rank=4)
+    inputs = [problem_of(case, 0)]
     ours = {s.name: s.bytes for s in op.Op(case, "ours", inputs).saved()}
     naive = op.Op(case, "naive", inputs).saved()
     assert ours.pop("x") == 64 * 128 * 2
@@ -263,11 +216,11 @@ def test_ours_saves_less_than_naive_with_dropout():
 
 
 def test_a_provider_that_fails_is_skipped_with_its_reason(monkeypatch):
-    def broken(inputs, case):
+    def broken(problem):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setitem(providers.OP_PROVIDERS, "broken", broken)
-    ops, skipped = op.prepare(OpCase(m=8, k=8, n=8, dtype="fp32", rank=2), ["frozen", "broken"])
+    monkeypatch.setitem(op_providers.PROVIDERS, "broken", broken)
+    ops, skipped = op.prepare(LinearCase(m=8, k=8, n=8, dtype="fp32", rank=2), ["frozen", "broken"])
     assert list(ops) == ["frozen"]
     assert skipped == {"broken": "RuntimeError: no such kernel"}
 
@@ -283,8 +236,8 @@ def test_step_providers_share_weights_and_agree():
     case = SMALL_STEP
     base = step.base_model(case)
     made = {
-        name: providers.STEP_PROVIDERS[name](base, case)
-        for name in ("frozen", "peft", "peft-base-dtype", "ours")
+        name: step_providers.PROVIDERS[name](base, case)
+        for name in ("frozen", "naive", "peft", "peft-base-dtype", "ours")
     }
     weight = base.model.layers[0].mlp.up_proj.weight
     for provider in made.values():
@@ -293,6 +246,10 @@ def test_step_providers_share_weights_and_agree():
     assert not any(p.requires_grad for p in made["frozen"].model.parameters())
     trained = [n for n, p in made["ours"].model.named_parameters() if p.requires_grad]
     assert len(trained) == 2 * 7 * 2 and all("lora_" in name for name in trained)
+    naive_ones = [p for p in made["naive"].model.parameters() if p.requires_grad]
+    assert [p.shape for p in naive_ones] == [
+        p.shape for p in made["ours"].model.parameters() if p.requires_grad
+    ]
 
     assert made["ours"].fallback_reason() is None
     steps = {name: step.Step(case, provider) for name, provider in made.items()}
@@ -302,13 +259,14 @@ def test_step_providers_share_weights_and_agree():
     assert samples["ours"]["step"] == samples["ours"]["forward"] + samples["ours"]["backward"]
     loss = {name: timed.first_loss for name, timed in steps.items()}
     assert loss["ours"] == pytest.approx(loss["peft"], rel=1e-5)
+    assert loss["naive"] == pytest.approx(loss["peft"], rel=1e-5)
     assert loss["peft-base-dtype"] == pytest.approx(loss["peft"], rel=1e-5)
     assert abs(loss["frozen"] - loss["peft"]) > 1e-6  # the adapters do something
 
     dropping = replace(case, dropout=0.1)
     saved = {}
     for name in ("peft", "ours"):
-        provider = providers.STEP_PROVIDERS[name](base, dropping)
+        provider = step_providers.PROVIDERS[name](base, dropping)
         saved[name] = sum(storage.bytes for storage in step.Step(dropping, provider).saved())
     assert saved["ours"] < saved["peft"]
 
@@ -334,7 +292,7 @@ def test_frozen_makes_dx_down_to_the_first_layer():
         dtype="fp32", batch=1, length=4, layers=1, hidden=16, heads=2, kv_heads=1,
         intermediate=24, vocab=32,
     )  # fmt: skip
-    provider = providers.frozen_step(step.base_model(case), case)
+    provider = step_providers.frozen(step.base_model(case), case)
     seen = []
 
     def watch(module, args, output):
@@ -347,5 +305,5 @@ def test_frozen_makes_dx_down_to_the_first_layer():
 
 def test_missing_peft_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(providers.MissingExtra, match=r'pip install "lora_kernels\[bench\]"'):
+    with pytest.raises(MissingExtra, match=r'pip install "lora_kernels\[bench\]"'):
         op.prepare(SMALL, ["peft"])

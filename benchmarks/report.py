@@ -1,8 +1,8 @@
-"""Results as JSON lines, and every table and plot made from them.
+"""Results as JSON lines, and every table made from them.
 
 A row is one provider in one case:
 
-    schema, kind ("op", "step", "layer", "routed" or "kernel"), case, title, provider,
+    schema, kind (the benchmark's module), case, title, provider,
     skipped (why, or null), timing, reps
     seconds         quantity -> {median, q1, q3, samples}
     over_frozen     quantity -> {median, q1, q3} of this / frozen, repetition by repetition
@@ -23,9 +23,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from lora_kernels.measuring.timing import Sample, Spread, by_quantity, ratios
+from lora_kernels.measuring.timing import Sample, Spread, ratios
 
 SCHEMA = 1
+# The columns of a table, the last of which is compared.
 QUANTITIES = {
     "op": ("forward", "backward", "both"),
     "step": ("forward", "backward", "step"),
@@ -69,7 +70,8 @@ def rows_of(
             "loss": None,
             "meta": meta,
         }
-        for quantity, values in by_quantity(taken).items() if taken else ():
+        for quantity in taken[0] if taken else ():
+            values = [sample[quantity] for sample in taken]
             row["seconds"][quantity] = {**asdict(Spread.of(values)), "samples": values}
         rows.append(row | details.get(provider, {}))
     return rows
@@ -99,11 +101,16 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
+def key_of(case: dict) -> str:
+    """The same for a case as a dataclass has it and as it was read from a file."""
+    return json.dumps(case, sort_keys=True)
+
+
 def by_case(rows: list[dict]) -> list[list[dict]]:
     """Rows grouped by case, in the order of their first row."""
     groups: dict[str, list[dict]] = {}
     for row in rows:
-        groups.setdefault(json.dumps([row["kind"], row["case"]], sort_keys=True), []).append(row)
+        groups.setdefault(row["kind"] + key_of(row["case"]), []).append(row)
     return list(groups.values())
 
 
@@ -271,36 +278,3 @@ def fill_markers(text: str, render: Callable[[str], str]) -> str:
             f"closed {closed}"
         )
     return _MARKED.sub(lambda m: f"{m['open']}{render(m['name']).strip()}\n{m['close']}", text)
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    """Time of each provider as bars, a panel per case, whiskers at the quartiles."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    # The same rows give the same file, so that a committed plot changes only with its numbers.
-    matplotlib.rcParams["svg.hashsalt"] = "lora_kernels"
-    import matplotlib.pyplot as plt
-
-    groups = by_case(rows)
-    figure, axes = plt.subplots(
-        len(groups), 1, figsize=(7.5, 2.2 * len(groups)), squeeze=False, layout="constrained"
-    )
-    for axis, group in zip(axes[:, 0], groups, strict=True):
-        total = QUANTITIES[group[0]["kind"]][-1]
-        shown = [row for row in group if total in row["seconds"]][::-1]
-        times = [row["seconds"][total] for row in shown]
-        medians = [time["median"] * 1e3 for time in times]
-        whiskers = [
-            [(time["median"] - time["q1"]) * 1e3 for time in times],
-            [(time["q3"] - time["median"]) * 1e3 for time in times],
-        ]
-        colours = ["tab:orange" if r["provider"].startswith("ours") else "tab:gray" for r in shown]
-        bars = axis.barh([r["provider"] for r in shown], medians, xerr=whiskers, color=colours)
-        axis.bar_label(bars, [format_seconds(median * 1e-3) for median in medians], padding=4)
-        axis.margins(x=0.15)
-        axis.set_title(group[0]["title"], fontsize=9)
-        axis.set_xlabel(f"{total}, ms", fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
-    plt.close(figure)

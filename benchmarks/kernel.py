@@ -7,26 +7,45 @@ last-level cache, and on CUDA it is the replay of a graph.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from benchmarks.naive import naive_linear
+from benchmarks.op_providers import around
+from benchmarks.preparing import Unavailable, prepare_each
 from lora_kernels import lora_linear
-from lora_kernels.bench.case import KernelCase
-from lora_kernels.bench.memory import SavedStorage
-from lora_kernels.bench.providers import Unavailable, cell_of, forced_strategy
-from lora_kernels.bench.replay import GraphReplay
-from lora_kernels.measuring import machine
+from lora_kernels.measuring.linear_call import SEED, LinearCase, Typed
+from lora_kernels.measuring.replay import TimedCalls, sets_past_cache
 from lora_kernels.ops.linear.triton.operands import Dropout
 from lora_kernels.runtime import cuda_extension, dispatch
 from lora_kernels.runtime.dropout import ActiveDropout, drop_threshold, keep_mask
-from lora_kernels.testing import error_bound
+from lora_kernels.testing import assert_within_policy
 
-MAX_SETS = 64
-SCALING, SEED = 2.0, 20_240_607
+SCALING = 2.0
+
+
+@dataclass(frozen=True)
+class KernelCase(Typed):
+    what: str  # "decode", "y" or "dx"
+    m: int
+    k: int
+    n: int
+    rank: int
+    dropout: float = 0.0  # dx only
+    dtype: str = "bf16"
+    device: str = "cuda"
+
+    @property
+    def title(self) -> str:
+        what = {"decode": "decoding", "y": "the GEMM of y", "dx": "the GEMM of dx"}[self.what]
+        drops = f", dropout {self.dropout:g}" if self.dropout else ""
+        return f"{what}: M {self.m}, K {self.k}, N {self.n}, r {self.rank}, {self.dtype}{drops}"
+
+
+Case = KernelCase
 
 
 @dataclass(frozen=True)
@@ -68,18 +87,15 @@ def make_inputs(case: KernelCase, seed: int) -> KernelInputs:
     )
 
 
-def inputs_to_exceed_cache(case: KernelCase) -> int:
-    """Enough for three times the last-level cache, and at least two."""
-    elements = case.m * (case.k + case.n) + case.n * case.k
-    cache = machine.last_level_cache_bytes(torch.device(case.device))
-    return min(MAX_SETS, max(2, math.ceil(3 * cache / (elements * case.torch_dtype.itemsize))))
-
-
 # ---- who competes
 
 
 def frozen(inputs: KernelInputs, case: KernelCase) -> Tensor:
     return inputs.left @ inputs.right(case)[0]
+
+
+def naive(inputs: KernelInputs, case: KernelCase) -> Tensor:
+    return naive_linear(inputs.left, inputs.weight, inputs.lora_a, inputs.lora_b, SCALING, 0.0)
 
 
 def decode(backend: str, inputs: KernelInputs, case: KernelCase) -> Tensor:
@@ -103,8 +119,9 @@ def triton_gemm(strategy: str, inputs: KernelInputs, case: KernelCase) -> Tensor
 
     right, tail = inputs.right(case)
     out = inputs.left.new_empty((case.m, right.shape[1]))
-    cell = cell_of(case, "backward" if case.what == "dx" else "forward")
-    with forced_strategy(strategy, inputs.left.device):
+    sizes = LinearCase(case.m, case.k, case.n, case.dtype, case.dropout, case.rank)
+    cell = sizes.cell("backward" if case.what == "dx" else "forward")
+    with around(f"triton-{strategy}", inputs.left.device):
         gemm_with_tail(cell, inputs.left, right, inputs.narrow, tail, out, drop=inputs.drop(case))
     return out
 
@@ -122,13 +139,14 @@ def native_gemm(tile: tuple[int, int], inputs: KernelInputs, case: KernelCase) -
     return out
 
 
-DECODE_PROVIDERS: dict[str, Callable[[KernelInputs, KernelCase], Tensor]] = {
+DECODE: dict[str, Callable[[KernelInputs, KernelCase], Tensor]] = {
     "frozen": frozen,
+    "naive": naive,
     "composed": functools.partial(decode, "composed"),
     "triton": functools.partial(decode, "triton"),
     "native": functools.partial(decode, "native"),
 }
-GEMM_PROVIDERS: dict[str, Callable[[KernelInputs, KernelCase], Tensor]] = {
+GEMM: dict[str, Callable[[KernelInputs, KernelCase], Tensor]] = {
     "frozen": frozen,
     "composed": composed_gemm,
     "triton-hybrid": functools.partial(triton_gemm, "hybrid"),
@@ -141,33 +159,10 @@ GEMM_PROVIDERS: dict[str, Callable[[KernelInputs, KernelCase], Tensor]] = {
 
 
 def providers(case: KernelCase) -> dict[str, Callable[[KernelInputs, KernelCase], Tensor]]:
-    return DECODE_PROVIDERS if case.what == "decode" else GEMM_PROVIDERS
+    return DECODE if case.what == "decode" else GEMM
 
 
 # ---- running them
-
-
-class Kernel(GraphReplay):
-    """One provider's calls on all sets of inputs."""
-
-    first_loss = None
-
-    def __init__(
-        self,
-        case: KernelCase,
-        call: Callable[[KernelInputs, KernelCase], Tensor],
-        sets: list[KernelInputs],
-    ) -> None:
-        super().__init__(torch.device(case.device), self._call_all, len(sets), "forward")
-        self._case, self._call, self._sets = case, call, sets
-
-    def saved(self) -> list[SavedStorage]:
-        return []
-
-    @torch.no_grad()
-    def _call_all(self) -> None:
-        for inputs in self._sets:
-            self._call(inputs, self._case)
 
 
 def formula(case: KernelCase, inputs: KernelInputs, dtype: torch.dtype) -> Tensor:
@@ -185,29 +180,24 @@ def formula(case: KernelCase, inputs: KernelInputs, dtype: torch.dtype) -> Tenso
     return left @ weight + tail
 
 
-def wrong(case: KernelCase, ours: Tensor, inputs: KernelInputs) -> str | None:
-    """What breaks the package's error policy; None when nothing does."""
-    exact = formula(case, inputs, torch.float64)
-    bound = error_bound(formula(case, inputs, case.torch_dtype), exact, case.torch_dtype)
-    error = (ours.double() - exact).abs().max().item()
-    return None if error <= bound else f"off by {error:.3g}, allowed is {bound:.3g}"
+def prepare(case: KernelCase, names: list[str]) -> tuple[dict[str, TimedCalls], dict[str, str]]:
+    elements = case.m * (case.k + case.n) + case.n * case.k
+    count = sets_past_cache(elements * case.torch_dtype.itemsize, torch.device(case.device))
+    sets = [make_inputs(case, seed) for seed in range(count)]
+    exact = formula(case, sets[0], torch.float64)
+    eager = formula(case, sets[0], case.torch_dtype)
 
+    def make(name: str) -> TimedCalls:
+        provider = providers(case)[name]
 
-def prepare(case: KernelCase, names: list[str]) -> tuple[dict[str, Kernel], dict[str, str]]:
-    """The calls that can run here, and for those that cannot, why."""
-    sets = [make_inputs(case, seed) for seed in range(inputs_to_exceed_cache(case))]
-    kernels, skipped = {}, {}
-    for name in names:
-        call = providers(case)[name]
-        try:
-            with torch.no_grad():
-                ours = call(sets[0], case)
-            if name != "frozen" and (reason := wrong(case, ours, sets[0])):
-                skipped[name] = f"not timed, its result is wrong: {reason}"
-                continue
-            kernel = Kernel(case, call, sets)
-            kernel.warm_up()
-            kernels[name] = kernel
-        except Exception as error:  # one provider's trouble is not the others'
-            skipped[name] = f"{type(error).__name__}: {error}"
-    return kernels, skipped
+        @torch.no_grad()
+        def call(number: int) -> Tensor:
+            return provider(sets[number], case)
+
+        if name != "frozen":
+            assert_within_policy(case.what, call(0), eager, exact, case.torch_dtype)
+        kernel = TimedCalls(torch.device(case.device), {"forward": call}, count)
+        kernel.warm_up()
+        return kernel
+
+    return prepare_each(names, make)

@@ -5,14 +5,60 @@ adapters) is timed by itself, outside `step`: it is the same for every provider 
 """
 
 import gc
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lora_kernels.bench.case import StepCase
-from lora_kernels.bench.memory import PeakMemory, SavedStorage, peak_of, saved_for_backward
-from lora_kernels.bench.providers import STEP_PROVIDERS, MissingExtra, StepProvider
+from benchmarks.memory import PeakMemory, SavedStorage, peak_of, saved_for_backward
+from benchmarks.preparing import MissingExtra, Unavailable, prepare_each
+from benchmarks.step_providers import PROVIDERS, StepProvider
 from lora_kernels.measuring import timing
+from lora_kernels.measuring.linear_call import Typed
+
+
+@dataclass(frozen=True)
+class StepCase(Typed):
+    dtype: str = "bf16"
+    dropout: float = 0.0
+    rank: int = 16
+    alpha: float = 32
+    batch: int = 2
+    length: int = 256
+    layers: int = 30
+    hidden: int = 576
+    heads: int = 9
+    kv_heads: int = 3
+    intermediate: int = 1536
+    vocab: int = 49152
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads or self.heads % self.kv_heads:
+            raise ValueError(
+                "--hidden must be a multiple of --heads, and --heads of --kv-heads; got "
+                f"{self.hidden}, {self.heads}, {self.kv_heads}"
+            )
+
+    @property
+    def title(self) -> str:
+        return (
+            f"training step: {self.layers} layers of {self.hidden}, {self.batch}x{self.length} "
+            f"tokens, r {self.rank}, {self.dtype}, dropout {self.dropout:g}"
+        )
+
+
+Case = StepCase
+
+
+def default_cases(device: str) -> list[StepCase]:
+    return [StepCase(device=device)]
+
+
+def default_providers(case: StepCase) -> list[str]:
+    # In fp32 peft-base-dtype would be the same measurement as peft.
+    base_dtype = ["peft-base-dtype"] if case.dtype != "fp32" else []
+    return ["frozen", "naive", "peft", *base_dtype, "ours"]
 
 
 def base_model(case: StepCase) -> nn.Module:
@@ -71,8 +117,7 @@ class Step:
         if self.first_loss is None:
             self.first_loss = loss.item()
         sample = clock.seconds()
-        sample["step"] = sample["forward"] + sample["backward"]
-        return sample
+        return sample | {"step": sample["forward"] + sample["backward"]}
 
     def saved(self) -> list[SavedStorage]:
         model = self._provider.model
@@ -86,27 +131,14 @@ class Step:
 
 
 def prepare(case: StepCase, names: list[str]) -> tuple[dict[str, Step], dict[str, str]]:
-    """The steps that can run here, and for those that cannot, why."""
     base = base_model(case)
-    steps, skipped = {}, {}
-    for name in names:
-        try:
-            provider = STEP_PROVIDERS[name](base, case)
-            step = Step(case, provider)
-            step.run()  # warms up: primitive caches, the allocator, the optimizer's state
-            if reason := provider.fallback_reason():
-                skipped[name] = f"not timed: {reason}"
-            else:
-                steps[name] = step
-        except MissingExtra:
-            raise
-        except Exception as error:  # one provider's trouble is not the others'
-            skipped[name] = f"{type(error).__name__}: {error}"
-    return steps, skipped
 
+    def make(name: str) -> Step:
+        provider = PROVIDERS[name](base, case)
+        step = Step(case, provider)
+        step.run()  # warms up: primitive caches, the allocator, the optimizer's state
+        if reason := provider.fallback_reason():
+            raise Unavailable(f"not timed, {reason}")
+        return step
 
-def peak_memory(case: StepCase, name: str) -> PeakMemory:
-    """Peak of one warmed-up step; to be called in a process of its own."""
-    step = Step(case, STEP_PROVIDERS[name](base_model(case), case))
-    step.run()
-    return step.peak()
+    return prepare_each(names, make)

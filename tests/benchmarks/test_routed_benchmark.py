@@ -1,4 +1,4 @@
-"""`bench routed`: its rows, its ratios, and that it refuses a provider whose result is wrong."""
+"""`routed`: its rows, its ratios, and that it refuses a provider whose result is wrong."""
 
 import json
 from dataclasses import replace
@@ -6,20 +6,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_kernels.bench import cli, report, routed
-from lora_kernels.bench.routed import RoutedCase, make_inputs, wrong
-from lora_kernels.bench.routed_providers import OTHER_FUNCTIONS, ROUTED_PROVIDERS
+from benchmarks import report, routed
+from benchmarks.__main__ import main
+from benchmarks.routed import RoutedCase, hold_to_policy, make_inputs
+from benchmarks.routed_providers import OTHER_FUNCTIONS, PROVIDERS
 
 SMALL = RoutedCase(sequences=6, tokens=3, k=40, slices=(24, 16), adapters=4, ranks=(2, 5, 3))
 ELSEWHERE = ("triton", "triton-fused")
-ON_CPU = [n for n in ROUTED_PROVIDERS if n not in (*ELSEWHERE, *OTHER_FUNCTIONS)]
+ON_CPU = [n for n in PROVIDERS if n not in (*ELSEWHERE, *OTHER_FUNCTIONS)]
 
 
 def test_the_command_writes_a_row_per_provider_with_the_adapters_part(tmp_path, capsys):
     out = tmp_path / "routed.jsonl"
-    options = "--batches 6x2 --layer 32x24+8 --adapters 3 --ranks 2,5 --reps 3 --dtype fp32"
-    names = "--providers frozen,peft,composed"
-    assert cli.main(["routed", *options.split(), *names.split(), f"--out={out}"]) == 0
+    options = "--sequences 6 --tokens 2 --k 32 --slices 24+8 --adapters 3 --ranks 2+5 --reps 3"
+    names = "--dtype fp32 --device cpu --no-memory --providers frozen,peft,composed"
+    assert main(["routed", *options.split(), *names.split(), f"--out={out}"]) == 0
     rows = {row["provider"]: row for row in map(json.loads, out.read_text().splitlines())}
     assert list(rows) == ["frozen", "peft", "composed"]
     assert rows["composed"]["title"] == (
@@ -44,43 +45,44 @@ def test_every_provider_computes_the_same_function(name, dtype):
     inputs = make_inputs(case, seed=3)
     if name == "grouped-mm" and dtype == "fp32":
         pytest.skip("torch._grouped_mm takes bf16 only")
-    assert wrong(case, ROUTED_PROVIDERS[name](inputs, case), inputs) is None
+    hold_to_policy(case, PROVIDERS[name](inputs, case), inputs)
 
 
 @pytest.mark.parametrize("base", [True, False])
-@pytest.mark.parametrize("name", ["loop", "composed"])
+@pytest.mark.parametrize("name", ["naive", "composed"])
 def test_gradients_are_compared_in_training(name, base):
     case = replace(SMALL, train=True, dtype="fp32", base=base)
     inputs = make_inputs(case, seed=3)
-    call = ROUTED_PROVIDERS[name](inputs, case)
+    call = PROVIDERS[name](inputs, case)
     assert len(call.leaves) == 1 + 2 * 2 * 4
-    assert wrong(case, call, inputs) is None
+    hold_to_policy(case, call, inputs)
 
 
 def test_a_forgotten_scaling_is_noticed():
     case = replace(SMALL, dtype="bf16")
     inputs = make_inputs(case, seed=3)
     forgetful = replace(inputs, scaling=[1.0] * case.adapters)
-    reason = wrong(case, ROUTED_PROVIDERS["loop"](forgetful, case), inputs)
-    assert reason.startswith("y is off by")
+    with pytest.raises(AssertionError, match="y: maximum error"):
+        hold_to_policy(case, PROVIDERS["naive"](forgetful, case), inputs)
 
 
 def test_the_last_adapter_is_noticed():
     case = replace(SMALL, dtype="fp32", train=True)
     inputs = make_inputs(case, seed=3)
     other = [*inputs.lora_b[:-1], [torch.zeros_like(b) for b in inputs.lora_b[-1]]]
-    call = ROUTED_PROVIDERS["loop"](replace(inputs, lora_b=other), case)
-    assert wrong(case, call, inputs).startswith("y is off by")
+    call = PROVIDERS["naive"](replace(inputs, lora_b=other), case)
+    with pytest.raises(AssertionError, match="y: maximum error"):
+        hold_to_policy(case, call, inputs)
 
 
 def test_without_a_base_the_part_is_the_whole():
     case = replace(SMALL, base=False)
     samples = {"composed": [{"layer": 2.0}, {"layer": 3.0}]}
-    routed.with_parts(case, samples)
+    routed.derive(case, samples)
     assert [sample["part"] for sample in samples["composed"]] == [2.0, 3.0]
 
 
 def test_a_provider_that_cannot_run_here_is_skipped_with_its_reason():
-    layers, skipped = routed.prepare(replace(SMALL, train=True), ["peft", "loop"])
-    assert list(layers) == ["loop"]
+    layers, skipped = routed.prepare(replace(SMALL, train=True), ["peft", "naive"])
+    assert list(layers) == ["naive"]
     assert skipped == {"peft": "Unavailable: PEFT refuses mixed batches in training"}
