@@ -203,7 +203,7 @@ class Toolkit:
         lines = [HEAD, NVCC_RULE.format(nvcc=quoted(self.command))]
         for source, built in zip(CUDA_SOURCES, self.objects, strict=True):
             said = Path(built).with_suffix(".txt")  # by ptxas, for the tests
-            lines.append(f"build {built} | {said}: nvcc {source}\n  said = {said}\n")
+            lines.append(f"\nbuild {built} | {said}: nvcc {source}\n  said = {said}\n")
         return "".join(lines)
 
     def compile_without_ninja(self) -> None:
@@ -353,11 +353,13 @@ class BuildOptionally(build_ext):
         flags = quoted(ext.extra_compile_args)
         lines.append(CXX_RULE.format(compiler=quoted(compiler), flags=flags))
         objects = []
+        lines.append(f"\nhere = {BUILT}/{name}\nfor_python = {quoted(python)}\n")
         for source in sources:
-            objects.append(str(BUILT / name / Path(source).relative_to("csrc").with_suffix(".o")))
-            lines.append(f"build {objects[-1]}: cxx {source} | {BUILT}/{name}/compiler.txt\n")
+            built = Path(source).relative_to("csrc").with_suffix(".o")
+            objects.append(str(BUILT / name / built))
+            lines.append(f"build $here/{built}: cxx {source} | $here/compiler.txt\n")
             if source in BINDING:
-                lines.append(f"  python = {quoted(python)}\n")
+                lines.append("  python = $for_python\n")
         run_ninja(f"{name}.ninja", files | {f"{name}.ninja": "".join(lines)})
         return objects
 
