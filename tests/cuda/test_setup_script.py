@@ -278,16 +278,16 @@ def test_without_ninja_there_is_a_cuda_part_too(tree):
 
 
 def test_what_the_compiler_said_is_recorded(tree):
-    tree.write("csrc/cpu/two.cpp", "int two() { return three; }\n")
-    tree.build()
+    tree.write("csrc/cpu/one.cpp", "int one() { return three; }\n")
+    tree.build(MAX_JOBS="1")
     recorded = tree.error.read_text()
-    assert re.match(r"csrc/cpu/two\.cpp:1:\d+: error: .*three.* not declared|"
-                    r"csrc/cpu/two\.cpp:1:\d+: error: use of undeclared", recorded)  # fmt: skip
+    assert re.match(r"csrc/cpu/one\.cpp:1:\d+: error: .*three.* not declared|"
+                    r"csrc/cpu/one\.cpp:1:\d+: error: use of undeclared", recorded)  # fmt: skip
     assert "ninja" not in recorded and "-std=c++17" not in recorded, "nothing but the compiler"
     assert not [*tree.package.glob("*.so")]
     # The rest was compiled all the same, and is not again.
-    tree.write("csrc/cpu/two.cpp", SOURCES["csrc/cpu/two.cpp"])
-    assert tree.remade() == {"two.o", "_native"}
+    tree.write("csrc/cpu/one.cpp", SOURCES["csrc/cpu/one.cpp"])
+    assert tree.remade() == {"one.o", "_native"}
     assert not tree.error.exists()
 
 
@@ -363,8 +363,10 @@ def test_a_build_with_and_without_its_cuda_part(tree):
 
     tree.write("csrc/cuda/kernel.cu", KERNEL)
     assert "LORA_KERNELS_CUDA=0 was set" in build(LORA_KERNELS_CUDA="0")
+    with_it = {"binding.o", "kernel.o", "_native"}
     assert tree.cuda_error.read_text() == "LORA_KERNELS_CUDA=0 was set when it was installed\n"
-    assert build() == "", "it is built again, now that it may have its CUDA part, and quietly"
+    assert tree.remade(LORA_KERNELS_CUDA="") == with_it, "only the binding knows of it"
+    assert build(LORA_KERNELS_CUDA="") == "", "quietly"
     assert not tree.cuda_error.exists() and tree.imported("print(n.answer)") == "42"
 
     # A CUDA part that the rest does not compile with is left out too.
