@@ -8,6 +8,7 @@ imported before somebody asks for it. New code imports the new one.
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
@@ -87,7 +88,7 @@ _RENAMED = {
 }
 
 
-class OldPaths:
+class OldPaths(Loader):
     """Finds modules by their old names, and loads them."""
 
     def find_spec(
@@ -104,6 +105,7 @@ class OldPaths:
 
     def exec_module(self, module: ModuleType) -> None:
         old, new = module.__name__, _new_name(module.__name__)
+        assert new is not None, "find_spec knows only old names"
         renamed = _RENAMED.get(old.removeprefix(f"{_PACKAGE}."), {})
 
         def attribute(name: str):

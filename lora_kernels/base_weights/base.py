@@ -93,6 +93,11 @@ def rebuild(tensors: Sequence[Tensor], format: str, meta: Sequence[int]) -> Base
     return _FORMATS[format](*tensors, *meta) if tensors else None
 
 
+def rebuild_weight(tensors: Sequence[Tensor], format: str, meta: Sequence[int]) -> BaseWeight:
+    """:func:`rebuild` where there is a weight."""
+    return _FORMATS[format](*tensors, *meta)
+
+
 def product_or_bias(
     base: BaseWeight | None,
     x: Tensor,  # [..., K]

@@ -48,6 +48,21 @@ def limits_of(device: torch.device) -> DeviceLimits:
     )
 
 
+class Tile:
+    """The sizes of a kernel's blocks, and how it is compiled; subclasses are frozen dataclasses."""
+
+    @functools.cached_property
+    def options(self) -> dict[str, int | bool]:
+        """What a launch takes of a tile: the kernel's constants, in capitals, and the compiler's
+        options."""
+        taken = {
+            name: value
+            for name, value in vars(self).items()
+            if name.isupper() or name.startswith("num_")
+        }
+        return {**taken, "enable_fp_fusion": FP_FUSION}
+
+
 def on_device(tensor: Tensor):
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

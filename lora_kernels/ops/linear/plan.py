@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from lora_kernels.adapters.factors import LoRAFactors
-from lora_kernels.base_weights import BaseWeight
+from lora_kernels.base_weights import BaseWeight, matrix_of
 from lora_kernels.ops.linear import composed, cpu, tuned
-from lora_kernels.ops.linear.call import LinearCall
 from lora_kernels.runtime import cuda_extension, dispatch
 from lora_kernels.runtime.device_limits import next_power_of_two
 from lora_kernels.runtime.dispatch import Choice
@@ -95,16 +94,15 @@ def make_plan(
     drops = drop_threshold(dropout_p) > 0
     sizes = tuned.Sizes.of(base, factors.a, factors.b, drops)
     choice = tuned.choose(backend, "forward", x, sizes)
-    call = LinearCall(x, base, factors, None, None)
-    forward = backward = strided = module_of(choice.backend, call, x)
+    forward = backward = strided = module_of(choice.backend, base, x)
     if backend == "auto" and x.is_cuda and sizes.base_format == "dense":
         # dy is not known yet: taken as contiguous, which it is in a model.
-        backward = module_of(tuned.of_sizes("backward", x, sizes).backend, call, x)
+        backward = module_of(tuned.of_sizes("backward", x, sizes).backend, base, x)
         strided = composed
     return LinearPlan(backend, choice, forward, backward, strided, drops)
 
 
-def module_of(backend: str, call: LinearCall, activation: Tensor) -> ModuleType:
+def module_of(backend: str, base: BaseWeight | None, activation: Tensor) -> ModuleType:
     """The module of a backend; those that import Triton when they are first asked for.
 
     Raises:
@@ -116,32 +114,32 @@ def module_of(backend: str, call: LinearCall, activation: Tensor) -> ModuleType:
     elif backend in ("native", "triton"):
         name = "cuda" if backend == "native" else "triton"
         module = import_module(f"lora_kernels.ops.linear.{name}")
-    if reason := module.why_not(call):
+    if reason := module.why_not(base):
         raise ValueError(f"backend={backend!r} cannot serve this call: {reason}")
     return module
 
 
-def explain_plan(plan: LinearPlan, call: LinearCall) -> Choice:
+def explain_plan(
+    plan: LinearPlan, x: Tensor, base: BaseWeight | None, factors: LoRAFactors
+) -> Choice:
     """The plan's choice; the reason names the kernels, and the backward's backend where a table
     decides."""
     backend, reason = plan.choice
-    x, base = call.x, call.base
     if backend == "native" and x.device.type == "cuda":
-        reason = f"{reason}; {_native_kernels(call)}"
-    sizes = tuned.Sizes.of(base, call.factors.a, call.factors.b, call.dropout is not None)
+        reason = f"{reason}; {_native_kernels(x, base, factors, plan.drops)}"
+    sizes = tuned.Sizes.of(base, factors.a, factors.b, plan.drops)
     if plan.backend != "auto" or x.device.type != "cuda" or sizes.base_format != "dense":
         return Choice(backend, reason)
     backward = tuned.of_sizes("backward", x, sizes)
     return Choice(backend, f"{reason}; backward {backward.backend}: {backward.reason}")
 
 
-def _native_kernels(call: LinearCall) -> str:
+def _native_kernels(x: Tensor, base: BaseWeight | None, factors: LoRAFactors, drops: bool) -> str:
     """Which kernels run when native serves a forward on a GPU."""
-    from lora_kernels.ops.linear import cuda
-
-    reason = cuda.why_not_decode(call)
+    rank, output_scale = factors.a.shape[0], factors.output_scale
+    reason = cuda_extension.why_not_decode_linear(x, matrix_of(base), rank, drops, output_scale)
     if reason is None:
         return "one CUDA kernel for base and adapter"
-    gemm = cuda_extension.missing_gemm_tail(call.x.device)
+    gemm = cuda_extension.missing_gemm_tail(x.device)
     wide = f"all kernels are Triton's ({gemm})" if gemm else "Triton's kernels around a CUDA GEMM"
     return f"not the CUDA kernel for few tokens ({reason}): {wide}"

@@ -5,8 +5,8 @@ the factors of all adapters are cast together.
 
 Dimensions: n rows of a group, D and Q wide dimensions or the rank.
 """
-
-from collections.abc import Sequence
+# pyright: reportPrivateImportUsage=false
+# torch's loops over lists have names with an underscore only.
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from lora_kernels.ops.narrow.products import row_chunks, transposed_product, wid
 # kernels for aligned operands serve, and those that read on to such a multiple meet zeros.
 _PITCH = 32
 
+Tensors = list[Tensor] | tuple[Tensor, ...]  # as those loops take them
+
 
 def product_(
     out: Tensor,  # [n, Q], written; any strides
@@ -25,7 +27,7 @@ def product_(
 ) -> None:
     """``out = left @ right``; rows that are to be widened are so by chunks."""
     if left.dtype != right.dtype:
-        for chunk in row_chunks(*left.shape, left.device):
+        for chunk in row_chunks(left.shape[0], left.shape[1], left.device):
             product_(out[chunk], left[chunk].to(right.dtype), right)
     elif out.dtype == left.dtype:
         torch.mm(left, right, out=out)
@@ -82,8 +84,8 @@ def factor_dtype(
 
 
 def cast(
-    factors: Sequence[Tensor], dtype: torch.dtype, *, in_range: bool = False
-) -> tuple[Sequence[Tensor], Tensor | None]:
+    factors: Tensors, dtype: torch.dtype, *, in_range: bool = False
+) -> tuple[Tensors, Tensor | None]:
     """The factors in ``dtype``, with one launch for all; see :func:`copy_` for the rest."""
     if all(factor.dtype == dtype for factor in factors):
         return factors, None
@@ -95,9 +97,7 @@ def cast(
     return made, copy_(made, factors, in_range=in_range)
 
 
-def copy_(
-    targets: Sequence[Tensor], factors: Sequence[Tensor], *, in_range: bool = False
-) -> Tensor | None:
+def copy_(targets: Tensors, factors: Tensors, *, in_range: bool = False) -> Tensor | None:
     """Copy all, with one launch where the targets have no gaps.
 
     Args:
@@ -118,7 +118,7 @@ def copy_(
 def in_half_range(narrow: Tensor) -> tuple[Tensor, Tensor]:
     """h or t of all groups in fp16, and what products with it are to be multiplied by."""
     exponent = half_range(narrow.abs())
-    out = narrow_buffer(narrow, *narrow.shape, torch.float16)
+    out = narrow_buffer(narrow, narrow.shape[0], narrow.shape[1], torch.float16)
     return torch.div(narrow, exponent, out=out), exponent
 
 

@@ -29,10 +29,11 @@ def masked_copy(
 
         mask = None if mask is None else mask.contiguous()
         return masked.masked_copy(with_neighbours(x), dropout, mask)
+    rows, columns = x.shape
     if mask is None:
-        mask = draw_mask(*x.shape, dropout)
+        mask = draw_mask(rows, columns, dropout)
     kept = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for chunk in row_chunks(*x.shape, x.device):
+    for chunk in row_chunks(rows, columns, x.device):
         torch.mul(zero_dropped(x[chunk], mask[chunk]), dropout.scale, out=kept[chunk])
     return kept, mask
 
@@ -63,8 +64,9 @@ def masked_product(
     alpha = alpha * dropout.scale
     if scale is not None:
         t = rounded(t, t.dtype, scale)
-    out = t.new_empty((t.shape[0], a.shape[1]))
-    for chunk in row_chunks(*out.shape, out.device):
+    rows, columns = t.shape[0], a.shape[1]
+    out = t.new_empty((rows, columns))
+    for chunk in row_chunks(rows, columns, out.device):
         out[chunk] = zero_dropped(scaled_product(t[chunk], a, alpha), mask[chunk])
     return out
 

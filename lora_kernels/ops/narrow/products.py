@@ -22,7 +22,7 @@ def narrow_product(wide: Tensor, factor: Tensor) -> Tensor:
         return _product(wide, factor, product_dtype(wide))
     out = wide.new_empty((wide.shape[0], factor.shape[1]), dtype=torch.float32)
     factor = factor.float()
-    for chunk in row_chunks(*wide.shape, wide.device):
+    for chunk in row_chunks(wide.shape[0], wide.shape[1], wide.device):
         torch.mm(wide[chunk].float(), factor, out=out[chunk])
     return out
 

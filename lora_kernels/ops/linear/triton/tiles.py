@@ -24,6 +24,7 @@ from torch import Tensor
 from lora_kernels.runtime.device_limits import (
     DeviceLimits,
     PipelineBytes,
+    Tile,
     blocks_at_once,
     cdiv,
     clamp,
@@ -33,6 +34,7 @@ from lora_kernels.runtime.device_limits import (
     pipeline_stages,
     precision,
 )
+from lora_kernels.runtime.dtypes import short_name
 from lora_kernels.runtime.plan import forget_plans
 
 TUNED = Path(__file__).parents[3] / "tuned"
@@ -69,7 +71,7 @@ MAX_BLOCK_R = 128
 
 
 @dataclass(frozen=True)
-class ShrinkTile:
+class ShrinkTile(Tile):
     BLOCK_M: int
     BLOCK_D: int
     BLOCK_R: int
@@ -79,7 +81,7 @@ class ShrinkTile:
 
 
 @dataclass(frozen=True)
-class RankGradientTile:
+class RankGradientTile(Tile):
     BLOCK_M: int
     BLOCK_D: int
     BLOCK_R: int
@@ -89,7 +91,7 @@ class RankGradientTile:
 
 
 @dataclass(frozen=True)
-class GemmTile:
+class GemmTile(Tile):
     BLOCK_M: int
     BLOCK_C: int
     BLOCK_D: int
@@ -150,16 +152,9 @@ def make_cell(
     ieee: bool,
 ) -> LinearCell:
     return LinearCell(
-        direction=direction,
-        dtype=str(dtype).removeprefix("torch."),
-        itemsize=dtype.itemsize,
-        tokens=tokens,
-        in_features=in_features,
-        out_features=out_features,
-        rank=rank,
-        dropout=dropout,
-        ieee=ieee,
-    )
+        direction, short_name(dtype), dtype.itemsize, tokens, in_features, out_features, rank,
+        dropout, ieee,
+    )  # fmt: skip
 
 
 @tile_of_cell
@@ -209,14 +204,8 @@ def shrink_tile(
         masked=masked,
         ieee=cell.ieee,
     )
-    tile = ShrinkTile(
-        BLOCK_M=block_m,
-        BLOCK_D=block_d,
-        BLOCK_R=block_r,
-        parts=parts,
-        num_warps=num_warps,
-        num_stages=pipeline_stages(4, loop, limits),
-    )
+    num_stages = pipeline_stages(4, loop, limits)
+    tile = ShrinkTile(block_m, block_d, block_r, parts, num_warps, num_stages)
     return replace(tile, **tuned(cell, limits).get("shrink", {}))
 
 
@@ -252,24 +241,14 @@ def rank_gradient_tile(
     num_stages = pipeline_stages(3, loop, limits)
     programs = cdiv(depth, block_d) * cdiv(cell.rank, block_r)
     blocks = cdiv(cell.tokens, block_m)
-    at_once = limits.multiprocessors * blocks_at_once(
-        num_warps,
-        rank_gradient_registers(block_r, num_warps, limits),
-        loop.of(num_stages, limits),
-        limits,
-    )
+    registers = rank_gradient_registers(block_r, num_warps, limits)
+    shared = loop.of(num_stages, limits)
+    at_once = limits.multiprocessors * blocks_at_once(num_warps, registers, shared, limits)
     # Rounded down: a few programs more than run at once take as long as twice as many.
     parts = clamp(at_once // programs, 1, max(blocks, 1))
     # Whole blocks per part: no part may be left without rows.
     parts = cdiv(blocks, cdiv(blocks, parts)) if blocks else 1
-    tile = RankGradientTile(
-        BLOCK_M=block_m,
-        BLOCK_D=block_d,
-        BLOCK_R=block_r,
-        parts=parts,
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+    tile = RankGradientTile(block_m, block_d, block_r, parts, num_warps, num_stages)
     return replace(tile, **tuned(cell, limits).get("rank_gradient", {}))
 
 
@@ -327,16 +306,8 @@ def gemm_tile(
     elif cell.itemsize == 4:
         block_r = min(block_r, 32)
     loop = gemm_loop(block_m, block_c, block_d if has_main else block_r, cell.itemsize, tma=tma)
-    tile = GemmTile(
-        BLOCK_M=block_m,
-        BLOCK_C=block_c,
-        BLOCK_D=block_d,
-        BLOCK_R=block_r,
-        GROUP_M=8,
-        tma=tma,
-        num_warps=num_warps,
-        num_stages=pipeline_stages(num_stages, loop, limits),
-    )
+    num_stages = pipeline_stages(num_stages, loop, limits)
+    tile = GemmTile(block_m, block_c, block_d, block_r, 8, tma, num_warps, num_stages)
     if not has_main:
         return tile
     return replace(tile, **tuned(cell, limits).get("gemm", {}))
