@@ -42,7 +42,7 @@ class BaseWeight:
         _FORMATS[cls.format] = cls
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What it is stored as: what an op takes and a backward saves."""
+        """The tensors that the weight is stored as: an op takes and a backward saves them."""
         raise NotImplementedError
 
     def to(self, dtype: torch.dtype) -> BaseWeight:
@@ -104,8 +104,8 @@ def product_or_bias(
     bias: Tensor | None,  # [N]
     out_features: int,
 ) -> tuple[Tensor, bool]:  # [..., N]
-    """What an adapter's part is added to, and whether it holds anything: without a base weight it
-    is the bias, and without that uninitialised memory."""
+    """What an adapter's part is added to, and whether that holds anything: without a base weight
+    it is the bias, without either it is uninitialised memory."""
     if base is not None:
         return base.matmul(x, bias), True
     y = x.new_empty((*x.shape[:-1], out_features))

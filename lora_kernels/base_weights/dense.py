@@ -98,5 +98,5 @@ def matrix_of(base: BaseWeight | None) -> Tensor | None:
 
 
 def base_of(weight: Tensor | BaseWeight | None) -> BaseWeight | None:
-    """A weight as the value that it is, or is stored as."""
+    """A weight as a value: a tensor is a plain one."""
     return DenseWeight(weight) if isinstance(weight, Tensor) else weight

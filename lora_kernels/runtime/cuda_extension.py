@@ -199,7 +199,7 @@ def _factors(lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype) -> tuple[Tensor
 
 
 def _scaling(scaling: Tensor | float, device: torch.device) -> tuple[Tensor | float, int, float]:
-    """What must live on, and the scaling by address or as a number."""
+    """The scaling, which has to outlive the launch, its address or 0, and the number or 0."""
     if isinstance(scaling, Tensor) and scaling.device == device:
         scaling = scaling.to(torch.float32)
         return scaling, scaling.data_ptr(), 0.0

@@ -31,7 +31,7 @@ class DeviceLimits:
 
     @property
     def threads(self) -> int:
-        """Of one multiprocessor."""
+        """Threads that one multiprocessor holds."""
         return 2048 if self.capability in (80, 90, 100, 103) else 1536
 
 

@@ -75,7 +75,7 @@ class MaskPlace(NamedTuple):
 
 
 def check_place(row_offset: int, column_offset: int, pitch: int | None, columns: int) -> None:
-    """Whether they place an activation of so many columns.
+    """Raise unless they place an activation of so many columns.
 
     Raises:
         TypeError: one is not an integer.

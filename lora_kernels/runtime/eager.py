@@ -66,7 +66,7 @@ def restore_leading_dims(y: Tensor, x: Tensor) -> Tensor:
 
 
 def below_autograd(function):
-    """For a backend whose operations autograd need not see: saves each of them the time to ask."""
+    """Let a backend run below autograd, which else looks at each of its operations."""
 
     @functools.wraps(function)
     def run(call):
@@ -88,7 +88,7 @@ def autocast_off(like: Tensor):
 
 
 def without_autocast(function):
-    """For the kernels of ops: they do their own casts, and autocast must not add any below them."""
+    """Let an op's kernel run without autocast's casts: it does its own."""
 
     @functools.wraps(function)
     def run(*arguments):

@@ -29,7 +29,7 @@ class Plans(dict):
         _ALL[id(self)] = self
 
     def keep(self, key: tuple | None, plan: Plan) -> Plan:
-        """Remember a plan; None is no key."""
+        """Remember a plan, unless the key is None."""
         if key is not None:
             if len(self) >= _LIMIT:
                 self.clear()

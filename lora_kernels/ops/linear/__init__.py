@@ -140,8 +140,8 @@ def adapted_linear(
 ) -> Tensor | None:
     """:func:`lora_linear` of the frozen weight and the adapter as values.
 
-    ``known_as`` is what conditions of the caller depend on: with it only calls are served that
-    :func:`remember` has been told of, outside of autocast; for others it returns None.
+    ``known_as`` is what conditions of the caller depend on. With it the function serves only calls
+    that :func:`remember` has been told of, and none under autocast: it returns None for others.
     """
     if _autocasts():
         if known_as is not None:
@@ -162,7 +162,7 @@ def adapted_linear(
 
 
 def remember(x, base, factors, bias, dropout_p, known_as: tuple) -> None:
-    """Let :func:`adapted_linear` serve calls like this one, which it has served, with known_as."""
+    """Let :func:`adapted_linear`, which has served this call, serve its like with ``known_as``."""
     plan = PLANS.get(key_of(x, base, factors, bias, dropout_p, None, "auto", None))
     if plan is not None:
         PLANS.keep(key_of(x, base, factors, bias, dropout_p, None, "auto", known_as), plan)

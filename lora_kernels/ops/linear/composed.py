@@ -18,6 +18,7 @@ from lora_kernels.ops.narrow.columns import column_dot, scale_columns
 from lora_kernels.ops.narrow.masks import draw_mask, masked_copy, masked_product
 from lora_kernels.ops.narrow.products import (
     in_fp16_range,
+    is_better_widened,
     narrow_product,
     rounded,
     scaled_product,
@@ -45,7 +46,8 @@ def forward(call: LinearCall) -> Result:
     if call.dropout is not None:
         dropped, mask = masked_copy(rows, call.dropout)
     kept_a = kept_b = unscaled = None
-    if _is_better_widened(rows, factors):
+    kind, rank = factors.a.dtype, factors.a.shape[0]
+    if kind == factors.b.dtype and is_better_widened(rows, kind, rank):
         h = dropped.to(factors.a.dtype) @ factors.a.t()
         y, begun = product_or_bias(call.base, rows, bias, factors.b.shape[0])
         scaling = host_number(factors.scaling)
@@ -129,13 +131,6 @@ def _gradient_of_b(h: Tensor, factors: LoRAFactors, rows_dy: Tensor) -> Tensor: 
     if isinstance(scaling, Tensor):
         return transposed_product(rows_dy, h, dtype, scale=scaling)
     return transposed_product(rows_dy, h, dtype, scaling)
-
-
-def _is_better_widened(rows: Tensor, factors: LoRAFactors) -> bool:
-    """Whether the rows are to take the factors' wider dtype, and not the factors theirs: with so
-    few tokens the factors are most of what is read."""
-    wider = factors.a.dtype.itemsize > rows.dtype.itemsize
-    return wider and factors.a.dtype == factors.b.dtype and rows.shape[0] < factors.a.shape[0]
 
 
 def _scaled_b(factors: LoRAFactors, dtype: torch.dtype) -> tuple[Tensor, float]:

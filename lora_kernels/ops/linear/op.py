@@ -81,8 +81,8 @@ def stores_mask(device: torch.device, drops: bool, backend: str) -> bool:
 
 
 def _dtype_of_h(x: Tensor, backend: str) -> torch.dtype:
-    """Of the op's result: known from x's device and dtype, as the choice between native and
-    composed is. On a GPU it is composed's, whatever serves the call."""
+    """The dtype of the op's h. It follows from x's device and dtype, as the choice between native
+    and composed does; on a GPU it is composed's, whatever serves the call."""
     if backend not in ("triton", "native") and x.device.type == "cpu":
         backend = dispatch.choose(backend, x.device, x.dtype).backend
     return torch.float32 if backend in ("triton", "native") else product_dtype(x)

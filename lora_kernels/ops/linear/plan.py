@@ -30,6 +30,7 @@ class LinearPlan:
     Attributes:
         backend: as it was asked for, the process's default in place of ``auto``.
         choice: the forward's backend and why, as ``explain`` prints it.
+        backward_choice: the backward's, where a table decides.
         forward, backward: the modules that serve.
         strided_backward: the module for a dy that is not contiguous.
         drops: whether anything is dropped.
@@ -37,6 +38,7 @@ class LinearPlan:
 
     backend: str
     choice: Choice
+    backward_choice: Choice | None
     forward: ModuleType
     backward: ModuleType
     strided_backward: ModuleType
@@ -53,10 +55,8 @@ def key_of(
     backend: str,
     known_as: tuple | None,
 ) -> tuple | None:
-    """All that the full check and the choice look at; None where only the check can tell.
-
-    ``known_as`` is what conditions of a caller depend on.
-    """
+    """All that the full check and the choice look at, and ``known_as``, what conditions of a caller
+    depend on; None where only the check can tell."""
     a, b, scaling, output_scale, rank_scale = factors
     tensors = weights = ()
     kind, number = None, type(scaling)
@@ -89,17 +89,18 @@ def key_of(
 def make_plan(
     backend: str, x: Tensor, base: BaseWeight | None, factors: LoRAFactors, dropout_p: float
 ) -> LinearPlan:
-    """For arguments that the full check has accepted; a named backend that cannot serve raises."""
+    """The plan of checked arguments; a named backend that cannot serve raises."""
     backend = dispatch.requested(backend)
     drops = drop_threshold(dropout_p) > 0
     sizes = tuned.Sizes.of(base, factors.a, factors.b, drops)
     choice = tuned.choose(backend, "forward", x, sizes)
+    backward_choice = None
     forward = backward = strided = module_of(choice.backend, base, x)
     if backend == "auto" and x.is_cuda and sizes.base_format == "dense":
         # dy is not known yet: taken as contiguous, which it is in a model.
-        backward = module_of(tuned.of_sizes("backward", x, sizes).backend, base, x)
-        strided = composed
-    return LinearPlan(backend, choice, forward, backward, strided, drops)
+        backward_choice = tuned.of_sizes("backward", x, sizes)
+        backward, strided = module_of(backward_choice.backend, base, x), composed
+    return LinearPlan(backend, choice, backward_choice, forward, backward, strided, drops)
 
 
 def module_of(backend: str, base: BaseWeight | None, activation: Tensor) -> ModuleType:
@@ -127,11 +128,9 @@ def explain_plan(
     backend, reason = plan.choice
     if backend == "native" and x.device.type == "cuda":
         reason = f"{reason}; {_native_kernels(x, base, factors, plan.drops)}"
-    sizes = tuned.Sizes.of(base, factors.a, factors.b, plan.drops)
-    if plan.backend != "auto" or x.device.type != "cuda" or sizes.base_format != "dense":
-        return Choice(backend, reason)
-    backward = tuned.of_sizes("backward", x, sizes)
-    return Choice(backend, f"{reason}; backward {backward.backend}: {backward.reason}")
+    if (backward := plan.backward_choice) is not None:
+        reason = f"{reason}; backward {backward.backend}: {backward.reason}"
+    return Choice(backend, reason)
 
 
 def _native_kernels(x: Tensor, base: BaseWeight | None, factors: LoRAFactors, drops: bool) -> str:

@@ -11,7 +11,12 @@ Dimensions: n rows of a group, D and Q wide dimensions or the rank.
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.narrow.products import row_chunks, transposed_product, widens_first
+from lora_kernels.ops.narrow.products import (
+    is_better_widened,
+    row_chunks,
+    transposed_product,
+    widens_first,
+)
 
 # Half-precision rows with the rank as their width begin at multiples of so many elements: vendors'
 # kernels for aligned operands serve, and those that read on to such a multiple meet zeros.
@@ -72,15 +77,12 @@ def factor_dtype(
 ) -> torch.dtype:
     """In which dtype the factors meet activations, or rows of h or t that become such.
 
-    On a CPU the smaller one is cast where their dtypes differ: with few tokens that is not the
-    factors.
+    On a device, where they are cast in one launch, the factors take the activations'.
     """
     if narrow and widens_first(rows):
         return torch.float32
-    wider = factor.itemsize > rows.dtype.itemsize
-    if wider and rows.device.type == "cpu" and rows.shape[0] < ranks:
-        return factor
-    return rows.dtype
+    on_cpu = rows.device.type == "cpu"
+    return factor if on_cpu and is_better_widened(rows, factor, ranks) else rows.dtype
 
 
 def cast(

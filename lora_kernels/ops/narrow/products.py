@@ -121,6 +121,12 @@ def widens_first(activation: Tensor) -> bool:
     return dtype == torch.float16 or not activation.is_cpu
 
 
+def is_better_widened(rows: Tensor, factor: torch.dtype, ranks: int) -> bool:
+    """Whether rows of an activation are to take the wider dtype of the factors, and not the factors
+    theirs: with so few rows the factors are most of what is read."""
+    return factor.itemsize > rows.dtype.itemsize and rows.shape[0] < ranks
+
+
 def row_chunks(rows: int, columns: int, device: torch.device) -> list[slice]:
     """Slices of rows that hold at most ``_CHUNK_ELEMENTS`` elements (at least one row) each."""
     elements = _CHUNK_ELEMENTS if device.type == "cpu" else _DEVICE_CHUNK_ELEMENTS

@@ -11,7 +11,6 @@ allocator.
 # A launch takes the compiler's options too, and strides by the tuple.
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -193,7 +192,7 @@ def _b_gradient(
 ) -> Tensor | None:  # [M, R], t in dy's dtype if rounded
     """The gradient of B and, where its partial sums are cheaper than reading dy again, t."""
     tile = tiles.rank_gradient_tile(
-        replace(cell, dropout=False), dy.shape[1], limits_of(dy.device), aligned=is_aligned(dy)
+        cell._replace(dropout=False), dy.shape[1], limits_of(dy.device), aligned=is_aligned(dy)
     )
     project = t is not None and tiles.projects_in_same_pass(cell, dy.shape[1], tile.BLOCK_D)
     gradient, projection = _rank_gradient(

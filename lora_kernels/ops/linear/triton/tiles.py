@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,8 +103,7 @@ class GemmTile(Tile):
     num_stages: int
 
 
-@dataclass(frozen=True)
-class LinearCell:
+class LinearCell(NamedTuple):
     """One direction of one call: what a tuned table is looked up by."""
 
     direction: str  # "forward" or "backward"
@@ -134,26 +134,10 @@ def cell_of(
     dropout: bool,
 ) -> LinearCell:
     dtype = activation.dtype
-    return make_cell(
-        direction, dtype, activation.shape[0], in_features, out_features, rank, dropout,
-        dtype == torch.float32 and precision(dtype) == "ieee",
-    )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=_KEPT)
-def make_cell(
-    direction: str,
-    dtype: torch.dtype,
-    tokens: int,
-    in_features: int,
-    out_features: int,
-    rank: int,
-    dropout: bool,
-    ieee: bool,
-) -> LinearCell:
+    ieee = dtype == torch.float32 and precision(dtype) == "ieee"
     return LinearCell(
-        direction, short_name(dtype), dtype.itemsize, tokens, in_features, out_features, rank,
-        dropout, ieee,
+        direction, short_name(dtype), dtype.itemsize, activation.shape[0], in_features,
+        out_features, rank, dropout, ieee,
     )  # fmt: skip
 
 
@@ -176,7 +160,7 @@ def strategy(cell: LinearCell, limits: DeviceLimits) -> str:
 def shrink_tile(
     cell: LinearCell, depth: int, narrow_itemsize: int, limits: DeviceLimits, *, aligned: bool
 ) -> ShrinkTile:
-    """For ``[M, depth] @ [depth, R]``. Small M splits the reduction, until every SM has work."""
+    """The tile of ``[M, depth] @ [depth, R]``; small M splits the reduction for every SM."""
     block_m = clamp(next_power_of_two(cell.tokens), 16, 64)
     block_r = clamp(next_power_of_two(cell.rank), 16, MAX_BLOCK_R)
     block_d = 128 if block_r <= 32 and cell.itemsize == 2 else 64
@@ -213,7 +197,7 @@ def shrink_tile(
 def rank_gradient_tile(
     cell: LinearCell, depth: int, limits: DeviceLimits, *, aligned: bool
 ) -> RankGradientTile:
-    """For ``[depth, M] @ [M, R]``. The rows are split into as many parts as run at once."""
+    """The tile of ``[depth, M] @ [M, R]``; the rows are split into as many parts as run at once."""
     block_r = clamp(next_power_of_two(cell.rank), 16, MAX_BLOCK_R)
     block_d = 128 if block_r > 32 or cell.dropout else 256
     if cell.itemsize == 4 or not aligned:
@@ -253,8 +237,8 @@ def rank_gradient_tile(
 
 
 def rank_gradient_registers(block_r: int, num_warps: int, limits: DeviceLimits) -> int:
-    """Per thread of ``rank_gradient_kernel`` at most, as compiled for every architecture by every
-    Triton that is tested."""
+    """What a thread of ``rank_gradient_kernel`` takes at most, as every Triton that is tested
+    compiles it for every architecture."""
     if block_r > 32:
         return 255
     if num_warps == 4:
@@ -283,7 +267,7 @@ def gemm_tile(
     has_main: bool,
     two_results: bool,
 ) -> GemmTile:
-    """For the ``[M, columns]`` result of the GEMM with a tail.
+    """The tile of the ``[M, columns]`` result of the GEMM with a tail.
 
     ``aligned``: TMA can address every operand; ``row_major``: the left ones by rows;
     ``has_main``: not the tail alone; ``two_results``: the unscaled result is written too.
