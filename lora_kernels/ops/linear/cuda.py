@@ -53,10 +53,15 @@ def gemm_with_tail(
     drop: Dropout = NO_DROPOUT,  # of the tail
 ) -> None:
     """:func:`gemm.gemm_with_tail`, by the CUDA kernel where it can."""
-    reason = cuda_extension.missing_gemm_tail(left.device) or why_not_gemm(
-        left, right, tail_left, tail_right, out, unscaled, bias, output_scale, drop
-    )
-    if right is None or reason is not None:
+    others = (tail_left, tail_right, out, bias, output_scale)
+    if (
+        right is None
+        or unscaled is not None
+        or cuda_extension.missing_gemm_tail(left.device) is not None
+        or left.dtype not in cuda_extension.DTYPES
+        or any(tensor is not None and tensor.dtype != left.dtype for tensor in (right, *others))
+        or not _are_addressed(left, right, tail_left, tail_right, out, drop)
+    ):
         gemm.gemm_with_tail(
             cell, left, right, tail_left, tail_right, out, unscaled=unscaled, bias=bias,
             output_scale=output_scale, drop=drop,
@@ -68,29 +73,11 @@ def gemm_with_tail(
     )
 
 
-def why_not_gemm(
-    left: Tensor,  # [M, D]
-    right: Tensor | None,  # [D, C]
-    tail_left: Tensor,  # [M, R]
-    tail_right: Tensor,  # [R, C]
-    out: Tensor,  # [M, C]
-    unscaled: Tensor | None = None,  # [M, C]
-    bias: Tensor | None = None,  # [C]
-    output_scale: Tensor | None = None,  # [C]
-    drop: Dropout = NO_DROPOUT,
-) -> str | None:
-    """Why a GEMM is not :func:`cuda_extension.gemm_tail`'s; None when it is."""
-    if right is None or unscaled is not None:
-        return "there is no main product, or the unscaled result is wanted too"
-    dtype = left.dtype
-    same = (right, tail_left, tail_right, out, bias, output_scale)
-    if dtype not in cuda_extension.DTYPES or any(t is not None and t.dtype != dtype for t in same):
-        return "the operands are not all of one half-precision dtype"
-    if any(outer_axis(matrix) != 0 for matrix in (left, tail_left, out)):
-        return "a left operand or the result is not by rows of whole 16 bytes"
+def _are_addressed(
+    left: Tensor, right: Tensor, tail_left: Tensor, tail_right: Tensor, out: Tensor, drop: Dropout
+) -> bool:
+    """Whether the copy engine can address the matrices: the left ones and the result by rows, the
+    right ones both by rows, or without dropout both by columns."""
+    by_rows = all(outer_axis(matrix) == 0 for matrix in (left, tail_left, out))
     axis = outer_axis(right)
-    if axis is None or outer_axis(tail_right) != axis:
-        return "the right operands are not both by rows, or both by columns, of whole 16 bytes"
-    if axis == 1 and drop.on:
-        return "with dropout the right operands have to be by rows"
-    return None
+    return by_rows and axis in ((0,) if drop.on else (0, 1)) and outer_axis(tail_right) == axis

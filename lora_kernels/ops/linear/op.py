@@ -246,7 +246,7 @@ class LoRALinearFunction(torch.autograd.Function):
         else:
             y, h, mask, unscaled, (rounded_a, rounded_b) = plan.forward.forward(call)
             hooks = _top_saved_tensors_default_hooks(False)
-            if hooks is not None and _are_of_checkpoints(hooks[0]):
+            if hooks and getattr(hooks[0], "__module__", "") == checkpoint.__name__:
                 # What the op would save: checkpointing compares the two, and may take each once.
                 h, rounded_a, rounded_b = h.to(_dtype_of_h(x, call.backend)), None, None
         base, dropout = call.base, call.dropout
@@ -280,10 +280,6 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         return *_gradients(ctx, dy), None
-
-
-def _are_of_checkpoints(pack) -> bool:
-    return getattr(pack, "__module__", "") == checkpoint.__name__
 
 
 @functools.cache
@@ -366,13 +362,12 @@ def _autograd(*arguments):
     call = _call_of(*operands)
     if requires_grad(operands):
         call.backend = backend
-        return LoRALinearFunction.apply(*_differentiable(call), call)
+        factors = call.factors
+        return LoRALinearFunction.apply(
+            call.x, factors.a, factors.b, call.bias, factors.output_scale, call
+        )
     with torch._C._AutoDispatchBelowAutograd():
         return _OP(*arguments)
-
-
-def _differentiable(call: LinearCall) -> tuple[Tensor | None, ...]:
-    return call.x, call.factors.a, call.factors.b, call.bias, call.factors.output_scale
 
 
 def through_the_op(call: LinearCall, backend: str) -> Tensor:
@@ -400,22 +395,12 @@ def run(call: LinearCall, plan: LinearPlan) -> Tensor:
         try:
             return _apply_eagerly(x, a, b, bias, output_scale, call)
         except RuntimeError as error:
-            _name_unsaved(error, call)
+            weight = None if call.base is None else call.base.tensors()[0]
+            seed = None if call.dropout is None else call.dropout.seed
+            others = {"output_scale": output_scale, "seed": seed}
+            name_unsaved(error, x=x, weight=weight, lora_a=a, lora_b=b, **others)
             raise
     return plan.forward.forward(call).y
-
-
-def _name_unsaved(error: RuntimeError, call: LinearCall) -> None:
-    factors, base = call.factors, call.base
-    name_unsaved(
-        error,
-        x=call.x,
-        weight=None if base is None else base.tensors()[0],
-        lora_a=factors.a,
-        lora_b=factors.b,
-        output_scale=factors.output_scale,
-        seed=None if call.dropout is None else call.dropout.seed,
-    )
 
 
 def _refuse_gradients(op, name: str):

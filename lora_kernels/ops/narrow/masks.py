@@ -40,7 +40,7 @@ def masked_copy(
 
 def draw_mask(rows: int, columns: int, dropout: ActiveDropout) -> Tensor:
     """The packed mask ``[rows, ceil(columns / 8)]``."""
-    if _may_have_kernels(dropout.seed.device):
+    if has_kernels(dropout.seed):
         from lora_kernels.ops.narrow.triton import masked
 
         return masked.draw_mask(rows, columns, dropout)
@@ -85,12 +85,8 @@ def slow_on(device: torch.device) -> str | None:
 
 def has_kernels(x: Tensor) -> bool:
     """Whether kernels draw and apply the masks of x: where not, a warning has said so once."""
-    return _may_have_kernels(x.device) and x.dtype != torch.float64
-
-
-def _may_have_kernels(device: torch.device) -> bool:
     # A tracer follows torch's operations, and not the question whether a driver starts.
-    return not is_compiling() and _has_kernels(device)
+    return not is_compiling() and _has_kernels(x.device) and x.dtype != torch.float64
 
 
 @functools.cache
