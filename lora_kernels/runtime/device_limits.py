@@ -31,7 +31,7 @@ class DeviceLimits:
 
     @property
     def threads(self) -> int:
-        """Of one multiprocessor."""
+        """Threads that one multiprocessor holds."""
         return 2048 if self.capability in (80, 90, 100, 103) else 1536
 
 
@@ -46,6 +46,21 @@ def limits_of(device: torch.device) -> DeviceLimits:
         multiprocessors=properties.multi_processor_count,
         shared_memory=properties.shared_memory_per_block_optin,
     )
+
+
+class Tile:
+    """The sizes of a kernel's blocks, and how it is compiled; subclasses are frozen dataclasses."""
+
+    @functools.cached_property
+    def options(self) -> dict[str, int | bool]:
+        """What a launch takes of a tile: the kernel's constants, in capitals, and the compiler's
+        options."""
+        taken = {
+            name: value
+            for name, value in vars(self).items()
+            if name.isupper() or name.startswith("num_")
+        }
+        return {**taken, "enable_fp_fusion": FP_FUSION}
 
 
 def on_device(tensor: Tensor):

@@ -54,6 +54,14 @@ def test_kernels(dtype, threads):
             assert torch.equal(ours, one_thread)
 
 
+@pytest.mark.parametrize("name", ["kernels.txt", "kernels.so"])
+def test_a_path_that_holds_no_extension_is_absent(name, tmp_path, monkeypatch):
+    """With a reason, whether it is the name or the file that is none."""
+    monkeypatch.setenv("LORA_KERNELS_NATIVE", str(tmp_path / name))
+    extension, reason = native._found.__wrapped__()
+    assert extension is None and "does not load" in reason and name in reason
+
+
 def routed_results() -> dict[str, torch.Tensor]:
     """Adapters' parts alone: the base GEMM is the vendor's."""
     generator = torch.Generator().manual_seed(3)

@@ -15,7 +15,7 @@ from compile_only import Launch, Resources, compile_launch, record_launches
 
 from lora_kernels.adapters.factors import LoRAFactors
 from lora_kernels.base_weights import DenseWeight
-from lora_kernels.ops.linear.call import LinearCall, Needs
+from lora_kernels.ops.linear.call import LinearBackward, LinearCall, Needs
 from lora_kernels.ops.linear.triton import gemm, launch, tiles
 from lora_kernels.ops.narrow.triton import masked
 from lora_kernels.ops.routed import call as routed
@@ -85,19 +85,13 @@ class LinearCase:
         scaling = empty(dtype=torch.float32) if self.scaling_on_device else torch.tensor(2.0)
         seed = empty(dtype=torch.int64) if self.dropout_p else None
         scale = empty(n, dtype=torch.float32) if self.with_output_scale else None
-        call = LinearCall(
-            x=x,
-            base=DenseWeight(weight),
-            factors=LoRAFactors(lora_a, lora_b, scaling, scale),
-            bias=bias,
-            dropout=ActiveDropout(self.dropout_p, seed) if self.dropout_p else None,
-            save_unscaled=self.with_output_scale,
-            dy=dy,
-            needs=Needs(True, True, True, False, self.with_output_scale),
-        )
+        dropout = None if seed is None else ActiveDropout(self.dropout_p, seed)
+        base, factors = DenseWeight(weight), LoRAFactors(lora_a, lora_b, scaling, scale)
+        call = LinearCall(x, base, factors, bias, dropout, save_unscaled=scale is not None)
+        needs = Needs(True, True, True, False, scale is not None)
         with tiles.use_cells({"*": {"strategy": self.strategy}}), fp32_precision(self.tf32):
-            _, call.h, _, call.unscaled, _ = launch.forward(call)
-            launch.backward(call)
+            _, h, _, unscaled, _ = launch.forward(call)
+            launch.backward(LinearBackward(dy, base, factors, dropout, needs, x, h, unscaled))
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,8 @@ def test_rank_gradient(rows, columns, before, poisoned_memory):
         cell_of(tokens, depth, tokens), depth, limits_of(wide.device), aligned=False
     )
     drop = dropout_of(mask, rows, columns, before)
-    partials, _ = launch._rank_gradient(tile, wide, torch.eye(tokens), None, drop, True)
+    eye = torch.eye(tokens)
+    partials, _ = launch._rank_gradient(tile, wide, eye, None, drop, rank_first=True)
     assert torch.equal(partials.sum(0) != 0, mask)
 
 
