@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_kernels.ops.narrow.grouped import cast, factor_dtype
 from lora_kernels.ops.routed.call import RoutedCall
 from lora_kernels.ops.routed.pairs import Group, Layout, pairs_of
-from lora_kernels.ops.routed.tensors import Part
+from lora_kernels.ops.routed.tensors import GradientLayout, Part
 from lora_kernels.runtime.dtypes import accumulator_dtype
 
 # Of activations that a CPU gathers at once: as little as makes up for the operations.
@@ -28,7 +28,6 @@ class Member(NamedTuple):
     group: Group
     factors: list[Tensor]  # A of all slices, B of each
     parts: list[Part]
-    offsets: list[int]  # of the factors' gradients; -1 where none is needed
 
 
 class Rows(NamedTuple):
@@ -60,10 +59,8 @@ class Batch:
     def __init__(self, call: RoutedCall, like: Tensor) -> None:
         self.call, self.like = call, like
         self.pairs = pairs_of(call.routing)
-        bank, layout = call.bank, call.layout
+        bank = call.bank
         adapter_of = {slot: index for index, slot in enumerate(bank.slots)}
-        places = {} if layout is None else layout.by_slot(bank)
-        nowhere = [-1] * (1 + bank.num_slices)
         self.members: list[Member] = []
         self.absent: list[Group] = []
         for group in self.pairs.groups:
@@ -71,9 +68,8 @@ class Batch:
             if adapter is None:
                 self.absent.append(group)
                 continue
-            offsets = places.get(group.slot, nowhere)
             factors, parts = bank.factors_of(adapter), bank.parts_of(adapter)
-            self.members.append(Member(group, factors, parts, offsets))
+            self.members.append(Member(group, factors, parts))
         self.ranks = sum(member.factors[0].shape[0] for member in self.members)
 
     def blocks(self) -> Iterator[Block]:
@@ -147,19 +143,21 @@ class Batch:
 class FlatGradient:
     """The gradients of all factors, flat, in a dtype that products can be written in."""
 
-    def __init__(self, batch: Batch) -> None:
-        self.members, storage = batch.members, batch.call.bank.storage
-        self.dtype, dtype = storage.dtype, storage.dtype
+    def __init__(self, batch: Batch, layout: GradientLayout) -> None:
+        self.members, bank = batch.members, batch.call.bank
+        self.dtype = dtype = bank.storage.dtype
         wide = accumulator_dtype(batch.like.dtype)
         if dtype == torch.float16 or dtype not in (batch.like.dtype, wide):
             dtype = wide
-        self.flat = storage.new_zeros(batch.call.layout.numel, dtype=dtype)
-        self.needs_a = any(member.offsets[0] >= 0 for member in self.members)
-        self.needs_b = any(max(member.offsets[1:]) >= 0 for member in self.members)
+        self.flat = bank.storage.new_zeros(layout.numel, dtype=dtype)
+        places, nowhere = layout.by_slot(bank), [-1] * (1 + bank.num_slices)
+        self.offsets = {m.group.slot: places.get(m.group.slot, nowhere) for m in self.members}
+        self.needs_a = any(offsets[0] >= 0 for offsets in self.offsets.values())
+        self.needs_b = any(max(offsets[1:]) >= 0 for offsets in self.offsets.values())
 
     def of(self, member: Member, index: int) -> Tensor | None:
         """The place of one factor's; None where none is needed."""
-        factor, offset = member.factors[index], member.offsets[index]
+        factor, offset = member.factors[index], self.offsets[member.group.slot][index]
         if offset < 0:
             return None
         return self.flat[offset : offset + factor.numel()].view(factor.shape)
@@ -168,7 +166,8 @@ class FlatGradient:
         """What products with operands that were divided by it are multiplied by."""
         indices = range(len(self.members[0].factors))[which]
         found = [self.of(member, index) for member in self.members for index in indices]
-        torch._foreach_mul_([gradient for gradient in found if gradient is not None], exponent)
+        gradients = [gradient for gradient in found if gradient is not None]
+        torch._foreach_mul_(gradients, exponent)  # pyright: ignore[reportPrivateImportUsage]
 
     def result(self) -> Tensor:
         return self.flat.to(self.dtype)

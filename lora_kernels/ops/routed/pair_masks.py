@@ -22,7 +22,7 @@ def gather_masked(
     x: Tensor,  # [M, K]
     routing: RoutingTensors,
     bank: BankTensors,
-    seed: Tensor | None,  # []; not read where a mask is given
+    seed: Tensor,  # []; not read where a mask is given
     place: MaskPlace,
     mask: Tensor | None,  # [P, ceil(K/8)]
     pairs: slice,

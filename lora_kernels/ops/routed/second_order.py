@@ -20,7 +20,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_kernels.ops.narrow.second_order import drop, with_missing_edge
-from lora_kernels.ops.routed.call import RoutedCall
+from lora_kernels.ops.routed.call import (
+    BackwardCall,
+    ExpandBackward,
+    LoRABackward,
+    ShrinkBackward,
+)
 from lora_kernels.ops.routed.pairs import pairs_of
 from lora_kernels.ops.routed.tensors import check_groups_can_be_read, groups_of
 from lora_kernels.runtime.dropout import packed_keep_mask_of_rows, unpacked_keep_mask
@@ -43,7 +48,7 @@ class Factors(NamedTuple):
 Found = tuple[Tensor | None, list[Tensor | None], Tensor | None, Tensor | None]
 
 
-def lora_backward(call: RoutedCall, factors: Factors, edge_to_x: Tensor | None) -> Found:
+def lora_backward(call: LoRABackward, factors: Factors, edge_to_x: Tensor | None) -> Found:
     """Gradients of x, of each parameter, of the weights and of bias; None where not needed.
 
     ``edge_to_x`` ``[0]`` is the missing edge where x needs a gradient and was not saved.
@@ -58,25 +63,24 @@ def lora_backward(call: RoutedCall, factors: Factors, edge_to_x: Tensor | None) 
         h = with_missing_edge(h.to(backward.dtype), edge_to_x)
     t, grad_weights = backward.expand_backward(rows.to(backward.dtype), h)
     tail = backward.shrink_backward(t, x, rows.shape[0], needs.x)
-    dx = None
-    if needs.x:
-        dx = tail if call.base is None else call.base.matmul_t(rows) + tail
-        dx = dx.to(dy.dtype).reshape(*dy.shape[:-1], in_features)
-    return dx, backward.gradients(), grad_weights, rows.sum(0) if needs.bias else None
+    if tail is not None:
+        tail = tail if call.base is None else call.base.matmul_t(rows) + tail
+        tail = tail.to(dy.dtype).reshape(*dy.shape[:-1], in_features)
+    return tail, backward.gradients(), grad_weights, rows.sum(0) if needs.bias else None
 
 
-def shrink_backward(call: RoutedCall, factors: Factors, _: Tensor | None) -> Found:
+def shrink_backward(call: ShrinkBackward, factors: Factors, _: Tensor | None) -> Found:
     """Gradients of x and of each parameter."""
     x, needs_x = call.x, call.needs.x
     rows = (x if needs_x else x.detach()).reshape(-1, x.shape[-1])
     backward = _Backward(call, factors, rows, x.shape[-1])
     t, wide = call.dy.to(backward.dtype), rows.to(backward.dtype)
     tail = backward.shrink_backward(t, wide, rows.shape[0], needs_x)
-    dx = tail.to(x.dtype).reshape(x.shape) if needs_x else None
+    dx = None if tail is None else tail.to(x.dtype).reshape(x.shape)
     return dx, backward.gradients(), None, None
 
 
-def expand_backward(call: RoutedCall, factors: Factors, _: Tensor | None) -> Found:
+def expand_backward(call: ExpandBackward, factors: Factors, _: Tensor | None) -> Found:
     """Gradients of h, of each parameter and of the weights."""
     h, needs = call.h, call.needs
     rows = call.dy.reshape(-1, call.dy.shape[-1])
@@ -112,7 +116,7 @@ class _Backward:
 
     def __init__(
         self,
-        call: RoutedCall,
+        call: BackwardCall,
         factors: Factors,
         like: Tensor,  # in the dtype of the activations
         in_features: int,
@@ -189,10 +193,10 @@ class _Backward:
                 if self.factors.needs[each.index + 1]:
                     scaled = _part(narrow * scale, 1, each.ranks)
                     self._gradients[each.index + 1] = _part(rows, 1, each.columns).t() @ scaled
-        if not self.needs_weights:
+        weights = self.routing.pair_weights
+        if weights is None or not self.needs_weights:
             return self._narrow(t), None
-        of_pairs = self._of_pairs(grad_weights, 1).squeeze(1)
-        return self._narrow(t), of_pairs.to(self.routing.pair_weights.dtype)
+        return self._narrow(t), self._of_pairs(grad_weights, 1).squeeze(1).to(weights.dtype)
 
     def shrink_backward(
         self, t: Tensor, x: Tensor | None, rows: int, needs_x: bool
@@ -203,10 +207,10 @@ class _Backward:
             of_group = _part(t, 0, group.pairs)
             parts = [(each, _part(of_group, 1, each.ranks)) for each in group.slices]
             if needs_x:
-                tail = sum(narrow @ each.a for each, narrow in parts)
-                tails.append(self._drop(group, tail))
+                first, *others = (narrow @ each.a for each, narrow in parts)
+                tails.append(self._drop(group, sum(others, first)))
             trained = [part for part in parts if self.factors.needs[part[0].index]]
-            if trained:
+            if trained and x is not None:
                 dropped = self._drop(group, x[group.tokens])
                 for each, narrow in trained:
                     self._gradients[each.index] = narrow.t() @ dropped
@@ -214,13 +218,14 @@ class _Backward:
 
     def gradients(self) -> list[Tensor | None]:
         """Of each parameter: zeros where no pair has reached it, None where none is needed."""
-        found = []
-        factors = zip(self.factors.parameters, self.factors.needs, strict=True)
-        for index, (parameter, need) in enumerate(factors):
-            gradient = self._gradients.get(index)
-            if need and gradient is None:
-                gradient = torch.zeros_like(parameter)
-            found.append(gradient.to(parameter.dtype) if need else None)
+        found: list[Tensor | None] = []
+        for index, parameter in enumerate(self.factors.parameters):
+            if not self.factors.needs[index]:
+                found.append(None)
+            elif index in self._gradients:
+                found.append(self._gradients[index].to(parameter.dtype))
+            else:
+                found.append(torch.zeros_like(parameter))
         return found
 
     def _by_token(self, of_groups: list[Tensor], rows: int) -> Tensor:
@@ -252,7 +257,7 @@ class _Backward:
 
     def _drop(self, group: _Group, rows: Tensor) -> Tensor:
         """The group's rows ``[n, K]`` of an activation without what its dropout drops, scaled."""
-        if group.p == 0:
+        if group.p == 0 or self.seed is None:
             return rows
         if self.mask is not None:
             packed = self.mask[group.pairs]

@@ -18,11 +18,11 @@ from lora_kernels.base_weights import DenseWeight
 from lora_kernels.ops.routed.bank.slots import BASE, AdapterSlots
 from lora_kernels.ops.routed.bank.storage import ALIGNMENT, anchor
 from lora_kernels.ops.routed.bank.tables import scaling_dtype
-from lora_kernels.ops.routed.call import RoutedCall
+from lora_kernels.ops.routed.call import ForwardCall
 from lora_kernels.ops.routed.op import run
 from lora_kernels.ops.routed.plan import reads_groups
 from lora_kernels.ops.routed.routing import Routing
-from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout, TrainableFactors
+from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout
 from lora_kernels.runtime import dispatch
 from lora_kernels.runtime.capture import is_captured, kept_per_device, stream_of
 from lora_kernels.runtime.dtypes import autocast_dtype
@@ -76,9 +76,10 @@ def routed_linear_unpacked(
         length = x.shape[1:-1].numel()
         routing = _routing(ids, length, capacity, x.device, stream_of(x.device))
         tensors = routing.tensors(with_plan=reads_groups(backend, x))
-        call = RoutedCall(bank, tensors, backend, x, base, bias, alone=is_plain_eager(x))
-        call.layout = GradientLayout([], [], 0, bank.slot_table)
-        call.trained = TrainableFactors([], [], [])
+        alone, layout = is_plain_eager(x), GradientLayout([], [], 0, bank.slot_table)
+        call = ForwardCall(
+            bank, tensors, backend, alone=alone, layout=layout, x=x, base=base, bias=bias
+        )
         return run("routed_lora", call)
 
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator, Sequence
-from numbers import Integral
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +68,8 @@ class AdapterBank(nn.Module):
         TypeError, ValueError: an argument does not fit; the message says which and why.
     """
 
+    traced_version: BankVersion  # for graphs of torch.compile: they cannot look a bank up
+
     @_OUTSIDE_INFERENCE
     def __init__(
         self,
@@ -82,7 +83,7 @@ class AdapterBank(nn.Module):
         max_rank: int | None = None,
     ) -> None:
         super().__init__()
-        widths = [out_features] if isinstance(out_features, Integral) else list(out_features)
+        widths = list(out_features) if isinstance(out_features, Iterable) else [out_features]
         check_count("in_features", in_features)
         if not widths:
             raise ValueError("out_features: expected at least one slice, got none")
@@ -108,7 +109,7 @@ class AdapterBank(nn.Module):
         """One without adapters."""
         shapes = FactorShapes(self.in_features, self.slice_widths)
         tables = SlotTables.empty(self.slots.capacity, len(self.slice_widths), storage.device)
-        bank = weakref.ref(self)
+        bank: weakref.ref[AdapterBank] = weakref.ref(self)
         return BankVersion(bank, shapes, storage, tables, {}, {}, reserved)
 
     def _memory(
@@ -121,6 +122,7 @@ class AdapterBank(nn.Module):
         if room is None:
             return anchor(dtype, device), None
         arena = Arena(room[0], dtype, device)
+        device = arena.tensor.device
         tables = SlotTables.empty(self.slots.capacity, len(self.slice_widths), device)
         return arena.tensor, Reserved(arena, tables, room[1])
 
@@ -239,7 +241,7 @@ class AdapterBank(nn.Module):
         return adapter
 
     def __contains__(self, name: object) -> bool:
-        return self.slots.latest.adapter_of(self, name) is not None
+        return isinstance(name, str) and self.slots.latest.adapter_of(self, name) is not None
 
     def __iter__(self) -> Iterator[str]:
         """The names, in the order in which they came."""
@@ -265,7 +267,9 @@ class AdapterBank(nn.Module):
     def _latest(self) -> BankVersion:
         if torch.compiler.is_compiling():
             return self.traced_version
-        return self.slots.latest.of(self)
+        version = self.slots.latest.of(self)
+        assert version is not None, "a bank joins its slots when it is made"
+        return version
 
     @_OUTSIDE_INFERENCE
     def reserve(self, rank_capacity: int | None = None, max_rank: int | None = None) -> None:
@@ -339,11 +343,10 @@ class AdapterBank(nn.Module):
         """Make a version anew, from the parameters: those stay that lie in a region as they
         should, others get one."""
         with self.slots.change() as change:
-            old = self.slots.latest.of(self)
-            if old is not None:
-                old.wait()
+            old = self._latest
+            old.wait()
             version = self._version_on(storage, reserved)
-            same = old is not None and old.storage is storage
+            same = old.storage is storage
             entries = []
             for name, adapter in self.adapters.items():
                 adapter.slot = self.slots[name]
@@ -390,12 +393,12 @@ class AdapterBank(nn.Module):
             return self._version_on(*self._memory(self.dtype, self.device))
         for kept_in, name, parameter, address in version.part(slots, capacity).bound:
             if kept_in.get(name) is not parameter or parameter.data_ptr() != address:
-                return self._repack_moved_parameters(model, slots)
+                return self._repack_moved_parameters(model, version, slots)
         return version
 
     @_OUTSIDE_INFERENCE
     def _repack_moved_parameters(
-        self, model: ModelVersion, slots: tuple[int, ...] | None
+        self, model: ModelVersion, version: BankVersion, slots: tuple[int, ...] | None
     ) -> BankVersion:
         """Somebody has replaced ``p.data``, and may put back what it was before.
 
@@ -410,7 +413,7 @@ class AdapterBank(nn.Module):
             )
         with self.slots.change() as change:
             self._check_memory()
-            version, current = model.of(self), self.slots.current.of(self)
+            version, current = model.of(self) or version, self.slots.current.of(self) or version
             current.wait()
             for entry in version.entries_in(slots):
                 if current.entry(entry.slot) is not entry or entry.is_in_place():

@@ -67,8 +67,13 @@ class GradientLayouts:
             made = _make(version, None, version.tables.slots)
         if slots is None:
             return made.layout, made.trained
-        named = [entry for entry in zip(*made.trained, strict=True) if entry[2] in slots]
-        return made.layout, TrainableFactors(*([entry[i] for entry in named] for i in range(3)))
+        parameters, offsets, theirs = made.trained
+        named = [index for index, slot in enumerate(theirs) if slot in slots]
+        return made.layout, TrainableFactors(
+            [parameters[index] for index in named],
+            [offsets[index] for index in named],
+            [theirs[index] for index in named],
+        )
 
 
 _needs_gradient = operator.attrgetter("parameter.requires_grad")

@@ -102,10 +102,11 @@ class Change:
 
     Attributes:
         before: the version that it started from.
+        thread: whose it is; others do not see it.
     """
 
     def __init__(self, before: ModelVersion) -> None:
-        self.before = before
+        self.before, self.thread = before, threading.get_ident()
         self._draft: ModelVersion | None = None
         self._banks: dict[int, BankVersion] = {}
         self._undo: list[Callable[[], object]] = []
@@ -165,7 +166,8 @@ class Change:
     def tell_banks(self, version: ModelVersion) -> None:
         """For graphs of ``torch.compile``: they cannot look a bank up."""
         for bank in self._changed:
-            bank.traced_version = version.of(bank)
+            if (held := version.of(bank)) is not None:
+                bank.traced_version = held
 
 
 class AdapterSlots:
@@ -214,7 +216,7 @@ class AdapterSlots:
     def latest(self) -> ModelVersion:
         """The current version; inside of a change of this thread's, what that has made of it."""
         change = self._change
-        if change is not None and self._lock._is_owned():
+        if change is not None and change.thread == threading.get_ident():
             return change.version
         return self.current
 
@@ -257,9 +259,9 @@ class AdapterSlots:
     def change(self) -> Iterator[Change]:
         """Change adapters: what is done inside is published together when the outermost such block
         ends, and undone if it raises, whatever and wherever."""
-        nested = self._lock._is_owned()
-        if nested and self._change is not None:
-            yield self._change
+        around = self._change
+        if around is not None and around.thread == threading.get_ident():
+            yield around
             return
         change = published = None
         try:

@@ -56,7 +56,7 @@ class FactorShapes(NamedTuple):
                 (rows, columns), (columns, 1), region.storage_offset() + start
             )
             if lease is not None:
-                factor.lease = lease
+                factor.lease = lease  # pyright: ignore[reportAttributeAccessIssue]
             factors.append(factor)
             start += aligned(rows * columns)
         return factors
@@ -84,7 +84,7 @@ class Arena:
         tensor: ``[size]``.
     """
 
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
         self.tensor = torch.zeros(size, dtype=dtype, device=device)
         self._free: list[tuple[int, int]] = [(0, size)]  # (start, size), ascending, apart
         # Given back by whichever thread lets go of a region, and sorted in by the next that takes.
@@ -105,7 +105,8 @@ class Arena:
                 for stream in list(self._readers.values()):
                     torch.cuda.current_stream(self.tensor.device).wait_stream(stream)
                 region = self.tensor[start : start + size].zero_()
-                region.lease = lease = Lease()
+                lease = Lease()
+                region.lease = lease  # pyright: ignore[reportAttributeAccessIssue]
                 weakref.finalize(lease, self._returned.append, (start, size)).atexit = False
                 return region
         return None
@@ -126,7 +127,7 @@ class Arena:
 
 
 class Lease:
-    """Alive while its region is taken: the region's tensor and its factors refer to it."""
+    """Alive while its region is taken: an attribute of the region's tensor and of its factors."""
 
     __slots__ = ("__weakref__",)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,14 @@ from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout, Trainab
 from lora_kernels.runtime.capture import is_captured, stream_of
 from lora_kernels.runtime.plan import Plans
 
+if TYPE_CHECKING:
+    from lora_kernels.ops.routed.bank.bank import AdapterBank
+
 
 class Bound(NamedTuple):
     """A parameter, where its adapter keeps it, and where its memory was."""
 
-    kept_in: dict[str, nn.Parameter]
+    kept_in: dict[str, nn.Parameter | None]
     name: str
     parameter: nn.Parameter
     address: int
@@ -147,7 +150,7 @@ class BankVersion:
         plans: of the calls that read this version.
     """
 
-    bank: weakref.ref[nn.Module]
+    bank: weakref.ref[AdapterBank]
     shapes: FactorShapes
     storage: Tensor
     tables: SlotTables
@@ -164,7 +167,7 @@ class BankVersion:
         self._entries: list[Entry] | None = None
         self._parts: dict[tuple, Part] = {}  # replaced, never changed
         self._noted: set[tuple[int, int | None]] = set()  # streams, and slots that they read
-        self._made: torch.cuda.Event | None = None
+        self._made: torch.Event | None = None
         self.has_streams = self.device.type == "cuda"
         self._whole = 0, self.tables.slots  # capacities that its own tables have
         self._resized: dict[tuple[int, int], SlotTables] = {}  # by slots and stream
@@ -185,6 +188,9 @@ class BankVersion:
 
     def __len__(self) -> int:
         return len(self.by_slot)
+
+    def __bool__(self) -> bool:
+        return True  # one without adapters is one
 
     def entry(self, slot: int) -> Entry | None:
         """The adapter in a slot; None where this bank has none there."""
