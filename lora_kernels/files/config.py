@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from numbers import Real
 from typing import Any
 
@@ -259,6 +260,6 @@ def _whole(name: str) -> str:
 def as_json(value: object) -> object:
     if isinstance(value, (set, frozenset)):
         return sorted(value)
-    if hasattr(value, "value"):  # an enum, such as PEFT's task types
+    if isinstance(value, Enum):  # such as PEFT's task types
         return value.value
     raise TypeError(f"config: {value!r} cannot be written as JSON")

@@ -165,10 +165,10 @@ class ActiveAdapters:
         runs, uses = _runs.get(), _uses.get()
         if runs and uses and runs[-1].use is uses[-1] and not in_backward and not self._suspending:
             run = runs[-1]  # nearly always: a layer in a forward of its model
-            if run.active is self and run.batch is not None and run.use.is_open:
+            if run.active is self and run.batch is not None and uses[-1].is_open:
                 return self._routing_in(run.batch, x, place, run.forward, False)
-        batches = self._recomputed_batches() if in_backward else [self._batch()]
-        if batches == [None]:
+        batches = self._recomputed_batches() if in_backward else _listed(self._batch())
+        if not batches:
             if not len(self.slots):
                 return None
             raise RuntimeError(self._nothing_said())
@@ -185,8 +185,8 @@ class ActiveAdapters:
     ) -> Routing:
         part = self._part(batch.choice, place)
         if part.routing is not None:
-            return batch.routing_given(part)
-        if place.axis == 1 and self.batch_dim == 0 and part.rows is not None:
+            return batch.routing_given(part.routing)
+        if place.axis == 1 and self.batch_dim == 0 and part.rows:
             raise ValueError(
                 f"{place.name}: this architecture computes [tokens, batch, features] there; pass "
                 "batch_dim=1 to route, or one name or a Routing to adapters"
@@ -233,7 +233,7 @@ class ActiveAdapters:
                 return run.batch
         return use.batch_outside_forwards()
 
-    def _recomputed_batches(self) -> list[Batch | None]:
+    def _recomputed_batches(self) -> list[Batch]:
         """What a backward computes again."""
         found = recomputed(self)
         if len({batch.choice.means(batch.version) for batch in found}) > 1:
@@ -246,7 +246,7 @@ class ActiveAdapters:
         batch = self._batch()
         if batch is None and len(self._open) == 1:
             batch = self._open[0].batch_outside_forwards()
-        return [batch]
+        return _listed(batch)
 
     def _nothing_said(self) -> str:
         names = list(self.slots)
@@ -302,7 +302,7 @@ class ActiveAdapters:
     def _run(self) -> _Run:
         """What a call computes that begins now: the batch of the call around it, or a new one."""
         if in_a_backward():
-            return _Run(self, self._use(), self._recomputed_batches()[0])
+            return _Run(self, self._use(), next(iter(self._recomputed_batches()), None))
         use = self._use()
         if use is None:
             return _Run(self, None, None)
@@ -386,6 +386,10 @@ def _running(run: _Run) -> Iterator[None]:
         _runs.set(tuple(runs))
 
 
+def _listed(batch: Batch | None) -> list[Batch]:
+    return [] if batch is None else [batch]
+
+
 def _generator_around(frame: FrameType | None) -> FrameType | None:
     """The generator whose ``with`` it is, itself or by what it calls: a function that enters and
     returns, a class with ``__enter__``, or another generator that contextlib drives."""
@@ -405,6 +409,6 @@ def _outside_of_graphs(function: Callable, *args: Any) -> Any:
     return function(*args)
 
 
-@torch._disable_dynamo
+@torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
 def _undisturbed(function: Callable, *args: Any) -> Any:
     return function(*args)

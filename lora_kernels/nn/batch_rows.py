@@ -84,11 +84,12 @@ def runs_of(
         ValueError: the rows are none that were said, or could be several of them.
     """
     lead, layouts = tuple(shape[:-1]), said.layouts()
-    within = forward is not None and forward.rows in layouts
     if len(lead) > 1:
         rows = lead[axis]
-        fits = rows in layouts and not (within and rows % forward.rows)
-        if not fits or (within and _is_transposed(lead, axis, forward)):
+        fits = rows in layouts
+        if forward is not None and forward.rows in layouts:
+            fits = fits and not (rows % forward.rows or _is_transposed(lead, axis, forward))
+        if not fits:
             raise ValueError(_unfit(shape, said, axis, forward))
         found = [
             Runs(names * math.prod(lead[:axis]), math.prod(lead[axis + 1 :]))
@@ -108,7 +109,10 @@ def runs_of(
 
 
 def _runs_of_matrix(
-    tokens: int, layouts: Mapping[int, Iterable[tuple[str, ...]]], axis: int, forward
+    tokens: int,
+    layouts: Mapping[int, Iterable[tuple[Row, ...]]],
+    axis: int,
+    forward: Forward | None,
 ) -> list[Runs]:
     """All that ``[tokens, K]`` may be: one token of every row, or all tokens of every row."""
     if forward is None:

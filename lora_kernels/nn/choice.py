@@ -42,21 +42,21 @@ class Place:
 
 
 class Part:
-    """What was said of some of a model's layers: one of the three is not None.
+    """What was said of some of a model's layers: one of the first three.
 
     Attributes:
-        every_row: the adapters of all tokens, whatever their rows.
-        rows: those of each sequence.
-        routing: that of the tokens.
+        every_row: the adapters of all tokens, whatever their rows; or None.
+        rows: those of each sequence; or empty.
+        routing: that of the tokens; or None.
         names: all that are named, but for the base.
     """
 
     def __init__(self, what: str, said: object, slots: AdapterSlots) -> None:
         self.every_row: Row | None = None
-        self.rows: tuple[Row, ...] | None = None
+        self.rows: tuple[Row, ...] = ()
         self.routing = said if isinstance(said, Routing) else None
         self.what, self.names = what, frozenset()
-        if self.routing is not None:
+        if isinstance(said, Routing):
             if said.slots is not slots:
                 raise ValueError(f"{what}: expected a routing of this model's slots, got another")
             if said.device.type == "cpu":
@@ -101,7 +101,8 @@ def _row(what: str, said: object) -> Row:
             raise TypeError(
                 f"{what}: expected a number for {name!r}, got a {type(weight).__name__}"
             )
-        if not abs(weight) <= torch.finfo(torch.float32).max:  # which they are kept in
+        largest = torch.finfo(torch.float32).max  # which they are kept in
+        if not abs(weight) <= largest:  # pyright: ignore[reportOperatorIssue] (a Real has an order)
             raise ValueError(f"{what}: expected a finite number for {name!r}, got {weight}")
     return tuple((name, float(weight)) for name, weight in said.items())
 
@@ -140,7 +141,7 @@ class Choice:
         self._parts = {
             prefix: Part(f"rows[{prefix!r}]", said, slots) for prefix, said in rows.items()
         }
-        self.asks_for_rows = any(part.rows is not None for part in self.parts())
+        self.asks_for_rows = any(part.rows for part in self.parts())
         self.base_alone = all(part.routing is None and not part.names for part in self.parts())
         self._checked: Callable[[], ModelVersion | None] = lambda: None
         self.check(slots.latest, gone="")
@@ -217,8 +218,9 @@ class Choice:
 
 
 def _routing(runs: Runs, slots: Pinned, device: torch.device) -> Routing:
-    if all(isinstance(row, str) for row in runs.names):
-        return Routing.from_sequences(runs.names, runs.length, slots, device=device)
+    names = [row for row in runs.names if isinstance(row, str)]
+    if len(names) == len(runs.names):
+        return Routing.from_sequences(names, runs.length, slots, device=device)
     rows = [_pairs(row) for row in runs.names]
     count = max(1, *map(len, rows))
     ids = torch.full((len(rows), count), -1, device="cpu")
@@ -257,7 +259,7 @@ class Batch:
         self._found: dict[tuple, Routing] = {}  # by all that decides them
         self._computed: dict[tuple, set[Runs]] = {}  # by the input: a recomputation has no forward
         self._made: dict[tuple[Runs, torch.device, int], Routing] = {}
-        self._given: dict[Part, tuple[int, Routing]] = {}  # and which filling it is
+        self._given: dict[Routing, tuple[int, Routing]] = {}  # which filling, and for this version
 
     def expand(self, rows: int | None, times: int) -> None:
         """The running ``generate`` repeats each of so many rows, so many times."""
@@ -271,12 +273,12 @@ class Batch:
             )
         self.generation = Generation(rows, times, expanded=True)
 
-    def routing_given(self, part: Part) -> Routing:
-        """The routing that a part says, as it is filled now, for this version."""
-        filling, (known, routing) = part.routing.filling, self._given.get(part, (None, None))
+    def routing_given(self, given: Routing) -> Routing:
+        """A routing that was said, as it is filled now, for this version."""
+        filling, (known, routing) = given.filling, self._given.get(given, (None, given))
         if filling != known:
-            routing = part.routing.at(self.version)
-            self._given[part] = filling, routing
+            routing = given.at(self.version)
+            self._given[given] = filling, routing
         return routing
 
     def routing_for(

@@ -150,10 +150,12 @@ class FlatGradient:
         if dtype == torch.float16 or dtype not in (batch.like.dtype, wide):
             dtype = wide
         self.flat = bank.storage.new_zeros(layout.numel, dtype=dtype)
-        places, nowhere = layout.by_slot(bank), [-1] * (1 + bank.num_slices)
-        self.offsets = {m.group.slot: places.get(m.group.slot, nowhere) for m in self.members}
-        self.needs_a = any(offsets[0] >= 0 for offsets in self.offsets.values())
-        self.needs_b = any(max(offsets[1:]) >= 0 for offsets in self.offsets.values())
+        self.offsets, nowhere = layout.by_slot(bank), [-1] * (1 + bank.num_slices)
+        self.needs_a = self.needs_b = False
+        for member in self.members:
+            of_a, *of_b = self.offsets.setdefault(member.group.slot, nowhere)
+            self.needs_a |= of_a >= 0
+            self.needs_b |= max(of_b) >= 0
 
     def of(self, member: Member, index: int) -> Tensor | None:
         """The place of one factor's; None where none is needed."""

@@ -303,13 +303,13 @@ def _shrink_backward(
         return
     narrow, exponent = _as_transposed(t, x)
     for block in batch.blocks():
-        trained = [(member.group, grad.of(member, 0)) for member in block.members]
-        trained = [(group, of_a) for group, of_a in trained if of_a is not None]
-        if not trained:
-            continue
-        rows, _ = _dropped(batch, x, block, mask)
-        for group, of_a in trained:
-            transposed_product_(of_a, narrow[group.pairs, : of_a.shape[0]], rows[group])
+        rows = None
+        for member in block.members:
+            if (of_a := grad.of(member, 0)) is not None:
+                if rows is None:
+                    rows, _ = _dropped(batch, x, block, mask)
+                of_group = narrow[member.group.pairs, : of_a.shape[0]]
+                transposed_product_(of_a, of_group, rows[member.group])
     if exponent is not None:
         grad.multiply_(OF_A, exponent)
 
