@@ -43,17 +43,11 @@ class Runs(NamedTuple):
 
 @dataclass(frozen=True)
 class NamedRows:
-    """What was said of a batch's rows.
+    """What was said of a batch's rows."""
 
-    Attributes:
-        names: one per sequence.
-        beams: how many neighbouring rows a name may have; 1 is always among them.
-        stacked: how often the whole batch may be repeated.
-    """
-
-    names: tuple[Row, ...]
-    beams: frozenset[int] = frozenset({1})
-    stacked: int = 1
+    names: tuple[Row, ...]  # one per sequence
+    beams: frozenset[int] = frozenset({1})  # how many neighbouring rows a name may have; 1 always
+    stacked: int = 1  # how often the whole batch may be repeated
 
     def layouts(self) -> dict[int, set[tuple[Row, ...]]]:
         """The names of all rows, by how many rows there are."""

@@ -28,34 +28,21 @@ _MANY = 1024  # those that one batch keeps
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer is in its model, and what is known of its inputs from that.
-
-    Attributes:
-        name: the layer's.
-        axis: that of the batch, where the architecture is known; None is as the user says.
-        apart: the part of the model around it whose rows are not the text's (images, sounds).
-    """
+    """Where a layer is in its model, and what is known of its inputs from that."""
 
     name: str = ""
-    axis: int | None = None
-    apart: str | None = None
+    axis: int | None = None  # the batch's, where the architecture is known; None: the user's word
+    apart: str | None = None  # the part around it whose rows are not the text's (images, sounds)
 
 
 class Part:
-    """What was said of some of a model's layers: one of the first three.
-
-    Attributes:
-        every_row: the adapters of all tokens, whatever their rows; or None.
-        rows: those of each sequence; or empty.
-        routing: that of the tokens; or None.
-        names: all that are named, but for the base.
-    """
+    """What was said of some of a model's layers: one of ``every_row``, ``rows`` and ``routing``."""
 
     def __init__(self, what: str, said: object, slots: AdapterSlots) -> None:
-        self.every_row: Row | None = None
-        self.rows: tuple[Row, ...] = ()
+        self.every_row: Row | None = None  # the adapters of all tokens, whatever their rows
+        self.rows: tuple[Row, ...] = ()  # those of each sequence
         self.routing = said if isinstance(said, Routing) else None
-        self.what, self.names = what, frozenset()
+        self.what, self.names = what, frozenset()  # all that are named, but for the base
         if isinstance(said, Routing):
             if said.slots is not slots:
                 raise ValueError(f"{what}: expected a routing of this model's slots, got another")
@@ -115,12 +102,7 @@ def _pairs(row: Row) -> tuple[tuple[str, float], ...]:
 
 
 class Choice:
-    """What was said, as :meth:`ActiveAdapters.use` takes it.
-
-    Attributes:
-        main: what holds for all layers that no other part names.
-        asks_for_rows: whether it takes the rows of a forward to tell whose they are.
-    """
+    """What was said, as :meth:`ActiveAdapters.use` takes it."""
 
     def __init__(
         self,
@@ -137,10 +119,11 @@ class Choice:
             raise TypeError(f"rows: expected names by module, got {type(rows).__name__}")
         self.slots, self.beams, self.stacked = slots, int(beams), int(stacked)
         self._said = adapters
-        self.main = Part("adapters", adapters, slots)
+        self.main = Part("adapters", adapters, slots)  # for all layers that no other part names
         self._parts = {
             prefix: Part(f"rows[{prefix!r}]", said, slots) for prefix, said in rows.items()
         }
+        # Whether it takes the rows of a forward to tell whose they are.
         self.asks_for_rows = any(part.rows for part in self.parts())
         self.base_alone = all(part.routing is None and not part.names for part in self.parts())
         self._checked: Callable[[], ModelVersion | None] = lambda: None
@@ -243,19 +226,13 @@ class Generation(NamedTuple):
 class Batch:
     """One batch: what was said of it, the version that it reads, and the calls it is in.
 
-    Attributes:
-        choice: what was said.
-        version: what it reads.
-        generation: the running ``generate``, the innermost; None outside.
-
-    Raises:
-        ValueError: a name is no adapter's any more, or no layer has it.
+    Making one raises ValueError where a name is no adapter's any more, or no layer has it.
     """
 
     def __init__(self, choice: Choice, version: ModelVersion) -> None:
         choice.check(version)
         self.choice, self.version = choice, version
-        self.generation: Generation | None = None
+        self.generation: Generation | None = None  # the innermost ``generate`` that runs
         self._found: dict[tuple, Routing] = {}  # by all that decides them
         self._computed: dict[tuple, set[Runs]] = {}  # by the input: a recomputation has no forward
         self._made: dict[tuple[Runs, torch.device, int], Routing] = {}

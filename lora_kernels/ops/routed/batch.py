@@ -119,14 +119,8 @@ class Batch:
     def factors(
         self, which: slice, *, narrow: bool
     ) -> tuple[dict[int, Sequence[Tensor]], Tensor | None]:
-        """A, or the B, of each member as products take them, by slot.
-
-        And what h or t is to be multiplied by, or None.
-
-        Args:
-            which: :data:`OF_A` or :data:`OF_B`.
-            narrow: whether the products are h or t.
-        """
+        """A, or the B, of each member as products take them, by slot; ``narrow`` says whether the
+        products are h or t, which are to be multiplied by the second result if it is not None."""
         found = [factor for member in self.members for factor in member.factors[which]]
         if not found:
             return {}, None

@@ -69,37 +69,36 @@ _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 class _Part(NamedTuple):
-    """An attribute of a :class:`RoutedCall` as arguments of an op, and back."""
+    """An attribute of a call as arguments of an op, and what makes it of several."""
 
     schema: str
-    count: int = 1
     made: Callable[..., Any] | None = None
+
+    @property
+    def count(self) -> int:
+        return self.schema.count(",") + 1
 
 
 _PARTS = {
     "bank": _Part(
         "Tensor[] factors, int[] slots, int[] thresholds, int[] slice_columns, int max_total_rank, "
         "Tensor storage, Tensor slot_table, Tensor scaling, Tensor threshold_table",
-        len(BankTensors._fields),
         BankTensors,
     ),
     "routing": _Part(
         "Tensor tokens, Tensor offsets, Tensor tiles, Tensor inverse, Tensor? pair_weights, "
         "Tensor plan, int pairs_per_token, int block",
-        len(RoutingTensors._fields),
         RoutingTensors,
     ),
     "layout": _Part(
-        "int[] grad_slots, int[] grad_offsets, int grad_numel, Tensor grad_table",
-        len(GradientLayout._fields),
-        GradientLayout,
+        "int[] grad_slots, int[] grad_offsets, int grad_numel, Tensor grad_table", GradientLayout
     ),
-    "base": _Part("Tensor[] base, str base_format, SymInt[] base_meta", 3, rebuild),
-    "place": _Part("SymInt row_offset, SymInt column_offset, SymInt pitch", 3, MaskPlace),
+    "base": _Part("Tensor[] base, str base_format, SymInt[] base_meta", rebuild),
+    "place": _Part("SymInt row_offset, SymInt column_offset, SymInt pitch", MaskPlace),
     "trained": _Part(
-        "Tensor[] parameters, int[] parameter_offsets, int[] parameter_slots", 3, TrainableFactors
+        "Tensor[] parameters, int[] parameter_offsets, int[] parameter_slots", TrainableFactors
     ),
-    "needs": _Part("bool[3] needs", 1, lambda needs: Needs(*needs)),
+    "needs": _Part("bool[3] needs", lambda needs: Needs(*needs)),
     "x?": _Part("Tensor? x"),
     "h?": _Part("Tensor? h"),
     "out": _Part("Tensor(a!) out"),
@@ -125,11 +124,7 @@ _SIGNATURES = {
         "(Tensor dx, Tensor grad, Tensor grad_weights, Tensor grad_bias)",
     ),
     "routed_shrink": (ForwardCall, "layout x seed place backend trained", "Tensor"),
-    "routed_shrink_forward": (
-        ForwardCall,
-        "x seed place backend",
-        "(Tensor h, Tensor mask)",
-    ),
+    "routed_shrink_forward": (ForwardCall, "x seed place backend", "(Tensor h, Tensor mask)"),
     "routed_shrink_backward": (
         ShrinkBackward,
         "layout dy x mask seed place needs backend",
@@ -154,10 +149,9 @@ def _call_of(name: str, arguments: tuple) -> Any:
     """The call that the arguments of an op are, of the class that its signature says."""
     values, at = {}, 0
     for part in _PARTS_OF[name]:
-        _, count, made = _PARTS[part]
-        taken = arguments[at : at + count]
-        values[part.rstrip("?")] = taken[0] if made is None else made(*taken)
-        at += count
+        made, end = _PARTS[part].made, at + _PARTS[part].count
+        values[part.rstrip("?")] = arguments[at] if made is None else made(*arguments[at:end])
+        at = end
     return _SIGNATURES[name][0](**values)
 
 
@@ -277,8 +271,8 @@ def _kernel(name: str, run: Callable, results: Callable | None):
     return kernel
 
 
-def _or_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
+def _or_empty(like: Tensor, *gradients: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0) if each is None else each for each in gradients)
 
 
 def _stored(call: ForwardCall, found: tuple) -> Tensor:
@@ -289,21 +283,12 @@ def _stored(call: ForwardCall, found: tuple) -> Tensor:
 _KERNELS = {
     "routed_lora": (_forward, lambda call, found: found[0]),
     "routed_lora_forward": (_forward, lambda call, found: (*found[:2], _stored(call, found))),
-    "routed_lora_backward": (
-        _backward,
-        lambda call, g: _or_empty(call.dy, g.x, g.factors, g.weights, g.bias),
-    ),
+    "routed_lora_backward": (_backward, lambda call, found: _or_empty(call.dy, *found)),
     "routed_shrink": (_shrink, lambda call, found: found[0]),
     "routed_shrink_forward": (_shrink, lambda call, found: (found[0], _stored(call, found))),
-    "routed_shrink_backward": (
-        _shrink_backward,
-        lambda call, g: _or_empty(call.x, g.x, g.factors),
-    ),
+    "routed_shrink_backward": (_shrink_backward, lambda call, found: _or_empty(call.x, *found[:2])),
     "routed_expand": (_expand, lambda call, found: found[0]),
-    "routed_expand_backward": (
-        _expand_backward,
-        lambda call, g: _or_empty(call.h, g.x, g.factors, g.weights),
-    ),
+    "routed_expand_backward": (_expand_backward, lambda call, found: _or_empty(call.h, *found[:3])),
     "routed_lora_": (_forward, None),
     "routed_expand_": (_expand, None),
 }
@@ -375,29 +360,13 @@ class _Kind(NamedTuple):
 
     name: str
     of_backward: type[BackwardCall]
-    forward: Callable
-    backward: Callable
     second_order: Callable
     saved: tuple[str, ...]  # attributes of the call that a backward may need, the operand first
 
 
-_LORA = _Kind("routed_lora", LoRABackward, _forward, _backward, second_order.lora_backward, ("x",))
-_SHRINK = _Kind(
-    "routed_shrink",
-    ShrinkBackward,
-    _shrink,
-    _shrink_backward,
-    second_order.shrink_backward,
-    ("x", "seed"),
-)
-_EXPAND = _Kind(
-    "routed_expand",
-    ExpandBackward,
-    _expand,
-    _expand_backward,
-    second_order.expand_backward,
-    ("h",),
-)
+_LORA = _Kind("routed_lora", LoRABackward, second_order.lora_backward, ("x",))
+_SHRINK = _Kind("routed_shrink", ShrinkBackward, second_order.shrink_backward, ("x", "seed"))
+_EXPAND = _Kind("routed_expand", ExpandBackward, second_order.expand_backward, ("h",))
 _KINDS = {kind.name: kind for kind in (_LORA, _SHRINK, _EXPAND)}
 
 
@@ -458,17 +427,14 @@ class RoutedFunction(torch.autograd.Function):
         )  # fmt: skip
         with autocast_off(dy):
             if torch.is_grad_enabled() or _is_batched(dy):  # create_graph, vectorize
-                trained = call.trained
-                factors = second_order.Factors(
-                    tuple(trained.parameters), trained.slots, tuple(needs)
-                )
-                dx, gradients, *grads = ctx.kind.second_order(call, factors, ctx.edge_to_x)
+                dx, gradients, *grads = ctx.kind.second_order(call, needs, ctx.edge_to_x)
             else:
+                name = f"{ctx.kind.name}_backward"
                 with _below_autograd():
                     if call.alone and is_plain_eager(call.routing.tokens):
-                        dx, flat, *grads = ctx.kind.backward(call)
+                        dx, flat, *grads = _KERNELS[name][0](call)
                     else:
-                        dx, flat, *grads = Gradients(*_op(f"{ctx.kind.name}_backward", call))
+                        dx, flat, *grads = Gradients(*_op(name, call))
                 gradients = call.trained.gradients(flat)
         grad_weights, grad_bias = grads
         return (
@@ -491,7 +457,7 @@ def _with_saved(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(y, h, mask)`` of a forward that a backward follows."""
     if call.alone:
-        y, h, mask = kind.forward(call)
+        y, h, mask = _KERNELS[kind.name][0](call)
         stored = mask is not None and stores_mask(y.device, call.seed, call.backend)
         return y, h, mask if stored else None
     if kind is _EXPAND:
@@ -525,7 +491,7 @@ def run(name: str, call: ForwardCall | ExpandCall) -> Tensor:
     tensors = _tensors_of(call, weights) if torch.is_grad_enabled() else None
     if tensors is None or not requires_grad(tensors):
         with _below_autograd():
-            return kind.forward(call)[0]
+            return _KERNELS[name][0](call)[0]
     try:
         return _apply_eagerly(kind, call, *tensors)
     except RuntimeError as error:

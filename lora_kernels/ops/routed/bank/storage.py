@@ -75,13 +75,8 @@ class FactorShapes(NamedTuple):
 class Arena:
     """Memory that stays where it is, for captured CUDA graphs: regions are parts of it.
 
-    A region is free again when the last that refers to one of its factors is gone.
-
-    Args:
-        size: in elements.
-
-    Attributes:
-        tensor: ``[size]``.
+    A region is free again when the last that refers to one of its factors is gone. Sizes are in
+    elements.
     """
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str | None) -> None:

@@ -23,7 +23,7 @@ from lora_kernels.ops.routed.call import (
     RoutedCall,
     ShrinkBackward,
 )
-from lora_kernels.ops.routed.triton.launch import RoutedLaunch
+from lora_kernels.ops.routed.triton.launch import RoutedLaunch, Tail
 from lora_kernels.runtime.device_limits import on_device
 
 
@@ -33,7 +33,8 @@ def forward(call: ForwardCall) -> Result:
     h = narrow(x, call) if call.save else None
     if launch is not None and y is None and isinstance(base, DenseWeight) and launch.fuses:
         with on_device(x):
-            return Result(launch.gemm(x, base.weight, call.bias, launch.shrink(x, h)), h)
+            tail = launch.shrink(x, h).tensor
+            return Result(launch.gemm(x, base.weight.t(), call.bias, tail, to_b=True), h)
     begun = True
     if y is None:
         y, begun = product_or_bias(base, x, call.bias, call.bank.slice_columns[-1])
@@ -42,7 +43,7 @@ def forward(call: ForwardCall) -> Result:
         y.zero_()
     if launch is not None:
         with on_device(x):
-            launch.expand(y, launch.shrink(x, h), overwrite=fresh)
+            launch.expand(y, launch.shrink(x, h), to_b=True, overwrite=fresh)
     elif h is not None:
         h.zero_()
     return Result(y, h)
@@ -61,19 +62,19 @@ def backward(call: LoRABackward) -> Gradients:
     dx = t = rounded = None
     with on_device(dy):
         if needs_b and call.h is not None:
-            launch.b_gradient(dy, call.h, layout, grad)
+            launch.gradient(dy, call.h.contiguous(), layout, grad, of_a=False)
         if needs.x or needs_a or needs.weights:
             t = narrow(dy, call) if needs_a else None
             rounded = launch.project(dy, t, call.h, grad_weights, rounded=needs.x)
         if rounded is not None and isinstance(base, DenseWeight) and launch.fuses:
-            dx = launch.gemm_a(dy, base.weight, rounded)
+            dx = launch.gemm(dy, base.weight, None, rounded, to_b=False)
         elif rounded is not None:
             fresh = base is None and call.routing.pairs_per_token == 1
             shape = (dy.shape[0], call.in_features)
             dx = dy.new_empty(shape) if fresh else call.base_gradient()
-            launch.expand_a(dx, rounded, overwrite=fresh)
+            launch.expand(dx, Tail(rounded), to_b=False, overwrite=fresh)
         if t is not None and call.x is not None:
-            launch.a_gradient(call.x, t, layout, grad)
+            launch.gradient(call.x, t, layout, grad, of_a=True)
     return Gradients(dx, grad, grad_weights, grad_bias)
 
 
@@ -100,9 +101,9 @@ def shrink_backward(call: ShrinkBackward) -> Gradients:
     launch = RoutedLaunch(x, call)
     with on_device(x):
         if dx is not None:
-            launch.expand_a(dx, t.to(x.dtype), overwrite=fresh)
+            launch.expand(dx, Tail(t.to(x.dtype)), to_b=False, overwrite=fresh)
         if call.layout.needs_gradient(call.bank)[0]:
-            launch.a_gradient(x, t, call.layout, grad)
+            launch.gradient(x, t, call.layout, grad, of_a=True)
     return Gradients(dx, grad)
 
 
@@ -111,7 +112,7 @@ def expand_(call: ExpandCall, out: Tensor) -> None:
     if not _is_nothing(out, call):
         launch = RoutedLaunch(out, call)
         with on_device(out):
-            launch.expand(out, launch.scale(call.h.contiguous()))
+            launch.expand(out, launch.scale(call.h.contiguous()), to_b=True)
 
 
 def expand_backward(call: ExpandBackward) -> Gradients:
@@ -124,7 +125,7 @@ def expand_backward(call: ExpandBackward) -> Gradients:
     launch = RoutedLaunch(dy, call)
     with on_device(dy):
         if call.layout.needs_gradient(call.bank)[1]:
-            launch.b_gradient(dy, call.h, call.layout, grad)
+            launch.gradient(dy, call.h.contiguous(), call.layout, grad, of_a=False)
         if needs.x or needs.weights:
             launch.project(dy, t, call.h, grad_weights, rounded=False)
     return Gradients(t, grad, grad_weights)

@@ -8,6 +8,7 @@ slices, H the widest rank of the bank, S slices, T tiles.
 # Launches take options of Triton beside the arguments of a kernel, and starred ones.
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,13 +37,12 @@ from lora_kernels.runtime.device_limits import (
 _BLOCK = 256  # elements per program of the reduction
 
 
-class Tail:
+class Tail(NamedTuple):
     """What an expand takes on its left: h rounded and scaled, or partial sums that are neither."""
 
-    def __init__(self, tensor: Tensor, parts: int = 0, dropped: bool = False) -> None:
-        self.tensor = tensor  # [P, H], or [parts, P, H]
-        self.parts = parts  # 0: rounded and scaled
-        self.dropped = dropped  # whether the dropout's scale is missing too
+    tensor: Tensor  # [P, H], or [parts, P, H]
+    parts: int = 0  # 0: rounded and scaled
+    dropped: bool = False  # whether the dropout's scale is missing too
 
 
 class RoutedLaunch:
@@ -246,28 +246,12 @@ class RoutedLaunch:
 
     # --- wide results -------------------------------------------------------------------------
 
-    def expand(self, out: Tensor, tail: Tail, *, overwrite: bool = False) -> None:
-        """``out += w s h B^T`` ``[M, N]``; with ``overwrite`` out is new."""
-        self._expand(out, tail, to_b=True, overwrite=overwrite)
-
-    def expand_a(self, dx: Tensor, t: Tensor, *, overwrite: bool = False) -> None:
-        """``dx += keep * (t A)`` ``[M, K]``; with ``overwrite`` dx is new."""
-        self._expand(dx, Tail(t), to_b=False, overwrite=overwrite)
-
     @property
     def fuses(self) -> bool:
-        """Whether :meth:`gemm` and :meth:`gemm_a` are to be used: every token is in one tile."""
+        """Whether :meth:`gemm` is to be used: every token is in one tile."""
         return self.routing.pairs_per_token == 1 and tiles.strategy(self.cell) == "fused"
 
-    def gemm(self, x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tail) -> Tensor:
-        """``x W^T + b + w s h B^T`` ``[M, N]``, all in one."""
-        return self._gemm(x, weight.t(), bias, tail.tensor, to_b=True)
-
-    def gemm_a(self, dy: Tensor, weight: Tensor, t: Tensor) -> Tensor:
-        """``dy W + keep * (t A)`` ``[M, K]``, all in one."""
-        return self._gemm(dy, weight, None, t, to_b=False)
-
-    def _gemm(
+    def gemm(
         self,
         left: Tensor,  # [M, D]
         right: Tensor,  # [D, C]
@@ -276,6 +260,7 @@ class RoutedLaunch:
         *,
         to_b: bool,
     ) -> Tensor:
+        """``x W^T + b + w s h B^T`` ``[M, N]``, or ``dy W + keep * (t A)`` ``[M, K]``, in one."""
         bank, routing = self.bank, self.routing
         out = left.new_empty((left.shape[0], right.shape[1]))
         boundaries = self.boundaries if to_b else ()
@@ -324,7 +309,8 @@ class RoutedLaunch:
         )
         return out
 
-    def _expand(self, out: Tensor, tail: Tail, *, to_b: bool, overwrite: bool) -> None:
+    def expand(self, out: Tensor, tail: Tail, *, to_b: bool, overwrite: bool = False) -> None:
+        """``out += w s h B^T`` ``[M, N]``, or ``keep * (t A)`` ``[M, K]``; or ``out = ...``."""
         bank, routing = self.bank, self.routing
         columns = out.shape[1]
         by_pair = routing.pairs_per_token > 1
@@ -398,15 +384,7 @@ class RoutedLaunch:
 
     # --- gradients of the factors -------------------------------------------------------------
 
-    def a_gradient(self, x: Tensor, t: Tensor, layout: GradientLayout, grad: Tensor) -> None:
-        """``t^T D(x)`` of every adapter into its place of the flat ``grad``."""
-        self._gradient(x, t, layout, grad, of_a=True)
-
-    def b_gradient(self, dy: Tensor, h: Tensor, layout: GradientLayout, grad: Tensor) -> None:
-        """``s dy^T (w h)`` of every adapter and slice into its place of the flat ``grad``."""
-        self._gradient(dy, h.contiguous(), layout, grad, of_a=False)
-
-    def _gradient(
+    def gradient(
         self,
         wide: Tensor,  # [M, D]
         narrow: Tensor,  # [P, H]
@@ -415,6 +393,7 @@ class RoutedLaunch:
         *,
         of_a: bool,
     ) -> None:
+        """``t^T D(x)``, or ``s dy^T (w h)`` by slices, of every adapter into its place."""
         bank, routing = self.bank, self.routing
         columns, width = wide.shape[1], bank.max_total_rank
         dropout = of_a and self.seed is not None
