@@ -200,7 +200,7 @@ def targeted(config: Mapping[str, Any], modules: Iterable[str], where: str = "co
 
 
 def _named(config: Mapping[str, Any], key: str, allowance: Allowance):
-    """Whether a name is one of those that the setting means."""
+    """A function that says whether the setting means a name."""
     wanted = config.get(key) or []
     if isinstance(wanted, str):
         return lambda name: match(wanted, name, key, wanted, allowance, "fullmatch") is not None

@@ -118,7 +118,7 @@ def write_files(directory: Path, config: str, tensors: dict[str, Tensor]) -> Non
 
 
 class _Stamp(NamedTuple):
-    """Differs when a file has been replaced or written to."""
+    """What differs once a file has been replaced or written to."""
 
     changed: float  # time of the later change, by the file system's clock
     identities: tuple

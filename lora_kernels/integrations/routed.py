@@ -516,7 +516,7 @@ class RoutedModel:
         return layer
 
     def _swap(self, others: Mapping[nn.Module, nn.Module], change: Change) -> None:
-        """Put other modules in the places (there may be several) of some."""
+        """Put other modules in all the places of some."""
         for _, parent in list(modules_of_model(self.model)):
             for name, child in list(parent._modules.items()):
                 if child is not None and child in others:

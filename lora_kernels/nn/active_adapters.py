@@ -35,7 +35,7 @@ class _Use:
         self._batch_outside: Batch | None = None
 
     def batch_outside_forwards(self) -> Batch:
-        """For a layer that is called outside of a forward of its model: a batch of its own."""
+        """The batch of layers that are called outside of a forward of their model."""
         version = self.active.slots.current
         batch = self._batch_outside
         if batch is None or batch.version is not version:
@@ -224,7 +224,7 @@ class ActiveAdapters:
         return own[-1] if own else None
 
     def _batch(self) -> Batch | None:
-        """What the caller is computing."""
+        """The batch that the caller is computing."""
         use = self._use()
         if use is None:
             return None
@@ -234,7 +234,7 @@ class ActiveAdapters:
         return use.batch_outside_forwards()
 
     def _recomputed_batches(self) -> list[Batch]:
-        """What a backward computes again."""
+        """The batches of which a backward may be computing something again."""
         found = recomputed(self)
         if len({batch.choice.means(batch.version) for batch in found}) > 1:
             raise RuntimeError(
@@ -300,7 +300,7 @@ class ActiveAdapters:
             _runs.set((*_runs.get(), run._replace(is_forward=True, forward=forward)))
 
     def _run(self) -> _Run:
-        """What a call computes that begins now: the batch of the call around it, or a new one."""
+        """The run of a call that begins now: of the batch around it, or of a new one."""
         if in_a_backward():
             return _Run(self, self._use(), next(iter(self._recomputed_batches()), None))
         use = self._use()
@@ -391,8 +391,8 @@ def _listed(batch: Batch | None) -> list[Batch]:
 
 
 def _generator_around(frame: FrameType | None) -> FrameType | None:
-    """The generator whose ``with`` it is, itself or by what it calls: a function that enters and
-    returns, a class with ``__enter__``, or another generator that contextlib drives."""
+    """The generator that enters a ``with``, by itself or by what it calls: a function that enters
+    and returns, a class with ``__enter__``, or another generator that contextlib drives."""
     while frame is not None:
         around = frame.f_back
         by_contextlib = around is not None and around.f_globals.get("__name__") == "contextlib"
@@ -403,7 +403,7 @@ def _generator_around(frame: FrameType | None) -> FrameType | None:
 
 
 def _outside_of_graphs(function: Callable, *args: Any) -> Any:
-    """Names are looked up by every call: they break a compiled graph."""
+    """Call what looks names up anew each time, and so breaks a compiled graph."""
     if torch.compiler.is_compiling():
         return _undisturbed(function, *args)
     return function(*args)

@@ -74,7 +74,7 @@ class Part:
 
 
 def _row(what: str, said: object) -> Row:
-    """One name, or weights by name."""
+    """A row as it was said, one name or weights by name, checked."""
     if isinstance(said, str):
         return said
     if not isinstance(said, Mapping):

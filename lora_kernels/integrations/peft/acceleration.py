@@ -241,7 +241,7 @@ def _also_read(name: str, layer: nn.Module, model: nn.Module) -> str | None:
 
 
 def _note(layer: nn.Module, state) -> str | None:
-    """What to know about a fast layer; None also for a layer that is not."""
+    """What to know about a fast layer; None where that is nothing, or the layer is not fast."""
     if state is None:
         return None
     if isinstance(state, str):

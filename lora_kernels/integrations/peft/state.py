@@ -141,7 +141,7 @@ def read_call(
 
 
 def _read_mixed(layer: Linear, x: Any, names: Any) -> MixedState | str | None:
-    """The state for a mixed batch. PEFT serves it without gradients; so do we, nothing else."""
+    """The state for a mixed batch, which is served without gradients, as PEFT serves it."""
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         return f"{_MIXED}: names that are not a list of strings"
     used = list(dict.fromkeys(name for name in names if name != "__base__"))
@@ -368,7 +368,7 @@ def _unsupported_input(x: Any, weight: Tensor) -> str | None:
 
 
 def _unsupported_context() -> str | None:
-    """Where a standard torch graph, or a derivative our op does not define, is asked for."""
+    """Why PEFT has to serve: a standard torch graph is asked for, or a derivative not ours."""
     # What torch.compiler.is_exporting() returns; torch 2.9's compiler takes that call for True.
     if torch._C._is_tracing() or torch.compiler._is_exporting_flag:
         return "tracing or exporting: the graph keeps to torch's own operations"

@@ -152,14 +152,14 @@ class FlatGradient:
             self.needs_b |= max(of_b) >= 0
 
     def of(self, member: Member, index: int) -> Tensor | None:
-        """The place of one factor's; None where none is needed."""
+        """The place of one factor's gradient; None where none is needed."""
         factor, offset = member.factors[index], self.offsets[member.group.slot][index]
         if offset < 0:
             return None
         return self.flat[offset : offset + factor.numel()].view(factor.shape)
 
     def multiply_(self, which: slice, exponent: Tensor) -> None:
-        """What products with operands that were divided by it are multiplied by."""
+        """Multiply gradients by what the operands of their products were divided by."""
         indices = range(len(self.members[0].factors))[which]
         found = [self.of(member, index) for member in self.members for index in indices]
         gradients = [gradient for gradient in found if gradient is not None]

@@ -52,7 +52,7 @@ def forward(call: ForwardCall) -> Result:
         _add_padded(batch, x, y)
     else:
         h, mask = _shrink(batch, x)
-        _expand(batch, h, y)
+        _add_expanded(batch, h, y)
     return Result(y, h, mask) if call.save else Result(y)
 
 
@@ -85,7 +85,7 @@ def shrink_backward(call: ShrinkBackward) -> Gradients:
 
 def expand_(call: ExpandCall, out: Tensor) -> None:
     """``out += w s h B^T`` for every pair."""
-    _expand(Batch(call, out), call.h, out)
+    _add_expanded(Batch(call, out), call.h, out)
 
 
 def expand_backward(call: ExpandBackward) -> Gradients:
@@ -107,7 +107,7 @@ def expand_backward(call: ExpandBackward) -> Gradients:
 def _is_better_padded(batch: Batch) -> bool:
     """Whether batched products over groups of equal size cost less than the loop.
 
-    They move the factors and more rows than there are, and are fewer.
+    Padded products move the factors and more rows than there are, in fewer operations.
     """
     bank, like, groups = batch.call.bank, batch.like, len(batch.pairs.groups)
     slices, members = bank.num_slices, batch.members
@@ -163,7 +163,7 @@ def _stacked(
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """A of all slices ``[G, R, K]``, each B ``[G, N_s, R_s]``, zeros beyond an adapter's ranks.
 
-    And what h is to be multiplied by, or None.
+    The last result is what h is to be multiplied by, or None.
     """
     members = batch.members
     groups, columns = len(batch.pairs.groups), batch.call.bank.slice_columns
@@ -210,23 +210,6 @@ def _shrink(batch: Batch, x: Tensor) -> tuple[Tensor, Tensor | None]:
     if exponent is not None:
         h.mul_(exponent)
     return h, mask
-
-
-def _expand(batch: Batch, h: Tensor, out: Tensor) -> None:
-    """Add ``w s h B^T`` to the rows of out."""
-    factors, _ = batch.factors(OF_B, narrow=False)
-    if not factors:
-        return
-    dtype = batch.members[0].factors[1].dtype
-    dtype = factor_dtype(out, dtype, batch.ranks, narrow=False)
-    scaled = _as_operand(h[: batch.pairs.count], dtype, batch.scale(batch.layout()))
-    terms = {
-        group.slot: [
-            (part.columns, part.ranks, factors[group.slot][part.index].t()) for part in parts
-        ]
-        for group, _, parts in batch.members
-    }
-    _add_products(batch, out, scaled, terms, None)
 
 
 def _expand_backward(
@@ -292,13 +275,7 @@ def _shrink_backward(
         columns = batch.members[0].factors[0].shape[1]
         mask = draw_masks(columns, call.routing, call.bank, call.seed, call.place)
     if dx is not None:
-        factors, _ = batch.factors(OF_A, narrow=False)
-        terms = {
-            slot: [(slice(0, a.shape[1]), slice(0, a.shape[0]), a)]
-            for slot, (a,) in factors.items()
-        }
-        dtype = factor_dtype(dx, batch.members[0].factors[0].dtype, batch.ranks, narrow=False)
-        _add_products(batch, dx, _as_operand(t, dtype), terms, mask)
+        _add_products(batch, dx, t, None, OF_A, mask)
     if x is None or not grad.needs_a:
         return
     narrow, exponent = _as_transposed(t, x)
@@ -325,16 +302,32 @@ def _dropped(
     return Rows(kept, block.pairs.start), mask
 
 
-Term = tuple[slice, slice, Tensor]  # columns of the result, ranks, and the factor between them
+def _add_expanded(batch: Batch, h: Tensor, out: Tensor) -> None:
+    """Add ``w s h B^T`` to the rows of out."""
+    if batch.members:
+        scale = batch.scale(batch.layout())
+        _add_products(batch, out, h[: batch.pairs.count], scale, OF_B, None)
 
 
 def _add_products(
     batch: Batch,
     out: Tensor,  # [M, D], added to
     narrow: Tensor,  # [P, H], without the pairs behind the groups
-    terms: dict[int, list[Term]],  # by slot
+    scale: Tensor | None,  # of narrow, [P, 1]
+    which: slice,  # OF_A: narrow A; OF_B: narrow B^T
     mask: Tensor | None,  # [P, ceil(D/8)], of a pair's result
 ) -> None:
+    factors, _ = batch.factors(which, narrow=False)
+    dtype = factor_dtype(out, batch.members[0].factors[which][0].dtype, batch.ranks, narrow=False)
+    narrow = _as_operand(narrow, dtype, scale)
+    terms = {}  # by slot: columns of the result, ranks, and the factor between them
+    for group, _, parts in batch.members:
+        made = factors[group.slot]
+        if which is OF_B:
+            terms[group.slot] = [(each.columns, each.ranks, made[each.index].t()) for each in parts]
+        else:
+            rank, columns = made[0].shape
+            terms[group.slot] = [(slice(0, columns), slice(0, rank), made[0])]
     call, pairs = batch.call, batch.pairs
     if mask is None and (pairs.by_tokens or call.routing.pairs_per_token == 1):
         for block in batch.blocks():
@@ -374,7 +367,7 @@ def _add_by_token(batch: Batch, out: Tensor, z: Tensor, layout: Layout) -> None:
 
 
 def _leave(z: Tensor) -> None:
-    """What changes no bit where it is added: not a zero's of the other sign either."""
+    """Fill with what changes no bit where it is added, not that of a zero's sign either."""
     z.fill_(-0.0)
 
 
@@ -387,7 +380,7 @@ def _as_operand(narrow: Tensor, dtype: torch.dtype, scale: Tensor | None = None)
 def _as_transposed(
     narrow: Tensor, wide: Tensor, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The same for a product over the rows; and what its results are to be multiplied by."""
+    """``scale * narrow`` for a product over the rows, whose results the second is to multiply."""
     if widens_first(wide):
         return _as_operand(narrow, torch.float32, scale), None
     if wide.dtype == torch.float16:

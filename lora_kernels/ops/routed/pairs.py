@@ -101,7 +101,7 @@ class Pairs:
 
 
 def _on_host(numbers: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Wherever torch makes tensors by default."""
+    """A tensor on the CPU, wherever torch makes tensors by default."""
     return torch.tensor(numbers, dtype=dtype, device="cpu")
 
 

@@ -43,7 +43,7 @@ _DEBUG = os.environ.get("LORA_KERNELS_DEBUG", "0") not in ("", "0")
 
 
 class _Captured:
-    """What CUDA graphs read of the weights of a routing and of its copies for versions."""
+    """Whether captured CUDA graphs read weights of a routing, or of its copies for versions."""
 
     def __init__(self) -> None:
         self.without_weights = self.weight_buffer = False
@@ -139,7 +139,7 @@ class Routing:
         self._bind_adapters(model)
 
     def _model(self) -> ModelVersion:
-        """The adapters that a filling refers to."""
+        """The version that a filling refers to."""
         return self.slots.latest if self.pinned is None else self.pinned
 
     def at(self, version: ModelVersion) -> "Routing":

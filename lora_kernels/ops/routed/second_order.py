@@ -143,7 +143,7 @@ class _Backward:
             yield _Group(slot, pairs, tokens, slices, bank.scaling[slot], p)
 
     def _factor(self, index: int) -> Tensor:
-        """A parameter that became trainable since the forward was a constant to it."""
+        """A parameter; a constant, where it became trainable since the forward."""
         factor = self.call.trained.parameters[index]
         return (factor if self.needs_of[index] else factor.detach()).to(self.dtype)
 
@@ -199,7 +199,7 @@ class _Backward:
         return self._by_token(tails, rows) if needs_x else None
 
     def gradients(self) -> list[Tensor | None]:
-        """Of each parameter: zeros where no pair has reached it, None where none is needed."""
+        """The gradient of each parameter: zeros where no pair reached it, None if not needed."""
         found: list[Tensor | None] = []
         for index, parameter in enumerate(self.call.trained.parameters):
             if not self.needs_of[index]:
@@ -253,5 +253,5 @@ class _Backward:
 
 
 def _part(tensor: Tensor, dim: int, indices: slice) -> Tensor:
-    """Not by indexing: a slice of everything has no rule for many gradients at once."""
+    """``tensor[indices]``; an index of everything has no rule for many gradients at once."""
     return tensor.narrow(dim, indices.start, indices.stop - indices.start)

@@ -151,7 +151,7 @@ _ROUTINGS, _TABLES = 32, 2048
 def _routing(
     ids: tuple[int, ...], length: int, capacity: int, device: torch.device, stream: int
 ) -> Routing:
-    """Sequences of one length, each with its slot."""
+    """The routing of sequences of one length, each with its slot."""
     # Plain tensors even under inference_mode: the cache outlives it.
     with torch.inference_mode(False):
         slots = AdapterSlots(capacity)

@@ -106,7 +106,7 @@ class AdapterBank(nn.Module):
         self.register_load_state_dict_post_hook(_rebind)
 
     def _version_on(self, storage: Tensor, reserved: Reserved | None = None) -> BankVersion:
-        """One without adapters."""
+        """A version without adapters, on that storage."""
         shapes = FactorShapes(self.in_features, self.slice_widths)
         tables = SlotTables.empty(self.slots.capacity, len(self.slice_widths), storage.device)
         bank: weakref.ref[AdapterBank] = weakref.ref(self)
@@ -118,7 +118,7 @@ class AdapterBank(nn.Module):
         device: torch.device | str | None,
         room: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Reserved | None]:
-        """What offsets count from; with room as in :class:`Reserved`, memory that is kept."""
+        """An anchor; or, with ``room`` as in :class:`Reserved`, an arena and its tables."""
         if room is None:
             return anchor(dtype, device), None
         arena = Arena(room[0], dtype, device)
@@ -184,7 +184,7 @@ class AdapterBank(nn.Module):
         return adapter
 
     def _set_module(self, change: Change, name: str, adapter: Adapter | None) -> None:
-        """Put an adapter among the submodules, or take it out, where others may be looking."""
+        """Set a submodule, or with None take it out, while others may be reading them."""
         before = self.adapters._modules
         change.on_undo(lambda: self.adapters.__dict__.update(_modules=before))
         self.adapters.replace(name, adapter)
@@ -331,7 +331,7 @@ class AdapterBank(nn.Module):
             self._convert(*kind)
 
     def _convert(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Take another dtype or device, or what parameters have become."""
+        """Move the adapters to a dtype and a device, and bind again what has moved by itself."""
         version = self._latest
         if (dtype, device) == (version.dtype, version.device):
             self._move_to(version.storage, version.reserved)
@@ -340,8 +340,8 @@ class AdapterBank(nn.Module):
             self._move_to(*self._memory(dtype, device, room))
 
     def _move_to(self, storage: Tensor, reserved: Reserved | None) -> None:
-        """Make a version anew, from the parameters: those stay that lie in a region as they
-        should, others get one."""
+        """Make the version anew from the parameters. Those that lie in a region as they should stay
+        there, the others get one."""
         with self.slots.change() as change:
             old = self._latest
             old.wait()
@@ -400,11 +400,12 @@ class AdapterBank(nn.Module):
     def _repack_moved_parameters(
         self, model: ModelVersion, version: BankVersion, slots: tuple[int, ...] | None
     ) -> BankVersion:
-        """Somebody has replaced ``p.data``, and may put back what it was before.
+        """Let the kernels read parameters whose ``p.data`` somebody has replaced.
 
-        So the old slabs are left to whoever holds them, and the adapter gets another region; except
-        where nothing may move: there the new values are copied over the old ones. Where a change of
-        adapters has moved a parameter, the batch goes on with what it began with.
+        He may put back what it was before: the old slabs are left to whoever holds them, and the
+        adapter gets another region; except where nothing may move: there the new values are copied
+        over the old ones. Where a change of adapters has moved a parameter, the batch goes on with
+        what it began with.
         """
         if is_captured(self.device):
             raise RuntimeError(
@@ -522,5 +523,5 @@ class AdapterBank(nn.Module):
 
 
 def _rebind(bank: AdapterBank, incompatible_keys) -> None:
-    """After loading a state dict, which may have put other parameters in place (assign=True)."""
+    """Bind what a state dict has put in place: other parameters, with assign=True."""
     bank.rebind()

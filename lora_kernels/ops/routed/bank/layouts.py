@@ -35,7 +35,7 @@ class GradientLayouts:
         self._whole = _make(version, None, capacity) if version.trains else None
 
     def nothing(self, version, capacity: int) -> tuple[GradientLayout, TrainableFactors]:
-        """Of no adapter."""
+        """The layout of no adapter, and no parameters."""
         nothing = self._nothing.get(capacity)
         if nothing is None:
             nothing = _nothing(version, capacity)
@@ -58,10 +58,8 @@ class GradientLayouts:
         return made.layout, made.trained
 
     def _of_a_graph(self, version, slots) -> tuple[GradientLayout, TrainableFactors]:
-        """Without changing anything: a graph guards what it changes, and is compiled once more.
-
-        The layout is that of all adapters, whose table is there already.
-        """
+        """What :meth:`of` returns, for a call that is being traced: it changes nothing, as a graph
+        guards what it changes. The layout is that of all adapters, whose table is there already."""
         made = self._whole
         if made is None or made.needed != _needed_of(version.entries):
             made = _make(version, None, version.tables.slots)

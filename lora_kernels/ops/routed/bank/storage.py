@@ -128,7 +128,7 @@ class Lease:
 
 
 def _joined(pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Neighbours made one."""
+    """The pieces, those that touch made one."""
     joined = [pieces[0]]
     for start, size in pieces[1:]:
         last_start, last_size = joined[-1]

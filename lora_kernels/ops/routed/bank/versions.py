@@ -281,7 +281,7 @@ class BankVersion:
     # --- the next one -------------------------------------------------------------------------
 
     def _tables_there(self) -> SlotTables:
-        """Its tables, to make others of them in the current stream."""
+        """The tables, which the current stream may read from now on."""
         self.wait()
         return self.tables
 
