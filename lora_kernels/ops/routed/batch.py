@@ -4,7 +4,7 @@ Dimensions: M tokens, P pairs, K in_features, N out_features of all slices, H th
 bank, R an adapter's rank over its slices, n the pairs of one group.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -118,7 +118,7 @@ class Batch:
 
     def factors(
         self, which: slice, *, narrow: bool
-    ) -> tuple[dict[int, Sequence[Tensor]], Tensor | None]:
+    ) -> tuple[Mapping[int, Sequence[Tensor]], Tensor | None]:
         """A, or the B, of each member as products take them, by slot; ``narrow`` says whether the
         products are h or t, which are to be multiplied by the second result if it is not None."""
         found = [factor for member in self.members for factor in member.factors[which]]
