@@ -204,7 +204,7 @@ def routed_shrink(
     batch = _prepared(x, bank, routing, seed, place, backend)
     call = ForwardCall(*batch.common, layout=batch.layout, x=x)
     if call.backend == "reference":
-        return _reference_shrink(call, batch)
+        return _reference_shrink(call, batch, x.reshape(-1, x.shape[-1]))
     return op.run("routed_shrink", call)
 
 
@@ -407,11 +407,10 @@ def _reference(call: ForwardCall, batch: _Batch) -> Tensor:
         start = start + rows[:0].sum()  # nothing, but a function of x
     else:
         start = torch.nn.functional.linear(rows, call.base.dequantise(), call.bias)
-    h = _reference_shrink(call, batch)
+    h = _reference_shrink(call, batch, rows)
     y = reference.expand(h, start, batch.version, batch.slots, call.routing)
     return y.view(*call.x.shape[:-1], y.shape[1])
 
 
-def _reference_shrink(call: ForwardCall, batch: _Batch) -> Tensor:
-    rows = call.x.reshape(-1, call.x.shape[-1])
+def _reference_shrink(call: ForwardCall, batch: _Batch, rows: Tensor) -> Tensor:
     return reference.shrink(rows, batch.version, batch.slots, call.routing, call.seed, call.place)

@@ -190,7 +190,7 @@ class _Backward:
             parts = [(each, _part(of_group, 1, each.ranks)) for each in group.slices]
             if needs_x:
                 first, *others = (narrow @ each.a for each, narrow in parts)
-                tails.append(self._drop(group, sum(others, first)))
+                tails.append(self._drop(group, sum(others, 0 + first)))  # no negative zeros
             trained = [part for part in parts if self.needs_of[part[0].index]]
             if trained and x is not None:
                 dropped = self._drop(group, x[group.tokens])
