@@ -146,16 +146,18 @@ class RoutedCase:
             [0], [0] * factors, 1 << 24, empty(slots + 1, factors, dtype=torch.int64)
         )
         x, dy, weight = empty(m, k), empty(m, columns[-1]), empty(columns[-1], k)
-        call = routed.RoutedCall(
-            bank, routing, "triton", x,
-            base=DenseWeight(weight) if self.with_weight else None,
-            seed=empty(dtype=torch.int64) if self.dropout else None,
-            dy=dy, layout=layout, in_features=k, needs=routed.Needs(True, self.weighted),
-        )  # fmt: skip
+        common = bank, routing, "triton", empty(dtype=torch.int64) if self.dropout else None
+        base = DenseWeight(weight) if self.with_weight else None
         with routed_tiles.use_strategy(self.strategy), fp32_precision(self.tf32):
-            for call.save in (False, True):
-                _, call.h, _ = routed_launch.forward(call)
-            routed_launch.backward(call)
+            for save in (False, True):
+                call = routed.ForwardCall(*common, x=x, base=base, save=save)
+                _, h, _ = routed_launch.forward(call)
+            routed_launch.backward(
+                routed.LoRABackward(
+                    *common, dy=dy, layout=layout, needs=routed.Needs(True, self.weighted),
+                    base=base, in_features=k, x=x, h=h,
+                )
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -142,13 +142,8 @@ def shrink_tile(
             read_in_place=2 * loop.read_in_place,
             through_registers=2 * loop.through_registers,
         )
-    return ShrinkTile(
-        BLOCK_D=block_d,
-        BLOCK_R=block_r,
-        parts=parts,
-        num_warps=num_warps,
-        num_stages=pipeline_stages(4, loop, limits),
-    )
+    num_stages = pipeline_stages(4, loop, limits)
+    return ShrinkTile(block_d, block_r, parts, num_warps, num_stages)
 
 
 @_remembered
@@ -166,14 +161,8 @@ def expand_tile(
     # One stage where the left operand comes from registers, and so must not be overwritten while a
     # product reads it (triton#9433; a test looks for it), and where the rank is over in one step.
     wanted = 1 if is_small(cell) or cdiv(cell.max_total_rank, slices) <= block_r else 2
-    return ExpandTile(
-        BLOCK_C=block_c,
-        BLOCK_R=block_r,
-        num_warps=num_warps,
-        num_stages=pipeline_stages(
-            wanted, PipelineBytes(0, stage, cell.block * block_c * 4), limits
-        ),
-    )
+    loop = PipelineBytes(0, stage, cell.block * block_c * 4)
+    return ExpandTile(block_c, block_r, num_warps, pipeline_stages(wanted, loop, limits))
 
 
 @_remembered
@@ -214,14 +203,8 @@ def gradient_tile(
         masked=masked,
         ieee=cell.ieee,
     )
-    return GradientTile(
-        BLOCK_M=block_m,
-        BLOCK_D=block_d,
-        BLOCK_R=block_r,
-        window=window,
-        num_warps=num_warps,
-        num_stages=pipeline_stages(3, loop, limits),
-    )
+    num_stages = pipeline_stages(3, loop, limits)
+    return GradientTile(block_m, block_d, block_r, window, num_warps, num_stages)
 
 
 @_remembered
@@ -234,14 +217,9 @@ def gemm_tile(cell: RoutedCell, slices: int, limits: DeviceLimits, *, aligned: b
     elif not aligned or cell.itemsize == 4:
         block_d, num_warps = 32, 8
     stage = (cell.block + block_c) * block_d * cell.itemsize
-    return GemmTile(
-        BLOCK_C=block_c,
-        BLOCK_D=block_d,
-        BLOCK_R=block_r,
-        GROUP_M=8,
-        num_warps=num_warps,
-        num_stages=pipeline_stages(4, PipelineBytes(stage, 0, cell.block * block_c * 4), limits),
-    )
+    loop = PipelineBytes(stage, 0, cell.block * block_c * 4)
+    num_stages, group_m = pipeline_stages(4, loop, limits), 8
+    return GemmTile(block_c, block_d, block_r, group_m, num_warps, num_stages)
 
 
 _strategy = "hybrid"
