@@ -319,6 +319,8 @@ def routed(
 
 PROVIDERS = {
     "base": Provider(base, same_function=False),
+    # The same again in other memory: what differs between these two is no provider's merit.
+    "base-copy": Provider(base, own_weights=True, same_function=False),
     "bottleneck": Provider(bottleneck, same_function=False),
     "merged": Provider(our_merged),
     "merged-accelerated": Provider(partial(peft_merged, accelerated=True), own_weights=True),

@@ -137,7 +137,7 @@ def claims(rows: list[dict]) -> list[str]:
     """What the numbers say about the two claims, a sentence each."""
     said = []
     by_name = {row["provider"]: row for row in rows if not row["skipped"]}
-    for name in ("merged", "merged-accelerated", "merged-peft", "merged-unloaded"):
+    for name in ("base-copy", "merged", "merged-accelerated", "merged-peft", "merged-unloaded"):
         for quantity, spread in by_name.get(name, {}).get("over_base", {}).items():
             verdict = (
                 "slower than the base" if spread["low"] > 1
