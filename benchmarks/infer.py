@@ -183,9 +183,10 @@ def peak_memory(case: InferCase, name: str) -> InferMemory:
     """Of a provider that is warmed up; to be called in a process of its own."""
     model = base_model(case)
     provider = PROVIDERS[name]
-    adapters = draw_adapters(model, case.rank, case.batch if provider.row_by_row else 2)
+    count = case.batch if provider.row_by_row else 2
+    # Without a name: a provider that does not keep the adapters is not charged for them.
+    served = _served(provider, model, draw_adapters(model, case.rank, count), case.scaling)
     ids = token_ids(case, model.config.vocab_size)
-    served = _served(provider, model, adapters, case.scaling)
     timed = Inference(provider, served, ids, case.new_tokens)
     timed.run()
     resident = tensor_bytes()
