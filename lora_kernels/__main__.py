@@ -1,4 +1,4 @@
-"""`python -m lora_kernels doctor`, `bench` and `tune`."""
+"""`python -m lora_kernels doctor` and `tune`."""
 
 import argparse
 import os
@@ -8,7 +8,6 @@ import torch
 
 COMMANDS = {
     "doctor": "versions, devices, which backends can serve, what auto picks and why",
-    "bench": "times and memory beside PEFT and the frozen layer; `bench --help` for more",
     "tune": "measures what auto may take on this GPU; `tune --help` for more",
 }
 
@@ -23,14 +22,14 @@ SHAPES = (
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["bench"]:  # has its own parser, with its own --help
-        from lora_kernels.bench import cli
+    if argv[:1] == ["bench"]:
+        command = " ".join(["python -m benchmarks", *argv[1:2]])
+        print(f"The benchmarks are in the source tree: {command}", file=sys.stderr)
+        return 2
+    if argv[:1] == ["tune"]:  # has its own parser, with its own --help
+        from lora_kernels.measuring import tuning
 
-        return cli.main(argv[1:])
-    if argv[:1] == ["tune"]:
-        from lora_kernels.bench import tune
-
-        return tune.main(argv[1:])
+        return tuning.main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m lora_kernels")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in COMMANDS.items():

@@ -8,6 +8,7 @@ imported before somebody asks for it. New code imports the new one.
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
@@ -22,11 +23,9 @@ _MOVED = {
     "adapter_patterns": "files.patterns",
     "adapter_renaming": "files.renaming",
     "adapter_tensors": "files.tensors",
+    "bench": "measuring",
     "bench.machine": "measuring.machine",
     "bench.measure": "measuring.timing",
-    "dispatch": "runtime.dispatch",
-    "dropout": "runtime.dropout",
-    "dtypes": "runtime.dtypes",
     "explanation": "ops",
     "initial_values": "adapters.initial_values",
     "integrations.peft_layers": "integrations.peft.layers",
@@ -36,44 +35,41 @@ _MOVED = {
     "modules": "nn",
     "native": "runtime.cpu_extension",
     "native_cuda": "runtime.cuda_extension",
-    "ops.eager": "runtime.eager",
     "ops.lora_linear": "ops.linear",
     "ops.lora_linear.autograd": "ops.linear.op",
     "ops.lora_linear.compiled": "ops.linear.cpu",
-    "ops.lora_linear.gemm": "ops.linear.triton.gemm",
-    "ops.lora_linear.kernels": "ops.linear.triton.kernels",
-    "ops.lora_linear.launch": "ops.linear.triton.launch",
     "ops.lora_linear.measured": "ops.linear.tuned",
-    "ops.lora_linear.operands": "ops.linear.triton.operands",
-    "ops.lora_linear.tiles": "ops.linear.triton.tiles",
     "ops.lora_weight_norm": "ops.norm",
     "ops.routed_lora": "ops.routed",
-    "ops.routed_lora.adapter": "ops.routed.bank.adapter",
-    "ops.routed_lora.adapters_by_name": "ops.routed.bank.adapters_by_name",
     "ops.routed_lora.autograd": "ops.routed.op",
-    "ops.routed_lora.bank": "ops.routed.bank.bank",
     "ops.routed_lora.capture": "runtime.capture",
     "ops.routed_lora.compiled": "ops.routed.cpu",
-    "ops.routed_lora.expand_kernels": "ops.routed.triton.expand_kernels",
-    "ops.routed_lora.gemm_kernels": "ops.routed.triton.gemm_kernels",
-    "ops.routed_lora.gradient_kernels": "ops.routed.triton.gradient_kernels",
     "ops.routed_lora.grids": "ops.routed.triton.launch",
-    "ops.routed_lora.kernels": "ops.routed.triton.kernels",
     "ops.routed_lora.launch": "ops.routed.triton",
-    "ops.routed_lora.layouts": "ops.routed.bank.layouts",
     "ops.routed_lora.loose": "ops.routed.unpacked",
     "ops.routed_lora.operands": "ops.routed.tensors",
     "ops.routed_lora.regions": "ops.routed.bank.storage",
-    "ops.routed_lora.slots": "ops.routed.bank.slots",
-    "ops.routed_lora.tables": "ops.routed.bank.tables",
-    "ops.routed_lora.tiles": "ops.routed.triton.tiles",
-    "ops.routed_lora.versions": "ops.routed.bank.versions",
-    "ops.scaling": "runtime.scaling",
     "ops.second_order": "ops.narrow.second_order",
-    "ops.tensor_state": "runtime.tensor_state",
     "ops.wrappers": "runtime.checks",
     "products": "ops.narrow.products",
 }
+# Modules that have kept their last name: where they were, where they are, and which.
+for _old, _new, _names in (
+    ("", "runtime.", "dispatch dropout dtypes"),
+    ("ops.", "runtime.", "eager scaling tensor_state"),
+    ("ops.lora_linear.", "ops.linear.triton.", "gemm kernels launch operands tiles"),
+    (
+        "ops.routed_lora.",
+        "ops.routed.bank.",
+        "adapter adapters_by_name bank layouts slots tables versions",
+    ),
+    (
+        "ops.routed_lora.",
+        "ops.routed.triton.",
+        "expand_kernels gemm_kernels gradient_kernels kernels tiles",
+    ),
+):
+    _MOVED |= {f"{_old}{name}": f"{_new}{name}" for name in _names.split()}
 _PACKAGES = {name for name in _MOVED if any(other.startswith(f"{name}.") for other in _MOVED)}
 _PACKAGES |= {"kernels", "modules", "ops.lora_weight_norm"}
 
@@ -87,7 +83,7 @@ _RENAMED = {
 }
 
 
-class OldPaths:
+class OldPaths(Loader):
     """Finds modules by their old names, and loads them."""
 
     def find_spec(
@@ -100,10 +96,11 @@ class OldPaths:
         return ModuleSpec(name, self, is_package=is_package)
 
     def create_module(self, spec: ModuleSpec) -> None:
-        """None: an ordinary module."""
+        """Returns None, for which Python makes an ordinary module."""
 
     def exec_module(self, module: ModuleType) -> None:
         old, new = module.__name__, _new_name(module.__name__)
+        assert new is not None, "find_spec knows only old names"
         renamed = _RENAMED.get(old.removeprefix(f"{_PACKAGE}."), {})
 
         def attribute(name: str):
@@ -130,6 +127,6 @@ def _new_name(name: str) -> str | None:
 
 
 def find_old_paths() -> None:
-    """Let Python find them, after everything else; once more changes nothing."""
+    """Let Python look for old names after all others; a second call changes nothing."""
     if not any(isinstance(finder, OldPaths) for finder in sys.meta_path):
         sys.meta_path.append(OldPaths())

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from gaps import vendor_reads_gaps
 from torch import Tensor
-
-from lora_kernels.testing.gaps import vendor_reads_gaps
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import torch
 
 from lora_kernels.adapters.factors import LoRAFactors
 from lora_kernels.base_weights import base_of
-from lora_kernels.ops.linear.call import LinearCall
+from lora_kernels.ops.linear.call import LinearBackward, LinearCall, Needs
 from lora_kernels.runtime.dropout import ActiveDropout, MaskPlace, drop_threshold
 from lora_kernels.testing import LoRAProblem
 
@@ -17,7 +17,7 @@ WHOLE = MaskPlace()
 
 
 def call_of(problem: LoRAProblem, place: MaskPlace = WHOLE, **changes) -> LinearCall:
-    """A forward; ``changes`` name what a backward reads beside it."""
+    """A forward."""
     p, drops = problem, drop_threshold(problem.dropout_p) > 0
     call = LinearCall(
         x=p.x,
@@ -27,6 +27,15 @@ def call_of(problem: LoRAProblem, place: MaskPlace = WHOLE, **changes) -> Linear
         dropout=ActiveDropout(p.dropout_p, p.seed, place) if drops else None,
     )
     return replace(call, **changes)
+
+
+def backward_of(
+    problem: LoRAProblem, needs: Needs, place: MaskPlace = WHOLE, **saved
+) -> LinearBackward:
+    """A backward; ``saved`` is what it reads of a forward's results."""
+    call = call_of(problem, place)
+    x = problem.x if needs.lora_a else None
+    return LinearBackward(problem.dy, call.base, call.factors, call.dropout, needs, x, **saved)
 
 
 def base_operands(weight: torch.Tensor | None) -> tuple:

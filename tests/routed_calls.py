@@ -1,13 +1,14 @@
 """A problem of ``routed_lora`` as its backends take it, and as its ops do."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from lora_kernels.base_weights import base_of
+from lora_kernels.base_weights import BaseWeight, base_of
 from lora_kernels.ops.routed import AdapterBank
-from lora_kernels.ops.routed.call import RoutedCall
-from lora_kernels.ops.routed.tensors import RoutingTensors
+from lora_kernels.ops.routed.call import BackwardCall, Needs, RoutedCall
+from lora_kernels.ops.routed.tensors import GradientLayout, RoutingTensors
 from lora_kernels.testing.routed_inputs import RoutedProblem
 
 # The differentiable ones, then those that they call, then those that add in place.
@@ -17,6 +18,28 @@ OPS = (
     "routed_shrink_forward", "routed_shrink_backward", "routed_expand_backward",
     "routed_lora_", "routed_expand_",
 )  # fmt: skip
+
+
+@dataclass(eq=False)
+class WholeCall(RoutedCall):
+    """What a forward, an expand and each backward read, in one."""
+
+    x: Tensor | None = None
+    base: BaseWeight | None = None
+    bias: Tensor | None = None
+    out: Tensor | None = None
+    save: bool = False
+    layout: GradientLayout | None = None
+    h: Tensor | None = None
+    rows: int = 0
+    dtype: torch.dtype | None = None
+    dy: Tensor | None = None
+    needs: Needs | None = None
+    mask: Tensor | None = None
+    in_features: int = 0
+
+    new_weights = BackwardCall.new_weights
+    base_gradient = BackwardCall.base_gradient
 
 
 def op(name: str) -> torch._ops.OpOverload:
@@ -29,18 +52,18 @@ def call_of(
     backend: str,
     routing: RoutingTensors | None = None,
     **changes,
-) -> RoutedCall:
+) -> WholeCall:
     """A forward over the whole bank; ``changes`` name what a backward reads beside it."""
     p, tensors = problem, bank.tensors()
     made = p.routing(bank)
     layout, trained = bank.gradients(made.trained_slots())
-    call = RoutedCall(
+    call = WholeCall(
         tensors,
         made.tensors(with_plan=backend != "triton") if routing is None else routing,
         backend,
-        p.x,
-        base_of(p.weight),
-        p.bias,
+        x=p.x,
+        base=base_of(p.weight),
+        bias=p.bias,
         seed=p.seed if any(tensors.thresholds) else None,
         in_features=p.x.shape[-1],
         layout=layout,
@@ -49,7 +72,7 @@ def call_of(
     return replace(call, **changes)
 
 
-def operands(name: str, call: RoutedCall) -> list:
+def operands(name: str, call: WholeCall) -> list:
     """What the op of that name takes, by the names in its schema."""
     bank, routing, layout, trained = call.bank, call.routing, call.layout, call.trained
     base, place = call.base, call.place

@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
+from gaps import vendor_gap, vendor_reads_gaps
 from gemm_that_reads_gaps import gemm_that_reads_gaps
 from torch.nn import functional as F
-
-from lora_kernels.testing.gaps import vendor_gap, vendor_reads_gaps
 
 HALVES = [torch.bfloat16, torch.float16]
 # The ways in which a GEMM may have the fault: a left operand's columns, and the pitch of its rows.

@@ -25,12 +25,7 @@ CLASSES = {
     "adapter_files": "AdapterFile ModuleAdapter",
     "adapter_patterns": "Allowance EndPatterns",
     "adapter_renaming": "Renaming",
-    "bench.layer": "LayerCase",
     "bench.measure": "Clock Spread",
-    "bench.memory": "PeakMemory SavedStorage",
-    "bench.op": "OpCase",
-    "bench.routed": "RoutedCase RoutedInputs",
-    "bench.step": "StepCase",
     "dispatch": "Choice",
     "integrations.model_calls": "_Expand _ForwardHook _Generate",
     "integrations.routed": "RoutedBatch RoutedModel",
@@ -61,7 +56,6 @@ CLASSES = {
     "ops.routed_lora.versions": "BankVersion Bound Entry Part Reserved",
 }
 TRITON = {
-    "bench.providers": "Call OpInputs",
     "ops.lora_linear.operands": "Dropout",
     "ops.lora_linear.tiles": "Cell GemmTile RankGradientTile ShrinkTile",
     "ops.routed_lora.grids": "Launches Tail",

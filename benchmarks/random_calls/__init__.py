@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import torch
-
 from random_calls.draw import Draw
 from random_calls.functions import linear_call, norm_call, routed_call
 from random_calls.layers import (

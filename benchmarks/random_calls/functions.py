@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
+from random_calls.draw import BF16, FP32, Draw
 from torch import Tensor
 
 from lora_kernels import (
@@ -21,7 +22,6 @@ from lora_kernels import (
     routed_lora_linear,
     routed_shrink,
 )
-from random_calls.draw import BF16, FP32, Draw
 
 
 def linear_call(draw: Draw) -> None:

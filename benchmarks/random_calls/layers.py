@@ -1,11 +1,11 @@
 """Random layers, and random models that are routed or accelerated."""
 
 import torch
+from random_calls.draw import FP32, Draw
+from random_calls.functions import a_routing
 from torch import Tensor, nn
 
 from lora_kernels import LoRAEmbedding, LoRALinear, RoutedLoRALinear, accelerate, route
-from random_calls.draw import FP32, Draw
-from random_calls.functions import a_routing
 
 
 def randomised(draw: Draw, module: nn.Module) -> None:

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import lora_kernels
+from benchmarks.memory import STABLE_MALLOC, peak_of
 from demo.progress import Advance, quieten
 from demo.settings import Settings
 from demo.train import adapter_optimizer, add_adapter, loss_of
-from lora_kernels.bench.memory import STABLE_MALLOC, peak_of
 from lora_kernels.measuring.timing import Clock, Sample, interleave, ratios
 
 FROZEN, PEFT, OURS = "frozen model", "PEFT", "PEFT + accelerate"

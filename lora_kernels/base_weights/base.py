@@ -42,7 +42,7 @@ class BaseWeight:
         _FORMATS[cls.format] = cls
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """What it is stored as: what an op takes and a backward saves."""
+        """The tensors that the weight is stored as: an op takes and a backward saves them."""
         raise NotImplementedError
 
     def to(self, dtype: torch.dtype) -> BaseWeight:
@@ -93,14 +93,19 @@ def rebuild(tensors: Sequence[Tensor], format: str, meta: Sequence[int]) -> Base
     return _FORMATS[format](*tensors, *meta) if tensors else None
 
 
+def rebuild_weight(tensors: Sequence[Tensor], format: str, meta: Sequence[int]) -> BaseWeight:
+    """:func:`rebuild` where there is a weight."""
+    return _FORMATS[format](*tensors, *meta)
+
+
 def product_or_bias(
     base: BaseWeight | None,
     x: Tensor,  # [..., K]
     bias: Tensor | None,  # [N]
     out_features: int,
 ) -> tuple[Tensor, bool]:  # [..., N]
-    """What an adapter's part is added to, and whether it holds anything: without a base weight it
-    is the bias, and without that uninitialised memory."""
+    """What an adapter's part is added to, and whether that holds anything: without a base weight
+    it is the bias, without either it is uninitialised memory."""
     if base is not None:
         return base.matmul(x, bias), True
     y = x.new_empty((*x.shape[:-1], out_features))

@@ -92,6 +92,11 @@ class DenseWeight(BaseWeight):
         return DenseWeight(merged)
 
 
+def matrix_of(base: BaseWeight | None) -> Tensor | None:
+    """W of a plain weight, for kernels that read no other; None without a weight."""
+    return base.weight if isinstance(base, DenseWeight) else None
+
+
 def base_of(weight: Tensor | BaseWeight | None) -> BaseWeight | None:
-    """A weight as the value that it is, or is stored as."""
+    """A weight as a value: a tensor is a plain one."""
     return DenseWeight(weight) if isinstance(weight, Tensor) else weight

@@ -7,6 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from numbers import Real
 from typing import Any
 
@@ -199,7 +200,7 @@ def targeted(config: Mapping[str, Any], modules: Iterable[str], where: str = "co
 
 
 def _named(config: Mapping[str, Any], key: str, allowance: Allowance):
-    """Whether a name is one of those that the setting means."""
+    """A function that says whether the setting means a name."""
     wanted = config.get(key) or []
     if isinstance(wanted, str):
         return lambda name: match(wanted, name, key, wanted, allowance, "fullmatch") is not None
@@ -259,6 +260,6 @@ def _whole(name: str) -> str:
 def as_json(value: object) -> object:
     if isinstance(value, (set, frozenset)):
         return sorted(value)
-    if hasattr(value, "value"):  # an enum, such as PEFT's task types
+    if isinstance(value, Enum):  # such as PEFT's task types
         return value.value
     raise TypeError(f"config: {value!r} cannot be written as JSON")

@@ -59,6 +59,7 @@ def read_files(directory: Path) -> AdapterContent:
         config = _read(directory / CONFIG, _LARGEST_CONFIG)
         data = _read(directory / WEIGHTS)
         error = content = digest = None
+        tensors: dict[str, Tensor] = {}
         try:
             parsed = _parsed(config, directory / CONFIG)
             tensors, digest = _tensors(data, directory / WEIGHTS)
@@ -73,10 +74,11 @@ def read_files(directory: Path) -> AdapterContent:
         now = time.monotonic()
         if before != last:
             last, unchanged_since = before, now
-        quiet = same and max(time.time() - before.changed, now - unchanged_since) > _QUIET
+        changed = 0.0 if before is None else before.changed
+        quiet = same and max(time.time() - changed, now - unchanged_since) > _QUIET
         if quiet and not _is_being_saved(directory):
-            if error is not None:
-                raise error
+            if content is None:
+                raise error or ValueError(f"{directory}: nothing was read")
             return content
         if now > give_up:
             raise error or ValueError(
@@ -116,7 +118,7 @@ def write_files(directory: Path, config: str, tensors: dict[str, Tensor]) -> Non
 
 
 class _Stamp(NamedTuple):
-    """Differs when a file has been replaced or written to."""
+    """What differs once a file has been replaced or written to."""
 
     changed: float  # time of the later change, by the file system's clock
     identities: tuple

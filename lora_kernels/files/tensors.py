@@ -76,12 +76,15 @@ def by_module(
 
 
 def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Few calls for all: where threads serve beside it, each is waited for."""
+    """Raise for infinite and NaN values, in few calls: each waits for threads that serve."""
     for dtype in {tensor.dtype for tensor in tensors.values()}:
         some = {key: t for key, t in tensors.items() if t.dtype == dtype and t.numel()}
         if not some:
             continue
-        largest = torch.stack(torch._foreach_norm(list(some.values()), math.inf)).tolist()
+        norms = torch._foreach_norm(  # pyright: ignore[reportPrivateImportUsage]
+            list(some.values()), math.inf
+        )
+        largest = torch.stack(norms).tolist()
         for key, value in zip(some, largest, strict=True):
             if not math.isfinite(value):
                 raise ValueError(

@@ -63,7 +63,7 @@ def _batch_axis(model: nn.Module, name: str, around: list[tuple[str, nn.Module]]
 
 
 def _is_sequence_first(module: nn.Module, inside: str) -> bool:
-    for entry in _SEQUENCE_FIRST.get(_family(module), ()):
+    for entry in _SEQUENCE_FIRST.get(_family(module) or "", ()):
         cls, _, layer = entry.partition(".")
         if type(module).__name__ == cls and f"{inside}.".startswith(f"{layer}." if layer else ""):
             return True
@@ -111,7 +111,7 @@ def _apart(name: str, around: list[tuple[str, nn.Module]]) -> str | None:
 
 
 def _text_types(model: nn.Module) -> set[type]:
-    config = model.config
+    config: Any = model.config  # of transformers, which is not imported
     names = _TEXT_CONFIGS + (("encoder",) if model.main_input_name == "input_ids" else ())
     found = [getattr(config, name, None) for name in names]
     try:

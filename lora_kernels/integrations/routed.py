@@ -41,12 +41,12 @@ from lora_kernels.nn.checks import adapter_dtype_over, check_initialisation
 from lora_kernels.nn.choice import Choice
 from lora_kernels.nn.routed_linear import RoutedLoRALinear
 from lora_kernels.nn.weight_reads import passing_by_refused
-from lora_kernels.ops.routed import AdapterSlots, Routing
+from lora_kernels.ops.routed import Adapter, AdapterSlots, Routing
 from lora_kernels.ops.routed.bank.slots import Change, ModelVersion
 
 # What is said of a batch: one for all rows, or one for each; or a routing of the tokens.
-Adapter = str | Mapping[str, float]
-Adapters = Adapter | Sequence[Adapter] | Routing
+Named = str | Mapping[str, float]
+Adapters = Named | Sequence[Named] | Routing
 Rows = Mapping[str, Adapters]  # by the names of modules
 
 # What handles on a model share that has no layers with adapters yet.
@@ -113,9 +113,10 @@ class RoutedModel:
         self.model = model
         self._targets, self._adapter_dtype = target_modules, adapter_dtype
         with _lock:
-            self._active = holder_in(model) or _holders.get(model)
-            if self._active is None:
-                self._active = _holders[model] = ActiveAdapters(AdapterSlots(), batch_dim)
+            active = holder_in(model) or _holders.get(model)
+            if active is None:
+                active = _holders[model] = ActiveAdapters(AdapterSlots(), batch_dim)
+        self._active = active
         if self._active.batch_dim != batch_dim:
             raise ValueError(
                 f"batch_dim: the model is routed with {self._active.batch_dim}, got {batch_dim!r}"
@@ -339,7 +340,8 @@ class RoutedModel:
                 "use_rslora": use_rslora,
                 "init_lora_weights": init_lora_weights,
             }
-        config = dict(config.to_dict() if hasattr(config, "to_dict") else config)
+        to_dict = getattr(config, "to_dict", None)
+        config = dict(config if to_dict is None else to_dict())
         check_config(config, "config")
         check_initialisation(config.get("init_lora_weights", True))
         with self.slots.change():
@@ -353,10 +355,8 @@ class RoutedModel:
         if not names:
             wanted = config.get("target_modules")
             raise ValueError(f"target_modules: no module of the model is named by {wanted!r}")
-        check_modules(self.model, names, self._targets)
-        for module in names:
-            layer = self.model.get_submodule(module)
-            weight = getattr(layer, "base_layer", layer).weight
+        for module, layer in check_modules(self.model, names, self._targets).items():
+            weight = (layer.base_layer if isinstance(layer, RoutedLoRALinear) else layer).weight
             dtype = adapter_dtype_over(weight, self._adapter_dtype)
             rank, scaling = kinds[module]
             lora_a = torch.empty(rank, layer.in_features, dtype=dtype, device=weight.device)
@@ -449,7 +449,7 @@ class RoutedModel:
             if isinstance(module, RoutedLoRALinear) and module.active_adapters is self._active
         }
 
-    def _adapters_of(self, name: str, version: ModelVersion) -> dict[str, nn.Module]:
+    def _adapters_of(self, name: str, version: ModelVersion) -> dict[str, Adapter]:
         """An adapter's parts by the names of their layers."""
         self._check_known(name, version)
         found = {key: version.adapter_of(each.bank, name) for key, each in self._layers().items()}
@@ -469,12 +469,13 @@ class RoutedModel:
         self, name: str, file: AdapterFile, trainable: bool, init: bool | str = True
     ) -> None:
         """Give every module its part of an adapter, or leave the model as it is."""
-        check_modules(self.model, file.modules, self._targets)
+        found = check_modules(self.model, file.modules, self._targets)
         if not file.modules:
             raise ValueError(f"name: {name!r} would be an adapter of no layer at all")
-        layers, wrapped, owners = {}, {}, {}
-        for module, part in file.modules.items():
-            layer = self.model.get_submodule(module)
+        layers: dict[str, RoutedLoRALinear] = {}
+        wrapped, owners = {}, {}
+        for module, layer in found.items():
+            part = file.modules[module]
             if layer in owners:
                 raise ValueError(
                     f"{module}: one layer in two places, {owners[layer]} and {module}, and an "
@@ -515,10 +516,10 @@ class RoutedModel:
         return layer
 
     def _swap(self, others: Mapping[nn.Module, nn.Module], change: Change) -> None:
-        """Put other modules in the places (there may be several) of some."""
+        """Put other modules in all the places of some."""
         for _, parent in list(modules_of_model(self.model)):
             for name, child in list(parent._modules.items()):
-                if child in others:
+                if child is not None and child in others:
                     place = parent._modules
                     change.on_undo(partial(place.__setitem__, name, child))
                     place[name] = others[child]

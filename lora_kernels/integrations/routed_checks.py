@@ -78,11 +78,12 @@ def _is_linear(module: nn.Module) -> bool:
 def _head_of(model: nn.Module, config: Mapping[str, Any]) -> nn.Module | None:
     """The head of a language model or a classifier, which PEFT leaves out of "all-linear"."""
     get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    if head is None and callable(get) and config.get("task_type") == "SEQ_CLS":
-        heads = (getattr(model, name, None) for name in ("score", "classifier"))
-        head = next((each for each in heads if each is not None), None)
-    return head
+    if not callable(get):
+        return None
+    heads = [get()]
+    if config.get("task_type") == "SEQ_CLS":
+        heads += [getattr(model, name, None) for name in ("score", "classifier")]
+    return next((head for head in heads if isinstance(head, nn.Module)), None)
 
 
 def check_base(model: nn.Module, parameters: Mapping[str, Tensor], where: str) -> None:
@@ -121,12 +122,12 @@ def check_whole(
 
 def check_modules(
     model: nn.Module, names: Iterable[str], allowed: str | Sequence[str] | None
-) -> None:
-    """Raise for modules that cannot have adapters, naming all of them.
+) -> dict[str, nn.Linear | RoutedLoRALinear]:
+    """The modules of those names; raises for those that cannot have adapters, naming all of them.
 
     allowed: what ``target_modules`` of :func:`route` says.
     """
-    wrong = {}
+    wrong, fit = {}, {}
     for name in names:
         try:
             module = model.get_submodule(name)
@@ -143,10 +144,13 @@ def check_modules(
             wrong[name] = f"a {type(module).__name__}, not a torch.nn.Linear"
         elif reader := _reader_of(model, name):
             wrong[name] = f"{reader} reads its weight instead of calling it"
+        else:
+            fit[name] = module
     if wrong:
         listed = "; ".join(f"{name}: {reason}" for name, reason in list(wrong.items())[:5])
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"modules that cannot have adapters: {listed}{more}")
+    return fit
 
 
 def _reader_of(model: nn.Module, name: str) -> str | None:

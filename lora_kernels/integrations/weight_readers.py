@@ -62,7 +62,7 @@ def passes_by(parent: nn.Module, child: str) -> bool:
 
 
 def _listed(parent: nn.Module, table: dict[str, set[str]]) -> set[str]:
-    """Only transformers' classes: the names say nothing of others."""
+    """What a table lists for a class of transformers: names say nothing of other classes."""
     for cls in type(parent).__mro__:
         if cls.__module__.startswith("transformers.") and cls.__name__ in table:
             return table[cls.__name__]

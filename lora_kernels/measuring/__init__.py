@@ -1,1 +1,1 @@
-"""Measuring on the user's machine: what it is, and interleaved timing."""
+"""Measuring on the user's machine: what it is, interleaved timing, and tuning by it."""

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -40,7 +41,7 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._marks: list[tuple[str | None, float | torch.cuda.Event]] = []
+        self._marks: list[tuple[str | None, Any]] = []  # seconds, or events
 
     def start(self) -> None:
         """Start timing: what happened since the last mark belongs to no part."""
@@ -63,7 +64,7 @@ class Clock:
             sample[name] = sample.get(name, 0.0) + took
         return sample
 
-    def _now(self) -> "float | torch.cuda.Event":
+    def _now(self) -> Any:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -97,11 +98,6 @@ def interleave(
             if on_run:
                 on_run(rep, name, took)
     return samples
-
-
-def by_quantity(samples: list[Sample]) -> dict[str, list[float]]:
-    """The samples of all repetitions, turned into the values of each quantity."""
-    return {quantity: [sample[quantity] for sample in samples] for quantity in samples[0]}
 
 
 def ratios(numerator: list[Sample], denominator: list[Sample]) -> dict[str, Spread]:

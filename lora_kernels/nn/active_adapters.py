@@ -35,7 +35,7 @@ class _Use:
         self._batch_outside: Batch | None = None
 
     def batch_outside_forwards(self) -> Batch:
-        """For a layer that is called outside of a forward of its model: a batch of its own."""
+        """The batch of layers that are called outside of a forward of their model."""
         version = self.active.slots.current
         batch = self._batch_outside
         if batch is None or batch.version is not version:
@@ -165,10 +165,10 @@ class ActiveAdapters:
         runs, uses = _runs.get(), _uses.get()
         if runs and uses and runs[-1].use is uses[-1] and not in_backward and not self._suspending:
             run = runs[-1]  # nearly always: a layer in a forward of its model
-            if run.active is self and run.batch is not None and run.use.is_open:
+            if run.active is self and run.batch is not None and uses[-1].is_open:
                 return self._routing_in(run.batch, x, place, run.forward, False)
-        batches = self._recomputed_batches() if in_backward else [self._batch()]
-        if batches == [None]:
+        batches = self._recomputed_batches() if in_backward else _listed(self._batch())
+        if not batches:
             if not len(self.slots):
                 return None
             raise RuntimeError(self._nothing_said())
@@ -185,8 +185,8 @@ class ActiveAdapters:
     ) -> Routing:
         part = self._part(batch.choice, place)
         if part.routing is not None:
-            return batch.routing_given(part)
-        if place.axis == 1 and self.batch_dim == 0 and part.rows is not None:
+            return batch.routing_given(part.routing)
+        if place.axis == 1 and self.batch_dim == 0 and part.rows:
             raise ValueError(
                 f"{place.name}: this architecture computes [tokens, batch, features] there; pass "
                 "batch_dim=1 to route, or one name or a Routing to adapters"
@@ -224,7 +224,7 @@ class ActiveAdapters:
         return own[-1] if own else None
 
     def _batch(self) -> Batch | None:
-        """What the caller is computing."""
+        """The batch that the caller is computing."""
         use = self._use()
         if use is None:
             return None
@@ -233,8 +233,8 @@ class ActiveAdapters:
                 return run.batch
         return use.batch_outside_forwards()
 
-    def _recomputed_batches(self) -> list[Batch | None]:
-        """What a backward computes again."""
+    def _recomputed_batches(self) -> list[Batch]:
+        """The batches of which a backward may be computing something again."""
         found = recomputed(self)
         if len({batch.choice.means(batch.version) for batch in found}) > 1:
             raise RuntimeError(
@@ -246,7 +246,7 @@ class ActiveAdapters:
         batch = self._batch()
         if batch is None and len(self._open) == 1:
             batch = self._open[0].batch_outside_forwards()
-        return [batch]
+        return _listed(batch)
 
     def _nothing_said(self) -> str:
         names = list(self.slots)
@@ -300,9 +300,9 @@ class ActiveAdapters:
             _runs.set((*_runs.get(), run._replace(is_forward=True, forward=forward)))
 
     def _run(self) -> _Run:
-        """What a call computes that begins now: the batch of the call around it, or a new one."""
+        """The run of a call that begins now: of the batch around it, or of a new one."""
         if in_a_backward():
-            return _Run(self, self._use(), self._recomputed_batches()[0])
+            return _Run(self, self._use(), next(iter(self._recomputed_batches()), None))
         use = self._use()
         if use is None:
             return _Run(self, None, None)
@@ -386,9 +386,13 @@ def _running(run: _Run) -> Iterator[None]:
         _runs.set(tuple(runs))
 
 
+def _listed(batch: Batch | None) -> list[Batch]:
+    return [] if batch is None else [batch]
+
+
 def _generator_around(frame: FrameType | None) -> FrameType | None:
-    """The generator whose ``with`` it is, itself or by what it calls: a function that enters and
-    returns, a class with ``__enter__``, or another generator that contextlib drives."""
+    """The generator that enters a ``with``, by itself or by what it calls: a function that enters
+    and returns, a class with ``__enter__``, or another generator that contextlib drives."""
     while frame is not None:
         around = frame.f_back
         by_contextlib = around is not None and around.f_globals.get("__name__") == "contextlib"
@@ -399,12 +403,12 @@ def _generator_around(frame: FrameType | None) -> FrameType | None:
 
 
 def _outside_of_graphs(function: Callable, *args: Any) -> Any:
-    """Names are looked up by every call: they break a compiled graph."""
+    """Call what looks names up anew each time, and so breaks a compiled graph."""
     if torch.compiler.is_compiling():
         return _undisturbed(function, *args)
     return function(*args)
 
 
-@torch._disable_dynamo
+@torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
 def _undisturbed(function: Callable, *args: Any) -> Any:
     return function(*args)

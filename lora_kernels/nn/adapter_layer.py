@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Mapping
 from numbers import Real
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from lora_kernels.base_weights import DenseWeight
 from lora_kernels.nn.base_parameters import BaseParameters
 from lora_kernels.nn.checks import LoRAOptions, check_initialisation
 from lora_kernels.nn.merging import (
+    Keep,
     Merge,
     is_offloaded,
     kept_parameter,
@@ -22,7 +23,7 @@ from lora_kernels.nn.merging import (
     replace_parameter,
     why_not_merged,
 )
-from lora_kernels.nn.part_reset import PartReset
+from lora_kernels.nn.part_reset import Part, PartReset
 from lora_kernels.nn.peft_names import in_memory_name, our_names
 from lora_kernels.nn.sharded import is_managed, put_shards_back, whole, write
 from lora_kernels.nn.weight_reads import note_read
@@ -43,8 +44,11 @@ class AdapterLayer(BaseParameters):
     """
 
     _shown: ClassVar[tuple[str, ...]]  # by repr
+    base_layer: Part
+    lora_magnitude_vector: nn.Parameter | None
+    _scaling: Tensor
 
-    def __init__(self, base_layer: nn.Module, options: LoRAOptions) -> None:
+    def __init__(self, base_layer: Part, options: LoRAOptions) -> None:
         super().__init__()
         self._initialised = getattr(base_layer, "_is_hf_initialized", False)
         self.base_layer = _with_own_parameter_table(base_layer).requires_grad_(False)
@@ -72,9 +76,9 @@ class AdapterLayer(BaseParameters):
             if not self.disable_adapters:
                 note_read(self)
         elif not torch.compiler.is_compiling():
-            frozen = self._frozen_while_merged()
+            frozen = self._frozen_in(self._merge)
             if sys._getframe(1).f_code is nn.Module.get_parameter.__code__:
-                return self._tieable(frozen)
+                return self._tieable(self._merge, frozen)
         return self.base_layer.weight
 
     @weight.setter
@@ -121,7 +125,7 @@ class AdapterLayer(BaseParameters):
         """Whether the base layer's weight holds the adapter."""
         return self._merge is not None
 
-    def merge(self, keep: Literal["device", "cpu", "none"] = "device") -> None:
+    def merge(self, keep: Keep = "device") -> None:
         """Put the adapter into the base layer's weight; a merged layer is left as it is.
 
         The new weight is computed in fp32 and rounded once. The frozen parameters are not written:
@@ -208,9 +212,10 @@ class AdapterLayer(BaseParameters):
         super()._set_base_parameter(name, parameter)
         self.merge(keep)
 
-    def _frozen_while_merged(self) -> nn.Parameter | None:
-        """The frozen weight, None if it was not kept; others may have resized it meanwhile."""
-        frozen, merged = self._merge.original.get("weight"), self.base_layer.weight
+    def _frozen_in(self, merge: Merge) -> nn.Parameter | None:
+        """The frozen weight of a merged layer, None if it was not kept; others may have resized
+        the merged one meanwhile."""
+        frozen, merged = merge.original.get("weight"), self.base_layer.weight
         if frozen is not None and frozen.shape != merged.shape:
             raise RuntimeError(
                 f"weight: the frozen weight has become {list(frozen.shape)} while the layer was "
@@ -218,11 +223,11 @@ class AdapterLayer(BaseParameters):
             )
         return frozen
 
-    def _tieable(self, frozen: nn.Parameter | None) -> nn.Parameter:
+    def _tieable(self, merge: Merge, frozen: nn.Parameter | None) -> nn.Parameter:
         if frozen is None or frozen.device != self.base_layer.weight.device:
             raise RuntimeError(
-                f"weight: it cannot be tied while the layer is merged with "
-                f"keep={self._merge.keep!r}; unmerge(), or merge with keep='device'"
+                f"weight: it cannot be tied while the layer is merged with keep={merge.keep!r}; "
+                "unmerge(), or merge with keep='device'"
             )
         return frozen
 
@@ -357,10 +362,11 @@ class AdapterLayer(BaseParameters):
 
     def _merged_weight(self) -> Tensor:
         """``c * (W + s B A)`` ``[N, K]``, c being DoRA's."""
-        output_scale = self._output_scale() if self.use_dora else None
+        output_scale = self._output_scale()
         weight, a, b = self._gathered()
         factors = LoRAFactors(a, b, self._scaling, output_scale)
-        return merged_weight(DenseWeight(weight), factors).weight
+        (merged,) = merged_weight(DenseWeight(weight), factors).tensors()
+        return merged
 
     def _frozen_weight(self) -> Tensor:
         """The base layer's weight where its values are read, gathered where it is sharded.
@@ -376,10 +382,13 @@ class AdapterLayer(BaseParameters):
             )
         return whole(weight)
 
-    def _output_scale(self) -> Tensor:
-        """DoRA's ``m / ||W + s B A||`` ``[N]``; a row of zeros stays zero."""
+    def _output_scale(self) -> Tensor | None:
+        """DoRA's ``m / ||W + s B A||`` ``[N]``, a row of zeros stays zero; None without DoRA."""
+        magnitude = self.lora_magnitude_vector
+        if magnitude is None:
+            return None
         norm = self._weight_norm()
-        return whole(self.lora_magnitude_vector) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+        return whole(magnitude) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
     def _adapter_parameters(self) -> dict[str, nn.Parameter]:
         return {
@@ -419,7 +428,7 @@ class AdapterLayer(BaseParameters):
         return self
 
 
-def _with_own_parameter_table(module: nn.Module) -> nn.Module:
+def _with_own_parameter_table(module: Part) -> Part:
     """A shallow copy: the same Parameters, but ``merge`` replaces them in it alone."""
     own = copy.copy(module)
     own._parameters = dict(module._parameters)

@@ -43,17 +43,11 @@ class Runs(NamedTuple):
 
 @dataclass(frozen=True)
 class NamedRows:
-    """What was said of a batch's rows.
+    """What was said of a batch's rows."""
 
-    Attributes:
-        names: one per sequence.
-        beams: how many neighbouring rows a name may have; 1 is always among them.
-        stacked: how often the whole batch may be repeated.
-    """
-
-    names: tuple[Row, ...]
-    beams: frozenset[int] = frozenset({1})
-    stacked: int = 1
+    names: tuple[Row, ...]  # one per sequence
+    beams: frozenset[int] = frozenset({1})  # how many neighbouring rows a name may have; 1 always
+    stacked: int = 1  # how often the whole batch may be repeated
 
     def layouts(self) -> dict[int, set[tuple[Row, ...]]]:
         """The names of all rows, by how many rows there are."""
@@ -84,11 +78,12 @@ def runs_of(
         ValueError: the rows are none that were said, or could be several of them.
     """
     lead, layouts = tuple(shape[:-1]), said.layouts()
-    within = forward is not None and forward.rows in layouts
     if len(lead) > 1:
         rows = lead[axis]
-        fits = rows in layouts and not (within and rows % forward.rows)
-        if not fits or (within and _is_transposed(lead, axis, forward)):
+        fits = rows in layouts
+        if forward is not None and forward.rows in layouts:
+            fits = fits and not (rows % forward.rows or _is_transposed(lead, axis, forward))
+        if not fits:
             raise ValueError(_unfit(shape, said, axis, forward))
         found = [
             Runs(names * math.prod(lead[:axis]), math.prod(lead[axis + 1 :]))
@@ -108,7 +103,10 @@ def runs_of(
 
 
 def _runs_of_matrix(
-    tokens: int, layouts: Mapping[int, Iterable[tuple[str, ...]]], axis: int, forward
+    tokens: int,
+    layouts: Mapping[int, Iterable[tuple[Row, ...]]],
+    axis: int,
+    forward: Forward | None,
 ) -> list[Runs]:
     """All that ``[tokens, K]`` may be: one token of every row, or all tokens of every row."""
     if forward is None:

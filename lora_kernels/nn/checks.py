@@ -49,7 +49,7 @@ def check_linear(linear: nn.Linear) -> None:
         )
 
 
-def check_base_layer(name: str, module: nn.Module) -> None:
+def check_base_layer(name: str, module: nn.Linear | nn.Embedding) -> None:
     """Raise where ``module.weight`` cannot be shared with, or replaced in, a copy of the module."""
     check_base_parameters(name, module)
     if is_sharded(module.weight):
@@ -64,7 +64,7 @@ def check_base_layer(name: str, module: nn.Module) -> None:
         )
 
 
-def check_base_parameters(name: str, module: nn.Module) -> None:
+def check_base_parameters(name: str, module: nn.Linear | nn.Embedding) -> None:
     """Raise where the weight is computed, not made yet, or stands for others (but for FSDP's)."""
     if not isinstance(module.weight, nn.Parameter):
         raise TypeError(

@@ -28,35 +28,22 @@ _MANY = 1024  # those that one batch keeps
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer is in its model, and what is known of its inputs from that.
-
-    Attributes:
-        name: the layer's.
-        axis: that of the batch, where the architecture is known; None is as the user says.
-        apart: the part of the model around it whose rows are not the text's (images, sounds).
-    """
+    """Where a layer is in its model, and what is known of its inputs from that."""
 
     name: str = ""
-    axis: int | None = None
-    apart: str | None = None
+    axis: int | None = None  # the batch's, where the architecture is known; None: the user's word
+    apart: str | None = None  # the part around it whose rows are not the text's (images, sounds)
 
 
 class Part:
-    """What was said of some of a model's layers: one of the three is not None.
-
-    Attributes:
-        every_row: the adapters of all tokens, whatever their rows.
-        rows: those of each sequence.
-        routing: that of the tokens.
-        names: all that are named, but for the base.
-    """
+    """What was said of some of a model's layers: one of ``every_row``, ``rows`` and ``routing``."""
 
     def __init__(self, what: str, said: object, slots: AdapterSlots) -> None:
-        self.every_row: Row | None = None
-        self.rows: tuple[Row, ...] | None = None
+        self.every_row: Row | None = None  # the adapters of all tokens, whatever their rows
+        self.rows: tuple[Row, ...] = ()  # those of each sequence
         self.routing = said if isinstance(said, Routing) else None
-        self.what, self.names = what, frozenset()
-        if self.routing is not None:
+        self.what, self.names = what, frozenset()  # all that are named, but for the base
+        if isinstance(said, Routing):
             if said.slots is not slots:
                 raise ValueError(f"{what}: expected a routing of this model's slots, got another")
             if said.device.type == "cpu":
@@ -87,7 +74,7 @@ class Part:
 
 
 def _row(what: str, said: object) -> Row:
-    """One name, or weights by name."""
+    """A row as it was said, one name or weights by name, checked."""
     if isinstance(said, str):
         return said
     if not isinstance(said, Mapping):
@@ -101,7 +88,8 @@ def _row(what: str, said: object) -> Row:
             raise TypeError(
                 f"{what}: expected a number for {name!r}, got a {type(weight).__name__}"
             )
-        if not abs(weight) <= torch.finfo(torch.float32).max:  # which they are kept in
+        largest = torch.finfo(torch.float32).max  # which they are kept in
+        if not abs(weight) <= largest:  # pyright: ignore[reportOperatorIssue] (a Real has an order)
             raise ValueError(f"{what}: expected a finite number for {name!r}, got {weight}")
     return tuple((name, float(weight)) for name, weight in said.items())
 
@@ -114,12 +102,7 @@ def _pairs(row: Row) -> tuple[tuple[str, float], ...]:
 
 
 class Choice:
-    """What was said, as :meth:`ActiveAdapters.use` takes it.
-
-    Attributes:
-        main: what holds for all layers that no other part names.
-        asks_for_rows: whether it takes the rows of a forward to tell whose they are.
-    """
+    """What was said, as :meth:`ActiveAdapters.use` takes it."""
 
     def __init__(
         self,
@@ -136,11 +119,12 @@ class Choice:
             raise TypeError(f"rows: expected names by module, got {type(rows).__name__}")
         self.slots, self.beams, self.stacked = slots, int(beams), int(stacked)
         self._said = adapters
-        self.main = Part("adapters", adapters, slots)
+        self.main = Part("adapters", adapters, slots)  # for all layers that no other part names
         self._parts = {
             prefix: Part(f"rows[{prefix!r}]", said, slots) for prefix, said in rows.items()
         }
-        self.asks_for_rows = any(part.rows is not None for part in self.parts())
+        # Whether it takes the rows of a forward to tell whose they are.
+        self.asks_for_rows = any(part.rows for part in self.parts())
         self.base_alone = all(part.routing is None and not part.names for part in self.parts())
         self._checked: Callable[[], ModelVersion | None] = lambda: None
         self.check(slots.latest, gone="")
@@ -217,8 +201,9 @@ class Choice:
 
 
 def _routing(runs: Runs, slots: Pinned, device: torch.device) -> Routing:
-    if all(isinstance(row, str) for row in runs.names):
-        return Routing.from_sequences(runs.names, runs.length, slots, device=device)
+    names = [row for row in runs.names if isinstance(row, str)]
+    if len(names) == len(runs.names):
+        return Routing.from_sequences(names, runs.length, slots, device=device)
     rows = [_pairs(row) for row in runs.names]
     count = max(1, *map(len, rows))
     ids = torch.full((len(rows), count), -1, device="cpu")
@@ -241,23 +226,17 @@ class Generation(NamedTuple):
 class Batch:
     """One batch: what was said of it, the version that it reads, and the calls it is in.
 
-    Attributes:
-        choice: what was said.
-        version: what it reads.
-        generation: the running ``generate``, the innermost; None outside.
-
-    Raises:
-        ValueError: a name is no adapter's any more, or no layer has it.
+    Making one raises ValueError where a name is no adapter's any more, or no layer has it.
     """
 
     def __init__(self, choice: Choice, version: ModelVersion) -> None:
         choice.check(version)
         self.choice, self.version = choice, version
-        self.generation: Generation | None = None
+        self.generation: Generation | None = None  # the innermost ``generate`` that runs
         self._found: dict[tuple, Routing] = {}  # by all that decides them
         self._computed: dict[tuple, set[Runs]] = {}  # by the input: a recomputation has no forward
         self._made: dict[tuple[Runs, torch.device, int], Routing] = {}
-        self._given: dict[Part, tuple[int, Routing]] = {}  # and which filling it is
+        self._given: dict[Routing, tuple[int, Routing]] = {}  # which filling, and for this version
 
     def expand(self, rows: int | None, times: int) -> None:
         """The running ``generate`` repeats each of so many rows, so many times."""
@@ -271,12 +250,12 @@ class Batch:
             )
         self.generation = Generation(rows, times, expanded=True)
 
-    def routing_given(self, part: Part) -> Routing:
-        """The routing that a part says, as it is filled now, for this version."""
-        filling, (known, routing) = part.routing.filling, self._given.get(part, (None, None))
+    def routing_given(self, given: Routing) -> Routing:
+        """A routing that was said, as it is filled now, for this version."""
+        filling, (known, routing) = given.filling, self._given.get(given, (None, given))
         if filling != known:
-            routing = part.routing.at(self.version)
-            self._given[part] = filling, routing
+            routing = given.at(self.version)
+            self._given[given] = filling, routing
         return routing
 
     def routing_for(

@@ -56,6 +56,7 @@ class LoRAEmbedding(AdapterLayer):
         TypeError, ValueError: an argument does not fit; the message says which and why.
     """
 
+    base_layer: nn.Embedding
     _shown = ("num_embeddings", "embedding_dim", "rank", "alpha")
 
     def __init__(
@@ -193,7 +194,7 @@ class LoRAEmbedding(AdapterLayer):
             base = self.base_layer(x)
         else:
             base, x = self._called_base(x)
-        output_scale = self._output_scale() if self.use_dora else None
+        output_scale = self._output_scale()
         hidden = F.embedding(
             x,
             self.lora_embedding_A.t(),

@@ -73,6 +73,7 @@ class LoRALinear(AdapterLayer):
         TypeError, ValueError: an argument does not fit; the message says which and why.
     """
 
+    base_layer: nn.Linear
     _shown = ("in_features", "out_features", "rank", "alpha")
 
     def __init__(
@@ -148,7 +149,8 @@ class LoRALinear(AdapterLayer):
         self.lora_B = nn.Linear(self.rank, self.out_features, bias=lora_bias, **made)
         for factor in (self.lora_A, self.lora_B):
             factor.reset_parameters = PartReset(self, factor)
-            factor._is_hf_initialized = True  # not by transformers, which would draw B at random
+            # Not by transformers, which would draw B at random.
+            vars(factor)["_is_hf_initialized"] = True
         magnitude = nn.Parameter(torch.empty(self.out_features, **made)) if self.use_dora else None
         self.register_parameter("lora_magnitude_vector", magnitude)
         self.reset_parameters()
@@ -178,9 +180,9 @@ class LoRALinear(AdapterLayer):
         known = min(self.out_features, out_features)
         for parameter in self.lora_B.parameters():
             resize(parameter, 0, out_features)
-        if self.use_dora:
-            resize(self.lora_magnitude_vector, 0, out_features)
-            self.lora_magnitude_vector[known:] = self._weight_norm()[known:]
+        if (magnitude := self.lora_magnitude_vector) is not None:
+            resize(magnitude, 0, out_features)
+            magnitude[known:] = self._weight_norm()[known:]
         self.base_layer.out_features = self.lora_B.out_features = out_features
         self._out_features = out_features
 
@@ -208,25 +210,28 @@ class LoRALinear(AdapterLayer):
         parts = self._modules
         base_layer, lora_a, lora_b = parts["base_layer"], parts["lora_A"], parts["lora_B"]
         dropout_p = self.dropout_p if self.training else 0.0
-        of_base, of_a, of_b = base_layer._parameters, lora_a._parameters, lora_b._parameters
-        if not (
-            type(base_layer) is type(lora_a) is type(lora_b) is nn.Linear
-            and type(of_base.get("weight")) is nn.Parameter
-            and type(of_base.get("bias")) in _PARAMETER_OR_NONE
-            and bypassed(base_layer, lora_a, lora_b) is None
-            and not any(GLOBAL_HOOKS)
+        if (
+            type(base_layer) is not nn.Linear
+            or type(lora_a) is not nn.Linear
+            or type(lora_b) is not nn.Linear
+            or type(base_layer._parameters.get("weight")) is not nn.Parameter
+            or type(base_layer._parameters.get("bias")) not in _PARAMETER_OR_NONE
+            or bypassed(base_layer, lora_a, lora_b)
+            or any(GLOBAL_HOOKS)
         ):
+            base_layer, lora_a, lora_b = self.base_layer, self.lora_A, self.lora_B
             check_factor("lora_A", lora_a)
             check_factor("lora_B", lora_b)
             if not is_plain_linear(base_layer):
                 return self._with_called_base(x, dropout_p)
-        if "weight" in of_base and "weight" in of_a and "weight" in of_b:
-            weight, a, b = of_base["weight"], of_a["weight"], of_b["weight"]
-        else:  # FSDP and DataParallel put plain tensors where parameters were
+        of_base, of_a, of_b = base_layer._parameters, lora_a._parameters, lora_b._parameters
+        weight, a, b = of_base.get("weight"), of_a.get("weight"), of_b.get("weight")
+        if weight is None or a is None or b is None:
+            # FSDP and DataParallel put plain tensors where parameters were.
             weight, a, b = base_layer.weight, lora_a.weight, lora_b.weight
-        bias = of_base["bias"] if "bias" in of_base and of_b.get("bias") is None else None
+        bias = of_base.get("bias") if of_b.get("bias") is None else None
         if bias is None:
-            bias = self._total_bias()
+            bias = self._total_bias(base_layer, lora_b)
         base, factors = DenseWeight(weight), LoRAFactors(a, b, self._scaling)
         if not self.use_dora:
             return adapted_linear(x, base, factors, bias, dropout_p)
@@ -242,7 +247,7 @@ class LoRALinear(AdapterLayer):
 
         With DoRA ``y + (c - 1) f(D(x)) + c s D(x) A' B'``, f the base layer without its bias.
         """
-        c = self._output_scale() if self.use_dora else None
+        c = self._output_scale()
         y = called(self.base_layer, x, self.out_features)
         factors = LoRAFactors(self.lora_A.weight, self.lora_B.weight, self._scaling)
         if c is None:
@@ -264,18 +269,16 @@ class LoRALinear(AdapterLayer):
     def _has_own_forward(self) -> bool:
         return type(self.base_layer).forward is not nn.Linear.forward
 
-    def _total_bias(self) -> Tensor | None:
+    def _total_bias(self, base_layer: nn.Linear, lora_b: nn.Linear) -> Tensor | None:
         """``b + s * lora_B.bias`` in the base layer's dtype."""
-        parts = self._modules
-        bias = parameter_of(parts["base_layer"], "bias")
-        lora_bias = parameter_of(parts["lora_B"], "bias")
+        bias, lora_bias = parameter_of(base_layer, "bias"), parameter_of(lora_b, "bias")
         if lora_bias is None:
             return bias
         bias, lora_bias = None if bias is None else whole(bias), whole(lora_bias)
         total = lora_bias.to(torch.promote_types(lora_bias.dtype, torch.float32)) * self._scaling
         if bias is not None:
             total = total + bias
-        return total.to(self.base_layer.weight.dtype)
+        return total.to(base_layer.weight.dtype)
 
     def _merged_parameters(self) -> dict[str, Tensor]:
         merged = {}
@@ -285,6 +288,6 @@ class LoRALinear(AdapterLayer):
                     "merge: the adapter has a bias (lora_bias=True) and the base layer has none "
                     "to merge it into"
                 )
-            merged["bias"] = self._total_bias()
+            merged["bias"] = self._total_bias(self.base_layer, self.lora_B)
         merged["weight"] = self._merged_weight()
         return merged

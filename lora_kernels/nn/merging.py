@@ -1,7 +1,9 @@
 """The weight of a layer whose adapter is merged into it, in the place of the frozen one."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,11 +15,17 @@ from lora_kernels.nn.sharded import is_managed, is_sharded, sharded_like, whole,
 from lora_kernels.runtime.checks import is_wrapper
 from lora_kernels.runtime.dtypes import FLOATING, accumulator_dtype
 
+if TYPE_CHECKING:
+    from lora_kernels.nn.adapter_layer import AdapterLayer
+
+
+Keep = Literal["device", "cpu", "none"]
+
 
 class Merge(NamedTuple):
     """What a merged layer was made from."""
 
-    keep: str  # "device", "cpu" or "none"
+    keep: Keep
     original: dict[str, nn.Parameter]  # the base layer's parameters that were replaced; or nothing
 
 
@@ -41,7 +49,7 @@ def merged_weight(base: BaseWeight, factors: LoRAFactors) -> BaseWeight:
     return base.merged(blocks())
 
 
-def why_not_merged(layer: nn.Module, has_own_forward: bool) -> str | None:
+def why_not_merged(layer: AdapterLayer, has_own_forward: bool) -> str | None:
     """Why the base layer's weight cannot be replaced by one with the adapter in it."""
     base = layer.base_layer
     weight, own = tensor_of(base, "weight"), vars(base)

@@ -52,6 +52,7 @@ class RoutedLoRALinear(BaseParameters):
     """
 
     place = Place()
+    base_layer: nn.Linear
 
     def __init__(
         self,
@@ -171,7 +172,7 @@ class RoutedLoRALinear(BaseParameters):
                 may have any. Also what :func:`routed_lora_linear` refuses.
         """
         note_call(self)
-        base = self._modules["base_layer"]
+        base = self.base_layer
         check_not_bypassed("bank", self.bank)
         if routing is None:
             routing = self._routing_for(x)

@@ -4,16 +4,22 @@ Every process of the mesh takes part in what is done here. FSDP swaps its shards
 around a forward: only what is written to the shards outlives it.
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from lora_kernels.runtime.eager import PLAIN
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
-def is_sharded(tensor: Tensor) -> bool:
+
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether it is a DTensor."""
     if type(tensor) in PLAIN or "torch.distributed.tensor" not in sys.modules:
         return False
@@ -34,7 +40,7 @@ def write(parameter: Tensor, values: Tensor) -> None:
 
 
 @torch.no_grad()
-def draw(parameter: Tensor, draw_: Callable[[Tensor], None]) -> None:
+def draw(parameter: Tensor, draw_: Callable[[Tensor], object]) -> None:
     """Let ``draw_`` fill a parameter; a sharded one with what the mesh's first process draws."""
     if not is_sharded(parameter) or parameter.is_meta:
         draw_(parameter)
@@ -44,7 +50,7 @@ def draw(parameter: Tensor, draw_: Callable[[Tensor], None]) -> None:
     parameter.copy_(sharded_like(parameter, values, source=0))
 
 
-def sharded_like(parameter: Tensor, values: Tensor, source: int | None = None) -> Tensor:
+def sharded_like(parameter: DTensor, values: Tensor, source: int | None = None) -> Tensor:
     """Values as a DTensor of the parameter's mesh, placements and dtype.
 
     ``source`` is the process whose values count; None where all have the same.

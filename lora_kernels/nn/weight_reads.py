@@ -97,7 +97,8 @@ def note_read(layer: nn.Module) -> None:
     if is_compiling():
         return
     active = getattr(layer, "active_adapters", None)  # in PEFT's layers a list of names
-    if hasattr(active, "uses_the_base_alone") and active.uses_the_base_alone():
+    uses_the_base_alone = getattr(active, "uses_the_base_alone", None)
+    if uses_the_base_alone is not None and uses_the_base_alone():
         return
     frame = sys._getframe(2)
     place = _place(frame)

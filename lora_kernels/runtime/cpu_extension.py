@@ -13,11 +13,11 @@ gradients of A and B sum over rows, in blocks of a fixed size.)
 """
 
 import functools
-import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
@@ -55,8 +55,10 @@ def _found() -> tuple[ModuleType | None, str]:
 
 
 def _load(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("lora_kernels._native", path)
-    module = importlib.util.module_from_spec(spec)
+    spec = spec_from_file_location("lora_kernels._native", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} has no extension module's name")
+    module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -64,6 +66,13 @@ def _load(path: str) -> ModuleType:
 def extension() -> ModuleType | None:
     """The compiled extension, or None where it is absent or ignored."""
     return _found()[0]
+
+
+def loaded() -> ModuleType:
+    """The compiled extension, for callers that :func:`missing` has told that it is there."""
+    native, reason = _found()
+    assert native is not None, reason
+    return native
 
 
 def status() -> str:
@@ -78,7 +87,7 @@ def missing() -> str | None:
 
 def level() -> int:
     """The instruction set in use, an index of ``LEVELS``; -1 without the extension."""
-    return -1 if extension() is None else extension().level()
+    return -1 if extension() is None else loaded().level()
 
 
 # What torch.compiler.assume_constant_result says; calling it would import torch._dynamo.
@@ -129,7 +138,7 @@ def packed_keep_mask(
     """:func:`lora_kernels.runtime.dropout.packed_keep_mask`, the same bits."""
     groups = -(-columns // GROUP)
     out = torch.empty((rows, groups), dtype=torch.uint8, device="cpu")
-    extension().draw_mask(
+    loaded().draw_mask(
         out.data_ptr(), groups, *place.groups(columns), rows, columns, seed.item(), stream,
         drop_threshold(p), torch.get_num_threads(),
     )  # fmt: skip
@@ -174,7 +183,9 @@ def adapter_forward(
             dropout.scale, scaling, *dropout.place.groups(x.shape[-1]), dropout.seed.item(),
             dropout.threshold, add, threads,
         )  # fmt: skip
-    kernel = _found()[0].adapter_forward
+    native, reason = _found()  # and not loaded(): a call less
+    assert native is not None, reason
+    kernel = native.adapter_forward
     # It looks at its operands itself: the ordinary ones need nothing here.
     if kernel(y, x, lora_a, lora_b, h, mask, *how):
         return
@@ -202,7 +213,9 @@ def adapter_backward(
     ``grad_a = t^T (keep * x)`` and ``grad_b = s dy^T h``. None where not needed."""
     t_scale = scaling if dropout is None else scaling * dropout.scale
     how = t_scale, scaling, add, torch.get_num_threads()
-    kernel = _found()[0].adapter_backward
+    native, reason = _found()
+    assert native is not None, reason
+    kernel = native.adapter_backward
     if kernel(dx, grad_a, grad_b, dy, x, lora_a, lora_b, h, mask, *how):
         return
     a, b, into_a, into_b = map(_as_read, (lora_a, lora_b, grad_a, grad_b))
@@ -214,7 +227,7 @@ def adapter_backward(
             dx=dx, grad_a=into_a, grad_b=into_b, dy=dy, x=x, lora_a=a, lora_b=b, h=h, mask=mask
         )
     for grad, into in ((grad_a, into_a), (grad_b, into_b)):
-        if into is not grad:
+        if grad is not None and into is not None and into is not grad:
             grad.copy_(into)
 
 
@@ -266,7 +279,9 @@ class RoutedGroups:
             groups = int((routing.plan[:, 0] >= 0).sum())
         # Regions with memory of their own are offset from a matrix, before it or behind.
         reach = storage.numel() if storage.ndim == 1 else -1
-        self._groups = _found()[0].Routed(
+        native, reason = _found()
+        assert native is not None, reason
+        self._groups = native.Routed(
             storage.data_ptr(), reach, _NUMBER[storage.dtype], bank.slot_table.data_ptr(),
             bank.slot_table.shape[0], bank.max_total_rank, bank.scaling.data_ptr(),
             0 if thresholds is None else thresholds.data_ptr(), bank.slice_columns, in_features,
@@ -274,8 +289,11 @@ class RoutedGroups:
             0 if weights is None else weights.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
 
-    def draw_mask(self) -> Tensor:
-        """``[P, ceil(K/8)]``: the packed keep-masks of the pairs whose adapter drops."""
+    def draw_mask(self) -> Tensor | None:
+        """``[P, ceil(K/8)]``: the packed keep-masks of the pairs whose adapter drops; None where no
+        adapter does."""
+        if self.seed is None:
+            return None
         shape = self.routing.tokens.shape[0], -(-self.in_features // GROUP)
         mask = torch.empty(shape, dtype=torch.uint8, device="cpu")
         groups = self.place.groups(self.in_features)
@@ -285,7 +303,7 @@ class RoutedGroups:
     def shrink(self, x: Tensor, mask: Tensor | None, *, zeros: bool) -> Tensor:
         """h ``[P, H]`` in fp32; what is not written is zero where ``zeros`` asks for it."""
         h = self._narrow(zeros)
-        # They outlive the call.
+        # By names, so that copies outlive the call.
         rows, mask = rows_of(x), None if mask is None else with_unit_stride(mask)
         self._groups.shrink(*_wide(rows), *_packed(mask), h.data_ptr(), h.stride(0))
         return h
@@ -318,7 +336,7 @@ class RoutedGroups:
                 *_wide(dy), *_packed(h), grad.data_ptr(), grad.numel(), layout.table.data_ptr()
             )
         if x is not None:
-            rows, t, mask = rows_of(x), _single(t), with_unit_stride(mask)
+            rows, t, mask = rows_of(x), _single(t), None if mask is None else with_unit_stride(mask)
             self._groups.gradient_a(
                 *_wide(rows), *_packed(mask), *_packed(t), grad.data_ptr(), grad.numel(),
                 layout.table.data_ptr(),
@@ -327,7 +345,7 @@ class RoutedGroups:
 
     def shrink_backward_(self, dx: Tensor, t: Tensor, mask: Tensor | None) -> None:
         """``dx += keep * (t A)``; dx ``[M, K]`` with unit stride in K."""
-        t, mask = _single(t), with_unit_stride(mask)
+        t, mask = _single(t), None if mask is None else with_unit_stride(mask)
         self._groups.shrink_backward(*_wide(dx), *_packed(mask), *_packed(t))
 
     def _narrow(self, zeros: bool) -> Tensor:
@@ -341,19 +359,15 @@ def _single(narrow: Tensor) -> Tensor:
     return narrow if narrow.stride(1) == 1 else narrow.contiguous()
 
 
-def with_unit_stride(matrix: Tensor | None) -> Tensor | None:
+def with_unit_stride(matrix: Tensor) -> Tensor:
     """The matrix with unit stride in its last dimension."""
-    if matrix is None or matrix.stride(1) == 1 or matrix.shape[1] == 1:
-        return matrix
-    return matrix.contiguous()
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
 
 
 @contextmanager
 def unit_stride(out: Tensor) -> Iterator[Tensor]:
     """``out`` ``[M, D]``, or a copy with unit stride in D that is copied back."""
-    if out.stride(1) == 1 or out.shape[1] == 1:
-        yield out
-        return
-    copy = out.contiguous()
-    yield copy
-    out.copy_(copy)
+    rows = with_unit_stride(out)
+    yield rows
+    if rows is not out:
+        out.copy_(rows)

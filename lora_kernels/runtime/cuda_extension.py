@@ -99,12 +99,11 @@ def unserved(targets: tuple[str, ...], capability: int, driver: int | None) -> s
         capability: of the device, 90 for 9.0.
         driver: the newest CUDA it knows, 13000 for 13.0; None where that is not known.
     """
-    version, *targets = targets
-    serving = [target for target in targets if _runs(target, capability)]
+    version, *architectures = targets
+    serving = [target for target in architectures if _runs(target, capability)]
     if not serving:
-        return (
-            f"the CUDA kernels were built for {', '.join(targets)}, this device is sm_{capability}"
-        )
+        built = ", ".join(architectures)
+        return f"the CUDA kernels were built for {built}, this device is sm_{capability}"
     # Machine code runs on any driver of its CUDA's major version; PTX needs the minor version too.
     major, minor = map(int, version.removeprefix("cuda_").split("."))
     exact = any(target.startswith("sm_") for target in serving)
@@ -133,9 +132,8 @@ def missing_gemm_tail(device: torch.device) -> str | None:
         return None
     capability = limits_of(device).capability
     if capability != 90:
-        return (
-            f"the GEMM with a tail is for compute capability 9.0, this device has {capability / 10}"
-        )
+        found = capability / 10
+        return f"the GEMM with a tail is for compute capability 9.0, this device has {found}"
     if "sm_90a" not in built_for():
         return "the CUDA kernels were not built for sm_90a"
     return None
@@ -173,25 +171,24 @@ def decode_linear(
     lora_b: Tensor,  # [N, R], any floating dtype
     scaling: Tensor | float,
     bias: Tensor | None = None,  # [N] in x's dtype
-    save_h: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """``y = x W^T + bias + scaling * h B^T`` ``[M, N]``, and ``h = x A^T`` in fp32 if asked for."""
+    h: Tensor | None = None,  # [M, R] fp32, contiguous; written
+) -> Tensor:
+    """``y = x W^T + bias + scaling * h B^T`` ``[M, N]`` with ``h = x A^T``."""
     x = cpu_extension.rows_of(x)
     (tokens, in_features), (out_features, rank) = x.shape, lora_b.shape
     lora_a, lora_b = _factors(lora_a, lora_b, x.dtype)
     bias = None if bias is None else bias.contiguous()
     scaling, scaling_at, number = _scaling(scaling, x.device)
     y = x.new_empty((tokens, out_features))
-    h = x.new_empty((tokens, rank), dtype=torch.float32) if save_h else None
     if tokens == 0:
-        return y, h
+        return y
     with on_device(x):
-        cpu_extension.extension().cuda_decode_linear(
+        cpu_extension.loaded().cuda_decode_linear(
             *_place(x), _NUMBER[x.dtype], _NUMBER[lora_a.dtype], *_matrix(x), *_matrix(weight),
             *_matrix(lora_a), *_matrix(lora_b), _address(bias), scaling_at, number, *_matrix(y),
             _address(h), tokens, in_features, out_features, rank,
         )  # fmt: skip
-    return y, h
+    return y
 
 
 def _factors(lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -202,7 +199,7 @@ def _factors(lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype) -> tuple[Tensor
 
 
 def _scaling(scaling: Tensor | float, device: torch.device) -> tuple[Tensor | float, int, float]:
-    """What must live on, and the scaling by address or as a number."""
+    """The scaling, which has to outlive the launch, its address or 0, and the number or 0."""
     if isinstance(scaling, Tensor) and scaling.device == device:
         scaling = scaling.to(torch.float32)
         return scaling, scaling.data_ptr(), 0.0
@@ -231,7 +228,7 @@ def why_not_decode_routed(
         return "there is nothing to compute"
     if bank.max_total_rank > MAX_DECODE_WIDTH:
         return f"ranks of {bank.max_total_rank} over the slices are more than {MAX_DECODE_WIDTH}"
-    if bank.num_slices > (most := cpu_extension.extension().cuda_max_slices):
+    if bank.num_slices > (most := cpu_extension.loaded().cuda_max_slices):
         return f"{bank.num_slices} slices are more than {most}"
     if drops:
         return "there is dropout"
@@ -257,7 +254,7 @@ def decode_routed_(
     if weights is not None:
         weights = weights.detach().to(torch.float32).contiguous()
     with on_device(x):
-        cpu_extension.extension().cuda_decode_routed(
+        cpu_extension.loaded().cuda_decode_routed(
             *_place(x), _NUMBER[x.dtype], _NUMBER[bank.storage.dtype], *_matrix(x), *_matrix(y),
             overwrite, _address(h), bank.storage.data_ptr(), bank.slot_table.data_ptr(),
             bank.scaling.data_ptr(), routing.tiles.data_ptr(), routing.offsets.data_ptr(),
@@ -292,9 +289,9 @@ def gemm_tail(
     output_scale = None if output_scale is None else output_scale.contiguous()
     mask = 0, 0, 0, 0
     if drop is not None and drop.on:
-        mask = _address(drop.seed), drop.threshold, drop.first_group, drop.groups_per_row
+        mask = _address(drop.seed), *drop.numbers
     with on_device(left):
-        cpu_extension.extension().cuda_gemm_tail(
+        cpu_extension.loaded().cuda_gemm_tail(
             *_place(left), _NUMBER[left.dtype], *_matrix(left), *_matrix(right),
             *_matrix(tail_left), *_matrix(tail_right), by_columns, *_matrix(out), _address(bias),
             _address(output_scale), *mask, tokens, left.shape[1], columns, rank,

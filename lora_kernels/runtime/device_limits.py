@@ -31,7 +31,7 @@ class DeviceLimits:
 
     @property
     def threads(self) -> int:
-        """Of one multiprocessor."""
+        """Threads that one multiprocessor holds."""
         return 2048 if self.capability in (80, 90, 100, 103) else 1536
 
 
@@ -46,6 +46,21 @@ def limits_of(device: torch.device) -> DeviceLimits:
         multiprocessors=properties.multi_processor_count,
         shared_memory=properties.shared_memory_per_block_optin,
     )
+
+
+class Tile:
+    """The sizes of a kernel's blocks, and how it is compiled; subclasses are frozen dataclasses."""
+
+    @functools.cached_property
+    def options(self) -> dict[str, int | bool]:
+        """What a launch takes of a tile: the kernel's constants, in capitals, and the compiler's
+        options."""
+        taken = {
+            name: value
+            for name, value in vars(self).items()
+            if name.isupper() or name.startswith("num_")
+        }
+        return {**taken, "enable_fp_fusion": FP_FUSION}
 
 
 def on_device(tensor: Tensor):
@@ -77,20 +92,16 @@ class PipelineBytes:
     read_in_place: int  # per stage
     through_registers: int  # per stage
     besides: int = 0  # tiles on their way back from registers, and what the epilogue needs
+    one_stage: bool = False  # no pipeline: see narrow_loop
 
     def of(self, stages: int, limits: DeviceLimits) -> int:
         in_place = stages if limits.multiplies_shared_memory else stages - 1
         return in_place * self.read_in_place + (stages - 1) * self.through_registers + self.besides
 
 
-def drawing_warps(limits: DeviceLimits, *, cast: bool) -> int:
-    """Warps of a product whose left operand is masked as it is read; ``cast``: the right one is.
-
-    Four on a multiprocessor do not hide the hundred instructions that eight elements of the mask
-    take (reasoned, not measured). On sm_90, where nothing is cast, eight make Triton leave the
-    product in flight over the next step while it reads registers: see triton#9433.
-    """
-    return 4 if limits.capability == 90 and not cast else 8
+# Warps of a product whose left operand is masked as it is read: four on a multiprocessor do not
+# hide the hundred instructions that eight elements of the mask take (reasoned, not measured).
+DRAWING_WARPS = 8
 
 
 # Barriers and scratch memory of reductions.
@@ -110,6 +121,11 @@ def narrow_loop(
 
     What is masked is written back to be a matrix unit's operand anywhere; what is cast only where
     those read shared memory.
+
+    On sm_90 a masked operand stays in registers. Where nothing is cast, Triton leaves the product
+    that reads them in flight over the next step of a pipeline, and ptxas before 13.3 overwrites
+    them (triton#9433; seen in the machine code of Triton 3.6 and 3.7): one stage there. The mask's
+    instructions and other blocks hide the memory.
     """
     if ieee:
         return PipelineBytes(0, wide + narrow, wide + (cast or narrow))
@@ -117,11 +133,14 @@ def narrow_loop(
     if not limits.multiplies_shared_memory:
         return PipelineBytes(0, wide + narrow, masked_wide)
     in_place = (0 if masked else wide) + (0 if cast else narrow)
-    return PipelineBytes(in_place, wide + narrow - in_place, masked_wide + cast)
+    one_stage = masked and limits.capability == 90 and not cast
+    return PipelineBytes(in_place, wide + narrow - in_place, masked_wide + cast, one_stage)
 
 
 def pipeline_stages(wanted: int, loop: PipelineBytes, limits: DeviceLimits) -> int:
     """As many pipeline stages as fit, at most ``wanted``."""
+    if loop.one_stage:
+        return 1
     fits = (n for n in range(wanted, 1, -1) if loop.of(n, limits) + _SPARE <= limits.shared_memory)
     return next(fits, 1)
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from lora_kernels.runtime import cpu_extension, cuda_extension
+from lora_kernels.runtime.dtypes import short_name
 
 BACKENDS = ("reference", "composed", "triton", "native")
 
@@ -109,9 +110,7 @@ def _native_unavailable_on_cuda(device: torch.device, dtype: torch.dtype | None)
     if device.type != "cuda" or torch.version.cuda is None:
         return f"no native kernel of this operation exists for {device.type!r} devices yet"
     if dtype is not None and dtype not in cuda_extension.DTYPES:
-        return (
-            f"the CUDA kernels take bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
-        )
+        return f"the CUDA kernels take bfloat16 and float16, not {short_name(dtype)}"
     if reason := cuda_extension.missing(device):
         return reason
     # Calls for which there is no CUDA kernel go to Triton's.
@@ -155,7 +154,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype | None = None)
     """Resolve ``backend`` for a call on ``device``; a named backend that cannot serve raises."""
     backend = requested(backend)
     if device == _CPU or device.type == "cpu":
-        return choose_on_cpu(backend, dtype)
+        return _on_a_cpu(dtype) if backend == "auto" else _named(backend, _CPU, dtype)
     if backend == "auto":
         if reason := unserved(device):
             raise ValueError(f"no backend but 'reference' can serve this call: {reason}")
@@ -165,11 +164,6 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype | None = None)
             "vendor's GEMMs",
         )
     return _named(backend, device, dtype)
-
-
-def choose_on_cpu(backend: str, dtype: torch.dtype | None) -> Choice:
-    """:func:`choose` on a CPU, for a backend that :func:`requested` returned."""
-    return _on_a_cpu(dtype) if backend == "auto" else _named(backend, _CPU, dtype)
 
 
 def _named(backend: str, device: torch.device, dtype: torch.dtype | None) -> Choice:

@@ -75,7 +75,7 @@ class MaskPlace(NamedTuple):
 
 
 def check_place(row_offset: int, column_offset: int, pitch: int | None, columns: int) -> None:
-    """Whether they place an activation of so many columns.
+    """Raise unless they place an activation of so many columns.
 
     Raises:
         TypeError: one is not an integer.
@@ -121,14 +121,14 @@ class ActiveDropout:
 
     Attributes:
         p: as it was asked for.
-        seed: [] int64; None where only a stored mask is read.
+        seed: [] int64.
         place: of the activation in the whole one.
         threshold, scale: :func:`drop_threshold` and :func:`keep_scale` of p.
     """
 
     __slots__ = ("p", "place", "scale", "seed", "threshold")
 
-    def __init__(self, p: float, seed: Tensor | None, place: MaskPlace = MaskPlace()) -> None:
+    def __init__(self, p: float, seed: Tensor, place: MaskPlace = MaskPlace()) -> None:
         self.p, self.seed, self.place = p, seed, place
         self.threshold, self.scale = _threshold_and_scale(p)
 
@@ -207,7 +207,7 @@ def packed_keep_mask_of_rows(
     for start in range(0, rows.shape[0], step):
         some = rows[start : start + step]
         counter = (some.long().unsqueeze(1) * pitch + first_row).flatten()
-        random_words = _philox_of(counter & _LOW_32, counter >> 32, key, stream)
+        random_words = _philox((counter & _LOW_32, counter >> 32, stream, 0), key)
         packed[start : start + step] = _pack_lanes(random_words, threshold).view(-1, groups)
     return packed
 
@@ -219,7 +219,7 @@ def _key_and_chunk(seed: Tensor) -> tuple[tuple, int]:
     Except on MPS, whose bitwise operations on 0-d tensors wait for the device each.
     """
     kind = seed.device.type
-    value = seed.item() if kind in ("cpu", "mps") else seed
+    value = int(seed.item()) if kind in ("cpu", "mps") else seed
     chunk = _CPU_CHUNK if kind == "cpu" else _DEVICE_CHUNK
     return (value & _LOW_32, (value >> 32) & _LOW_32), chunk
 
@@ -266,31 +266,30 @@ def _select_table(bits: torch.dtype, device: torch.device) -> Tensor:
 def _philox_words(
     first: int, count: int, key: tuple, stream: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The output words of groups ``first .. first + count - 1``, as int64 with 32 bits used."""
+    """The output words of groups ``first .. first + count - 1``."""
     low = first & _LOW_32
-    c0 = torch.arange(low, low + count, dtype=torch.int64, device=device)
-    return _philox_of(c0, first >> 32, key, stream)
+    group = torch.arange(low, low + count, dtype=torch.int64, device=device)
+    return _philox((group, first >> 32, stream, 0), key)
 
 
-def _philox_of(
-    c0: Tensor, c1: int | Tensor, key: tuple, stream: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The output words of the counters ``(c0, c1, stream, 0)``.
+def _philox(counter: tuple, key: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The output words of some counters, as int64 with 32 bits used.
 
-    Counter words that are the same for the whole chunk stay Python numbers, so the first two
+    Counter words that are the same for the whole chunk are Python numbers, so the first two
     rounds cost half. The unsigned 64-bit products wrap in int64; shift and mask recover them.
     """
-    c2, c3 = stream, 0
     k0, k1 = key
     for _ in range(ROUNDS):
-        c0, c1, c2, c3 = _philox_round(c0, c1, c2, c3, k0, k1)
+        counter = _philox_round(counter, k0, k1)
         k0 = (k0 + _WEYL_0) & _LOW_32
         k1 = (k1 + _WEYL_1) & _LOW_32
+    c0, c1, c2, c3 = counter
     return c0, c1 & _LOW_32, c2, c3 & _LOW_32
 
 
-def _philox_round(c0, c1, c2, c3, k0, k1) -> tuple:
+def _philox_round(counter: tuple, k0, k1) -> tuple:
     """One round. The odd words may carry more than 32 bits: they only meet XOR and a mask."""
+    c0, c1, c2, c3 = counter
     product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
     return (
         _xor_low_32(product_1 >> 32, c1, k0),

@@ -1,5 +1,7 @@
 """Which dtypes there are, whatever the operation."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,7 @@ from torch import Tensor
 FLOATING = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
+@functools.cache
 def short_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

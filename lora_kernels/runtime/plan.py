@@ -16,21 +16,20 @@ from lora_kernels.runtime import tensor_state
 Plan = TypeVar("Plan")
 
 _LIMIT = 4096
-# Without a lock: an interrupt just before a `with` lets go of one would leave it held for good.
-_ALL: weakref.WeakSet[Plans] = weakref.WeakSet()
+# By id, as dicts have no hash. Without a lock: an interrupt just before a `with` lets go of one
+# would leave it held for good.
+_ALL: weakref.WeakValueDictionary[int, Plans] = weakref.WeakValueDictionary()
 
 
 class Plans(dict):
     """Plans by their keys. When it is full all are forgotten, and made again as they are needed."""
 
-    __hash__ = object.__hash__  # each is one of its own
-
     def __init__(self) -> None:
         super().__init__()
-        _ALL.add(self)
+        _ALL[id(self)] = self
 
     def keep(self, key: tuple | None, plan: Plan) -> Plan:
-        """Remember a plan; None is no key."""
+        """Remember a plan, unless the key is None."""
         if key is not None:
             if len(self) >= _LIMIT:
                 self.clear()
@@ -39,11 +38,11 @@ class Plans(dict):
 
 
 def forget_plans() -> None:
-    """To be called where what plans were made from has changed: a table, the extension."""
+    """Has to be called where what plans were made from has changed: a table, the extension."""
     found = None
     while found is None:
         try:
-            found = list(_ALL)
+            found = list(_ALL.values())
         except RuntimeError:  # another thread has made some meanwhile
             continue
     for plans in found:

@@ -46,8 +46,8 @@ def changed(
     problem: object, change: Callable[[str, Tensor], Tensor], but: tuple[str, ...] = ()
 ) -> dict[str, Tensor]:
     """The tensors among the fields of a dataclass, but those, each changed."""
-    tensors = {f.name: getattr(problem, f.name) for f in fields(problem) if f.name not in but}
-    return {name: change(name, t) for name, t in tensors.items() if isinstance(t, Tensor)}
+    tensors = {n: t for n, t in vars(problem).items() if n not in but and isinstance(t, Tensor)}
+    return {name: change(name, tensor) for name, tensor in tensors.items()}
 
 
 def in_double(_: str, tensor: Tensor) -> Tensor:

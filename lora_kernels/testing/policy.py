@@ -145,9 +145,9 @@ def assert_as_accurate(draw: Callable[[int], Draw]) -> None:
 
 
 def _ratio(name: str, drawn: Draw, computed_in: torch.dtype | None) -> float:
-    results = [kind[name] for kind in drawn]
-    _assert_comparable(name, *results)
-    return error_ratio(*results, computed_in)
+    ours, eager, oracle = (kind[name] for kind in drawn)
+    _assert_comparable(name, ours, eager, oracle)
+    return error_ratio(ours, eager, oracle, computed_in)
 
 
 def _complaint(ratios: list[float], first: float = 0.0) -> str:
@@ -163,11 +163,11 @@ def _complaint(ratios: list[float], first: float = 0.0) -> str:
 
 def _complaint_together(name: str, drawn: list[Draw], computed_in: torch.dtype | None) -> str:
     """What is wrong with all draws of a small result as one result; empty if nothing is."""
-    each = (
+    ours, eager, oracle = (
         torch.cat([results[name].flatten() for results in kind])
         for kind in zip(*drawn, strict=True)
     )
-    ratio = error_ratio(*each, computed_in)
+    ratio = error_ratio(ours, eager, oracle, computed_in)
     return "" if ratio <= _RATIO else f"{ratio:.2f} times in {len(drawn)} draws together"
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from guarded import guarded, survives
+from routed_results import routed_eager, routed_oracle
 from torch import Tensor
 
 from lora_kernels.ops.routed import AdapterBank, Routing
@@ -10,7 +11,7 @@ from lora_kernels.ops.routed.tensors import in_one_piece
 from lora_kernels.runtime import cpu_extension as native
 from lora_kernels.runtime import cuda_extension as native_cuda
 from lora_kernels.testing import assert_within_policy
-from lora_kernels.testing.routed_inputs import RoutedProblem, routed_eager, routed_oracle
+from lora_kernels.testing.routed_inputs import RoutedProblem
 
 DTYPES = [torch.bfloat16, torch.float16]
 RANKS = (1, 3, 8, 16, 24, 64, 100)

@@ -10,6 +10,7 @@ import os
 
 import pytest
 import torch
+from routed_results import check_routed
 
 from lora_kernels import lora_linear
 from lora_kernels.ops.linear import op as autograd
@@ -18,8 +19,7 @@ from lora_kernels.ops.routed import op as routed_op
 from lora_kernels.runtime import cpu_extension as native
 from lora_kernels.runtime import cuda_extension as native_cuda
 from lora_kernels.testing import LoRAProblem, check_linear
-from lora_kernels.testing.routed_gpu_checks import some_ids
-from lora_kernels.testing.routed_inputs import RoutedProblem, check_routed
+from lora_kernels.testing.routed_inputs import RoutedProblem, some_ids
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 in a process of its own", allow_module_level=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from pretended import DEVICE, KEY
+from routed_results import routed_eager, routed_oracle, run_routed
 from torch import Tensor, nn
 
 import lora_kernels
@@ -28,13 +29,7 @@ from lora_kernels.testing import (
     redrawn_model,
 )
 from lora_kernels.testing.inputs import DIFFERENTIABLE
-from lora_kernels.testing.routed_gpu_checks import moved as moved_problem
-from lora_kernels.testing.routed_inputs import (
-    RoutedProblem,
-    routed_eager,
-    routed_oracle,
-    run_routed,
-)
+from lora_kernels.testing.routed_inputs import RoutedProblem
 
 pretended.set_up()
 
@@ -145,7 +140,7 @@ def test_routed_lora(served, dtype, kind):
 
     def draw(number: int):
         drawn = problem.redrawn(number)
-        ours = run_routed(moved_problem(drawn, DEVICE), "auto")
+        ours = run_routed(drawn.to(DEVICE), "auto")
         ours = {name: result.cpu() for name, result in ours.items()}
         return ours, routed_eager(drawn), routed_oracle(drawn)
 

@@ -212,7 +212,7 @@ def test_without_gradients_in_either_way(mode):
     fast = accelerated(plain)
     x = inputs(7).detach()
     unpacked._routing.cache_clear()
-    unpacked._numbers.cache_clear()
+    unpacked._tables.cache_clear()
     with mode():
         y = fast(x, adapter_names=NAMES)
     assert_parity(fast, plain, x, mixed())
@@ -419,15 +419,17 @@ def test_offsets_reach_every_factor_from_the_first():
         for start, (rows, columns) in zip(starts, shapes, strict=True)
     ]
     first = min(factors, key=Tensor.data_ptr)
-    assert unpacked._offsets([0, 2], factors, first, ALIGNMENT) == (
-        (0, 3, 960, 0),
-        (2, 5, 448, 1984),
+    rows = unpacked._rows(factors, first, ALIGNMENT)
+    assert rows == ((3, 960, 0), (5, 448, 1984))
+    table, scaling, thresholds = unpacked._tables(
+        (0, 2), rows, (0.5, 2.0), 3, torch.device("cpu"), 0
     )
-    table = unpacked._table(((0, 3, 960, 0), (2, 5, 448, 1984)), 3, torch.device("cpu"), 0)
     assert table[:, :, 0].tolist() == [[3, 3], [0, 0], [5, 5], [0, 0]]
+    assert table[:, :, 1].tolist() == [[0, 0]] * 4
     assert table[:, :, 2].tolist() == [[960, 0], [0, 0], [448, 1984], [0, 0]]
+    assert scaling.tolist() == [0.5, 0.0, 2.0, 0.0] and thresholds.tolist() == [0] * 4
     for factor in (factors[0].bfloat16(), factors[0].t(), memory[1:70].view(3, 23)):
-        assert unpacked._offsets([0, 2], [factor, *factors[1:]], first, ALIGNMENT) is None
+        assert unpacked._rows([factor, *factors[1:]], first, ALIGNMENT) is None
 
 
 def test_a_named_backend_that_has_no_use_for_unpacked_adapters(monkeypatch):

@@ -9,13 +9,13 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from routed_results import AsOnADevice
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels import Routing, route
 from lora_kernels.integrations.routed import RoutedModel
-from lora_kernels.testing.routed_inputs import AsOnADevice
 
 PROCESSES, ROWS, TOKENS = 2, 2, 3
 

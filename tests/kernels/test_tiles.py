@@ -1,5 +1,6 @@
 """Tile choice: pure functions of shape, dtype and device, for every shape somebody may bring."""
 
+import itertools
 import json
 
 import pytest
@@ -11,7 +12,6 @@ from lora_kernels.ops.linear.triton.tiles import DeviceLimits, LinearCell
 from lora_kernels.runtime.device_limits import (
     PipelineBytes,
     blocks_at_once,
-    drawing_warps,
     narrow_loop,
     pipeline_stages,
 )
@@ -66,7 +66,9 @@ def test_shrink(cell, limits, aligned, itemsize):
     stage = tile.BLOCK_D * (tile.BLOCK_M * cell.itemsize + tile.BLOCK_R * itemsize)
     assert (tile.num_stages - 1) * stage <= limits.shared_memory
     if cell.dropout and tile.BLOCK_M >= 32:
-        assert tile.num_warps >= drawing_warps(limits, cast=itemsize != cell.itemsize)
+        assert tile.num_warps == 8
+    stays_in_registers = cell.dropout and limits.capability == 90 and itemsize == cell.itemsize
+    assert not stays_in_registers or cell.ieee or tile.num_stages == 1
     assert 1 <= tile.parts <= max(1, tiles.cdiv(cell.in_features, tile.BLOCK_D))
     assert min(cell.rank, tiles.MAX_BLOCK_R) <= tile.BLOCK_R, "x is read once"
 
@@ -77,7 +79,9 @@ def test_rank_gradient(cell, limits, aligned):
     check_common(tile, ("BLOCK_M", "BLOCK_D", "BLOCK_R"))
     stage = tile.BLOCK_M * (tile.BLOCK_D * cell.itemsize + tile.BLOCK_R * 4)
     assert (tile.num_stages - 1) * stage <= limits.shared_memory
-    assert not cell.dropout or tile.num_warps >= drawing_warps(limits, cast=cell.itemsize == 2)
+    assert not cell.dropout or tile.num_warps == 8
+    stays_in_registers = cell.dropout and limits.capability == 90 and cell.itemsize == 4
+    assert not stays_in_registers or cell.ieee or tile.num_stages == 1
     blocks = tiles.cdiv(cell.tokens, tile.BLOCK_M)
     assert 1 <= tile.parts <= blocks
     assert (tile.parts - 1) * tiles.cdiv(blocks, tile.parts) < blocks, "a part without rows"
@@ -159,9 +163,13 @@ def test_as_many_stages_as_fit(wanted, sizes, limits):
     assert stages == wanted or loop.of(stages + 1, limits) > limits.shared_memory - 2048
 
 
-def test_drawing_takes_eight_warps_where_no_product_stays_in_flight():
-    assert [drawing_warps(limits, cast=True) for limits in (A100, H200, B200, *SMALL)] == [8] * 8
-    assert [drawing_warps(limits, cast=False) for limits in (A100, H200, B200)] == [8, 4, 8]
+def test_a_product_that_stays_in_flight_has_no_pipeline():
+    """Of sm_90, where its masked operand is in registers and the other is read as it lies."""
+    for limits in (A100, H200, B200, *SMALL):
+        for cast, masked, ieee in itertools.product((0, 5), (True, False), (True, False)):
+            loop = narrow_loop(100, 10, cast, limits, masked=masked, ieee=ieee)
+            alone = limits is H200 and masked and not cast and not ieee
+            assert pipeline_stages(4, loop, limits) == (1 if alone else 4)
 
 
 def test_what_is_cast_or_masked_passes_registers():

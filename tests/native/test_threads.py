@@ -6,11 +6,12 @@ import sys
 
 import pytest
 import torch
+from routed_results import run_routed
 
 from lora_kernels.runtime import cpu_extension as native
 from lora_kernels.runtime.dropout import ActiveDropout
 from lora_kernels.testing import LoRAProblem, run_forward_backward
-from lora_kernels.testing.routed_inputs import RoutedProblem, run_routed
+from lora_kernels.testing.routed_inputs import RoutedProblem
 
 
 def kernels(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -51,6 +52,14 @@ def test_kernels(dtype, threads):
         threads(count)
         for ours, one_thread in zip(kernels(dtype), expected, strict=True):
             assert torch.equal(ours, one_thread)
+
+
+@pytest.mark.parametrize("name", ["kernels.txt", "kernels.so"])
+def test_a_path_that_holds_no_extension_is_absent(name, tmp_path, monkeypatch):
+    """With a reason, whether it is the name or the file that is none."""
+    monkeypatch.setenv("LORA_KERNELS_NATIVE", str(tmp_path / name))
+    extension, reason = native._found.__wrapped__()
+    assert extension is None and "does not load" in reason and name in reason
 
 
 def routed_results() -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from routed_results import routed_eager, routed_oracle, run_routed
 
 from lora_kernels import lora_linear
 from lora_kernels.ops.linear.reference import lora_linear_reference
@@ -12,12 +13,7 @@ from lora_kernels.testing import (
     oracle_results,
     run_forward_backward,
 )
-from lora_kernels.testing.routed_inputs import (
-    RoutedProblem,
-    routed_eager,
-    routed_oracle,
-    run_routed,
-)
+from lora_kernels.testing.routed_inputs import RoutedProblem
 
 BACKENDS = ["composed", *([] if native.missing() else ["native"])]
 pytestmark = [

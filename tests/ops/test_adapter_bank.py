@@ -571,3 +571,9 @@ def test_reserved_for_the_sum_of_ranks_unless_told():
     assert AdapterBank(K, N, rank_capacity=12).tensors().max_total_rank == 12
     with pytest.raises(ValueError, match="max_rank: expected None without rank_capacity"):
         AdapterBank(K, N, max_rank=3)
+
+
+@pytest.mark.parametrize("out_features", [4.0, True, None, "4"])
+def test_out_features_that_are_no_number_and_no_list(out_features):
+    with pytest.raises(TypeError, match="out_features: expected an integer, got"):
+        AdapterBank(K, out_features)

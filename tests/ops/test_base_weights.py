@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from linear_calls import BACKWARD, FORWARD, OP
+from linear_target import check_policy
 from padded_weight import PaddedWeight
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -18,7 +19,6 @@ from lora_kernels.nn.merging import merged_weight
 from lora_kernels.runtime import cpu_extension as native
 from lora_kernels.runtime import dispatch
 from lora_kernels.testing import LoRAProblem, check_linear, run_forward_backward
-from lora_kernels.testing.gpu_checks import check_policy
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 KINDS = {"dense": DenseWeight, "padded": PaddedWeight.of}
@@ -236,13 +236,12 @@ def test_what_an_adapters_part_is_added_to(poisoned_memory):
 def test_kernels_of_a_gpu_read_plain_weights_alone(backend, monkeypatch):
     """Whoever names them is told, auto takes composed; on meta tensors, nothing is launched."""
     from lora_kernels.ops.linear import plan, triton
-    from lora_kernels.ops.linear.call import LinearCall
 
     x, factors = torch.randn(5, 12), LoRAFactors(torch.randn(3, 12), torch.randn(7, 3), 1.0)
     padded, dense = PaddedWeight.of(torch.randn(7, 12)), DenseWeight(torch.randn(7, 12))
     monkeypatch.setattr(plan, "cpu", triton)  # what serves native here has their conditions
     monkeypatch.setattr(plan.dispatch, "unavailable", lambda *_: None)
     monkeypatch.setattr(plan.dispatch, "_native_unavailable", lambda *_: None)
-    assert plan.module_of(backend, LinearCall(x, dense, factors, None, None), x) is triton
+    assert plan.module_of(backend, dense, x) is triton
     with pytest.raises(ValueError, match=f"backend='{backend}' cannot serve .* is padded"):
         plan.make_plan(backend, x, padded, factors, 0.0)

@@ -8,20 +8,17 @@ from functools import partial
 
 import pytest
 import torch
+from linear_target import SHAPES, Target, check_policy, check_subsets_of_gradients
 from torch import Tensor
 
 from lora_kernels import lora_linear
 from lora_kernels.ops.linear import composed
 from lora_kernels.ops.narrow import products
 from lora_kernels.runtime.dtypes import accumulator_dtype
-from lora_kernels.testing import LoRAProblem, gpu_checks, oracle_results, run_forward_backward
+from lora_kernels.testing import LoRAProblem, oracle_results, run_forward_backward
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-CHECKS = [
-    check
-    for check in gpu_checks.quick()
-    if check.on_cpu and any(word in check.name for word in ("float16", "subsets"))
-]
+TARGET = Target("cpu", "composed")
 
 
 def product_of_a_gpu(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -38,9 +35,28 @@ def gpu_products(monkeypatch):
         monkeypatch.setattr(module, "widens_first", lambda x: False)
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
-def test_checks(check, gpu_products):
-    check("cpu", "composed")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("label", SHAPES)
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_shapes(dtype, label, dropout_p, gpu_products):
+    rows, *others = SHAPES[label]
+    check_policy(TARGET, TARGET.problem((rows,), *others, dtype=dtype, dropout_p=dropout_p))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_fp32_adapters(dtype, dropout_p, gpu_products):
+    check_policy(
+        TARGET,
+        TARGET.problem(
+            (150,), 136, 264, 24, dtype=dtype, adapter_dtype=FP32, dropout_p=dropout_p,
+            with_output_scale=True,
+        ),
+    )  # fmt: skip
+
+
+def test_subsets_of_gradients(gpu_products):
+    check_subsets_of_gradients(TARGET)
 
 
 def test_fp16_does_not_underflow(gpu_products):

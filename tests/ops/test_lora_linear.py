@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
+from gaps import vendor_gap
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linear_calls import call_of
+from linear_calls import backward_of
 
 from lora_kernels import lora_linear
 from lora_kernels.ops.linear import composed
@@ -22,7 +23,6 @@ from lora_kernels.testing import (
     oracle_results,
     run_forward_backward,
 )
-from lora_kernels.testing.gaps import vendor_gap
 
 OPERANDS = list(itertools.product([True, False], [True, False], [True, False], [0.0, 0.3]))
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -339,8 +339,7 @@ def test_a_mask_that_was_not_kept_is_made_again(adapter_dtype):
     mask = packed_keep_mask(p.seed, 0.4, 33, 21)
     needs = Needs(True, True, True, False, False)
     kept, made_again = (
-        backend.backward(call_of(p, dy=p.dy, h=h, mask=given, needs=needs))[:3]
-        for given in (mask, None)
+        backend.backward(backward_of(p, needs, h=h, mask=given))[:3] for given in (mask, None)
     )
     assert all(torch.equal(a, b) for a, b in zip(kept, made_again, strict=True))
     assert [grad.dtype for grad in kept] == [torch.bfloat16, adapter_dtype, adapter_dtype]

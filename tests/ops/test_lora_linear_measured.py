@@ -14,7 +14,6 @@ from lora_kernels.adapters.factors import LoRAFactors
 from lora_kernels.base_weights import DenseWeight, base_of
 from lora_kernels.ops.linear import composed
 from lora_kernels.ops.linear import tuned as measured
-from lora_kernels.ops.linear.call import LinearCall
 from lora_kernels.ops.linear.plan import PLANS, make_plan, module_of
 from lora_kernels.ops.linear.triton import tiles
 from lora_kernels.runtime import dispatch
@@ -196,11 +195,10 @@ def test_how_often_a_call_asks(seen, monkeypatch):
 def test_a_plan_has_a_backend_for_each_direction():
     """And composed for a dy that no table knows of, which is not contiguous."""
     x, weight, lora_a, lora_b = call()
-    factors = LoRAFactors(lora_a, lora_b, 1.0)
-    served = LinearCall(x, DenseWeight(weight), factors, None, None)
+    base, factors = DenseWeight(weight), LoRAFactors(lora_a, lora_b, 1.0)
     with tiles.use_cells(CELLS):
-        plan = make_plan("auto", x, DenseWeight(weight), factors, 0.0)
-        assert plan.forward is module_of("triton", served, x) and plan.choice.backend == "triton"
+        plan = make_plan("auto", x, base, factors, 0.0)
+        assert plan.forward is module_of("triton", base, x) and plan.choice.backend == "triton"
         assert plan.backward is plan.strided_backward is composed and not plan.drops
         named = make_plan("triton", x, DenseWeight(weight), factors, 0.3)
         assert named.forward is named.backward is named.strided_backward is plan.forward
@@ -208,7 +206,7 @@ def test_a_plan_has_a_backend_for_each_direction():
     with tiles.use_cells({FORWARD: CELLS[BACKWARD], BACKWARD: CELLS[FORWARD]}):
         plan = make_plan("auto", x, DenseWeight(weight), factors, 0.0)
         assert plan.forward is plan.strided_backward is composed
-        assert plan.backward is module_of("triton", served, x)
+        assert plan.backward is module_of("triton", base, x)
         alone = make_plan("auto", x, None, factors, 0.0)
         assert alone.forward is alone.backward is alone.strided_backward is composed
 

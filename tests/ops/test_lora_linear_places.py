@@ -5,7 +5,15 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch._dynamo.testing
-from linear_calls import BACKWARD, FORWARD, OP, backward_operands, call_of, forward_operands
+from linear_calls import (
+    BACKWARD,
+    FORWARD,
+    OP,
+    backward_of,
+    backward_operands,
+    call_of,
+    forward_operands,
+)
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -316,9 +324,8 @@ def test_a_mask_that_another_place_has_drawn_is_the_one_that_is_read(backend):
     call = call_of(problem, place)
     _, h, mask, *_ = module.forward(call)
     needs = op.Needs(True, True, True, True, False)
-    backward = {"dy": problem.dy, "h": h, "needs": needs}
-    first = module.backward(call_of(problem, place, mask=mask, **backward))
-    elsewhere = module.backward(call_of(problem, MaskPlace(2), mask=mask, **backward))
-    drawn = module.backward(call_of(problem, place, **backward))
+    first = module.backward(backward_of(problem, needs, place, h=h, mask=mask))
+    elsewhere = module.backward(backward_of(problem, needs, MaskPlace(2), h=h, mask=mask))
+    drawn = module.backward(backward_of(problem, needs, place, h=h))
     for one, two, three in zip(first[:4], elsewhere[:4], drawn[:4], strict=True):
         assert torch.equal(one, two) and torch.equal(one, three)

@@ -134,6 +134,12 @@ def test_exact_cancellation_and_zero_rows():
         assert torch.equal(norm.float(), expected)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(0, 5), (3, 0)])
+def test_an_empty_weight(rows, columns):
+    weight, lora_a, lora_b = (torch.ones(s) for s in ((rows, columns), (2, columns), (rows, 2)))
+    assert torch.equal(lora_weight_norm(weight, lora_a, lora_b, 0.5), torch.zeros(rows))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_the_range_of_half_precision_is_no_limit(dtype, scale):

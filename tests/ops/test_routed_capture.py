@@ -30,6 +30,7 @@ from lora_kernels.ops.routed import (
 )
 from lora_kernels.ops.routed.bank import layouts, versions
 from lora_kernels.ops.routed.bank.storage import anchor
+from lora_kernels.ops.routed.bank.tables import SlotTables
 from lora_kernels.ops.routed.tensors import check_groups_can_be_read
 from lora_kernels.ops.routed.unpacked import routed_linear_unpacked
 from lora_kernels.runtime import dispatch, dropout
@@ -320,7 +321,6 @@ def test_kernels_that_count_on_alignment_get_no_view_without_it(
     x = SimpleNamespace(device=torch.device(device, 0), dtype=torch.float32, new_empty=torch.empty)
     monkeypatch.setattr(dispatch, "choose", lambda *_: dispatch.Choice(backend, ""))
     monkeypatch.setattr(unpacked, "_anchor", lambda dtype, _: anchor(dtype, "cpu"))
-    for name in ("_table", "_scalings", "_no_thresholds"):
-        monkeypatch.setattr(unpacked, name, lambda *_: None)
+    monkeypatch.setattr(unpacked, "_tables", lambda *_: SlotTables(x, x, x))
     _, chosen = unpacked._bank([(0, LoRAFactors(a, b, 1.0))], 1, x, N)
     assert chosen == ("composed" if aligned else backend)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from routed_calls import call_of
+from routed_results import routed_eager, routed_oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_kernels.ops.narrow.grouped import half_range
@@ -13,7 +14,7 @@ from lora_kernels.ops.routed.batch import Batch
 from lora_kernels.ops.routed.call import Needs
 from lora_kernels.ops.routed.pairs import Pairs, pairs_of
 from lora_kernels.testing.policy import assert_within_policy
-from lora_kernels.testing.routed_inputs import RoutedProblem, routed_eager, routed_oracle
+from lora_kernels.testing.routed_inputs import RoutedProblem
 
 # Adapter 2 has no tokens, and some tokens have no adapter; neighbours, or not.
 SORTED = [0, 0, 0, 1, 1, 3, 3, -1, -1]

@@ -6,19 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
-
-from lora_kernels.ops.routed import Routing
-from lora_kernels.testing import assert_within_policy
-from lora_kernels.testing.routed_inputs import (
+from routed_results import (
     BACKENDS,
-    RoutedProblem,
     call_routed,
     check_routed,
     routed_eager,
     routed_oracle,
     run_routed,
 )
+from torch.nn import functional as F
+
+from lora_kernels.ops.routed import Routing
+from lora_kernels.testing import assert_within_policy
+from lora_kernels.testing.routed_inputs import RoutedProblem
 
 RANKS = (1, 3, 8, 24, 64, 160)
 SLICED_RANKS = ((3, 0, 8), (0, 5, 0), (1, 1, 1), (8, 24, 3), (0, 0, 2))

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from routed_calls import OPS, call_of, op, operands
+from routed_results import BACKENDS, call_routed, run_routed
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +22,7 @@ from lora_kernels.ops.routed import (
 )
 from lora_kernels.ops.routed.call import Needs
 from lora_kernels.runtime.dropout import MaskPlace
-from lora_kernels.testing.routed_inputs import BACKENDS, RoutedProblem, call_routed, run_routed
+from lora_kernels.testing.routed_inputs import RoutedProblem
 
 IDS = [[2, 0], [0, -1], [1, 1], [-1, -1], [0, 2], [2, 2], [-1, 1]]
 

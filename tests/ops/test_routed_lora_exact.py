@@ -5,6 +5,14 @@ import math
 import pytest
 import torch
 from routed_calls import call_of
+from routed_results import (
+    BACKENDS,
+    call_routed,
+    keep_factor,
+    routed_eager,
+    routed_oracle,
+    run_routed,
+)
 from torch.nn import functional as F
 
 from lora_kernels.ops.routed import (
@@ -16,15 +24,7 @@ from lora_kernels.ops.routed import (
     routed_shrink,
 )
 from lora_kernels.testing import assert_within_policy
-from lora_kernels.testing.routed_inputs import (
-    BACKENDS,
-    RoutedProblem,
-    call_routed,
-    keep_factor,
-    routed_eager,
-    routed_oracle,
-    run_routed,
-)
+from lora_kernels.testing.routed_inputs import RoutedProblem
 
 KINDS = {
     "fp32": (torch.float32, None),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch._dynamo.testing
+from routed_results import BACKENDS, AsOnADevice
 from torch.utils.checkpoint import checkpoint
 
 from lora_kernels.ops.routed import (
@@ -16,7 +17,6 @@ from lora_kernels.ops.routed import (
 )
 from lora_kernels.ops.routed import routing as routing_module
 from lora_kernels.ops.routed.bank import layouts
-from lora_kernels.testing.routed_inputs import BACKENDS, AsOnADevice
 
 K, N = 13, 9
 NAMES = ["a", "b", "c"]

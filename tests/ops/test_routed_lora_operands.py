@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from padded_weight import PaddedWeight
+from routed_results import BACKENDS
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels.base_weights import DenseWeight
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.ops.routed import AdapterBank, Routing, routed_lora, routed_lora_linear
-from lora_kernels.testing.routed_inputs import BACKENDS
 
 K, N = 45, 32
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from routed_calls import OPS, call_of, op, operands
+from routed_results import BACKENDS
 
 from lora_kernels import routed_expand, routed_lora_linear, routed_shrink
-from lora_kernels.testing.routed_inputs import BACKENDS, RoutedProblem
+from lora_kernels.testing.routed_inputs import RoutedProblem
 
 IDS = [[2, 0], [0, -1], [1, 1], [-1, -1], [0, 2], [2, 2], [-1, 1]]
 SAVING = [backend for backend in BACKENDS if backend != "reference"]

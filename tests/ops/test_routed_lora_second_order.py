@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from routed_results import BACKENDS, AsOnADevice, call_routed
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -19,7 +20,7 @@ from lora_kernels.ops.routed import (
     routed_shrink,
 )
 from lora_kernels.testing import assert_within_policy
-from lora_kernels.testing.routed_inputs import BACKENDS, AsOnADevice, RoutedProblem, call_routed
+from lora_kernels.testing.routed_inputs import RoutedProblem
 
 NOT_SAVED = "x, which was not saved because every lora_a is frozen"
 ALL = ("x", "weights", "bias", "lora_a", "lora_b")

@@ -6,11 +6,11 @@ it, and so do gradients.
 
 import pytest
 import torch
+from routed_results import BACKENDS
 
 from lora_kernels import routed_expand, routed_lora, routed_lora_linear, routed_shrink
 from lora_kernels.ops.routed import AdapterBank, Routing
 from lora_kernels.runtime.dropout import MaskPlace, keep_mask
-from lora_kernels.testing.routed_inputs import BACKENDS
 
 M, K, N = 41, 56, 20
 SEED = torch.tensor(-0x1234_5678_9ABC_DEF1)

@@ -106,12 +106,14 @@ class AccelerationReport:
         self.fast, self.delegated, self.uncalled = [], {}, {}
         self.notes, self.delegated_calls = {}, {}
         for name, layer in _lora_layers(model).items():
-            state = _not_ours(name, layer, model) or peft_layers.read_layer(layer)
+            if isinstance(layer, peft_layers.Linear):
+                state = peft_layers.read_layer(layer)
+            else:
+                state = _not_ours(name, layer, model)
             note = _note(layer, state)
-            adapts = isinstance(state, str) or state.adapters
             if isinstance(state, str) and note is None:
                 self.delegated[name] = state
-            elif adapts and (reader := _reader_instead(name, layer, model)):
+            elif state is not None and (reader := _reader_instead(name, layer, model)):
                 self.uncalled[name] = reader
             else:
                 self.fast.append(name)
@@ -129,7 +131,7 @@ class AccelerationReport:
                 changed then.
         """
         peft_layers = _import_layers()
-        ours = {
+        ours: dict[str, nn.Module] = {
             name: layer
             for name, layer in _lora_layers(self._live_model()).items()
             if isinstance(layer, peft_layers.Linear)
@@ -196,15 +198,13 @@ def _import_layers():
 
 def _lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     lora_layer = _import_layers().LoraLayer
-    return {name: m for name, m in model.named_modules() if isinstance(m, lora_layer)}
+    layers = ((name, m) for name, m in model.named_modules() if isinstance(m, lora_layer))
+    return {name: layer for name, layer in layers if isinstance(layer, nn.Module)}
 
 
-def _not_ours(name: str, layer: nn.Module, model: nn.Module) -> str | None:
-    """Why the layer does not have our class; None if it has."""
-    peft_layers = _import_layers()
-    if isinstance(layer, peft_layers.Linear):
-        return None
-    if type(layer) is not peft_layers.PeftLinear:
+def _not_ours(name: str, layer: nn.Module, model: nn.Module) -> str:
+    """Why the layer does not have our class."""
+    if type(layer) is not _import_layers().PeftLinear:
         sharded = type(layer).__name__.startswith("FSDP")
         hint = ": call accelerate before fully_shard" if sharded else ""
         return f"{_class_name(layer)} is not PEFT's lora.Linear{hint}"
@@ -241,7 +241,9 @@ def _also_read(name: str, layer: nn.Module, model: nn.Module) -> str | None:
 
 
 def _note(layer: nn.Module, state) -> str | None:
-    """What to know about a fast layer; None also for a layer that is not."""
+    """What to know about a fast layer; None where that is nothing, or the layer is not fast."""
+    if state is None:
+        return None
     if isinstance(state, str):
         # FSDP makes the weights whole before the layer is called: only the call can tell.
         if "(DTensor)" in state and getattr(layer, "_is_fsdp_managed_module", False):

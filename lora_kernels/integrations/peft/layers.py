@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -54,9 +54,19 @@ _delegated_calls: weakref.WeakKeyDictionary[torch.nn.Module, Counter[str]] = (
 )
 
 
+if TYPE_CHECKING:
+
+    class Children(torch.nn.Module):
+        """A module of PEFT's: none of its children is None, as torch's stub allows for."""
+
+        _modules: dict[str, Children]
+
+
 class Linear(PeftLinear):
     """PEFT's `lora.Linear`, whose forward is `lora_linear` wherever that is the same function, and
     `routed_lora_linear` where a batch names an adapter per sequence (`adapter_names`)."""
+
+    _modules: dict[str, Children]
 
     @property
     def weight(self) -> Tensor:
@@ -77,7 +87,7 @@ class Linear(PeftLinear):
             if not torch.compiler.is_compiling():
                 _delegated_calls.setdefault(self, Counter())[state] += 1
             return super().forward(x, *args, **kwargs)
-        if not state.adapters:
+        if state is None:
             return super().forward(x, *args, **kwargs)
         if isinstance(state, MixedState):
             self._check_forward_args(x, adapter_names=state.names)
@@ -107,21 +117,21 @@ def fused_forward(
     first, *others = adapters if len(adapters) == 1 else _join(adapters)
     if first.magnitude is None:
         y = _lora(x, base, bias, first)
-    elif first.dropout_p == 0.0:
-        y = adapted_linear(x, base, _dora_factors(base, first), bias)
-    elif first.dora_base_under_dropout:
-        # x W' + b + (c - 1) D(x) W' + c s D(x) A' B', with the terms in D(x) joined.
-        dropped = _dropped(x, first)
-        y = adapted_linear(dropped, base, _dora_factors(base, first), bias)
-        y = y + base.matmul(x - dropped)
-    else:
+    elif first.dropout_p > 0.0 and not first.dora_base_under_dropout:
         y, others = base.matmul(x, bias), [first, *others]
+    else:
+        scale = _dora_scale(base, first.factors, first.magnitude)
+        dropped = x if first.dropout_p == 0.0 else _dropped(x, first)
+        y = adapted_linear(dropped, base, first.factors._replace(output_scale=scale), bias)
+        if dropped is not x:
+            # x W' + b + (c - 1) D(x) W' + c s D(x) A' B', with the terms in D(x) joined.
+            y = y + base.matmul(x - dropped)
     dtype = y.dtype
     for adapter in others:
         if adapter.magnitude is None:
             y = y + _lora(x, None, None, adapter)
         else:
-            y = _add_dora(y, x, base, bias, adapter)
+            y = _add_dora(y, x, base, bias, adapter, adapter.magnitude)
     return y.to(dtype)
 
 
@@ -151,9 +161,10 @@ def _add_dora(
     base: DenseWeight,
     bias: Tensor | None,  # [N]
     adapter: ActiveAdapter,
+    magnitude: Tensor,  # [N]
 ) -> Tensor:  # [..., N], in the wider dtype of y and the magnitude, as in PEFT
     """``y + (c - 1) base + c s B A D(x)``; base is y without its bias, or ``W D(x)``."""
-    c = _dora_factors(base, adapter).output_scale
+    c = _dora_scale(base, adapter.factors, magnitude)
     if adapter.dropout_p > 0.0:
         x = _dropped(x, adapter)
     if adapter.dora_base_under_dropout:
@@ -171,11 +182,10 @@ def _dropped(x: Tensor, adapter: ActiveAdapter) -> Tensor:
     return F.dropout(x.to(adapter.factors.a.dtype), adapter.dropout_p).to(x.dtype)
 
 
-def _dora_factors(base: DenseWeight, adapter: ActiveAdapter) -> LoRAFactors:
-    """With ``c = m / ||W + s B A||`` by rows; the norm is a constant to the gradient."""
-    a, b, scaling, *_ = adapter.factors
-    norm = lora_weight_norm(base, a, b, scaling)
-    return adapter.factors._replace(output_scale=adapter.magnitude / norm)
+def _dora_scale(base: DenseWeight, factors: LoRAFactors, magnitude: Tensor) -> Tensor:
+    """``c = m / ||W + s B A||`` by rows ``[N]``; the norm is a constant to the gradient."""
+    a, b, scaling, *_ = factors
+    return magnitude / lora_weight_norm(base, a, b, scaling)
 
 
 def _join(adapters: list[ActiveAdapter]) -> list[ActiveAdapter]:

@@ -12,12 +12,11 @@ Dimensions: K in_features, N out_features, R rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft.tuners.lora import dora
 from peft.tuners.lora.dora import DoraLinearLayer
-from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -29,6 +28,9 @@ from lora_kernels.nn.base_call import COMPUTED, GLOBAL_HOOKS, OWN_FORWARD, bypas
 from lora_kernels.ops.narrow import masks
 from lora_kernels.runtime import dispatch
 from lora_kernels.runtime.dtypes import FLOATING, short_name
+
+if TYPE_CHECKING:
+    from lora_kernels.integrations.peft.layers import Linear
 
 _MIXED = "mixed batch (adapter_names)"
 
@@ -44,9 +46,9 @@ class ActiveAdapter(NamedTuple):
 
 
 class LayerState(NamedTuple):
-    """What a fused forward needs. Without adapters (disabled, merged, none active) nothing is."""
+    """What a fused forward needs."""
 
-    base: DenseWeight | None
+    base: DenseWeight
     bias: Tensor | None  # [N]
     adapters: list[ActiveAdapter]
 
@@ -70,10 +72,7 @@ class OrdinaryCall(NamedTuple):
     known_as: tuple  # what is asked of its tensors beside what the operation checks
 
 
-_BASE_ALONE = LayerState(None, None, [])
-
-
-def read_ordinary(layer: LoraLayer) -> OrdinaryCall | None:
+def read_ordinary(layer: Linear) -> OrdinaryCall | None:
     """The call of a layer with one active adapter, as far as its modules tell; or None.
 
     Its tensors are not looked at: an operation that knows the call has accepted such tensors, and
@@ -106,20 +105,25 @@ def read_ordinary(layer: LoraLayer) -> OrdinaryCall | None:
         return None
 
     of_base, of_a, of_b = base._parameters, lora_a._parameters, lora_b._parameters
-    weight, bias = of_base.get("weight"), of_base.get("bias", COMPUTED)
+    weight, a, b = of_base.get("weight"), of_a.get("weight"), of_b.get("weight")
     if of_a.get("bias", COMPUTED) is not None or of_b.get("bias", COMPUTED) is not None:
         return None
-    if weight is None or hasattr(weight, "ds_id"):
+    if weight is None or a is None or b is None or hasattr(weight, "ds_id"):
         return None
-    factors = LoRAFactors(of_a.get("weight"), of_b.get("weight"), layer.scaling[name])
+    if "bias" not in of_base:  # a parametrization computes it
+        return None
+    factors = LoRAFactors(a, b, layer.scaling[name])
     known_as = (
         layer.out_features, layer.in_features, layer.cast_input_dtype_enabled, weight.requires_grad,
     )  # fmt: skip
-    return OrdinaryCall(DenseWeight(weight), factors, bias, dropout_p, known_as)
+    return OrdinaryCall(DenseWeight(weight), factors, of_base["bias"], dropout_p, known_as)
 
 
-def read_call(layer: LoraLayer, x: Any, args: tuple, kwargs: dict) -> LayerState | MixedState | str:
-    """The layer's state for this very call, or why PEFT's own forward has to serve it."""
+def read_call(
+    layer: Linear, x: Any, args: tuple, kwargs: dict
+) -> LayerState | MixedState | str | None:
+    """The layer's state for this very call, or why PEFT's own forward has to serve it; None where
+    the base layer serves alone."""
     if args:
         return "extra positional arguments for the base layer"
     names = None
@@ -131,18 +135,18 @@ def read_call(layer: LoraLayer, x: Any, args: tuple, kwargs: dict) -> LayerState
     if names is not None:
         return _read_mixed(layer, x, names)
     state = read_layer(layer)
-    if isinstance(state, str) or not state.adapters:
+    if state is None or isinstance(state, str):
         return state
     return _unsupported_input(x, state.base.weight) or _unsupported_context() or state
 
 
-def _read_mixed(layer: LoraLayer, x: Any, names: Any) -> LayerState | MixedState | str:
-    """The state for a mixed batch. PEFT serves it without gradients; so do we, nothing else."""
+def _read_mixed(layer: Linear, x: Any, names: Any) -> MixedState | str | None:
+    """The state for a mixed batch, which is served without gradients, as PEFT serves it."""
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         return f"{_MIXED}: names that are not a list of strings"
     used = list(dict.fromkeys(name for name in names if name != "__base__"))
     state = read_layer(layer, used)
-    if isinstance(state, str) or not state.adapters:
+    if state is None or isinstance(state, str):
         return state
     reason = _unsupported_input(x, state.base.weight) or _unsupported_context()
     if reason:
@@ -168,19 +172,19 @@ def _read_mixed(layer: LoraLayer, x: Any, names: Any) -> LayerState | MixedState
     return MixedState(state.base, state.bias, adapters, names)
 
 
-def read_layer(layer: LoraLayer, names: Sequence[str] | None = None) -> LayerState | str:
+def read_layer(layer: Linear, names: Sequence[str] | None = None) -> LayerState | str | None:
     """The layer's present state, or why no call can be fused as long as it stands like this.
 
-    ``names`` are the adapters to read; None reads the active ones.
+    None where no adapter acts: disabled, merged, or none of ``names`` (None: the active ones).
     """
     if layer._disable_adapters or layer.merged_adapters:
-        return _BASE_ALONE
+        return None
     with_adapter = layer._modules["lora_A"]._modules
     if names is None:
         names = layer.active_adapters
     active = [name for name in names if name in with_adapter]
     if not active:
-        return _BASE_ALONE
+        return None
     # Modules before tensors: what they say also holds while FSDP has the tensors sharded.
     reason = _unsupported_layer(layer)
     for name in active:
@@ -203,7 +207,7 @@ def read_layer(layer: LoraLayer, names: Sequence[str] | None = None) -> LayerSta
 # --- modules: classes, hooks, replaced forwards ----------------------------------------------
 
 
-def _unsupported_layer(layer: LoraLayer) -> str | None:
+def _unsupported_layer(layer: Linear) -> str | None:
     own = layer.__dict__
     if "forward" in own or "_hf_hook" in own:
         return f"the layer has {OWN_FORWARD}"
@@ -219,7 +223,7 @@ def _unsupported_layer(layer: LoraLayer) -> str | None:
     return f"base_layer has {left_out}" if left_out else None
 
 
-def _unsupported_adapter(layer: LoraLayer, name: str) -> str | None:
+def _unsupported_adapter(layer: Linear, name: str) -> str | None:
     children = layer._modules
     variant = layer.lora_variant.get(name)
     if variant is not None:
@@ -248,7 +252,7 @@ def _unsupported_adapter(layer: LoraLayer, name: str) -> str | None:
 # --- tensors: where and what they are --------------------------------------------------------
 
 
-def _read_base(layer: LoraLayer) -> tuple[Tensor, Tensor | None] | str:
+def _read_base(layer: Linear) -> tuple[Tensor, Tensor | None] | str:
     base = layer._modules["base_layer"]
     weight, bias = tensor_of(base, "weight"), tensor_of(base, "bias")
     if unsupported := _unsupported_parameter(weight) or dispatch.unserved(weight.device):
@@ -270,7 +274,7 @@ def _read_base(layer: LoraLayer) -> tuple[Tensor, Tensor | None] | str:
     return weight, bias
 
 
-def _read_adapter(layer: LoraLayer, name: str, weight: Tensor) -> ActiveAdapter | str:
+def _read_adapter(layer: Linear, name: str, weight: Tensor) -> ActiveAdapter | str:
     children = layer._modules
     lora_a_module = children["lora_A"]._modules[name]
     lora_b_module = children["lora_B"]._modules[name]
@@ -364,9 +368,9 @@ def _unsupported_input(x: Any, weight: Tensor) -> str | None:
 
 
 def _unsupported_context() -> str | None:
-    """Where a standard torch graph, or a derivative our op does not define, is asked for."""
+    """Why PEFT has to serve: a standard torch graph is asked for, or a derivative not ours."""
     # What torch.compiler.is_exporting() returns; torch 2.9's compiler takes that call for True.
-    if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
+    if torch._C._is_tracing() or torch.compiler._is_exporting_flag:
         return "tracing or exporting: the graph keeps to torch's own operations"
     if torch._C._are_functorch_transforms_active():
         return "inside a torch.func transform"

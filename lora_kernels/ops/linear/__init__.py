@@ -1,7 +1,10 @@
 """``lora_linear``: a frozen linear layer and its low-rank adapter in one operation."""
 
+from typing import overload
+
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from lora_kernels.adapters.factors import LoRAFactors
@@ -19,7 +22,6 @@ from lora_kernels.runtime.eager import PLAIN, is_plain_eager
 __all__ = ["adapted_linear", "explain", "lora_linear"]
 
 _autocasts = torch._C._is_any_autocast_enabled
-_outlived_a_transform = torch._C._functorch.is_functorch_wrapped_tensor
 _WHOLE = MaskPlace()
 _NO_TENSORS = frozenset((type(None), int, float))
 
@@ -104,6 +106,27 @@ def lora_linear(
     return adapted_linear(x, base, factors, bias, dropout_p, seed, place, backend)
 
 
+@overload
+def adapted_linear(
+    x: Tensor,
+    base: BaseWeight | None,
+    factors: LoRAFactors,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    place: MaskPlace = _WHOLE,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def adapted_linear(
+    x: Tensor,
+    base: BaseWeight | None,
+    factors: LoRAFactors,
+    bias: Tensor | None,
+    dropout_p: float,
+    *,
+    known_as: tuple | None,
+) -> Tensor | None: ...
 def adapted_linear(
     x: Tensor,
     base: BaseWeight | None,
@@ -117,8 +140,8 @@ def adapted_linear(
 ) -> Tensor | None:
     """:func:`lora_linear` of the frozen weight and the adapter as values.
 
-    ``known_as`` is what conditions of the caller depend on: with it only calls are served that
-    :func:`remember` has been told of, outside of autocast; for others it returns None.
+    ``known_as`` is what conditions of the caller depend on. With it the function serves only calls
+    that :func:`remember` has been told of, and none under autocast: it returns None for others.
     """
     if _autocasts():
         if known_as is not None:
@@ -139,7 +162,7 @@ def adapted_linear(
 
 
 def remember(x, base, factors, bias, dropout_p, known_as: tuple) -> None:
-    """Let :func:`adapted_linear` serve calls like this one, which it has served, with known_as."""
+    """Let :func:`adapted_linear`, which has served this call, serve its like with ``known_as``."""
     plan = PLANS.get(key_of(x, base, factors, bias, dropout_p, None, "auto", None))
     if plan is not None:
         PLANS.keep(key_of(x, base, factors, bias, dropout_p, None, "auto", known_as), plan)
@@ -188,9 +211,10 @@ def _is_for_us_alone(call: LinearCall) -> bool:
 
 
 def _is_plain(argument: Tensor | float | None) -> bool:
-    """Of DTensor and its like the dispatcher knows, or says that nobody does."""
-    if type(argument) in PLAIN:
-        return not _outlived_a_transform(argument)
+    """False for DTensor and its like, which the dispatcher knows, or says that nobody does, and for
+    a tensor that has outlived its transform."""
+    if isinstance(argument, Tensor):
+        return type(argument) in PLAIN and not is_functorch_wrapped_tensor(argument)
     return type(argument) in _NO_TENSORS
 
 
@@ -224,5 +248,4 @@ def explain(
     place = MaskPlace(row_offset, column_offset, pitch)
     check_call(x, base, factors, bias, dropout_p, seed, place)
     plan = make_plan(backend, x, base, factors, dropout_p)
-    dropout = ActiveDropout(dropout_p, seed, place) if plan.drops else None
-    return explain_plan(plan, LinearCall(x, base, factors, bias, dropout))
+    return explain_plan(plan, x, base, factors)

@@ -34,25 +34,36 @@ class Needs(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class LinearCall:
-    """What a forward reads; for a backward also what the forward has saved.
+    """What a forward reads. A backend's factors have no rank_scale."""
 
-    The factors have no rank_scale left.
-    """
-
-    x: Tensor | None  # [..., K]; in a backward None where A needs no gradient
+    x: Tensor  # [..., K]
     base: BaseWeight | None
     factors: LoRAFactors
-    bias: Tensor | None  # [N]; None in a backward
+    bias: Tensor | None  # [N]
     dropout: ActiveDropout | None  # None where nothing is dropped
     backend: str = "auto"  # as it was asked for
     plan: LinearPlan | None = None  # None for a call of an op
     save_unscaled: bool = False
-    dy: Tensor | None = None  # [..., N]
-    h: Tensor | None = None  # [M, R], needed for the gradient of B
+
+
+@dataclass(slots=True, eq=False)
+class LinearBackward:
+    """What a backward reads. The factors have no rank_scale.
+
+    x, h and unscaled are there where the one gradient that reads them is needed, and for a
+    backend nowhere else: it computes that gradient where they are.
+    """
+
+    dy: Tensor  # [..., N]
+    base: BaseWeight | None
+    factors: LoRAFactors
+    dropout: ActiveDropout | None  # None where nothing is dropped
+    needs: Needs
+    x: Tensor | None = None  # [..., K], for the gradient of A
+    h: Tensor | None = None  # [M, R], for that of B
+    unscaled: Tensor | None = None  # [M, N], for that of output_scale
     mask: Tensor | None = None  # [M, ceil(K/8)]; drawn again where it was not stored
-    unscaled: Tensor | None = None  # [M, N], needed for the gradient of output_scale
     rounded: Rounded = (None, None)
-    needs: Needs | None = None
 
 
 class Result(NamedTuple):

@@ -67,15 +67,13 @@ def check_call(
         if tensor is not None and tensor.device != x.device:
             raise ValueError(f"{name}: expected x's device {x.device}, got {tensor.device}")
     if not torch.compiler.is_compiling():
-        check_has_values("lora_a", lora_a)
-        check_has_values("lora_b", lora_b)
-        check_has_values("x", x)
-        if rank_scale is not None:
-            check_has_values("rank_scale", rank_scale)
-        if output_scale is not None:
-            check_has_values("output_scale", output_scale)
-        if bias is not None and (output_scale is not None or base is None):  # no product reads it
-            check_has_values("bias", bias)
+        read = {"lora_a": lora_a, "lora_b": lora_b, "x": x, "rank_scale": rank_scale}
+        read["output_scale"] = output_scale
+        if output_scale is not None or base is None:  # no product reads the bias
+            read["bias"] = bias
+        for name, tensor in read.items():
+            if tensor is not None:
+                check_has_values(name, tensor)
     check_scaling(scaling, "x", x)
     if isinstance(scaling, Tensor) and scaling.requires_grad:
         raise ValueError("scaling: expected a tensor without gradient, got one that requires grad")
@@ -87,11 +85,8 @@ def check_call(
 def _check_dense(name: str, tensor: Tensor) -> None:
     check_floating(name, tensor)
     if tensor.layout is not torch.strided or tensor.is_nested:
-        raise TypeError(f"{name}: expected a dense tensor, got {_kind(tensor)}")
-
-
-def _kind(tensor: Tensor) -> str:
-    return "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        came = "a nested tensor" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{name}: expected a dense tensor, got {came}")
 
 
 def _check_weight(base: BaseWeight, x: Tensor, out_features: int, in_features: int) -> None:

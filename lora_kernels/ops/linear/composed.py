@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from lora_kernels.adapters.factors import LoRAFactors
-from lora_kernels.base_weights import product_or_bias
-from lora_kernels.ops.linear.call import Gradients, LinearCall, Result
+from lora_kernels.base_weights import BaseWeight, product_or_bias
+from lora_kernels.ops.linear.call import Gradients, LinearBackward, LinearCall, Result
 from lora_kernels.ops.narrow.columns import column_dot, scale_columns
 from lora_kernels.ops.narrow.masks import draw_mask, masked_copy, masked_product
 from lora_kernels.ops.narrow.products import (
     in_fp16_range,
+    is_better_widened,
     narrow_product,
     rounded,
     scaled_product,
@@ -28,8 +29,8 @@ from lora_kernels.runtime.eager import below_autograd, restore_leading_dims
 from lora_kernels.runtime.scaling import host_number
 
 
-def why_not(call: LinearCall) -> str | None:
-    """Why a call on this device, in this dtype, cannot be served: any can, over any base weight."""
+def why_not(base: BaseWeight | None) -> str | None:
+    """Why calls with this base weight cannot be served: all can."""
     return None
 
 
@@ -45,7 +46,8 @@ def forward(call: LinearCall) -> Result:
     if call.dropout is not None:
         dropped, mask = masked_copy(rows, call.dropout)
     kept_a = kept_b = unscaled = None
-    if _is_better_widened(rows, factors):
+    kind, rank = factors.a.dtype, factors.a.shape[0]
+    if kind == factors.b.dtype and is_better_widened(rows, kind, rank):
         h = dropped.to(factors.a.dtype) @ factors.a.t()
         y, begun = product_or_bias(call.base, rows, bias, factors.b.shape[0])
         scaling = host_number(factors.scaling)
@@ -71,39 +73,40 @@ def forward(call: LinearCall) -> Result:
 
 
 @below_autograd
-def backward(call: LinearCall) -> Gradients:
-    dy, factors, dropout, needs = call.dy, call.factors, call.dropout, call.needs
+def backward(call: LinearBackward) -> Gradients:
+    dy, x, h, factors, dropout = call.dy, call.x, call.h, call.factors, call.dropout
+    needs_x, output_scale = call.needs.x, factors.output_scale
     rows_dy = dy.reshape(-1, dy.shape[-1])  # [M, N]
     num_rows, columns = rows_dy.shape[0], factors.a.shape[1]
     dx = grad_a = grad_b = grad_bias = grad_output_scale = None
-    if needs.bias:
+    if call.needs.bias:
         grad_bias = rows_dy.sum(0)
-    if needs.output_scale:
-        grad_output_scale = column_dot(rows_dy, call.unscaled).to(factors.output_scale.dtype)
-    if factors.output_scale is not None and (needs.x or needs.lora_a or needs.lora_b):
-        rows_dy = scale_columns(rows_dy, factors.output_scale, None)
-    if needs.lora_b:
-        grad_b = _gradient_of_b(call, rows_dy)
-    if not (needs.x or needs.lora_a):
+    if output_scale is not None:
+        if call.unscaled is not None:
+            grad_output_scale = column_dot(rows_dy, call.unscaled).to(output_scale.dtype)
+        if needs_x or x is not None or h is not None:
+            rows_dy = scale_columns(rows_dy, output_scale, None)
+    if h is not None:
+        grad_b = _gradient_of_b(h, factors, rows_dy)
+    if not needs_x and x is None:
         return Gradients(dx, grad_a, grad_b, grad_bias, grad_output_scale)
 
     a, b = call.rounded
     alpha = 1.0
-    if a is None and needs.x:
-        a = factors.a.to(dy.dtype)
     if b is None:
         b, alpha = _scaled_b(factors, torch.float32 if widens_first(dy) else dy.dtype)
     t, scale = narrow_product(rows_dy, b), None  # [M, R]
     if dy.dtype == torch.float16 and not widens_first(dy):
         t, scale = in_fp16_range(t)
-    mask, rows_x = call.mask, None
-    if needs.lora_a:
-        rows_x = call.x.reshape(-1, columns)
+    mask = call.mask
+    if x is not None:
+        rows_x = x.reshape(-1, columns)
         if dropout is not None:
             rows_x, mask = masked_copy(rows_x, dropout, mask)
         grad_a = transposed_product(t, rows_x, factors.a.dtype, alpha, scale)
-        rows_x = None  # the copy goes before dx comes
-    if needs.x:
+        del rows_x  # the copy goes before dx comes
+    if needs_x:
+        a = factors.a.to(dy.dtype) if a is None else a
         t = t.to(dy.dtype)
         if dropout is None:
             dx = scaled_product(t if scale is None else rounded(t, dy.dtype, scale), a, alpha)
@@ -117,25 +120,17 @@ def backward(call: LinearCall) -> Gradients:
     return Gradients(dx, grad_a, grad_b, grad_bias, grad_output_scale)
 
 
-def _gradient_of_b(call: LinearCall, rows_dy: Tensor) -> Tensor:  # [N, R]
-    h, dtype, scaling = call.h, call.factors.b.dtype, host_number(call.factors.scaling)
-    on_device = isinstance(scaling, Tensor)
+def _gradient_of_b(h: Tensor, factors: LoRAFactors, rows_dy: Tensor) -> Tensor:  # [N, R]
+    dtype, scaling = factors.b.dtype, host_number(factors.scaling)
     # h is in fp16's range, as it was in the forward; much scaled it may not be.
-    in_range = not on_device and 0.25 <= abs(scaling) <= 4
+    in_range = not isinstance(scaling, Tensor) and 0.25 <= abs(scaling) <= 4
     if rows_dy.dtype != torch.float16 or in_range:
         # The scaling goes to h: the product may come out rounded, and is not to be rounded twice.
         return transposed_product(rows_dy, rounded(h, rows_dy.dtype, scaling), dtype)
     h = h if widens_first(rows_dy) else h.to(torch.float16)
-    if on_device:
+    if isinstance(scaling, Tensor):
         return transposed_product(rows_dy, h, dtype, scale=scaling)
     return transposed_product(rows_dy, h, dtype, scaling)
-
-
-def _is_better_widened(rows: Tensor, factors: LoRAFactors) -> bool:
-    """Whether the rows are to take the factors' wider dtype, and not the factors theirs: with so
-    few tokens the factors are most of what is read."""
-    wider = factors.a.dtype.itemsize > rows.dtype.itemsize
-    return wider and factors.a.dtype == factors.b.dtype and rows.shape[0] < factors.a.shape[0]
 
 
 def _scaled_b(factors: LoRAFactors, dtype: torch.dtype) -> tuple[Tensor, float]:

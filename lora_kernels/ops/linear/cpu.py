@@ -9,25 +9,22 @@ tail is added to it, so that the GEMM is the one the frozen layer runs.
 """
 
 import torch
-from torch import Tensor
 
-from lora_kernels.base_weights import product_or_bias
-from lora_kernels.ops.linear.call import Gradients, LinearCall, Result
+from lora_kernels.base_weights import BaseWeight, product_or_bias
+from lora_kernels.ops.linear.call import Gradients, LinearBackward, LinearCall, Result
 from lora_kernels.ops.narrow.columns import column_dot, scale_columns
 from lora_kernels.runtime import cpu_extension
 from lora_kernels.runtime.eager import restore_leading_dims
-from lora_kernels.runtime.scaling import host_number
 
 
-def why_not(call: LinearCall) -> str | None:
-    """Why a call on this device, in this dtype, cannot be served: any can, over any base weight."""
+def why_not(base: BaseWeight | None) -> str | None:
+    """Why calls with this base weight cannot be served: all can."""
     return None
 
 
 def forward(call: LinearCall) -> Result:
     x, factors, dropout = call.x, call.factors, call.dropout
-    scaling = factors.scaling
-    scaling = scaling.item() if isinstance(scaling, Tensor) else float(scaling)
+    scaling = float(factors.scaling)
     rows = x if x.is_contiguous() else cpu_extension.rows_of(x)  # [..., K] or [M, K]
     # Before the product, which leaves little of Python's code in the caches.
     h, mask = cpu_extension.allocate_saved(rows, factors.a.shape[0], dropout)
@@ -44,41 +41,38 @@ def forward(call: LinearCall) -> Result:
     return Result(y, h, mask, unscaled)
 
 
-def backward(call: LinearCall) -> Gradients:
-    dy, factors, needs, mask = call.dy, call.factors, call.needs, call.mask
-    output_scale = factors.output_scale
+def backward(call: LinearBackward) -> Gradients:
+    dy, x, h, factors, dropout = call.dy, call.x, call.h, call.factors, call.dropout
+    needs_x, output_scale = call.needs.x, factors.output_scale
     rows_dy = dy if dy.is_contiguous() else cpu_extension.rows_of(dy)  # [..., N] or [M, N]
     dx = grad_a = grad_b = grad_bias = grad_output_scale = None
-    if needs.bias or output_scale is not None:
+    if call.needs.bias or output_scale is not None:
         rows_dy = rows_dy.view(-1, rows_dy.shape[-1])
-    if needs.bias:
+    if call.needs.bias:
         grad_bias = rows_dy.sum(0)
-    if needs.output_scale:
+    if output_scale is not None and call.unscaled is not None:
         grad_output_scale = column_dot(rows_dy, call.unscaled).to(output_scale.dtype)
-    if not (needs.x or needs.lora_a or needs.lora_b):
+    if not needs_x and x is None and h is None:
         return Gradients(bias=grad_bias, output_scale=grad_output_scale)
 
     if output_scale is not None:
         rows_dy = scale_columns(rows_dy, output_scale, None)
-    columns = factors.a.shape[1]
-    if call.dropout is None:
-        mask = None
-    elif mask is None and (needs.x or needs.lora_a):
+    columns, mask = factors.a.shape[1], None if dropout is None else call.mask
+    if dropout is not None and mask is None and (needs_x or x is not None):
         rows = dy.numel() // dy.shape[-1]
         mask = cpu_extension.packed_keep_mask(
-            call.dropout.seed, call.dropout.p, rows, columns, place=call.dropout.place
+            dropout.seed, dropout.p, rows, columns, place=dropout.place
         )
-    grad_a = torch.empty_like(factors.a) if needs.lora_a else None
-    grad_b = torch.empty_like(factors.b) if needs.lora_b else None
-    if needs.x and call.base is not None:
+    grad_a = None if x is None else torch.empty_like(factors.a)
+    grad_b = None if h is None else torch.empty_like(factors.b)
+    if needs_x and call.base is not None:
         dx = call.base.matmul_t(rows_dy)
-    elif needs.x:
+    elif needs_x:
         dx = rows_dy.new_empty((*rows_dy.shape[:-1], columns))
     cpu_extension.adapter_backward(
-        dx, grad_a, grad_b, rows_dy, call.x if needs.lora_a else None, factors.a, factors.b,
-        call.h if needs.lora_b else None, mask, host_number(factors.scaling), call.dropout,
-        add=call.base is not None,
+        dx, grad_a, grad_b, rows_dy, x, factors.a, factors.b, h, mask, float(factors.scaling),
+        dropout, add=call.base is not None,
     )  # fmt: skip
-    if needs.x and dx.ndim != dy.ndim:
+    if dx is not None and dx.ndim != dy.ndim:
         dx = dx.view(*dy.shape[:-1], columns)
     return Gradients(dx, grad_a, grad_b, grad_bias, grad_output_scale)

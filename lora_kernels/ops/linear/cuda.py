@@ -8,39 +8,34 @@ its two wide GEMMs, y and dx, are CUDA kernels wherever the copy engine can addr
 Elsewhere (8.x, 10.0) they stay Triton's.
 """
 
+import torch
 from torch import Tensor
 
-from lora_kernels.ops.linear.call import Gradients, LinearCall, Result
+from lora_kernels.base_weights import matrix_of
+from lora_kernels.ops.linear.call import Gradients, LinearBackward, LinearCall, Result
 from lora_kernels.ops.linear.triton import gemm, launch, tiles, why_not  # noqa: F401  (of a backend)
-from lora_kernels.ops.linear.triton.operands import Dropout, outer_axis
+from lora_kernels.ops.linear.triton.operands import NO_DROPOUT, Dropout, outer_axis
 from lora_kernels.runtime import cpu_extension, cuda_extension
 from lora_kernels.runtime.device_limits import limits_of
 from lora_kernels.runtime.eager import below_autograd, restore_leading_dims
 
 
-def why_not_decode(call: LinearCall) -> str | None:
-    """Why a forward is not the one kernel for few tokens; None when it is."""
-    if call.base is None:
-        return cuda_extension.why_not_decode_linear(call.x, None, 1, False, None)
-    return cuda_extension.why_not_decode_linear(
-        call.x, call.base.weight, call.factors.a.shape[0], call.dropout is not None,
-        call.factors.output_scale,
-    )  # fmt: skip
-
-
 @below_autograd
 def forward(call: LinearCall) -> Result:
-    if why_not_decode(call) is not None:
+    (a, b, scaling, output_scale, _), weight = call.factors, matrix_of(call.base)
+    drops = call.dropout is not None
+    if weight is None or cuda_extension.why_not_decode_linear(
+        call.x, weight, a.shape[0], drops, output_scale
+    ):
         return launch.forward(call, gemm_with_tail)
-    factors, rows = call.factors, cpu_extension.rows_of(call.x)
-    y, h = cuda_extension.decode_linear(
-        rows, call.base.weight, factors.a, factors.b, factors.scaling, call.bias, save_h=True
-    )
+    rows = cpu_extension.rows_of(call.x)
+    h = rows.new_empty((rows.shape[0], a.shape[0]), dtype=torch.float32)
+    y = cuda_extension.decode_linear(rows, weight, a, b, scaling, call.bias, h)
     return Result(restore_leading_dims(y, call.x), h, None, None)
 
 
 @below_autograd
-def backward(call: LinearCall) -> Gradients:
+def backward(call: LinearBackward) -> Gradients:
     return launch.backward(call, gemm_with_tail)
 
 
@@ -55,13 +50,18 @@ def gemm_with_tail(
     unscaled: Tensor | None = None,  # [M, C] contiguous, written
     bias: Tensor | None = None,  # [C]
     output_scale: Tensor | None = None,  # [C]
-    drop: Dropout | None = None,  # of the tail
+    drop: Dropout = NO_DROPOUT,  # of the tail
 ) -> None:
     """:func:`gemm.gemm_with_tail`, by the CUDA kernel where it can."""
-    reason = cuda_extension.missing_gemm_tail(left.device) or why_not_gemm(
-        left, right, tail_left, tail_right, out, unscaled, bias, output_scale, drop
-    )
-    if reason is not None:
+    others = (tail_left, tail_right, out, bias, output_scale)
+    if (
+        right is None
+        or unscaled is not None
+        or cuda_extension.missing_gemm_tail(left.device) is not None
+        or left.dtype not in cuda_extension.DTYPES
+        or any(tensor is not None and tensor.dtype != left.dtype for tensor in (right, *others))
+        or not _are_addressed(left, right, tail_left, tail_right, out, drop)
+    ):
         gemm.gemm_with_tail(
             cell, left, right, tail_left, tail_right, out, unscaled=unscaled, bias=bias,
             output_scale=output_scale, drop=drop,
@@ -73,29 +73,11 @@ def gemm_with_tail(
     )
 
 
-def why_not_gemm(
-    left: Tensor,  # [M, D]
-    right: Tensor | None,  # [D, C]
-    tail_left: Tensor,  # [M, R]
-    tail_right: Tensor,  # [R, C]
-    out: Tensor,  # [M, C]
-    unscaled: Tensor | None = None,  # [M, C]
-    bias: Tensor | None = None,  # [C]
-    output_scale: Tensor | None = None,  # [C]
-    drop: Dropout | None = None,
-) -> str | None:
-    """Why a GEMM is not :func:`cuda_extension.gemm_tail`'s; None when it is."""
-    if right is None or unscaled is not None:
-        return "there is no main product, or the unscaled result is wanted too"
-    dtype = left.dtype
-    same = (right, tail_left, tail_right, out, bias, output_scale)
-    if dtype not in cuda_extension.DTYPES or any(t is not None and t.dtype != dtype for t in same):
-        return "the operands are not all of one half-precision dtype"
-    if any(outer_axis(matrix) != 0 for matrix in (left, tail_left, out)):
-        return "a left operand or the result is not by rows of whole 16 bytes"
+def _are_addressed(
+    left: Tensor, right: Tensor, tail_left: Tensor, tail_right: Tensor, out: Tensor, drop: Dropout
+) -> bool:
+    """Whether the copy engine can address the matrices: the left ones and the result by rows, the
+    right ones both by rows, or without dropout both by columns."""
+    by_rows = all(outer_axis(matrix) == 0 for matrix in (left, tail_left, out))
     axis = outer_axis(right)
-    if axis is None or outer_axis(tail_right) != axis:
-        return "the right operands are not both by rows, or both by columns, of whole 16 bytes"
-    if axis == 1 and drop is not None and drop.on:
-        return "with dropout the right operands have to be by rows"
-    return None
+    return by_rows and axis in ((0,) if drop.on else (0, 1)) and outer_axis(tail_right) == axis

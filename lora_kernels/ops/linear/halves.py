@@ -120,7 +120,7 @@ class _Shrink(torch.autograd.Function):
             if needs_a:
                 grad_a = rows.new_zeros(lora_a.shape)
                 rows_x = x.reshape(-1, columns)
-                for chunk in row_chunks(*rows_x.shape, x.device):
+                for chunk in row_chunks(rows_x.shape[0], columns, x.device):
                     some = None if mask is None else unpacked_keep_mask(mask[chunk], columns)
                     dropped = drop(rows_x[chunk].to(t.dtype), some, ctx.p)
                     grad_a = grad_a + rows[chunk].t() @ dropped

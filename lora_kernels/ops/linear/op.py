@@ -15,23 +15,35 @@ import math
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _top_saved_tensors_default_hooks
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.compiler import is_compiling
 from torch.utils import checkpoint
 
 from lora_kernels.adapters.factors import LoRAFactors
 from lora_kernels.base_weights import rebuild
 from lora_kernels.ops.linear import cpu, tuned
-from lora_kernels.ops.linear.call import Gradients, LinearCall, Needs, Result
+from lora_kernels.ops.linear.call import Gradients, LinearBackward, LinearCall, Needs, Result
 from lora_kernels.ops.linear.plan import LinearPlan, module_of
-from lora_kernels.ops.linear.second_order import X_WAS_NOT_SAVED, differentiable_backward
+from lora_kernels.ops.linear.second_order import (
+    X_WAS_NOT_SAVED,
+    check_factors_have_values,
+    differentiable_backward,
+)
 from lora_kernels.ops.narrow.masks import draw_mask
 from lora_kernels.ops.narrow.products import product_dtype
 from lora_kernels.ops.narrow.second_order import missing_edge
 from lora_kernels.runtime import dispatch
 from lora_kernels.runtime.dropout import GROUP, ActiveDropout, MaskPlace, drop_threshold
-from lora_kernels.runtime.eager import autocast_off, is_plain_eager, requires_grad, without_autocast
+from lora_kernels.runtime.eager import (
+    autocast_off,
+    eager_apply,
+    is_plain_eager,
+    requires_grad,
+    without_autocast,
+)
 from lora_kernels.runtime.scaling import as_tensor, constant
-from lora_kernels.runtime.tensor_state import check_has_values, name_unsaved
+from lora_kernels.runtime.tensor_state import name_unsaved
 
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
 
@@ -58,8 +70,6 @@ _FORWARD = torch.ops.lora_kernels.lora_linear_forward.default
 _BACKWARD = torch.ops.lora_kernels.lora_linear_backward.default
 
 _autocasts = torch._C._is_any_autocast_enabled
-_saved_tensors_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def stores_mask(device: torch.device, drops: bool, backend: str) -> bool:
@@ -71,8 +81,8 @@ def stores_mask(device: torch.device, drops: bool, backend: str) -> bool:
 
 
 def _dtype_of_h(x: Tensor, backend: str) -> torch.dtype:
-    """Of the op's result: known from x's device and dtype, as the choice between native and
-    composed is. On a GPU it is composed's, whatever serves the call."""
+    """The dtype of the op's h. It follows from x's device and dtype, as the choice between native
+    and composed does; on a GPU it is composed's, whatever serves the call."""
     if backend not in ("triton", "native") and x.device.type == "cpu":
         backend = dispatch.choose(backend, x.device, x.dtype).backend
     return torch.float32 if backend in ("triton", "native") else product_dtype(x)
@@ -81,31 +91,30 @@ def _dtype_of_h(x: Tensor, backend: str) -> torch.dtype:
 # --- kernels ---------------------------------------------------------------------------------
 
 
-def _call_of(x, base, base_format, base_meta, a, b, scaling, bias, output_scale, p, seed, *place):
+def _call_of(x, base, base_format, base_meta, a, b, scaling, bias, output_scale, *others):
     return LinearCall(
         x=x,
         base=rebuild(base, base_format, base_meta),
         factors=LoRAFactors(a, b, scaling, output_scale),
         bias=bias,
-        dropout=ActiveDropout(p, seed, MaskPlace(*place)) if drop_threshold(p) > 0 else None,
+        dropout=_active_dropout(*others),
     )
 
 
-def _module(direction: str, activation: Tensor, call: LinearCall, backend: str):
+def _active_dropout(p, seed, *place) -> ActiveDropout | None:
+    return ActiveDropout(p, seed, MaskPlace(*place)) if drop_threshold(p) > 0 else None
+
+
+def _module(direction: str, activation: Tensor, call: LinearCall | LinearBackward, backend: str):
     """Chosen when the op runs, not when a graph is traced, so that it adds no guards."""
     factors = call.factors
     sizes = tuned.Sizes.of(call.base, factors.a, factors.b, call.dropout is not None)
     choice = tuned.choose(backend, direction, activation, sizes)
-    return module_of(choice.backend, call, activation)
+    return module_of(choice.backend, call.base, activation)
 
 
 def _forward(call: LinearCall, backend: str) -> Result:
     return _module("forward", call.x, call, backend).forward(call)
-
-
-def _check_factors(factors: LoRAFactors) -> None:
-    for name, factor in (("lora_a", factors.a), ("lora_b", factors.b)):
-        check_has_values(name, factor)  # it may have been freed since the forward
 
 
 @without_autocast
@@ -120,7 +129,7 @@ def _forward_kernel(x, *arguments):
     call = _call_of(x, *operands)
     call.save_unscaled = save_unscaled
     y, h, mask, unscaled, _ = _forward(call, backend)
-    if not stores_mask(x.device, call.dropout is not None, backend):
+    if call.dropout is None or not stores_mask(x.device, True, backend):
         mask = None
     elif mask is None:  # a kernel served that keeps none
         mask = draw_mask(x.numel() // x.shape[-1], x.shape[-1], call.dropout)
@@ -134,13 +143,20 @@ def _forward_kernel(x, *arguments):
 
 @without_autocast
 def _backward_kernel(dy, x, base, base_format, base_meta, a, b, scaling, h, output_scale, *rest):
-    unscaled, mask, p, seed, *place, needs, backend = rest
-    call = _call_of(
-        x, base, base_format, base_meta, a, b, scaling, None, output_scale, p, seed, *place
+    unscaled, mask, *dropout, needs, backend = rest
+    needs = Needs(*needs)
+    call = LinearBackward(
+        dy,
+        rebuild(base, base_format, base_meta),
+        LoRAFactors(a, b, scaling, output_scale),
+        _active_dropout(*dropout),
+        needs,
+        x if needs.lora_a else None,
+        h if needs.lora_b else None,
+        unscaled if needs.output_scale else None,
+        mask if mask.numel() else None,
     )
-    call.dy, call.h, call.unscaled, call.needs = dy, h, unscaled, Needs(*needs)
-    call.mask = mask if mask.numel() else None
-    _check_factors(call.factors)
+    check_factors_have_values(call.factors)
     grads = _module("backward", dy, call, backend).backward(call)
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
@@ -192,18 +208,20 @@ def _(dy, _x, _base, _format, _meta, a, b, _scaling, _h, output_scale, *rest):
 # --- vmap ------------------------------------------------------------------------------------
 
 
-@torch.library.register_vmap("lora_kernels::lora_linear", lib=_library)
-def _(info, in_dims, *arguments):
-    """One after another: torch's own fallback does so too, but takes no list of tensors."""
+def _one_by_one(info, in_dims, *arguments):
+    """As torch's own fallback does, which takes no list of tensors."""
 
     def of(argument, dim, index: int):
-        if isinstance(argument, (list, tuple)) and isinstance(dim, (list, tuple)):
+        if isinstance(dim, (list, tuple)):
             return [of(*each, index) for each in zip(argument, dim, strict=True)]
         return argument if dim is None else argument.select(dim, index)
 
     pairs = list(zip(arguments, in_dims, strict=True))
     found = [_OP(*(of(*each, index) for each in pairs)) for index in range(info.batch_size)]
     return torch.stack(found), 0
+
+
+torch.library.register_vmap("lora_kernels::lora_linear", _one_by_one, lib=_library)
 
 
 # --- autograd --------------------------------------------------------------------------------
@@ -227,8 +245,8 @@ class LoRALinearFunction(torch.autograd.Function):
             unscaled = unscaled if needs_output_scale else None
         else:
             y, h, mask, unscaled, (rounded_a, rounded_b) = plan.forward.forward(call)
-            hooks = _saved_tensors_hooks(False)
-            if hooks is not None and _are_of_checkpoints(hooks[0]):
+            hooks = _top_saved_tensors_default_hooks(False)
+            if hooks and getattr(hooks[0], "__module__", "") == checkpoint.__name__:
                 # What the op would save: checkpointing compares the two, and may take each once.
                 h, rounded_a, rounded_b = h.to(_dtype_of_h(x, call.backend)), None, None
         base, dropout = call.base, call.dropout
@@ -264,10 +282,6 @@ class LoRALinearFunction(torch.autograd.Function):
         return *_gradients(ctx, dy), None
 
 
-def _are_of_checkpoints(pack) -> bool:
-    return getattr(pack, "__module__", "") == checkpoint.__name__
-
-
 @functools.cache
 def _needs_of(needs_input_grad: tuple[bool, ...]) -> Needs:
     return Needs(*needs_input_grad[:5])
@@ -282,47 +296,49 @@ def _gradients(ctx, dy: Tensor) -> Gradients:
     needs = _needs_of(ctx.needs_input_grad)
     # By torch's operations with create_graph, and for many at once (is_grads_batched): no rule of
     # vmap takes an op with a list of tensors.
-    differentiated = torch.is_grad_enabled() or (not is_compiling() and _is_legacy_batched(dy))
+    differentiated = torch.is_grad_enabled() or (not is_compiling() and is_legacy_batchedtensor(dy))
     if differentiated:
         weights = [weight.detach() for weight in weights]
     base = None if kind is None else kind(*weights, *meta)
-    call = LinearCall(
-        x, base, factors, None, dropout, backend, plan, dy=dy, h=h, mask=mask, unscaled=unscaled,
-        rounded=(rounded_a, rounded_b), needs=needs,
-    )  # fmt: skip
+    rounded = rounded_a, rounded_b
+    call = LinearBackward(dy, base, factors, dropout, needs, x, h, unscaled, mask, rounded)
     if differentiated:
         with autocast_off(dy):
             return differentiable_backward(call, getattr(ctx, "edge_to_x", None))
     if plan is None or not is_plain_eager(dy):
-        return _gradients_of_op(call)
+        return _gradients_of_op(call, backend)
+    # The forward may have saved more than this backward is asked for.
+    call.x = x if needs.lora_a else None
+    call.h = h if needs.lora_b else None
+    call.unscaled = unscaled if needs.output_scale else None
     module = plan.backward if dy.is_cpu or dy.is_contiguous() else plan.strided_backward
     if module is not cpu:  # whose kernels look themselves
-        _check_factors(factors)
+        check_factors_have_values(factors)
     if not _autocasts():
         return module.backward(call)
     with autocast_off(dy):
         return module.backward(call)
 
 
-def _gradients_of_op(call: LinearCall) -> Gradients:
+def _gradients_of_op(call: LinearBackward, backend: str) -> Gradients:
     factors, dy = call.factors, call.dy
     grads = _BACKWARD(
         dy, call.x, *_base_of(call), factors.a, factors.b, as_tensor(factors.scaling), call.h,
         factors.output_scale, call.unscaled,
         dy.new_empty(0, dtype=torch.uint8) if call.mask is None else call.mask,
-        *_dropout_of(call), call.needs, call.backend,
+        *_dropout_of(call), call.needs, backend,
     )  # fmt: skip
     return Gradients(
         *(grad if needed else None for grad, needed in zip(grads, call.needs, strict=True))
     )
 
 
-def _base_of(call: LinearCall) -> tuple[list[Tensor], str, list[int]]:
+def _base_of(call: LinearCall | LinearBackward) -> tuple[list[Tensor], str, list[int]]:
     base = call.base
     return ([], "", []) if base is None else (list(base.tensors()), base.format, list(base.meta))
 
 
-def _dropout_of(call: LinearCall) -> tuple:
+def _dropout_of(call: LinearCall | LinearBackward) -> tuple:
     if call.dropout is None:
         return 0.0, None, 0, 0, call.factors.a.shape[1]
     dropout, (row_offset, column_offset, pitch) = call.dropout, call.dropout.place
@@ -338,8 +354,7 @@ def _operands(call: LinearCall) -> tuple:
     )  # fmt: skip
 
 
-# LoRALinearFunction.apply without what it does for torch.func, which takes half of its time.
-_apply_eagerly = super(torch.autograd.Function, LoRALinearFunction).apply
+_apply_eagerly = eager_apply(LoRALinearFunction)
 
 
 def _autograd(*arguments):
@@ -347,13 +362,12 @@ def _autograd(*arguments):
     call = _call_of(*operands)
     if requires_grad(operands):
         call.backend = backend
-        return LoRALinearFunction.apply(*_differentiable(call), call)
+        factors = call.factors
+        return LoRALinearFunction.apply(
+            call.x, factors.a, factors.b, call.bias, factors.output_scale, call
+        )
     with torch._C._AutoDispatchBelowAutograd():
         return _OP(*arguments)
-
-
-def _differentiable(call: LinearCall) -> tuple[Tensor | None, ...]:
-    return call.x, call.factors.a, call.factors.b, call.bias, call.factors.output_scale
 
 
 def through_the_op(call: LinearCall, backend: str) -> Tensor:
@@ -381,22 +395,12 @@ def run(call: LinearCall, plan: LinearPlan) -> Tensor:
         try:
             return _apply_eagerly(x, a, b, bias, output_scale, call)
         except RuntimeError as error:
-            _name_unsaved(error, call)
+            weight = None if call.base is None else call.base.tensors()[0]
+            seed = None if call.dropout is None else call.dropout.seed
+            others = {"output_scale": output_scale, "seed": seed}
+            name_unsaved(error, x=x, weight=weight, lora_a=a, lora_b=b, **others)
             raise
     return plan.forward.forward(call).y
-
-
-def _name_unsaved(error: RuntimeError, call: LinearCall) -> None:
-    factors, base = call.factors, call.base
-    name_unsaved(
-        error,
-        x=call.x,
-        weight=None if base is None else base.tensors()[0],
-        lora_a=factors.a,
-        lora_b=factors.b,
-        output_scale=factors.output_scale,
-        seed=None if call.dropout is None else call.dropout.seed,
-    )
 
 
 def _refuse_gradients(op, name: str):

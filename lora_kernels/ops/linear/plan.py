@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from lora_kernels.adapters.factors import LoRAFactors
-from lora_kernels.base_weights import BaseWeight
+from lora_kernels.base_weights import BaseWeight, matrix_of
 from lora_kernels.ops.linear import composed, cpu, tuned
-from lora_kernels.ops.linear.call import LinearCall
 from lora_kernels.runtime import cuda_extension, dispatch
 from lora_kernels.runtime.device_limits import next_power_of_two
 from lora_kernels.runtime.dispatch import Choice
@@ -31,6 +30,7 @@ class LinearPlan:
     Attributes:
         backend: as it was asked for, the process's default in place of ``auto``.
         choice: the forward's backend and why, as ``explain`` prints it.
+        backward_choice: the backward's, where a table decides.
         forward, backward: the modules that serve.
         strided_backward: the module for a dy that is not contiguous.
         drops: whether anything is dropped.
@@ -38,6 +38,7 @@ class LinearPlan:
 
     backend: str
     choice: Choice
+    backward_choice: Choice | None
     forward: ModuleType
     backward: ModuleType
     strided_backward: ModuleType
@@ -54,10 +55,8 @@ def key_of(
     backend: str,
     known_as: tuple | None,
 ) -> tuple | None:
-    """All that the full check and the choice look at; None where only the check can tell.
-
-    ``known_as`` is what conditions of a caller depend on.
-    """
+    """All that the full check and the choice look at, and ``known_as``, what conditions of a caller
+    depend on; None where only the check can tell."""
     a, b, scaling, output_scale, rank_scale = factors
     tensors = weights = ()
     kind, number = None, type(scaling)
@@ -90,21 +89,21 @@ def key_of(
 def make_plan(
     backend: str, x: Tensor, base: BaseWeight | None, factors: LoRAFactors, dropout_p: float
 ) -> LinearPlan:
-    """For arguments that the full check has accepted; a named backend that cannot serve raises."""
+    """The plan of checked arguments; a named backend that cannot serve raises."""
     backend = dispatch.requested(backend)
     drops = drop_threshold(dropout_p) > 0
     sizes = tuned.Sizes.of(base, factors.a, factors.b, drops)
     choice = tuned.choose(backend, "forward", x, sizes)
-    call = LinearCall(x, base, factors, None, None)
-    forward = backward = strided = module_of(choice.backend, call, x)
+    backward_choice = None
+    forward = backward = strided = module_of(choice.backend, base, x)
     if backend == "auto" and x.is_cuda and sizes.base_format == "dense":
         # dy is not known yet: taken as contiguous, which it is in a model.
-        backward = module_of(tuned.of_sizes("backward", x, sizes).backend, call, x)
-        strided = composed
-    return LinearPlan(backend, choice, forward, backward, strided, drops)
+        backward_choice = tuned.of_sizes("backward", x, sizes)
+        backward, strided = module_of(backward_choice.backend, base, x), composed
+    return LinearPlan(backend, choice, backward_choice, forward, backward, strided, drops)
 
 
-def module_of(backend: str, call: LinearCall, activation: Tensor) -> ModuleType:
+def module_of(backend: str, base: BaseWeight | None, activation: Tensor) -> ModuleType:
     """The module of a backend; those that import Triton when they are first asked for.
 
     Raises:
@@ -116,32 +115,30 @@ def module_of(backend: str, call: LinearCall, activation: Tensor) -> ModuleType:
     elif backend in ("native", "triton"):
         name = "cuda" if backend == "native" else "triton"
         module = import_module(f"lora_kernels.ops.linear.{name}")
-    if reason := module.why_not(call):
+    if reason := module.why_not(base):
         raise ValueError(f"backend={backend!r} cannot serve this call: {reason}")
     return module
 
 
-def explain_plan(plan: LinearPlan, call: LinearCall) -> Choice:
+def explain_plan(
+    plan: LinearPlan, x: Tensor, base: BaseWeight | None, factors: LoRAFactors
+) -> Choice:
     """The plan's choice; the reason names the kernels, and the backward's backend where a table
     decides."""
     backend, reason = plan.choice
-    x, base = call.x, call.base
     if backend == "native" and x.device.type == "cuda":
-        reason = f"{reason}; {_native_kernels(call)}"
-    sizes = tuned.Sizes.of(base, call.factors.a, call.factors.b, call.dropout is not None)
-    if plan.backend != "auto" or x.device.type != "cuda" or sizes.base_format != "dense":
-        return Choice(backend, reason)
-    backward = tuned.of_sizes("backward", x, sizes)
-    return Choice(backend, f"{reason}; backward {backward.backend}: {backward.reason}")
+        reason = f"{reason}; {_native_kernels(x, base, factors, plan.drops)}"
+    if (backward := plan.backward_choice) is not None:
+        reason = f"{reason}; backward {backward.backend}: {backward.reason}"
+    return Choice(backend, reason)
 
 
-def _native_kernels(call: LinearCall) -> str:
+def _native_kernels(x: Tensor, base: BaseWeight | None, factors: LoRAFactors, drops: bool) -> str:
     """Which kernels run when native serves a forward on a GPU."""
-    from lora_kernels.ops.linear import cuda
-
-    reason = cuda.why_not_decode(call)
+    rank, output_scale = factors.a.shape[0], factors.output_scale
+    reason = cuda_extension.why_not_decode_linear(x, matrix_of(base), rank, drops, output_scale)
     if reason is None:
         return "one CUDA kernel for base and adapter"
-    gemm = cuda_extension.missing_gemm_tail(call.x.device)
+    gemm = cuda_extension.missing_gemm_tail(x.device)
     wide = f"all kernels are Triton's ({gemm})" if gemm else "Triton's kernels around a CUDA GEMM"
     return f"not the CUDA kernel for few tokens ({reason}): {wide}"

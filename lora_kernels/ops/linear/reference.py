@@ -5,13 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_kernels.ops.linear.call import LinearCall
-from lora_kernels.runtime.dropout import (
-    ActiveDropout,
-    MaskPlace,
-    drop_threshold,
-    keep_mask,
-    keep_scale,
-)
+from lora_kernels.runtime.dropout import MaskPlace, drop_threshold, keep_mask, keep_scale
 from lora_kernels.runtime.scaling import as_tensor
 
 
@@ -19,12 +13,13 @@ def reference(call: LinearCall) -> Tensor:
     """:func:`lora_linear_reference` of a call."""
     base, dropout = call.base, call.dropout
     factors = call.factors.without_rank_scale()
-    dropout = ActiveDropout(0.0, None) if dropout is None else dropout
-    return lora_linear_reference(
+    operands = (
         call.x, None if base is None else base.dequantise(), factors.a, factors.b,
-        as_tensor(factors.scaling), call.bias, factors.output_scale, dropout.p, dropout.seed,
-        dropout.place,
+        as_tensor(factors.scaling), call.bias, factors.output_scale,
     )  # fmt: skip
+    if dropout is None:
+        return lora_linear_reference(*operands)
+    return lora_linear_reference(*operands, dropout.p, dropout.seed, dropout.place)
 
 
 def lora_linear_reference(
@@ -42,6 +37,8 @@ def lora_linear_reference(
     """``y = output_scale * (x W^T + scaling * D(x) A^T B^T) + bias``, rounding like eager torch."""
     dropped = x
     if drop_threshold(dropout_p) > 0:
+        if seed is None:
+            raise ValueError("seed: expected a tensor where something is dropped, got None")
         rows = x.shape[:-1].numel()
         keep = keep_mask(seed, dropout_p, rows, x.shape[-1], place=place).view(x.shape)
         dropped = torch.where(keep, x * keep_scale(dropout_p), 0)

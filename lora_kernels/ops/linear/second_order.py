@@ -9,7 +9,8 @@ in fp32 (fp64 for fp64), so that nothing narrow is rounded between one derivativ
 
 from torch import Tensor
 
-from lora_kernels.ops.linear.call import Gradients, LinearCall
+from lora_kernels.adapters.factors import LoRAFactors
+from lora_kernels.ops.linear.call import Gradients, LinearBackward
 from lora_kernels.ops.narrow.second_order import drop, with_missing_edge
 from lora_kernels.runtime.dropout import keep_mask, unpacked_keep_mask
 from lora_kernels.runtime.dtypes import accumulator_dtype
@@ -22,15 +23,20 @@ X_WAS_NOT_SAVED = (
 )
 
 
-def differentiable_backward(call: LinearCall, edge_to_x: Tensor | None) -> Gradients:
-    """The backward of a call in which x is None unless A needed a gradient in the forward.
+def check_factors_have_values(factors: LoRAFactors) -> None:
+    """Raise for a factor that was freed since the forward."""
+    for name, factor in (("lora_a", factors.a), ("lora_b", factors.b)):
+        check_has_values(name, factor)
+
+
+def differentiable_backward(call: LinearBackward, edge_to_x: Tensor | None) -> Gradients:
+    """The backward of a call in which x, h and unscaled are what the forward has saved.
 
     ``edge_to_x`` ``[0]`` is the missing edge where x needs a gradient and was not saved.
     """
     dy, x, factors, needs = call.dy, call.x, call.factors, call.needs
     h, unscaled, output_scale = call.h, call.unscaled, factors.output_scale
-    for name, factor in (("lora_a", factors.a), ("lora_b", factors.b)):
-        check_has_values(name, factor)  # it may have been freed since the forward
+    check_factors_have_values(factors)
     dtype, wide = dy.dtype, accumulator_dtype(dy.dtype)
     scaling = host_number(factors.scaling)
     if isinstance(scaling, Tensor):
@@ -45,45 +51,43 @@ def differentiable_backward(call: LinearCall, edge_to_x: Tensor | None) -> Gradi
     if call.dropout is not None and (needs.x or x is not None):
         p = call.dropout.p
         if call.mask is None:
-            keep = keep_mask(
-                call.dropout.seed, p, dy_rows.shape[0], columns,
-                place=call.dropout.place,
-            )  # fmt: skip
+            seed, place = call.dropout.seed, call.dropout.place
+            keep = keep_mask(seed, p, dy_rows.shape[0], columns, place=place)
         else:
             keep = unpacked_keep_mask(call.mask, columns)
 
-    dx = grad_a = grad_b = grad_bias = grad_output_scale = None
+    dx = grad_a = grad_b = grad_bias = grad_output_scale = dropped = None
     if x is not None:
         rows = (x if needs.x else x.detach()).reshape(-1, columns)  # [M, K]
         dropped = drop(rows.to(wide), keep, p)
         h = dropped @ a.t()
-    elif needs.lora_b:
-        h = with_missing_edge(h.to(wide), edge_to_x)
+        if needs.output_scale:
+            unscaled = (h @ b.t()) * scaling
+            if base is not None:
+                unscaled = base.matmul(rows) + unscaled
+    else:
+        if h is not None and needs.lora_b:
+            h = with_missing_edge(h.to(wide), edge_to_x)
+        if unscaled is not None and needs.output_scale:
+            unscaled = with_missing_edge(unscaled.to(wide), edge_to_x)
+            if h is not None and needs.lora_b:
+                # Zero, with the derivative to B that the forward's result has lost.
+                unscaled = unscaled + (h @ (b - b.detach()).t()) * scaling
 
     if needs.bias:
         grad_bias = dy_rows.sum(0)
     wide_dy = dy_rows.to(wide)
-    if needs.output_scale:
-        if x is not None:
-            unscaled = (h @ b.t()) * scaling
-            if base is not None:
-                unscaled = base.matmul(rows) + unscaled
-        else:
-            unscaled = with_missing_edge(unscaled.to(wide), edge_to_x)
-            if needs.lora_b:
-                # Zero, with the derivative to B that the forward's result has lost.
-                unscaled = unscaled + (h @ (b - b.detach()).t()) * scaling
-        grad_output_scale = (wide_dy * unscaled).sum(0).to(output_scale.dtype)
     if output_scale is not None:
+        if unscaled is not None and needs.output_scale:
+            grad_output_scale = (wide_dy * unscaled).sum(0).to(output_scale.dtype)
         wide_dy = wide_dy * (output_scale if needs.output_scale else output_scale.detach()).to(wide)
 
-    if needs.lora_b:
+    if h is not None and needs.lora_b:
         grad_b = ((wide_dy.t() @ h) * scaling).to(factors.b.dtype)
-    if needs.x or needs.lora_a:
-        t = (wide_dy @ b) * scaling  # [M, R]
-    if needs.lora_a:
+    t = (wide_dy @ b) * scaling if needs.x or needs.lora_a else None  # [M, R]
+    if t is not None and dropped is not None and needs.lora_a:
         grad_a = (t.t() @ dropped).to(factors.a.dtype)
-    if needs.x:
+    if t is not None and needs.x:
         dx = drop(t @ a, keep, p)
         if base is not None:
             dx = base.matmul_t(wide_dy.to(dtype)) + dx

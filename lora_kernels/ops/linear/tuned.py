@@ -24,6 +24,7 @@ from lora_kernels.ops.linear.triton import tiles
 from lora_kernels.runtime import dispatch
 from lora_kernels.runtime.device_limits import DeviceLimits, limits_of
 from lora_kernels.runtime.dispatch import Choice
+from lora_kernels.runtime.dtypes import short_name
 
 
 class Sizes(NamedTuple):
@@ -74,7 +75,10 @@ def _lookup(
         return Choice("composed", "only half precision has been measured")
     limits = limits_of(device)
     _, in_features, out_features, rank, drops = sizes
-    cell = tiles.make_cell(direction, dtype, tokens, in_features, out_features, rank, drops, False)
+    cell = tiles.LinearCell(
+        direction, short_name(dtype), dtype.itemsize, tokens, in_features, out_features, rank,
+        drops, ieee=False,
+    )  # fmt: skip
     found = tiles.tuned(cell, limits)
     if "backend" not in found:
         return Choice(

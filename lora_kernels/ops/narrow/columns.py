@@ -24,7 +24,7 @@ def scale_columns(y: Tensor, output_scale: Tensor, bias: Tensor | None) -> Tenso
     accumulator = accumulator_dtype(y.dtype)
     scale = output_scale.to(accumulator)
     offset = None if bias is None else bias.to(accumulator)
-    for chunk in row_chunks(*y.shape, y.device):
+    for chunk in row_chunks(y.shape[0], y.shape[1], y.device):
         product = y[chunk].to(accumulator) * scale
         out[chunk] = product if offset is None else product.add_(offset)
     return out
@@ -36,7 +36,8 @@ def column_dot(left: Tensor, right: Tensor) -> Tensor:
     On a device a chunk is as large as ``left`` in memory, which in half precision are two.
     """
     accumulator = accumulator_dtype(left.dtype)
-    rows, chunks = left.shape[0], row_chunks(*left.shape, left.device)
+    rows, columns = left.shape
+    chunks = row_chunks(rows, columns, left.device)
     if left.device.type != "cpu":
         step = max(1, -(-rows * left.dtype.itemsize // accumulator.itemsize))
         chunks = [slice(start, start + step) for start in range(0, rows, step)]
@@ -47,4 +48,4 @@ def column_dot(left: Tensor, right: Tensor) -> Tensor:
         wide = wide * right[chunk] if left.dtype == accumulator else wide.mul_(right[chunk])
         total = wide.sum(0)
         out = total if out is None else out.add_(total)
-    return left.new_zeros(left.shape[1], dtype=accumulator) if out is None else out
+    return left.new_zeros(columns, dtype=accumulator) if out is None else out

@@ -5,17 +5,24 @@ the factors of all adapters are cast together.
 
 Dimensions: n rows of a group, D and Q wide dimensions or the rank.
 """
-
-from collections.abc import Sequence
+# pyright: reportPrivateImportUsage=false
+# torch's loops over lists have names with an underscore only.
 
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.narrow.products import row_chunks, transposed_product, widens_first
+from lora_kernels.ops.narrow.products import (
+    is_better_widened,
+    row_chunks,
+    transposed_product,
+    widens_first,
+)
 
 # Half-precision rows with the rank as their width begin at multiples of so many elements: vendors'
 # kernels for aligned operands serve, and those that read on to such a multiple meet zeros.
 _PITCH = 32
+
+Tensors = list[Tensor] | tuple[Tensor, ...]  # as those loops take them
 
 
 def product_(
@@ -25,7 +32,7 @@ def product_(
 ) -> None:
     """``out = left @ right``; rows that are to be widened are so by chunks."""
     if left.dtype != right.dtype:
-        for chunk in row_chunks(*left.shape, left.device):
+        for chunk in row_chunks(left.shape[0], left.shape[1], left.device):
             product_(out[chunk], left[chunk].to(right.dtype), right)
     elif out.dtype == left.dtype:
         torch.mm(left, right, out=out)
@@ -70,20 +77,17 @@ def factor_dtype(
 ) -> torch.dtype:
     """In which dtype the factors meet activations, or rows of h or t that become such.
 
-    On a CPU the smaller one is cast where their dtypes differ: with few tokens that is not the
-    factors.
+    On a device, where they are cast in one launch, the factors take the activations'.
     """
     if narrow and widens_first(rows):
         return torch.float32
-    wider = factor.itemsize > rows.dtype.itemsize
-    if wider and rows.device.type == "cpu" and rows.shape[0] < ranks:
-        return factor
-    return rows.dtype
+    on_cpu = rows.device.type == "cpu"
+    return factor if on_cpu and is_better_widened(rows, factor, ranks) else rows.dtype
 
 
 def cast(
-    factors: Sequence[Tensor], dtype: torch.dtype, *, in_range: bool = False
-) -> tuple[Sequence[Tensor], Tensor | None]:
+    factors: Tensors, dtype: torch.dtype, *, in_range: bool = False
+) -> tuple[Tensors, Tensor | None]:
     """The factors in ``dtype``, with one launch for all; see :func:`copy_` for the rest."""
     if all(factor.dtype == dtype for factor in factors):
         return factors, None
@@ -95,9 +99,7 @@ def cast(
     return made, copy_(made, factors, in_range=in_range)
 
 
-def copy_(
-    targets: Sequence[Tensor], factors: Sequence[Tensor], *, in_range: bool = False
-) -> Tensor | None:
+def copy_(targets: Tensors, factors: Tensors, *, in_range: bool = False) -> Tensor | None:
     """Copy all, with one launch where the targets have no gaps.
 
     Args:
@@ -118,7 +120,7 @@ def copy_(
 def in_half_range(narrow: Tensor) -> tuple[Tensor, Tensor]:
     """h or t of all groups in fp16, and what products with it are to be multiplied by."""
     exponent = half_range(narrow.abs())
-    out = narrow_buffer(narrow, *narrow.shape, torch.float16)
+    out = narrow_buffer(narrow, narrow.shape[0], narrow.shape[1], torch.float16)
     return torch.div(narrow, exponent, out=out), exponent
 
 

@@ -29,17 +29,18 @@ def masked_copy(
 
         mask = None if mask is None else mask.contiguous()
         return masked.masked_copy(with_neighbours(x), dropout, mask)
+    rows, columns = x.shape
     if mask is None:
-        mask = draw_mask(*x.shape, dropout)
+        mask = draw_mask(rows, columns, dropout)
     kept = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for chunk in row_chunks(*x.shape, x.device):
+    for chunk in row_chunks(rows, columns, x.device):
         torch.mul(zero_dropped(x[chunk], mask[chunk]), dropout.scale, out=kept[chunk])
     return kept, mask
 
 
 def draw_mask(rows: int, columns: int, dropout: ActiveDropout) -> Tensor:
     """The packed mask ``[rows, ceil(columns / 8)]``."""
-    if _may_have_kernels(dropout.seed.device):
+    if has_kernels(dropout.seed):
         from lora_kernels.ops.narrow.triton import masked
 
         return masked.draw_mask(rows, columns, dropout)
@@ -63,8 +64,9 @@ def masked_product(
     alpha = alpha * dropout.scale
     if scale is not None:
         t = rounded(t, t.dtype, scale)
-    out = t.new_empty((t.shape[0], a.shape[1]))
-    for chunk in row_chunks(*out.shape, out.device):
+    rows, columns = t.shape[0], a.shape[1]
+    out = t.new_empty((rows, columns))
+    for chunk in row_chunks(rows, columns, out.device):
         out[chunk] = zero_dropped(scaled_product(t[chunk], a, alpha), mask[chunk])
     return out
 
@@ -83,12 +85,8 @@ def slow_on(device: torch.device) -> str | None:
 
 def has_kernels(x: Tensor) -> bool:
     """Whether kernels draw and apply the masks of x: where not, a warning has said so once."""
-    return _may_have_kernels(x.device) and x.dtype != torch.float64
-
-
-def _may_have_kernels(device: torch.device) -> bool:
     # A tracer follows torch's operations, and not the question whether a driver starts.
-    return not is_compiling() and _has_kernels(device)
+    return not is_compiling() and _has_kernels(x.device) and x.dtype != torch.float64
 
 
 @functools.cache

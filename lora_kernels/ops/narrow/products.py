@@ -22,7 +22,7 @@ def narrow_product(wide: Tensor, factor: Tensor) -> Tensor:
         return _product(wide, factor, product_dtype(wide))
     out = wide.new_empty((wide.shape[0], factor.shape[1]), dtype=torch.float32)
     factor = factor.float()
-    for chunk in row_chunks(*wide.shape, wide.device):
+    for chunk in row_chunks(wide.shape[0], wide.shape[1], wide.device):
         torch.mm(wide[chunk].float(), factor, out=out[chunk])
     return out
 
@@ -119,6 +119,12 @@ def widens_first(activation: Tensor) -> bool:
     if dtype.itemsize != 2 or activation.is_cuda:
         return False
     return dtype == torch.float16 or not activation.is_cpu
+
+
+def is_better_widened(rows: Tensor, factor: torch.dtype, ranks: int) -> bool:
+    """Whether rows of an activation are to take the wider dtype of the factors, and not the factors
+    theirs: with so few rows the factors are most of what is read."""
+    return factor.itemsize > rows.dtype.itemsize and rows.shape[0] < ranks
 
 
 def row_chunks(rows: int, columns: int, device: torch.device) -> list[slice]:

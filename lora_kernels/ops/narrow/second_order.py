@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.runtime.dropout import keep_scale
+from lora_kernels.runtime.eager import eager_apply
 
 
 class _MissingEdge(torch.autograd.Function):
@@ -23,8 +24,7 @@ class _MissingEdge(torch.autograd.Function):
         raise RuntimeError(ctx.message)
 
 
-# Without what it does for torch.func, which no forward of ours runs under.
-_apply = super(torch.autograd.Function, _MissingEdge).apply
+_apply = eager_apply(_MissingEdge)
 
 
 def missing_edge(tensor: Tensor, message: str) -> Tensor:

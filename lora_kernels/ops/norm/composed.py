@@ -17,12 +17,11 @@ from lora_kernels.runtime.dtypes import accumulator_dtype
 def weight_norm(base: BaseWeight, factors: LoRAFactors) -> Tensor:  # [N]
     accumulator = accumulator_dtype(base.dtype)
     left = factors.b.to(accumulator) * factors.scaling
-    norms = squares = None
+    norms, by_columns = left.new_zeros(base.shape[0]), False
     for (rows, columns), block in base.adapted_blocks(left, factors.a.to(accumulator)):
-        if columns == slice(None):
-            norms = left.new_empty(base.shape[0]) if norms is None else norms
-            torch.linalg.vector_norm(block, dim=1, out=norms[rows])
+        by_columns = columns != slice(None)
+        if by_columns:
+            norms += block.square_().sum(1)
         else:
-            squares = left.new_zeros(base.shape[0]) if squares is None else squares
-            squares += block.square_().sum(1)
-    return norms if squares is None else squares.sqrt_()
+            torch.linalg.vector_norm(block, dim=1, out=norms[rows])
+    return norms.sqrt_() if by_columns else norms

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 from lora_kernels.adapters.factors import LoRAFactors
-from lora_kernels.base_weights import rebuild
+from lora_kernels.base_weights import rebuild_weight
 from lora_kernels.ops.norm.composed import weight_norm
 from lora_kernels.runtime.dtypes import accumulator_dtype
+from lora_kernels.runtime.eager import autocast_off
 
 _library = torch.library.Library("lora_kernels", "FRAGMENT")
 _library.define(
@@ -16,12 +17,9 @@ _library.define(
 
 
 def _kernel(base, base_format, base_meta, lora_a, lora_b, scaling) -> Tensor:
-    weight = rebuild(base, base_format, base_meta)
-    factors = LoRAFactors(lora_a, lora_b, scaling)
-    if not torch.is_autocast_enabled(lora_a.device.type):
-        return weight_norm(weight, factors)
-    with torch.autocast(lora_a.device.type, enabled=False):
-        return weight_norm(weight, factors)
+    weight = rebuild_weight(base, base_format, base_meta)
+    with autocast_off(lora_a):
+        return weight_norm(weight, LoRAFactors(lora_a, lora_b, scaling))
 
 
 _library.impl("lora_weight_norm", _kernel, "CompositeExplicitAutograd")
@@ -29,5 +27,5 @@ _library.impl("lora_weight_norm", _kernel, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("lora_kernels::lora_weight_norm", lib=_library)
 def _(base, base_format, base_meta, lora_a, lora_b, scaling):
-    weight = rebuild(base, base_format, base_meta)
+    weight = rebuild_weight(base, base_format, base_meta)
     return lora_a.new_empty(weight.shape[0], dtype=accumulator_dtype(weight.dtype))

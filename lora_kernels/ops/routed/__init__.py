@@ -10,7 +10,7 @@ from lora_kernels.ops.routed import op, reference
 from lora_kernels.ops.routed.bank.bank import Adapter, AdapterBank
 from lora_kernels.ops.routed.bank.slots import AdapterSlots
 from lora_kernels.ops.routed.bank.versions import BankVersion
-from lora_kernels.ops.routed.call import RoutedCall
+from lora_kernels.ops.routed.call import NOTHING_TRAINED, ExpandCall, ForwardCall, RoutedCall
 from lora_kernels.ops.routed.checks import (
     check_base,
     check_h,
@@ -22,11 +22,17 @@ from lora_kernels.ops.routed.checks import (
 )
 from lora_kernels.ops.routed.plan import make_plan
 from lora_kernels.ops.routed.routing import Routing
+from lora_kernels.ops.routed.tensors import (
+    BankTensors,
+    GradientLayout,
+    RoutingTensors,
+    TrainableFactors,
+)
 from lora_kernels.runtime import cuda_extension, dispatch
 from lora_kernels.runtime.dispatch import Choice
 from lora_kernels.runtime.dropout import MaskPlace, check_place, draw_seed
 from lora_kernels.runtime.dtypes import FLOATING, autocast_dtype, cast_for_autocast
-from lora_kernels.runtime.eager import is_plain_eager
+from lora_kernels.runtime.eager import is_plain_eager, requires_grad
 from lora_kernels.runtime.plan import metadata_of
 
 __all__ = [
@@ -111,21 +117,18 @@ def routed_lora(
         check_out_type(out)
         check_out(out, (*x.shape[:-1], bank.out_features), x.dtype, x)
     batch = _prepared(x, bank, routing, seed, place, backend)
-    call = batch.call
-    if out is None or _needs_gradient(call, x, out):
-        if call.backend == "reference":
-            y = _reference(batch)
-        else:
-            if out is not None:
-                # Negative zeros, where there is no adapter: they leave any number as it is.
-                call.bias = x.new_full((bank.out_features,), -0.0)
-            y = op.run("routed_lora", call)
-        return y if out is None else out.add_(y)
+    call = ForwardCall(*batch.common, layout=batch.layout, x=x)
     if call.backend == "reference":
-        return out.add_(_reference(batch))
-    call.out = out
-    op.run_in_place("routed_lora_", call)
-    return out
+        y = _reference(call, batch)
+    elif out is None or _needs_gradient(call, x, out):
+        if out is not None:
+            # Negative zeros, where there is no adapter: they leave any number as it is.
+            call.bias = x.new_full((bank.out_features,), -0.0)
+        y = op.run("routed_lora", call)
+    else:
+        op.run_in_place("routed_lora_", call, out)
+        return out
+    return y if out is None else out.add_(y)
 
 
 def routed_lora_linear(
@@ -166,9 +169,10 @@ def routed_lora_linear(
         bias = bias.to(dtype) if isinstance(bias, Tensor) else bias
     place = MaskPlace(row_offset, column_offset, pitch)
     batch = _prepared(x, bank, routing, seed, place, backend, (base, bias))
-    if batch.call.backend == "reference":
-        return _reference(batch)
-    return op.run("routed_lora", batch.call)
+    call = ForwardCall(*batch.common, layout=batch.layout, x=x, base=base, bias=bias)
+    if call.backend == "reference":
+        return _reference(call, batch)
+    return op.run("routed_lora", call)
 
 
 def routed_shrink(
@@ -198,12 +202,9 @@ def routed_shrink(
     (x,) = cast_for_autocast(x)
     place = MaskPlace(row_offset, column_offset, pitch)
     batch = _prepared(x, bank, routing, seed, place, backend)
-    call = batch.call
+    call = ForwardCall(*batch.common, layout=batch.layout, x=x)
     if call.backend == "reference":
-        rows = x.reshape(-1, x.shape[-1])
-        return reference.shrink(
-            rows, batch.version, batch.slots, call.routing, call.seed, call.place
-        )
+        return _reference_shrink(call, batch, x.reshape(-1, x.shape[-1]))
     return op.run("routed_shrink", call)
 
 
@@ -244,21 +245,19 @@ def routed_expand(
         check_out(out, (*out.shape[:-1], bank.out_features), dtype, h)
         check_rows("out", rows, routing)
     batch = _prepared(h, bank, routing, None, _WHOLE, backend, of_h=dtype)
-    call = batch.call
+    call = ExpandCall(*batch.common, layout=batch.layout, h=h, rows=rows, dtype=dtype)
     expected = (call.routing.tokens.shape[0], call.bank.max_total_rank)
     if tuple(h.shape) != expected:
         raise ValueError(f"h: expected {list(expected)} (pairs, widest rank), got {list(h.shape)}")
-    call.x, call.h, call.rows, call.dtype = None, h, rows, dtype
     if call.backend == "reference":
         base = h.new_zeros((rows, bank.out_features), dtype=dtype)
         y = reference.expand(h, base, batch.version, batch.slots, call.routing)
-        return y if out is None else out.add_(y.view(out.shape))
-    if out is None or _needs_gradient(call, h, out):
+    elif out is None or _needs_gradient(call, h, out):
         y = op.run("routed_expand", call)
-        return y if out is None else out.add_(y.view(out.shape))
-    call.out = out
-    op.run_in_place("routed_expand_", call)
-    return out
+    else:
+        op.run_in_place("routed_expand_", call, out)
+        return out
+    return y if out is None else out.add_(y.view(out.shape))
 
 
 def explain(x: Tensor, bank: AdapterBank, routing: Routing, *, backend: str = "auto") -> Choice:
@@ -290,9 +289,18 @@ def explain(x: Tensor, bank: AdapterBank, routing: Routing, *, backend: str = "a
 
 
 class _Batch(NamedTuple):
-    """A call, and what the definition reads of the bank."""
+    """What every call of a bank and a routing has, and what the definition reads of the bank."""
 
-    call: RoutedCall
+    common: tuple[
+        BankTensors,
+        RoutingTensors,
+        str,  # the backend
+        Tensor | None,  # the seed
+        MaskPlace,
+        bool,  # whether nothing else has to see the call
+        TrainableFactors,
+    ]
+    layout: GradientLayout | None
     version: BankVersion
     slots: tuple[int, ...] | None  # that the routing may use; None: all
 
@@ -307,7 +315,7 @@ def _prepared(
     layer: tuple[BaseWeight | None, Tensor | None] | None = None,  # the weight and the bias
     of_h: torch.dtype | None = None,
 ) -> _Batch:
-    """The call, its plan looked up with the bank's version or made after the full check."""
+    """A call's batch, its plan looked up with the bank's version or made after the full check."""
     base, bias = layer or (None, None)
     plan = key = plans = None
     alone = is_plain_eager(x)
@@ -344,20 +352,13 @@ def _prepared(
         seed = None
     elif seed is None:
         seed = draw_seed(tensors.scaling.device)
-    call = RoutedCall(
-        tensors,
-        routing.tensors(with_plan=plan.reads_groups),
-        plan.choice.backend,
-        x,
-        base,
-        bias,
-        seed=seed,
-        place=place,
-        alone=alone,
-    )
+    layout, trained = None, NOTHING_TRAINED
     if torch.is_grad_enabled() or not alone:
-        call.layout, call.trained = version.gradients(slots, routing.capacity)
-    return _Batch(call, version, slots)
+        layout, trained = version.gradients(slots, routing.capacity)
+    of_routing = routing.tensors(with_plan=plan.reads_groups)
+    backend = plan.choice.backend
+    common = tensors, of_routing, backend, seed, place, alone, trained
+    return _Batch(common, layout, version, slots)
 
 
 def _key_of(x, base, bias, routing, seed, backend, alone, of_h, device) -> tuple | None:
@@ -387,32 +388,29 @@ def _check(x, bank, routing, seed, place, layer, of_h) -> None:
     if of_h is None:
         check_input(x, bank, routing)
     if layer is not None:
-        check_base(*layer, bank, x)
+        base, bias = layer
+        check_base(base, bias, bank, x)
     if seed is not None:
         check_seed(seed, bank.device)
     if place != _WHOLE:
-        check_place(*place, x.shape[-1])
+        check_place(place.row_offset, place.column_offset, place.pitch, x.shape[-1])
 
 
 def _needs_gradient(call: RoutedCall, operand: Tensor, out: Tensor) -> bool:
-    weights = call.routing.pair_weights
-    return torch.is_grad_enabled() and (
-        operand.requires_grad
-        or out.requires_grad
-        or (weights is not None and weights.requires_grad)
-        or any(parameter.requires_grad for parameter in call.trained.parameters)
-    )
+    return requires_grad((operand, out, call.routing.pair_weights, *call.trained.parameters))
 
 
-def _reference(batch: _Batch) -> Tensor:
-    call, version, slots = batch
-    x, routing = call.x, call.routing
-    rows = x.reshape(-1, x.shape[-1])
+def _reference(call: ForwardCall, batch: _Batch) -> Tensor:
+    rows = call.x.reshape(-1, call.x.shape[-1])
     if call.base is None:
         start = rows.new_zeros((rows.shape[0], call.bank.slice_columns[-1]))
         start = start + rows[:0].sum()  # nothing, but a function of x
     else:
         start = torch.nn.functional.linear(rows, call.base.dequantise(), call.bias)
-    h = reference.shrink(rows, version, slots, routing, call.seed, call.place)
-    y = reference.expand(h, start, version, slots, routing)
-    return y.view(*x.shape[:-1], y.shape[1])
+    h = _reference_shrink(call, batch, rows)
+    y = reference.expand(h, start, batch.version, batch.slots, call.routing)
+    return y.view(*call.x.shape[:-1], y.shape[1])
+
+
+def _reference_shrink(call: ForwardCall, batch: _Batch, rows: Tensor) -> Tensor:
+    return reference.shrink(rows, batch.version, batch.slots, call.routing, call.seed, call.place)

@@ -4,7 +4,7 @@ Dimensions: M tokens, P pairs, K in_features, N out_features of all slices, H th
 bank, R an adapter's rank over its slices, n the pairs of one group.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_kernels.ops.narrow.grouped import cast, factor_dtype
 from lora_kernels.ops.routed.call import RoutedCall
 from lora_kernels.ops.routed.pairs import Group, Layout, pairs_of
-from lora_kernels.ops.routed.tensors import Part
+from lora_kernels.ops.routed.tensors import GradientLayout, Part
 from lora_kernels.runtime.dtypes import accumulator_dtype
 
 # Of activations that a CPU gathers at once: as little as makes up for the operations.
@@ -28,7 +28,6 @@ class Member(NamedTuple):
     group: Group
     factors: list[Tensor]  # A of all slices, B of each
     parts: list[Part]
-    offsets: list[int]  # of the factors' gradients; -1 where none is needed
 
 
 class Rows(NamedTuple):
@@ -60,10 +59,8 @@ class Batch:
     def __init__(self, call: RoutedCall, like: Tensor) -> None:
         self.call, self.like = call, like
         self.pairs = pairs_of(call.routing)
-        bank, layout = call.bank, call.layout
+        bank = call.bank
         adapter_of = {slot: index for index, slot in enumerate(bank.slots)}
-        places = {} if layout is None else layout.by_slot(bank)
-        nowhere = [-1] * (1 + bank.num_slices)
         self.members: list[Member] = []
         self.absent: list[Group] = []
         for group in self.pairs.groups:
@@ -71,9 +68,8 @@ class Batch:
             if adapter is None:
                 self.absent.append(group)
                 continue
-            offsets = places.get(group.slot, nowhere)
             factors, parts = bank.factors_of(adapter), bank.parts_of(adapter)
-            self.members.append(Member(group, factors, parts, offsets))
+            self.members.append(Member(group, factors, parts))
         self.ranks = sum(member.factors[0].shape[0] for member in self.members)
 
     def blocks(self) -> Iterator[Block]:
@@ -122,15 +118,9 @@ class Batch:
 
     def factors(
         self, which: slice, *, narrow: bool
-    ) -> tuple[dict[int, Sequence[Tensor]], Tensor | None]:
-        """A, or the B, of each member as products take them, by slot.
-
-        And what h or t is to be multiplied by, or None.
-
-        Args:
-            which: :data:`OF_A` or :data:`OF_B`.
-            narrow: whether the products are h or t.
-        """
+    ) -> tuple[Mapping[int, Sequence[Tensor]], Tensor | None]:
+        """A, or the B, of each member as products take them, by slot; ``narrow`` says whether the
+        products are h or t, which are to be multiplied by the second result if it is not None."""
         found = [factor for member in self.members for factor in member.factors[which]]
         if not found:
             return {}, None
@@ -147,28 +137,33 @@ class Batch:
 class FlatGradient:
     """The gradients of all factors, flat, in a dtype that products can be written in."""
 
-    def __init__(self, batch: Batch) -> None:
-        self.members, storage = batch.members, batch.call.bank.storage
-        self.dtype, dtype = storage.dtype, storage.dtype
+    def __init__(self, batch: Batch, layout: GradientLayout) -> None:
+        self.members, bank = batch.members, batch.call.bank
+        self.dtype = dtype = bank.storage.dtype
         wide = accumulator_dtype(batch.like.dtype)
         if dtype == torch.float16 or dtype not in (batch.like.dtype, wide):
             dtype = wide
-        self.flat = storage.new_zeros(batch.call.layout.numel, dtype=dtype)
-        self.needs_a = any(member.offsets[0] >= 0 for member in self.members)
-        self.needs_b = any(max(member.offsets[1:]) >= 0 for member in self.members)
+        self.flat = bank.storage.new_zeros(layout.numel, dtype=dtype)
+        self.offsets, nowhere = layout.by_slot(bank), [-1] * (1 + bank.num_slices)
+        self.needs_a = self.needs_b = False
+        for member in self.members:
+            of_a, *of_b = self.offsets.setdefault(member.group.slot, nowhere)
+            self.needs_a |= of_a >= 0
+            self.needs_b |= max(of_b) >= 0
 
     def of(self, member: Member, index: int) -> Tensor | None:
-        """The place of one factor's; None where none is needed."""
-        factor, offset = member.factors[index], member.offsets[index]
+        """The place of one factor's gradient; None where none is needed."""
+        factor, offset = member.factors[index], self.offsets[member.group.slot][index]
         if offset < 0:
             return None
         return self.flat[offset : offset + factor.numel()].view(factor.shape)
 
     def multiply_(self, which: slice, exponent: Tensor) -> None:
-        """What products with operands that were divided by it are multiplied by."""
+        """Multiply gradients by what the operands of their products were divided by."""
         indices = range(len(self.members[0].factors))[which]
         found = [self.of(member, index) for member in self.members for index in indices]
-        torch._foreach_mul_([gradient for gradient in found if gradient is not None], exponent)
+        gradients = [gradient for gradient in found if gradient is not None]
+        torch._foreach_mul_(gradients, exponent)  # pyright: ignore[reportPrivateImportUsage]
 
     def result(self) -> Tensor:
         return self.flat.to(self.dtype)

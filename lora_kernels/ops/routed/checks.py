@@ -79,7 +79,7 @@ def check_out(out: Tensor, shape: tuple, dtype: torch.dtype, operand: Tensor) ->
         )
     if torch.compiler.is_compiling():
         return  # what follows looks at memory
-    if torch._debug_has_internal_overlap(out) == 1:
+    if torch._debug_has_internal_overlap(out) == 1:  # pyright: ignore[reportPrivateImportUsage]
         raise ValueError("out: expected rows that do not overlap, got a tensor that repeats memory")
     try:
         rows = out.view(-1, out.shape[-1])

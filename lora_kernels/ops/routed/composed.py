@@ -24,7 +24,15 @@ from lora_kernels.ops.narrow.grouped import (
 )
 from lora_kernels.ops.narrow.products import product_dtype, widens_first
 from lora_kernels.ops.routed.batch import OF_A, OF_B, Batch, Block, FlatGradient, Rows
-from lora_kernels.ops.routed.call import Gradients, Result, RoutedCall
+from lora_kernels.ops.routed.call import (
+    ExpandBackward,
+    ExpandCall,
+    ForwardCall,
+    Gradients,
+    LoRABackward,
+    Result,
+    ShrinkBackward,
+)
 from lora_kernels.ops.routed.pair_masks import draw_masks, gather_masked, mask_rows_
 from lora_kernels.ops.routed.pairs import Layout
 from lora_kernels.runtime.dtypes import accumulator_dtype
@@ -33,7 +41,7 @@ from lora_kernels.runtime.dtypes import accumulator_dtype
 _CPU_BYTES, _DEVICE_BYTES = 1 << 14, 1 << 22
 
 
-def forward(call: RoutedCall) -> Result:
+def forward(call: ForwardCall) -> Result:
     """h is in :func:`product_dtype`, zero beyond an adapter's rank."""
     x, y, h, mask = call.x, call.out, None, None
     if y is None:
@@ -41,57 +49,51 @@ def forward(call: RoutedCall) -> Result:
         y = y if begun else y.zero_()
     batch = Batch(call, x)
     if not call.save and call.seed is None and _is_better_padded(batch):
-        _add_padded(batch, y)
+        _add_padded(batch, x, y)
     else:
-        h, mask = _shrink(batch)
-        _expand(batch, h, y)
+        h, mask = _shrink(batch, x)
+        _add_expanded(batch, h, y)
     return Result(y, h, mask) if call.save else Result(y)
 
 
-def backward(call: RoutedCall) -> Gradients:
+def backward(call: LoRABackward) -> Gradients:
     dy, needs = call.dy, call.needs
-    grad_weights = torch.zeros_like(call.routing.pair_weights) if needs.weights else None
+    grad_weights = call.new_weights(torch.zeros_like)
     grad_bias = dy.sum(0) if needs.bias else None
-    dx = None
-    if needs.x and call.base is not None:
-        dx = call.base.matmul_t(dy)
-    elif needs.x:
-        dx = dy.new_zeros((dy.shape[0], call.in_features))
+    dx = call.base_gradient() if needs.x else None
     batch = Batch(call, dy)
-    grad = FlatGradient(batch)
-    needs_t = needs.x or grad.needs_a
-    t = _expand_backward(batch, grad, grad_weights, needs_t)
-    if needs_t:
-        _shrink_backward(batch, t, grad, dx)
+    grad = FlatGradient(batch, call.layout)
+    t = _expand_backward(batch, dy, call.h, grad, grad_weights, needs.x or grad.needs_a)
+    if t is not None:
+        _shrink_backward(batch, call.x, t, call.mask, grad, dx)
     return Gradients(dx, grad.result(), grad_weights, grad_bias)
 
 
-def shrink(call: RoutedCall) -> tuple[Tensor, Tensor | None]:
+def shrink(call: ForwardCall) -> tuple[Tensor, Tensor | None]:
     """h and mask as :func:`forward` saves them."""
-    return _shrink(Batch(call, call.x))
+    return _shrink(Batch(call, call.x), call.x)
 
 
-def shrink_backward(call: RoutedCall) -> Gradients:
+def shrink_backward(call: ShrinkBackward) -> Gradients:
     x = call.x
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if call.needs.x else None
     batch = Batch(call, x)
-    grad = FlatGradient(batch)
-    _shrink_backward(batch, call.dy[: batch.pairs.count], grad, dx)
+    grad = FlatGradient(batch, call.layout)
+    _shrink_backward(batch, x, call.dy[: batch.pairs.count], call.mask, grad, dx)
     return Gradients(dx, grad.result())
 
 
-def expand_(call: RoutedCall) -> None:
+def expand_(call: ExpandCall, out: Tensor) -> None:
     """``out += w s h B^T`` for every pair."""
-    _expand(Batch(call, call.out), call.h, call.out)
+    _add_expanded(Batch(call, out), call.h, out)
 
 
-def expand_backward(call: RoutedCall) -> Gradients:
-    needs = call.needs
-    grad_weights = torch.zeros_like(call.routing.pair_weights) if needs.weights else None
+def expand_backward(call: ExpandBackward) -> Gradients:
+    grad_weights = call.new_weights(torch.zeros_like)
     batch = Batch(call, call.dy)
-    grad = FlatGradient(batch)
-    t = _expand_backward(batch, grad, grad_weights, needs.x)
-    if needs.x:
+    grad = FlatGradient(batch, call.layout)
+    t = _expand_backward(batch, call.dy, call.h, grad, grad_weights, call.needs.x)
+    if t is not None:
         shape = (call.routing.tokens.shape[0], call.bank.max_total_rank)
         dh = call.dy.new_zeros(shape, dtype=accumulator_dtype(call.dy.dtype))
         dh[: batch.pairs.count] = t
@@ -105,7 +107,7 @@ def expand_backward(call: RoutedCall) -> Gradients:
 def _is_better_padded(batch: Batch) -> bool:
     """Whether batched products over groups of equal size cost less than the loop.
 
-    They move the factors and more rows than there are, and are fewer.
+    Padded products move the factors and more rows than there are, in fewer operations.
     """
     bank, like, groups = batch.call.bank, batch.like, len(batch.pairs.groups)
     slices, members = bank.num_slices, batch.members
@@ -117,18 +119,17 @@ def _is_better_padded(batch: Batch) -> bool:
     return moved < saved * (_CPU_BYTES if like.device.type == "cpu" else _DEVICE_BYTES)
 
 
-def _add_padded(batch: Batch, y: Tensor) -> None:
+def _add_padded(batch: Batch, x: Tensor, y: Tensor) -> None:
     """Add ``w s D(x) A^T B^T`` by batched products over groups that all have T rows.
 
     The rows that fill up a group repeat one of its own: nothing of theirs is read.
     """
-    call, members = batch.call, batch.members
-    x, bank, routing = call.x, call.bank, call.routing
-    layout, length = batch.pairs.padded(routing), batch.pairs.longest
+    bank, members = batch.call.bank, batch.members
+    layout, length = batch.pairs.padded(batch.call.routing), batch.pairs.longest
     groups, columns = len(batch.pairs.groups), bank.slice_columns
     widths = [max(m.factors[1 + s].shape[1] for m in members) for s in range(bank.num_slices)]
     starts = [sum(widths[:s]) for s in range(len(widths) + 1)]
-    a, b, exponent = _stacked(batch, widths, starts)
+    a, b, exponent = _stacked(batch, x, widths, starts)
 
     rows = x.index_select(0, layout.tokens).to(a.dtype).view(groups, length, x.shape[1])
     wide = accumulator_dtype(x.dtype)
@@ -158,14 +159,14 @@ def _add_padded(batch: Batch, y: Tensor) -> None:
 
 
 def _stacked(
-    batch: Batch, widths: list[int], starts: list[int]
+    batch: Batch, x: Tensor, widths: list[int], starts: list[int]
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """A of all slices ``[G, R, K]``, each B ``[G, N_s, R_s]``, zeros beyond an adapter's ranks.
 
-    And what h is to be multiplied by, or None.
+    The last result is what h is to be multiplied by, or None.
     """
-    x, bank, members = batch.call.x, batch.call.bank, batch.members
-    groups, columns = len(batch.pairs.groups), bank.slice_columns
+    members = batch.members
+    groups, columns = len(batch.pairs.groups), batch.call.bank.slice_columns
     is_full = not batch.absent and all(
         m.factors[1 + s].shape[1] == width for m in members for s, width in enumerate(widths)
     )
@@ -180,7 +181,7 @@ def _stacked(
     ]
     number_of = {group.slot: number for number, group in enumerate(batch.pairs.groups)}
     places, sources = ([], []), ([], [])
-    for group, factors, parts, _ in members:
+    for group, factors, parts in members:
         number = number_of[group.slot]
         for s, _, ranks in parts:
             width = ranks.stop - ranks.start
@@ -196,13 +197,13 @@ def _stacked(
 # --- group by group --------------------------------------------------------------------------
 
 
-def _shrink(batch: Batch) -> tuple[Tensor, Tensor | None]:
+def _shrink(batch: Batch, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """``D(x) A^T`` of all pairs ``[P, H]``, and the mask where something drops."""
     call, mask = batch.call, None
-    h = batch.narrow(call.routing.tokens.shape[0], product_dtype(call.x))
+    h = batch.narrow(call.routing.tokens.shape[0], product_dtype(x))
     factors, exponent = batch.factors(OF_A, narrow=True)
     for block in batch.blocks():
-        rows, mask = _dropped(batch, block, mask)
+        rows, mask = _dropped(batch, x, block, mask)
         for group, *_ in block.members:
             (a,) = factors[group.slot]
             product_(h[group.pairs, : a.shape[0]], rows[group], a.t())
@@ -211,114 +212,122 @@ def _shrink(batch: Batch) -> tuple[Tensor, Tensor | None]:
     return h, mask
 
 
-def _expand(batch: Batch, h: Tensor, out: Tensor) -> None:
-    """Add ``w s h B^T`` to the rows of out."""
-    factors, _ = batch.factors(OF_B, narrow=False)
-    if not factors:
-        return
-    dtype = batch.members[0].factors[1].dtype
-    dtype = factor_dtype(out, dtype, batch.ranks, narrow=False)
-    scaled = _as_operand(h[: batch.pairs.count], dtype, batch.scale(batch.layout()))
-    terms = {
-        group.slot: [
-            (part.columns, part.ranks, factors[group.slot][part.index].t()) for part in parts
-        ]
-        for group, _, parts, _ in batch.members
-    }
-    _add_products(batch, out, scaled, terms, None)
-
-
 def _expand_backward(
-    batch: Batch, grad: FlatGradient, grad_weights: Tensor | None, needs_t: bool
+    batch: Batch,
+    dy: Tensor,  # [M, N]
+    h: Tensor | None,  # [P, H]
+    grad: FlatGradient,
+    grad_weights: Tensor | None,  # [P], written
+    needs_t: bool,
 ) -> Tensor | None:
-    """t, the gradient of h ``[P, H]`` without the pairs behind the groups.
+    """t, the gradient of h ``[P, H]`` without the pairs behind the groups; None if not needed.
 
-    Writes the gradients of B and of the weights ``[P]``.
+    Writes the gradients of B too.
     """
-    call, dy, count = batch.call, batch.call.dy, batch.pairs.count
-    needs_product = needs_t or grad_weights is not None
-    if not (needs_product or grad.needs_b):
-        return None
-    layout, t, narrow, factors = batch.layout(), None, None, {}
-    h, scale = None if call.h is None else call.h[:count], batch.scale(layout)
-    if needs_product:
+    count, layout, t, narrow = batch.pairs.count, batch.layout(), None, None
+    scale, factors, exponent, exponent_of_b = batch.scale(layout), {}, None, None
+    if needs_t or grad_weights is not None:
         t = batch.narrow(count, product_dtype(dy))
         factors, exponent = batch.factors(OF_B, narrow=True)
-    if grad.needs_b:
-        narrow, exponent_of_b = _as_transposed(h, dy, scale)
+    if h is not None:
+        h = h[:count]
+        if grad.needs_b:
+            narrow, exponent_of_b = _as_transposed(h, dy, scale)
+    if t is None and narrow is None:
+        return None
     for block in batch.blocks():
         rows = batch.rows(dy, block)
         for member in block.members:
             group = member.group
             for s, columns, ranks in member.parts:
                 wide = rows[group][:, columns]
-                if needs_product:
+                if t is not None:
                     product_(t[group.pairs, ranks], wide, factors[group.slot][s])
-                if (of_b := grad.of(member, 1 + s)) is not None:
+                of_b = grad.of(member, 1 + s)
+                if narrow is not None and of_b is not None:
                     transposed_product_(of_b, wide, narrow[group.pairs, ranks])
-    if needs_product and exponent is not None:
-        t.mul_(exponent)
-    if grad.needs_b and exponent_of_b is not None:
+    if exponent_of_b is not None:
         grad.multiply_(OF_B, exponent_of_b)
-    if grad_weights is not None:
+    if t is None:
+        return None
+    if exponent is not None:
+        t.mul_(exponent)
+    if grad_weights is not None and h is not None:
         dtype = grad_weights.dtype
         unweighted = batch.scale(layout, weighted=False).squeeze(1)
         grad_weights[:count] = (t.to(dtype) * h.to(dtype)).sum(1) * unweighted
     return t.mul_(scale) if needs_t else None
 
 
-def _shrink_backward(batch: Batch, t: Tensor, grad: FlatGradient, dx: Tensor | None) -> None:
-    """Add ``keep * (t A)`` to the rows of dx ``[M, K]``; writes the gradients of A."""
-    call, x, mask = batch.call, batch.call.x, batch.call.mask
+def _shrink_backward(
+    batch: Batch,
+    x: Tensor | None,  # [M, K], read for the gradients of A
+    t: Tensor,  # [P, H], without the pairs behind the groups
+    mask: Tensor | None,
+    grad: FlatGradient,
+    dx: Tensor | None,  # [M, K], added to
+) -> None:
+    """Add ``keep * (t A)`` to the rows of dx; writes the gradients of A."""
+    call = batch.call
     if not batch.members:
         return
     if mask is None and call.seed is not None:
         columns = batch.members[0].factors[0].shape[1]
         mask = draw_masks(columns, call.routing, call.bank, call.seed, call.place)
     if dx is not None:
-        factors, _ = batch.factors(OF_A, narrow=False)
-        terms = {
-            slot: [(slice(0, a.shape[1]), slice(0, a.shape[0]), a)]
-            for slot, (a,) in factors.items()
-        }
-        dtype = factor_dtype(dx, batch.members[0].factors[0].dtype, batch.ranks, narrow=False)
-        _add_products(batch, dx, _as_operand(t, dtype), terms, mask)
-    if not grad.needs_a:
+        _add_products(batch, dx, t, None, OF_A, mask)
+    if x is None or not grad.needs_a:
         return
     narrow, exponent = _as_transposed(t, x)
     for block in batch.blocks():
-        if all(member.offsets[0] < 0 for member in block.members):
-            continue
-        rows, _ = _dropped(batch, block, mask)
+        rows = None
         for member in block.members:
             if (of_a := grad.of(member, 0)) is not None:
+                if rows is None:
+                    rows, _ = _dropped(batch, x, block, mask)
                 of_group = narrow[member.group.pairs, : of_a.shape[0]]
                 transposed_product_(of_a, of_group, rows[member.group])
     if exponent is not None:
         grad.multiply_(OF_A, exponent)
 
 
-def _dropped(batch: Batch, block: Block, mask: Tensor | None) -> tuple[Rows, Tensor | None]:
+def _dropped(
+    batch: Batch, x: Tensor, block: Block, mask: Tensor | None
+) -> tuple[Rows, Tensor | None]:
     """``D(x)`` of a block's pairs, and the mask of all, drawn where it was not given."""
     call = batch.call
-    if mask is None and call.seed is None:
-        return batch.rows(call.x, block), None
-    kept, mask = gather_masked(
-        call.x, call.routing, call.bank, call.seed, call.place, mask, block.pairs
-    )
+    if call.seed is None:
+        return batch.rows(x, block), None
+    kept, mask = gather_masked(x, call.routing, call.bank, call.seed, call.place, mask, block.pairs)
     return Rows(kept, block.pairs.start), mask
 
 
-Term = tuple[slice, slice, Tensor]  # columns of the result, ranks, and the factor between them
+def _add_expanded(batch: Batch, h: Tensor, out: Tensor) -> None:
+    """Add ``w s h B^T`` to the rows of out."""
+    if batch.members:
+        scale = batch.scale(batch.layout())
+        _add_products(batch, out, h[: batch.pairs.count], scale, OF_B, None)
 
 
 def _add_products(
     batch: Batch,
     out: Tensor,  # [M, D], added to
     narrow: Tensor,  # [P, H], without the pairs behind the groups
-    terms: dict[int, list[Term]],  # by slot
+    scale: Tensor | None,  # of narrow, [P, 1]
+    which: slice,  # OF_A: narrow A; OF_B: narrow B^T
     mask: Tensor | None,  # [P, ceil(D/8)], of a pair's result
 ) -> None:
+    factors, _ = batch.factors(which, narrow=False)
+    dtype = factor_dtype(out, batch.members[0].factors[which][0].dtype, batch.ranks, narrow=False)
+    narrow = _as_operand(narrow, dtype, scale)
+    terms = {}  # by slot: columns of the result, ranks, and the factor between them
+    for group, _, parts in batch.members:
+        made = factors[group.slot]
+        if which is OF_B:
+            terms[group.slot] = [(each.columns, each.ranks, made[each.index].t()) for each in parts]
+        else:
+            rank, columns = made[0].shape
+            terms[group.slot] = [(slice(0, columns), slice(0, rank), made[0])]
     call, pairs = batch.call, batch.pairs
     if mask is None and (pairs.by_tokens or call.routing.pairs_per_token == 1):
         for block in batch.blocks():
@@ -330,7 +339,7 @@ def _add_products(
                 out.index_copy_(0, batch.tokens(block), rows.rows)
         return
     z = out.new_empty((call.routing.tokens.shape[0], out.shape[1]))
-    for group, _, parts, _ in batch.members:
+    for group, _, parts in batch.members:
         if mask is None and len(parts) < call.bank.num_slices:
             _leave(z[group.pairs])
         for columns, ranks, factor in terms[group.slot]:
@@ -358,20 +367,20 @@ def _add_by_token(batch: Batch, out: Tensor, z: Tensor, layout: Layout) -> None:
 
 
 def _leave(z: Tensor) -> None:
-    """What changes no bit where it is added: not a zero's of the other sign either."""
+    """Fill with what changes no bit where it is added, not that of a zero's sign either."""
     z.fill_(-0.0)
 
 
 def _as_operand(narrow: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
     """``scale * narrow`` ``[rows, H]``, rounded once."""
-    out = narrow_buffer(narrow, *narrow.shape, dtype)
+    out = narrow_buffer(narrow, narrow.shape[0], narrow.shape[1], dtype)
     return out.copy_(narrow) if scale is None else torch.mul(narrow, scale, out=out)
 
 
 def _as_transposed(
     narrow: Tensor, wide: Tensor, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """The same for a product over the rows; and what its results are to be multiplied by."""
+    """``scale * narrow`` for a product over the rows, whose results the second is to multiply."""
     if widens_first(wide):
         return _as_operand(narrow, torch.float32, scale), None
     if wide.dtype == torch.float16:

@@ -12,12 +12,21 @@ from torch import Tensor
 
 from lora_kernels.base_weights import product_or_bias
 from lora_kernels.ops.routed import composed
-from lora_kernels.ops.routed.call import Gradients, Result, RoutedCall
+from lora_kernels.ops.routed.call import (
+    ExpandBackward,
+    ExpandCall,
+    ForwardCall,
+    Gradients,
+    LoRABackward,
+    Result,
+    RoutedCall,
+    ShrinkBackward,
+)
 from lora_kernels.ops.routed.tensors import in_one_piece
 from lora_kernels.runtime import cpu_extension
 
 
-def forward(call: RoutedCall) -> Result:
+def forward(call: ForwardCall) -> Result:
     if call.out is not None:
         with cpu_extension.unit_stride(call.out) as rows:
             _add(rows, call)
@@ -27,35 +36,31 @@ def forward(call: RoutedCall) -> Result:
     return Result(y, h if call.save else None, mask)
 
 
-def backward(call: RoutedCall) -> Gradients:
+def backward(call: LoRABackward) -> Gradients:
     needs, (needs_a, needs_b) = call.needs, call.layout.needs_gradient(call.bank)
-    groups = _groups(call, call.in_features)
-    dy, mask = cpu_extension.rows_of(call.dy), call.mask
-    dx = t = grad_weights = None
-    if needs.x and call.base is not None:
-        dx = call.base.matmul_t(dy)
-    elif needs.x:
-        dx = dy.new_zeros((dy.shape[0], call.in_features))
-    if needs.x or needs_a or needs.weights:
+    groups, mask = _groups(call, call.in_features), call.mask
+    call.dy = dy = cpu_extension.rows_of(call.dy)
+    dx, t, grad_weights = call.base_gradient() if needs.x else None, None, None
+    if dx is not None or needs_a or needs.weights:
         t, grad_weights = groups.expand_backward(dy, call.h, needs.weights)
         if call.seed is not None and mask is None:
             mask = groups.draw_mask()
-    if needs.x:
-        groups.shrink_backward_(dx, t, mask)
+        if dx is not None:
+            groups.shrink_backward_(dx, t, mask)
     x = call.x if needs_a else None
     grad = groups.gradients(dy if needs_b else None, call.h, x, t, mask, call.layout)
     grad_bias = dy.sum(0) if needs.bias else None
     return Gradients(dx, grad.to(call.bank.storage.dtype), grad_weights, grad_bias)
 
 
-def shrink(call: RoutedCall) -> tuple[Tensor, Tensor | None]:
+def shrink(call: ForwardCall) -> tuple[Tensor, Tensor | None]:
     """h and mask as :func:`forward` saves them."""
     groups = _groups(call, call.x.shape[1])
     mask = None if call.seed is None else groups.draw_mask()
     return groups.shrink(call.x, mask, zeros=True), mask
 
 
-def shrink_backward(call: RoutedCall) -> Gradients:
+def shrink_backward(call: ShrinkBackward) -> Gradients:
     x, mask = call.x, call.mask
     needs_a, _ = call.layout.needs_gradient(call.bank)
     groups = _groups(call, x.shape[1])
@@ -69,15 +74,15 @@ def shrink_backward(call: RoutedCall) -> Gradients:
     return Gradients(dx, grad.to(call.bank.storage.dtype))
 
 
-def expand_(call: RoutedCall) -> None:
+def expand_(call: ExpandCall, out: Tensor) -> None:
     """``out += w s h B^T`` for every pair."""
-    if call.out.dtype not in cpu_extension.DTYPES:  # chosen by h's dtype, and out has another
-        return composed.expand_(call)
-    with cpu_extension.unit_stride(call.out) as rows:
+    if out.dtype not in cpu_extension.DTYPES:  # chosen by h's dtype, and out has another
+        return composed.expand_(call, out)
+    with cpu_extension.unit_stride(out) as rows:
         _groups(call, 0).expand_(rows, call.h)
 
 
-def expand_backward(call: RoutedCall) -> Gradients:
+def expand_backward(call: ExpandBackward) -> Gradients:
     if call.dy.dtype not in cpu_extension.DTYPES:
         return composed.expand_backward(call)
     needs, (_, needs_b) = call.needs, call.layout.needs_gradient(call.bank)
@@ -97,7 +102,7 @@ def _groups(call: RoutedCall, in_features: int) -> cpu_extension.RoutedGroups:
     return cpu_extension.RoutedGroups(bank, call.routing, in_features, call.seed, call.place)
 
 
-def _add(y: Tensor, call: RoutedCall) -> tuple[Tensor, Tensor | None]:
+def _add(y: Tensor, call: ForwardCall) -> tuple[Tensor, Tensor | None]:
     """Add the contribution to y; returns h and the mask."""
     groups = _groups(call, call.x.shape[1])
     mask = None if call.seed is None else groups.draw_mask()

@@ -10,7 +10,7 @@ either: a captured graph replays with any routing.
 
 from lora_kernels.base_weights import product_or_bias
 from lora_kernels.ops.routed import triton
-from lora_kernels.ops.routed.call import Result, RoutedCall
+from lora_kernels.ops.routed.call import ForwardCall, Result
 from lora_kernels.ops.routed.triton import (  # noqa: F401  (this module is a backend)
     backward,
     expand_,
@@ -21,7 +21,7 @@ from lora_kernels.ops.routed.triton import (  # noqa: F401  (this module is a ba
 from lora_kernels.runtime import cuda_extension
 
 
-def forward(call: RoutedCall) -> Result:
+def forward(call: ForwardCall) -> Result:
     x, bank, routing, out = call.x, call.bank, call.routing, call.out
     strided = out is not None and out.stride(1) != 1 and out.shape[1] > 1
     drops = call.seed is not None

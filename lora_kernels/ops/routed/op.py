@@ -13,18 +13,32 @@ else has to see goes past the ops to the backend that its plan names.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor as _is_batched
 
 from lora_kernels.base_weights import rebuild
 from lora_kernels.ops.narrow.products import product_dtype
 from lora_kernels.ops.narrow.second_order import missing_edge
 from lora_kernels.ops.routed import second_order
 from lora_kernels.ops.routed.bank.storage import is_moved_anchor
-from lora_kernels.ops.routed.call import Gradients, Needs, RoutedCall, stores_mask
+from lora_kernels.ops.routed.call import (
+    NOTHING_TRAINED,
+    BackwardCall,
+    ExpandBackward,
+    ExpandCall,
+    ForwardCall,
+    Gradients,
+    LoRABackward,
+    Needs,
+    RoutedCall,
+    ShrinkBackward,
+    stores_mask,
+)
 from lora_kernels.ops.routed.plan import module_of
 from lora_kernels.ops.routed.tensors import (
     BankTensors,
@@ -49,105 +63,101 @@ _library = torch.library.Library("lora_kernels", "FRAGMENT")
 _OPS = torch.ops.lora_kernels
 _autocasts = torch._C._is_any_autocast_enabled
 _below_autograd = torch._C._AutoDispatchBelowAutograd
-_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 # --- calls as arguments ----------------------------------------------------------------------
 
 
 class _Part(NamedTuple):
-    """An attribute of a :class:`RoutedCall` as arguments of an op, and back."""
+    """An attribute of a call as arguments of an op, and what makes it of several."""
 
     schema: str
-    count: int = 1
     made: Callable[..., Any] | None = None
+
+    @property
+    def count(self) -> int:
+        return self.schema.count(",") + 1
 
 
 _PARTS = {
     "bank": _Part(
         "Tensor[] factors, int[] slots, int[] thresholds, int[] slice_columns, int max_total_rank, "
         "Tensor storage, Tensor slot_table, Tensor scaling, Tensor threshold_table",
-        len(BankTensors._fields),
         BankTensors,
     ),
     "routing": _Part(
         "Tensor tokens, Tensor offsets, Tensor tiles, Tensor inverse, Tensor? pair_weights, "
         "Tensor plan, int pairs_per_token, int block",
-        len(RoutingTensors._fields),
         RoutingTensors,
     ),
     "layout": _Part(
-        "int[] grad_slots, int[] grad_offsets, int grad_numel, Tensor grad_table",
-        len(GradientLayout._fields),
-        GradientLayout,
+        "int[] grad_slots, int[] grad_offsets, int grad_numel, Tensor grad_table", GradientLayout
     ),
-    "base": _Part("Tensor[] base, str base_format, SymInt[] base_meta", 3, rebuild),
-    "place": _Part("SymInt row_offset, SymInt column_offset, SymInt pitch", 3, MaskPlace),
+    "base": _Part("Tensor[] base, str base_format, SymInt[] base_meta", rebuild),
+    "place": _Part("SymInt row_offset, SymInt column_offset, SymInt pitch", MaskPlace),
     "trained": _Part(
-        "Tensor[] parameters, int[] parameter_offsets, int[] parameter_slots", 3, TrainableFactors
+        "Tensor[] parameters, int[] parameter_offsets, int[] parameter_slots", TrainableFactors
     ),
-    "x": _Part("Tensor x"),
+    "needs": _Part("bool[3] needs", lambda needs: Needs(*needs)),
     "x?": _Part("Tensor? x"),
-    "dy": _Part("Tensor dy"),
-    "h": _Part("Tensor h"),
     "h?": _Part("Tensor? h"),
     "out": _Part("Tensor(a!) out"),
-    "bias": _Part("Tensor? bias"),
-    "mask": _Part("Tensor mask"),
-    "seed": _Part("Tensor? seed"),
-    "rows": _Part("SymInt rows"),
-    "dtype": _Part("ScalarType dtype"),
-    "in_features": _Part("SymInt in_features"),
-    "needs": _Part("bool[3] needs", 1, lambda needs: Needs(*needs)),
-    "backend": _Part("str backend"),
 }
-_CONTEXT = "bank routing"
+for _kind, _names in {
+    "Tensor": "x dy h mask",
+    "Tensor?": "bias seed",
+    "SymInt": "rows in_features",
+    "ScalarType": "dtype",
+    "str": "backend",
+}.items():
+    _PARTS |= {_name: _Part(f"{_kind} {_name}") for _name in _names.split()}
 _SIGNATURES = {
-    "routed_lora": (
-        f"{_CONTEXT} layout x base bias seed place backend trained",
-        "Tensor",
-    ),
+    "routed_lora": (ForwardCall, "layout x base bias seed place backend trained", "Tensor"),
     "routed_lora_forward": (
-        f"{_CONTEXT} x base bias seed place backend",
+        ForwardCall,
+        "x base bias seed place backend",
         "(Tensor y, Tensor h, Tensor mask)",
     ),
     "routed_lora_backward": (
-        f"{_CONTEXT} layout dy x? base h? mask seed place in_features needs backend",
+        LoRABackward,
+        "layout dy x? base h? mask seed place in_features needs backend",
         "(Tensor dx, Tensor grad, Tensor grad_weights, Tensor grad_bias)",
     ),
-    "routed_shrink": (f"{_CONTEXT} layout x seed place backend trained", "Tensor"),
-    "routed_shrink_forward": (f"{_CONTEXT} x seed place backend", "(Tensor h, Tensor mask)"),
+    "routed_shrink": (ForwardCall, "layout x seed place backend trained", "Tensor"),
+    "routed_shrink_forward": (ForwardCall, "x seed place backend", "(Tensor h, Tensor mask)"),
     "routed_shrink_backward": (
-        f"{_CONTEXT} layout dy x mask seed place needs backend",
+        ShrinkBackward,
+        "layout dy x mask seed place needs backend",
         "(Tensor dx, Tensor grad)",
     ),
-    "routed_expand": (f"{_CONTEXT} layout h rows dtype backend trained", "Tensor"),
+    "routed_expand": (ExpandCall, "layout h rows dtype backend trained", "Tensor"),
     "routed_expand_backward": (
-        f"{_CONTEXT} layout dy h needs backend",
+        ExpandBackward,
+        "layout dy h needs backend",
         "(Tensor dh, Tensor grad, Tensor grad_weights)",
     ),
-    "routed_lora_": (f"{_CONTEXT} out x seed place backend", "()"),
-    "routed_expand_": (f"{_CONTEXT} out h backend", "()"),
+    "routed_lora_": (ForwardCall, "out x seed place backend", "()"),
+    "routed_expand_": (ExpandCall, "out h backend", "()"),
 }
-for _name, (_parts, _results) in _SIGNATURES.items():
-    _schema = ", ".join(_PARTS[part].schema for part in _parts.split())
+_PARTS_OF = {name: ["bank", "routing", *each[1].split()] for name, each in _SIGNATURES.items()}
+for _name, (_, _, _results) in _SIGNATURES.items():
+    _schema = ", ".join(_PARTS[part].schema for part in _PARTS_OF[_name])
     _library.define(f"{_name}({_schema}) -> {_results}")
 
 
-def _call_of(name: str, arguments: tuple) -> RoutedCall:
-    """The call that the arguments of an op are."""
+def _call_of(name: str, arguments: tuple) -> Any:
+    """The call that the arguments of an op are, of the class that its signature says."""
     values, at = {}, 0
-    for part in _SIGNATURES[name][0].split():
-        _, count, made = _PARTS[part]
-        taken = arguments[at : at + count]
-        values[part.rstrip("?")] = taken[0] if made is None else made(*taken)
-        at += count
-    return RoutedCall(**values)
+    for part in _PARTS_OF[name]:
+        made, end = _PARTS[part].made, at + _PARTS[part].count
+        values[part.rstrip("?")] = arguments[at] if made is None else made(*arguments[at:end])
+        at = end
+    return _SIGNATURES[name][0](**values)
 
 
-def _arguments_of(name: str, call: RoutedCall) -> list:
+def _arguments_of(name: str, call: Any) -> list:
     arguments: list = []
-    for part in _SIGNATURES[name][0].split():
+    for part in _PARTS_OF[name]:
         value = getattr(call, part.rstrip("?"))
         if part == "base":
             arguments += [[], "", []] if value is None else [
@@ -181,28 +191,35 @@ def _with_values(x: Tensor) -> Tensor:
     return x.resolve_neg()
 
 
-def _forward(call: RoutedCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _forward(call: ForwardCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(y, h, mask)``; x is ``[..., K]``, and so is y."""
     x, call.x = call.x, _rows(call.x)
+    if call.out is not None:
+        # A view, or the rows could not be added to in place: the public function sees to it.
+        call.out = call.out.view(-1, call.out.shape[-1])
     y, h, mask = module_of(call.backend, x).forward(call)
-    return y if x.ndim == 2 else restore_leading_dims(y, x), h, mask
+    if x.ndim != 2 and call.out is None:
+        y = restore_leading_dims(y, x)
+    return y, h, mask
 
 
-def _shrink(call: RoutedCall) -> tuple[Tensor, None, Tensor | None]:
+def _shrink(call: ForwardCall) -> tuple[Tensor, None, Tensor | None]:
     call.x = _rows(call.x)
     h, mask = module_of(call.backend, call.x).shrink(call)
     return h, None, mask
 
 
-def _expand(call: RoutedCall) -> tuple[Tensor, None, None]:
-    shape = call.rows, call.bank.slice_columns[-1]
-    call.out = call.h.new_zeros(shape, dtype=call.dtype)
+def _expand(call: ExpandCall) -> tuple[Tensor, None, None]:
+    if call.out is None:
+        out = call.h.new_zeros((call.rows, call.bank.slice_columns[-1]), dtype=call.dtype)
+    else:
+        out = call.out.view(-1, call.out.shape[-1])
     call.h = _with_values(call.h)
-    module_of(call.backend, call.h).expand_(call)
-    return call.out, None, None
+    module_of(call.backend, call.h).expand_(call, out)
+    return out, None, None
 
 
-def _backward(call: RoutedCall) -> Gradients:
+def _backward(call: LoRABackward) -> Gradients:
     dy, call.dy = call.dy, _rows(call.dy)
     call.x = None if call.x is None else _rows(call.x)
     found = module_of(call.backend, dy).backward(call)
@@ -212,34 +229,23 @@ def _backward(call: RoutedCall) -> Gradients:
     return found
 
 
-def _shrink_backward(call: RoutedCall) -> Gradients:
+def _shrink_backward(call: ShrinkBackward) -> Gradients:
     x, call.x, call.dy = call.x, _rows(call.x), _with_values(call.dy)
     found = module_of(call.backend, x).shrink_backward(call)
     return found if found.x is None else found._replace(x=found.x.view(x.shape))
 
 
-def _expand_backward(call: RoutedCall) -> Gradients:
+def _expand_backward(call: ExpandBackward) -> Gradients:
     call.dy, call.h = _rows(call.dy), _with_values(call.h)
     found = module_of(call.backend, call.h).expand_backward(call)
     return found if found.x is None else found._replace(x=found.x.to(call.h.dtype))
 
 
-def _lora_in_place(call: RoutedCall) -> None:
-    # A view, or the rows could not be added to in place: the public function sees to it.
-    call.out, call.x = call.out.view(-1, call.out.shape[-1]), _rows(call.x)
-    module_of(call.backend, call.x).forward(call)
-
-
-def _expand_in_place(call: RoutedCall) -> None:
-    call.out, call.h = call.out.view(-1, call.out.shape[-1]), _with_values(call.h)
-    module_of(call.backend, call.h).expand_(call)
-
-
 # --- kernels ---------------------------------------------------------------------------------
 
 
-def _received(call: RoutedCall) -> RoutedCall:
-    """The call of an op that runs: in a graph, or with copies of its arguments."""
+def _received(call: RoutedCall) -> None:
+    """Make the call of an op that runs, in a graph or with copies of its arguments, a backend's."""
     storage = call.bank.storage
     if storage.ndim == 2 and is_captured(storage.device):  # by a compiled graph
         raise RuntimeError(
@@ -248,15 +254,16 @@ def _received(call: RoutedCall) -> RoutedCall:
         )
     if is_moved_anchor(storage):  # by who gives an op copies of its arguments
         call.bank = in_one_piece(call.bank)
-    if call.mask is not None and call.mask.numel() == 0:
+    if isinstance(call, BackwardCall) and call.mask is not None and call.mask.numel() == 0:
         call.mask = None
-    return call
 
 
 def _kernel(name: str, run: Callable, results: Callable | None):
     def kernel(*arguments):
-        call = _received(_call_of(name, arguments))
-        call.save = name.endswith("_forward")
+        call = _call_of(name, arguments)
+        _received(call)
+        if name.endswith("_forward"):
+            call.save = True
         with autocast_off(call.routing.tokens):
             found = run(call)
         return None if results is None else results(call, found)
@@ -264,11 +271,11 @@ def _kernel(name: str, run: Callable, results: Callable | None):
     return kernel
 
 
-def _or_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
+def _or_empty(like: Tensor, *gradients: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0) if each is None else each for each in gradients)
 
 
-def _stored(call: RoutedCall, found: tuple) -> Tensor:
+def _stored(call: ForwardCall, found: tuple) -> Tensor:
     mask = found[2] if stores_mask(call.x.device, call.seed, call.backend) else None
     return call.x.new_empty(0, dtype=torch.uint8) if mask is None else mask
 
@@ -276,23 +283,14 @@ def _stored(call: RoutedCall, found: tuple) -> Tensor:
 _KERNELS = {
     "routed_lora": (_forward, lambda call, found: found[0]),
     "routed_lora_forward": (_forward, lambda call, found: (*found[:2], _stored(call, found))),
-    "routed_lora_backward": (
-        _backward,
-        lambda call, g: _or_empty(call.dy, g.x, g.factors, g.weights, g.bias),
-    ),
+    "routed_lora_backward": (_backward, lambda call, found: _or_empty(call.dy, *found)),
     "routed_shrink": (_shrink, lambda call, found: found[0]),
     "routed_shrink_forward": (_shrink, lambda call, found: (found[0], _stored(call, found))),
-    "routed_shrink_backward": (
-        _shrink_backward,
-        lambda call, g: _or_empty(call.x, g.x, g.factors),
-    ),
+    "routed_shrink_backward": (_shrink_backward, lambda call, found: _or_empty(call.x, *found[:2])),
     "routed_expand": (_expand, lambda call, found: found[0]),
-    "routed_expand_backward": (
-        _expand_backward,
-        lambda call, g: _or_empty(call.h, g.x, g.factors, g.weights),
-    ),
-    "routed_lora_": (_lora_in_place, None),
-    "routed_expand_": (_expand_in_place, None),
+    "routed_expand_backward": (_expand_backward, lambda call, found: _or_empty(call.h, *found[:3])),
+    "routed_lora_": (_forward, None),
+    "routed_expand_": (_expand, None),
 }
 for _name, (_run, _made) in _KERNELS.items():
     for _key in dispatch.DISPATCH_KEYS.values():
@@ -302,30 +300,30 @@ for _name, (_run, _made) in _KERNELS.items():
 # --- shapes ----------------------------------------------------------------------------------
 
 
-def _fake_y(call: RoutedCall) -> Tensor:
+def _fake_y(call: ForwardCall) -> Tensor:
     return call.x.new_empty((*call.x.shape[:-1], call.bank.slice_columns[-1]))
 
 
-def _fake_h(call: RoutedCall) -> Tensor:
+def _fake_h(call: ForwardCall) -> Tensor:
     x = call.x
     wide = call.backend in ("triton", "native")
     dtype = accumulator_dtype(x.dtype) if wide else product_dtype(x)
     return x.new_empty((call.routing.tokens.shape[0], call.bank.max_total_rank), dtype=dtype)
 
 
-def _fake_mask(call: RoutedCall) -> Tensor:
+def _fake_mask(call: ForwardCall) -> Tensor:
     shape = 0
     if stores_mask(call.x.device, call.seed, call.backend):
         shape = (call.routing.tokens.shape[0], -(-call.x.shape[-1] // GROUP))
     return call.x.new_empty(shape, dtype=torch.uint8)
 
 
-def _fake_gradients(call: RoutedCall, like: Tensor, x_shape: tuple) -> tuple[Tensor, ...]:
-    needs, weights = call.needs, call.routing.pair_weights
+def _fake_gradients(call: BackwardCall, like: Tensor, x_shape: tuple) -> tuple[Tensor, ...]:
+    needs, weights = call.needs, call.new_weights(torch.empty_like)
     return (
         like.new_empty(x_shape if needs.x else 0),
         call.bank.storage.new_empty(call.layout.numel),
-        torch.empty_like(weights) if needs.weights else like.new_empty(0),
+        like.new_empty(0) if weights is None else weights,
         call.dy.new_empty(call.dy.shape[-1] if needs.bias else 0),
     )
 
@@ -361,17 +359,14 @@ class _Kind(NamedTuple):
     """One of the three differentiable operations."""
 
     name: str
-    forward: Callable
-    backward: Callable
+    of_backward: type[BackwardCall]
     second_order: Callable
     saved: tuple[str, ...]  # attributes of the call that a backward may need, the operand first
 
 
-_LORA = _Kind("routed_lora", _forward, _backward, second_order.lora_backward, ("x",))
-_SHRINK = _Kind(
-    "routed_shrink", _shrink, _shrink_backward, second_order.shrink_backward, ("x", "seed")
-)
-_EXPAND = _Kind("routed_expand", _expand, _expand_backward, second_order.expand_backward, ("h",))
+_LORA = _Kind("routed_lora", LoRABackward, second_order.lora_backward, ("x",))
+_SHRINK = _Kind("routed_shrink", ShrinkBackward, second_order.shrink_backward, ("x", "seed"))
+_EXPAND = _Kind("routed_expand", ExpandBackward, second_order.expand_backward, ("h",))
 _KINDS = {kind.name: kind for kind in (_LORA, _SHRINK, _EXPAND)}
 
 
@@ -383,11 +378,13 @@ class RoutedFunction(torch.autograd.Function):
         """``operand`` is x, or h for an expand."""
         if kind is not _SHRINK:
             call.routing = call.routing._replace(pair_weights=pair_weights)
-        call.save = True
+        if kind is _LORA:
+            call.save = True
         with _below_autograd():
             y, h, mask = _with_saved(kind, call)
-        x, ctx.edge_to_x = None, None
+        x, base, ctx.edge_to_x = None, None, None
         if kind is _LORA:
+            base = call.base
             needs_a, needs_b = call.layout.needs_gradient(call.bank)
             needs_h = needs_b or ctx.needs_input_grad[4]
             x, h = operand if needs_a else None, h if needs_h else None
@@ -397,7 +394,6 @@ class RoutedFunction(torch.autograd.Function):
             x, h = operand, None
         else:
             h = operand
-        base = call.base
         weights = () if base is None else base.tensors()
         ctx.save_for_backward(
             x, h, mask, call.seed, pair_weights, *weights,
@@ -412,10 +408,10 @@ class RoutedFunction(torch.autograd.Function):
             bank = bank._replace(
                 scaling=bank.scaling.clone(), threshold_table=bank.threshold_table.clone()
             )
-        ctx.kind, ctx.call = kind, RoutedCall(
-            bank, call.routing._replace(pair_weights=None), call.backend, place=call.place,
+        ctx.kind, ctx.routing = kind, call.routing._replace(pair_weights=None)
+        ctx.call = functools.partial(
+            kind.of_backward, bank, backend=call.backend, place=call.place, alone=call.alone,
             layout=call.layout, trained=call.trained, in_features=operand.shape[-1],
-            alone=call.alone,
         )  # fmt: skip
         return y
 
@@ -424,22 +420,21 @@ class RoutedFunction(torch.autograd.Function):
         x, h, mask, seed, pair_weights, *others = ctx.saved_tensors
         _, _, needs_x, needs_bias, needs_weights, *needs = ctx.needs_input_grad
         count, *base = ctx.base
-        kept = ctx.call
-        call = RoutedCall(
-            kept.bank, kept.routing._replace(pair_weights=pair_weights), kept.backend, x=x, h=h,
-            mask=mask, seed=seed, base=rebuild(others[:count], *base), place=kept.place, dy=dy,
-            layout=kept.layout, trained=kept.trained, in_features=kept.in_features,
-            needs=Needs(needs_x, needs_weights, needs_bias), alone=kept.alone,
+        call = ctx.call(
+            routing=ctx.routing._replace(pair_weights=pair_weights), x=x, h=h, mask=mask, seed=seed,
+            base=rebuild(others[:count], *base), dy=dy,
+            needs=Needs(needs_x, needs_weights, needs_bias),
         )  # fmt: skip
         with autocast_off(dy):
             if torch.is_grad_enabled() or _is_batched(dy):  # create_graph, vectorize
-                trained = call.trained
-                factors = second_order.Factors(
-                    tuple(trained.parameters), trained.slots, tuple(needs)
-                )
-                dx, gradients, *grads = ctx.kind.second_order(call, factors, ctx.edge_to_x)
+                dx, gradients, *grads = ctx.kind.second_order(call, needs, ctx.edge_to_x)
             else:
-                dx, flat, *grads = _first_gradients(ctx.kind, call)
+                name = f"{ctx.kind.name}_backward"
+                with _below_autograd():
+                    if call.alone and is_plain_eager(call.routing.tokens):
+                        dx, flat, *grads = _KERNELS[name][0](call)
+                    else:
+                        dx, flat, *grads = Gradients(*_op(name, call))
                 gradients = call.trained.gradients(flat)
         grad_weights, grad_bias = grads
         return (
@@ -452,14 +447,17 @@ class RoutedFunction(torch.autograd.Function):
         )
 
 
-# RoutedFunction.apply without what it does for torch.func, which takes half of its time.
-_apply_eagerly = super(torch.autograd.Function, RoutedFunction).apply
+# RoutedFunction.apply without what it does for torch.func, which takes half of its time. torch's
+# stubs have no class between Function and object.
+_apply_eagerly = super(torch.autograd.Function, RoutedFunction).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _with_saved(kind: _Kind, call: RoutedCall) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _with_saved(
+    kind: _Kind, call: ForwardCall | ExpandCall
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(y, h, mask)`` of a forward that a backward follows."""
     if call.alone:
-        y, h, mask = kind.forward(call)
+        y, h, mask = _KERNELS[kind.name][0](call)
         stored = mask is not None and stores_mask(y.device, call.seed, call.backend)
         return y, h, mask if stored else None
     if kind is _EXPAND:
@@ -470,25 +468,18 @@ def _with_saved(kind: _Kind, call: RoutedCall) -> tuple[Tensor, Tensor | None, T
     return y, h, mask if mask.numel() else None
 
 
-def _first_gradients(kind: _Kind, call: RoutedCall) -> Gradients:
-    with _below_autograd():
-        if call.alone and is_plain_eager(call.routing.tokens):
-            return kind.backward(call)
-        return Gradients(*_op(f"{kind.name}_backward", call))
-
-
 def _op(name: str, call: RoutedCall):
     return getattr(_OPS, name)(*_arguments_of(name, call))
 
 
-def _tensors_of(kind: _Kind, call: RoutedCall) -> tuple[Tensor | None, ...]:
+def _tensors_of(call: ForwardCall | ExpandCall, weights: Tensor | None) -> Sequence[Tensor | None]:
     """What may need a gradient, in the order of :class:`RoutedFunction`."""
-    operand = call.h if kind is _EXPAND else call.x
-    weights = None if kind is _SHRINK else call.routing.pair_weights
-    return operand, call.bias, weights, *call.trained.parameters
+    if isinstance(call, ExpandCall):
+        return call.h, None, weights, *call.trained.parameters
+    return call.x, call.bias, weights, *call.trained.parameters
 
 
-def run(name: str, call: RoutedCall) -> Tensor:
+def run(name: str, call: ForwardCall | ExpandCall) -> Tensor:
     """The op, or past it the backend straight where nothing else has to see the call."""
     if not call.alone:
         return _op(name, call)
@@ -496,26 +487,28 @@ def run(name: str, call: RoutedCall) -> Tensor:
     if _autocasts() and torch.is_autocast_enabled(tokens.device.type):
         with autocast_off(tokens):
             return run(name, call)
-    tensors = () if call.trained is None else _tensors_of(kind, call)
-    if not requires_grad(tensors):
+    weights = None if kind is _SHRINK else call.routing.pair_weights
+    tensors = _tensors_of(call, weights) if torch.is_grad_enabled() else None
+    if tensors is None or not requires_grad(tensors):
         with _below_autograd():
-            return kind.forward(call)[0]
+            return _KERNELS[name][0](call)[0]
     try:
         return _apply_eagerly(kind, call, *tensors)
     except RuntimeError as error:
         saved = {name: getattr(call, name) for name in kind.saved}
         saved[kind.saved[0]] = tensors[0]  # as it was given: the call has its rows by now
-        weight = None if call.base is None else call.base.tensors()[0]
-        name_unsaved(error, **saved, weight=weight)
+        base = call.base if isinstance(call, ForwardCall) else None
+        name_unsaved(error, **saved, weight=None if base is None else base.tensors()[0])
         raise
 
 
-def run_in_place(name: str, call: RoutedCall) -> None:
-    """Add into ``call.out``, which autograd does not see: no gradient is needed."""
+def run_in_place(name: str, call: ForwardCall | ExpandCall, out: Tensor) -> None:
+    """Add into ``out``, which autograd does not see: no gradient is needed."""
+    call.out = out
     if call.alone:
-        with autocast_off(call.out), _below_autograd():
+        with autocast_off(out), _below_autograd():
             _KERNELS[name][0](call)
-        torch.autograd.graph.increment_version(call.out)
+        torch.autograd.graph.increment_version(out)
     else:
         _op(name, call)
 
@@ -523,10 +516,10 @@ def run_in_place(name: str, call: RoutedCall) -> None:
 def _differentiable(name: str):
     def kernel(*arguments):
         kind, call = _KINDS[name], _call_of(name, arguments)
-        tensors = _tensors_of(kind, call)
+        tensors = _tensors_of(call, None if kind is _SHRINK else call.routing.pair_weights)
         if requires_grad(tensors):
             return RoutedFunction.apply(kind, call, *tensors)
-        call.trained = TrainableFactors([], [], [])
+        call.trained = NOTHING_TRAINED
         with _below_autograd():
             return _op(name, call)
 

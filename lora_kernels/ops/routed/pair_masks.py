@@ -22,17 +22,14 @@ def gather_masked(
     x: Tensor,  # [M, K]
     routing: RoutingTensors,
     bank: BankTensors,
-    seed: Tensor | None,  # []; not read where a mask is given
+    seed: Tensor,  # []; not read where a mask is given
     place: MaskPlace,
     mask: Tensor | None,  # [P, ceil(K/8)]
-    pairs: slice,
+    pairs: slice,  # whole groups; all pairs on a device
 ) -> tuple[Tensor, Tensor]:
     """``keep * scale * x`` of some pairs ``[n, K]``, rounded once, and the mask of all.
 
     Rows of pairs whose adapter is not in the bank are zero.
-
-    Args:
-        pairs: whole groups; all pairs on a device.
     """
     if (kernels := _kernels(x)) is not None:
         x, mask = with_neighbours(x), None if mask is None else mask.contiguous()

@@ -43,25 +43,18 @@ class Layout(NamedTuple):
 
 class Pairs:
     """The groups of one filling. What a device reads of them is copied there when it is needed,
-    once for each stream: see :func:`stream_of`.
-
-    Attributes:
-        groups: with an adapter, none of them empty.
-        count: of the pairs in them; those behind have no adapter.
-        some_without: whether there are pairs without an adapter.
-        by_tokens: whether every group's tokens are neighbours: its rows are a view.
-        offset: token minus pair where that is the same for all of them, else None.
-        longest: T.
-    """
+    once for each stream: see :func:`stream_of`."""
 
     def __init__(self, plan: Tensor, routing: RoutingTensors) -> None:
-        self.groups = [Group(*row) for row in plan.tolist() if row[0] >= 0]
-        self.count = self.groups[-1].end if self.groups else 0
-        self.some_without = self.count < routing.tokens.shape[0]
+        self.groups = [Group(*row) for row in plan.tolist() if row[0] >= 0]  # none of them empty
+        self.count = self.groups[-1].end if self.groups else 0  # of their pairs, which come first
+        self.some_without = self.count < routing.tokens.shape[0]  # whether others have no adapter
+        # Whether every group's tokens are neighbours: its rows are a view.
         self.by_tokens = all(group.first >= 0 for group in self.groups)
+        # Token minus pair where that is the same for all of them, else None.
         offsets = {group.first - group.start for group in self.groups}
         self.offset = offsets.pop() if self.by_tokens and len(offsets) == 1 else None
-        self.longest = max((group.end - group.start for group in self.groups), default=0)
+        self.longest = max((group.end - group.start for group in self.groups), default=0)  # T
         self._dense: dict[int, Layout] = {}
         self._padded: dict[int, Layout] = {}
 
@@ -108,7 +101,7 @@ class Pairs:
 
 
 def _on_host(numbers: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Wherever torch makes tensors by default."""
+    """A tensor on the CPU, wherever torch makes tensors by default."""
     return torch.tensor(numbers, dtype=dtype, device="cpu")
 
 

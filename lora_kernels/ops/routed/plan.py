@@ -15,15 +15,11 @@ from lora_kernels.runtime.dispatch import Choice
 
 @dataclass(frozen=True, slots=True)
 class RoutedPlan:
-    """What follows from the metadata of a call.
+    """What follows from the metadata of a call."""
 
-    Attributes:
-        choice: the backend and why, as ``explain`` prints it.
-        reads_groups: whether the host has to know a routing's groups. On a GPU their sizes would
-            have to be waited for, and the kernels there do without.
-    """
-
-    choice: Choice
+    choice: Choice  # the backend and why, as ``explain`` prints it
+    # Whether the host has to know a routing's groups. On a GPU their sizes would have to be waited
+    # for, and the kernels there do without.
     reads_groups: bool
 
 

@@ -84,7 +84,7 @@ def _pairs_of(slot: int, routing: RoutingTensors) -> tuple[Tensor, Tensor]:
 def _dropped(
     rows: Tensor, adapter, tokens: Tensor, seed: Tensor | None, place: MaskPlace
 ) -> Tensor:
-    if not adapter.training or drop_threshold(adapter.dropout_p) == 0:
+    if seed is None or not adapter.training or drop_threshold(adapter.dropout_p) == 0:
         return rows
     p, slot = adapter.dropout_p, adapter.slot
     packed = packed_keep_mask_of_rows(seed, p, tokens, rows.shape[1], slot, place)

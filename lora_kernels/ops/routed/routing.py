@@ -35,14 +35,15 @@ _SMALL_BATCH = 256
 Names = Sequence[str]
 Device = torch.device | str
 Ids = Tensor | Sequence[int]
-IdRows, WeightRows = Tensor | Sequence[Sequence[int]], Tensor | Sequence[Sequence[float]]
+IdRows = Tensor | Sequence[Sequence[int]]
+WeightRows = Tensor | Sequence[Sequence[float]]
 
 # Read once, at import: checking ids on a device needs a synchronisation.
 _DEBUG = os.environ.get("LORA_KERNELS_DEBUG", "0") not in ("", "0")
 
 
 class _Captured:
-    """What CUDA graphs read of the weights of a routing and of its copies for versions."""
+    """Whether captured CUDA graphs read weights of a routing, or of its copies for versions."""
 
     def __init__(self) -> None:
         self.without_weights = self.weight_buffer = False
@@ -138,7 +139,7 @@ class Routing:
         self._bind_adapters(model)
 
     def _model(self) -> ModelVersion:
-        """The adapters that a filling refers to."""
+        """The version that a filling refers to."""
         return self.slots.latest if self.pinned is None else self.pinned
 
     def at(self, version: ModelVersion) -> "Routing":
@@ -277,8 +278,8 @@ class Routing:
 
     def set_sequences_(self, names: Sequence[str], lengths: int | Sequence[int]) -> "Routing":
         """Fill it again as :meth:`from_sequences` does."""
-        lengths = lengths_of(names, lengths)
-        model = self._check_room(sum(lengths))
+        counts = lengths_of(names, lengths)
+        model = self._check_room(sum(counts))
         for name in names:
             if name != BASE and name not in model.names:
                 raise ValueError(
@@ -291,11 +292,10 @@ class Routing:
                     f"this routing was made with, got {name!r}"
                 )
         slots = [model.slot_of(name) for name in names]
-        used = slots_in(slot for slot, length in zip(slots, lengths, strict=True) if length)
+        used = slots_in(slot for slot, count in zip(slots, counts, strict=True) if count)
         self._check_capacity(model, used)
         # On the CPU wherever torch makes tensors by default, as other lists.
-        ids, lengths = integers("ids", slots), integers("lengths", lengths)
-        ids = ids.repeat_interleave(lengths)
+        ids = integers("ids", slots).repeat_interleave(integers("lengths", counts))
         return self._fill(model, ids, ids.shape[0], used)
 
     def set_segments_(self, ids: Ids, offsets: Ids) -> "Routing":
@@ -357,11 +357,11 @@ class Routing:
             self._weights = weights
             return self
         with torch.inference_mode(False), torch.no_grad():
-            sorted_weights, buffer = self._sorted(weights), self._weight_buffer
-            other = buffer is None or buffer.dtype != sorted_weights.dtype
-            if buffer is None or (other and not self._captured.weight_buffer):
-                self._weight_buffer = sorted_weights
-            self._weights = self._weight_buffer.copy_(sorted_weights)
+            found, buffer = self._sorted(weights), self._weight_buffer
+            if buffer is None or (buffer.dtype != found.dtype and not self._captured.weight_buffer):
+                self._weights = self._weight_buffer = found
+            else:
+                self._weights = buffer.copy_(found)
         return self
 
     def _unweighted(self) -> None:

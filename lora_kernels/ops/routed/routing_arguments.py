@@ -72,22 +72,22 @@ def device_for(ids: Tensor, bank, device) -> torch.device | str | None:
 def lengths_of(names: Sequence[str], lengths: int | Sequence[int]) -> list[int]:
     if isinstance(names, str):
         raise TypeError(f"names: expected a list of names, got the string {names!r}")
-    if hasattr(lengths, "tolist"):  # tensors and arrays
-        lengths = lengths.tolist()
-    if isinstance(lengths, Integral):
-        lengths = [lengths] * len(names)
-    if not isinstance(lengths, Sequence):
+    tolist = getattr(lengths, "tolist", None)  # of tensors and arrays
+    given: object = lengths if tolist is None else tolist()
+    if isinstance(given, Integral):
+        given = [given] * len(names)
+    if not isinstance(given, Sequence):
         raise TypeError(
-            f"lengths: expected a number or a list of numbers, got {type(lengths).__name__}"
+            f"lengths: expected a number or a list of numbers, got {type(given).__name__}"
         )
-    lengths = list(lengths)
-    if len(lengths) != len(names):
-        raise ValueError(f"lengths: expected {len(names)}, one per name, got {len(lengths)}")
-    if any(isinstance(length, bool) or not isinstance(length, Integral) for length in lengths):
-        raise TypeError(f"lengths: expected integers, got {lengths}")
-    if any(length < 0 for length in lengths):
-        raise ValueError(f"lengths: expected numbers of tokens, got {min(lengths)}")
-    return [int(length) for length in lengths]
+    if len(given) != len(names):
+        raise ValueError(f"lengths: expected {len(names)}, one per name, got {len(given)}")
+    counts = [int(each) for each in given if isinstance(each, Integral) and type(each) is not bool]
+    if len(counts) < len(given):
+        raise TypeError(f"lengths: expected integers, got {list(given)}")
+    if min(counts, default=0) < 0:
+        raise ValueError(f"lengths: expected numbers of tokens, got {min(counts)}")
+    return counts
 
 
 def is_fake(tensor: Tensor) -> bool:

@@ -65,12 +65,8 @@ class Part(NamedTuple):
 
 
 def in_one_piece(bank: BankTensors, dtype: torch.dtype | None = None) -> BankTensors:
-    """The same adapters in a storage of their own, one factor behind the other.
-
-    Args:
-        bank: whose factors lie anywhere.
-        dtype: of the new storage; None is theirs.
-    """
+    """The same adapters in a storage of their own, of that dtype if given, one factor behind the
+    other."""
     table, factors, end = bank.slot_table.clone(), [], 0
     for index, slot in enumerate(bank.slots):
         for row, factor in zip(table[slot], bank.factors_of(index), strict=True):

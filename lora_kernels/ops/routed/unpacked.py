@@ -17,12 +17,12 @@ from lora_kernels.adapters.factors import LoRAFactors
 from lora_kernels.base_weights import DenseWeight
 from lora_kernels.ops.routed.bank.slots import BASE, AdapterSlots
 from lora_kernels.ops.routed.bank.storage import ALIGNMENT, anchor
-from lora_kernels.ops.routed.bank.tables import scaling_dtype
-from lora_kernels.ops.routed.call import RoutedCall
+from lora_kernels.ops.routed.bank.tables import SlotTables, scaling_dtype
+from lora_kernels.ops.routed.call import ForwardCall
 from lora_kernels.ops.routed.op import run
 from lora_kernels.ops.routed.plan import reads_groups
 from lora_kernels.ops.routed.routing import Routing
-from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout, TrainableFactors
+from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout
 from lora_kernels.runtime import dispatch
 from lora_kernels.runtime.capture import is_captured, kept_per_device, stream_of
 from lora_kernels.runtime.dtypes import autocast_dtype
@@ -76,9 +76,10 @@ def routed_linear_unpacked(
         length = x.shape[1:-1].numel()
         routing = _routing(ids, length, capacity, x.device, stream_of(x.device))
         tensors = routing.tensors(with_plan=reads_groups(backend, x))
-        call = RoutedCall(bank, tensors, backend, x, base, bias, alone=is_plain_eager(x))
-        call.layout = GradientLayout([], [], 0, bank.slot_table)
-        call.trained = TrainableFactors([], [], [])
+        alone, layout = is_plain_eager(x), GradientLayout([], [], 0, bank.slot_table)
+        call = ForwardCall(
+            bank, tensors, backend, alone=alone, layout=layout, x=x, base=base, bias=bias
+        )
         return run("routed_lora", call)
 
 
@@ -87,47 +88,56 @@ def _bank(
 ) -> tuple[BankTensors, str]:
     """The adapters as the backends take them, and the backend that can."""
     factors = [factor for _, (a, b, *_) in present for factor in (a, b)]
-    slots = [slot for slot, _ in present]
-    backend, rows, storage = "composed", None, x.new_empty(0)
-    chosen = dispatch.choose("auto", x.device, x.dtype).backend
-    if chosen != "composed":
+    slots, rows, storage = tuple(slot for slot, _ in present), None, x.new_empty(0)
+    backend = dispatch.choose("auto", x.device, x.dtype).backend
+    if backend != "composed":
         storage = _anchor(factors[0].dtype, x.device)
         # The kernels count on the bank's alignment, Triton's and CUDA's; the CPU's do not.
-        on_cpu = chosen == "native" and x.device.type == "cpu"
-        rows = _offsets(slots, factors, storage, 1 if on_cpu else ALIGNMENT)
-        backend = "composed" if rows is None else chosen
+        on_cpu = backend == "native" and x.device.type == "cpu"
+        rows = _rows(factors, storage, 1 if on_cpu else ALIGNMENT)
+    if rows is None:
+        backend, rows = "composed", ((0, 0, 0),) * len(slots)  # which composed does not read
+    numbers, on_device = [], {}
+    for slot, adapter in present:
+        scaling = adapter.scaling
+        if isinstance(scaling, Tensor) and scaling.device.type != "cpu":  # not to be read back
+            numbers.append(0.0)
+            on_device[slot] = scaling
+        else:
+            numbers.append(float(scaling))
+    stream = stream_of(x.device)
+    tables = _tables(slots, rows, tuple(numbers), capacity, x.device, stream)
+    for slot, scaling in on_device.items():
+        tables = tables.with_scaling(slot, scaling)
     bank = BankTensors(
         factors=factors,
-        slots=slots,
+        slots=list(slots),
         thresholds=[0] * len(slots),
         slice_columns=[0, out_features],
         max_total_rank=max(a.shape[0] for _, (a, *_) in present),
         storage=storage,
-        slot_table=_table(rows or (), capacity, x.device, stream_of(x.device)),
-        scaling=_scalings(present, capacity, x.device),
-        threshold_table=_no_thresholds(capacity, x.device),
+        slot_table=tables.factors,
+        scaling=tables.scaling,
+        threshold_table=tables.thresholds,
     )
     return bank, backend
 
 
-def _offsets(
-    slots: list[int], factors: list[Tensor], storage: Tensor, alignment: int
-) -> tuple[tuple[int, int, int, int], ...] | None:
-    """``(slot, rank, offset of A, offset of B)`` relative to ``storage``, in its elements.
+Row = tuple[int, int, int]  # rank, and the offsets of A and B in elements of the storage
 
-    None where the kernels could not: another dtype, strides, or addresses that are no multiples of
-    ``alignment`` elements.
-    """
-    unit = alignment * storage.element_size()
-    base = storage.data_ptr()
+
+def _rows(factors: list[Tensor], storage: Tensor, alignment: int) -> tuple[Row, ...] | None:
+    """A row for each adapter; None where the kernels could not: another dtype, strides, or
+    addresses that are no multiples of ``alignment`` elements."""
+    size, base = storage.element_size(), storage.data_ptr()
     for factor in factors:
         if factor.dtype != storage.dtype or not factor.is_contiguous():
             return None
-        if (factor.data_ptr() - base) % unit:
+        if (factor.data_ptr() - base) % (alignment * size):
             return None
-    offsets = [(factor.data_ptr() - base) // storage.element_size() for factor in factors]
+    offsets = [(factor.data_ptr() - base) // size for factor in factors]
     ranks = [factor.shape[0] for factor in factors[::2]]
-    return tuple(zip(slots, ranks, offsets[::2], offsets[1::2], strict=True))
+    return tuple(zip(ranks, offsets[::2], offsets[1::2], strict=True))
 
 
 # --- by value --------------------------------------------------------------------------------
@@ -141,7 +151,7 @@ _ROUTINGS, _TABLES = 32, 2048
 def _routing(
     ids: tuple[int, ...], length: int, capacity: int, device: torch.device, stream: int
 ) -> Routing:
-    """Sequences of one length, each with its slot."""
+    """The routing of sequences of one length, each with its slot."""
     # Plain tensors even under inference_mode: the cache outlives it.
     with torch.inference_mode(False):
         slots = AdapterSlots(capacity)
@@ -157,42 +167,20 @@ def _anchor(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=_TABLES)
-def _table(rows: tuple, capacity: int, device: torch.device, stream: int) -> Tensor:
-    """``[L + 1, 2, 3]``: rank, column and offset of A and B by slot; zeros where nobody asks."""
+def _tables(
+    slots: tuple[int, ...],
+    rows: tuple[Row, ...],
+    scalings: tuple[float, ...],
+    capacity: int,
+    device: torch.device,
+    stream: int,
+) -> SlotTables:
     with torch.inference_mode(False):
-        table = torch.zeros(capacity + 1, 2, 3, dtype=torch.int64, device="cpu")
-        for slot, rank, *offsets in rows:
-            for factor, offset in enumerate(offsets):
-                table[slot, factor] = torch.tensor([rank, 0, offset], device="cpu")
-        return table.to(device)
-
-
-def _scalings(
-    present: list[tuple[int, LoRAFactors]], capacity: int, device: torch.device
-) -> Tensor:
-    """``[L + 1]`` in :func:`scaling_dtype`. Scalings that are on the device are not read back."""
-    values = [0.0] * (capacity + 1)
-    on_device = {}
-    for slot, adapter in present:
-        scaling = adapter.scaling
-        if isinstance(scaling, Tensor) and scaling.device.type != "cpu":
-            on_device[slot] = scaling
-        else:
-            values[slot] = float(scaling)
-    table = _numbers(tuple(values), device, stream_of(device))
-    if on_device:
-        table = table.clone()
-        for slot, scaling in on_device.items():
-            table[slot] = scaling
-    return table
-
-
-@functools.lru_cache(maxsize=_TABLES)
-def _numbers(values: tuple[float, ...], device: torch.device, stream: int) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=scaling_dtype(device), device=device)
-
-
-@kept_per_device
-def _no_thresholds(capacity: int, device: torch.device) -> Tensor:
-    return torch.zeros(capacity + 1, dtype=torch.int32, device=device)
+        numbers = torch.tensor(scalings, dtype=scaling_dtype(device), device=device)
+        return SlotTables.empty(capacity, 1, device).with_adapters(
+            {
+                slot: [[rank, 0, a], [rank, 0, b]]
+                for slot, (rank, a, b) in zip(slots, rows, strict=True)
+            },
+            dict(zip(slots, numbers, strict=True)),
+        )

@@ -6,6 +6,8 @@ import re
 
 import pytest
 import torch
+from compile_cases import BF16, DEVICES, FP16, FP32
+from compile_only import Launch, compile_launch, record_launches
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -14,8 +16,6 @@ from lora_kernels.ops.narrow.triton import masked
 from lora_kernels.ops.routed.tensors import RoutingTensors
 from lora_kernels.ops.routed.triton import masked as routed_masked
 from lora_kernels.runtime.dropout import ActiveDropout, MaskPlace
-from lora_kernels.testing.compile_cases import BF16, DEVICES, FP16, FP32
-from lora_kernels.testing.compile_only import Launch, compile_launch, record_launches
 
 SLOTS = 5
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}

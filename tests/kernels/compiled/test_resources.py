@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-from lora_kernels.ops.linear.triton import tiles
-from lora_kernels.testing.compile_cases import (
+import triton
+from compile_cases import (
     BF16,
     CALLS,
     DEVICES,
@@ -18,7 +17,10 @@ from lora_kernels.testing.compile_cases import (
     launches_of,
     resources_of,
 )
-from lora_kernels.testing.compile_only import compile_launch, compile_launch_for_amd
+from compile_only import compile_launch, compile_launch_for_amd, stack_accesses_in_loops
+from packaging.version import Version
+
+from lora_kernels.ops.linear.triton import tiles
 
 CASES = [pytest.param(*case, id=name) for name, *case in cases(CALLS)]
 DOTS = {"shrink_kernel", "rank_gradient_kernel", "gemm_tail_kernel", "gemm_tail_tma_kernel"}
@@ -27,10 +29,29 @@ DOTS = {"shrink_kernel", "rank_gradient_kernel", "gemm_tail_kernel", "gemm_tail_
 @pytest.mark.parametrize("call, capability", CASES)
 def test_fits_and_does_not_spill(call, capability):
     for launch, used in resources_of(call, capability):
-        spills = used.stack if capability in WIDE else used.spills
+        # The Triton that is pinned, and newer ones, keep nothing in memory on cards for servers.
+        strict = capability in WIDE and Version(triton.__version__) >= Version("3.9")
+        spills = used.stack if strict else used.spills
         assert not spills, (launch.name, used.registers, used.stack)
         assert used.shared <= DEVICES[capability].shared_memory, (launch.name, used.shared)
         assert used.registers * 32 * launch.options["num_warps"] <= 65_536, launch.name
+
+
+LOOP_IN_A_LOOP = """
+    /*0000*/ STL [R1], R4 ;
+    /*0010*/ LDL R4, [R1] ;
+    /*0020*/ HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+    /*0030*/ {place} ;
+    /*0040*/ @P0 BRA 0x20 ;
+    /*0050*/ LDL.LU R4, [R1] ;
+    /*0060*/ @P1 BRA 0x10 ;
+    /*0070*/ EXIT ;
+"""
+
+
+@pytest.mark.parametrize("place, found", [("NOP", 0), ("LDL R4, [R1]", 1), ("STL.64 [R1], R4", 1)])
+def test_a_planted_spill_in_a_loop_is_found(place, found):
+    assert len(stack_accesses_in_loops(LOOP_IN_A_LOOP.format(place=place))) == found
 
 
 @pytest.mark.parametrize("call, capability", CASES)
@@ -53,7 +74,7 @@ def test_instructions(call, capability):
         if launch.name not in DOTS:
             continue
         small = launch.arguments["BLOCK_M"] < 64 and launch.name != "rank_gradient_kernel"
-        if call.dtype == torch.float32:  # ieee: not on the matrix units
+        if call.dtype == torch.float32 and not call.tf32:  # ieee: not on the matrix units
             assert not any(used.instructions(mnemonic) for mnemonic in MATRIX_INSTRUCTION.values())
         else:
             expected = "mma.sync" if small else MATRIX_INSTRUCTION[capability]
@@ -61,7 +82,12 @@ def test_instructions(call, capability):
         if launch.name == "gemm_tail_tma_kernel":
             assert used.instructions("cp.async.bulk.tensor"), launch.name
         elif call.in_features % 8 == 0:
-            assert used.instructions("cp.async.cg"), launch.name
+            # Rows by 16 bytes, without a pipeline too. TF32's products take their left operand by
+            # rows of the reduction, so that dy is copied by single elements.
+            single = call.tf32 and launch.name == "rank_gradient_kernel"
+            copy = "cp.async.ca" if single else "cp.async.cg"
+            copy = copy if launch.options["num_stages"] > 1 else "ld.global.v4"
+            assert used.instructions(copy), launch.name
     on_tma = call.strategy == "fused" and capability >= 90 and call.in_features % 8 == 0
     assert ("gemm_tail_tma_kernel" in seen) == on_tma
     assert {"shrink_kernel", "rank_gradient_kernel"} <= seen

@@ -10,11 +10,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler.compiler import make_backend
-from triton.runtime.jit import create_function_from_signature
-
-from lora_kernels.testing.compile_cases import (
+from compile_cases import (
     BF16,
     CALLS,
     FP32,
@@ -23,7 +19,10 @@ from lora_kernels.testing.compile_cases import (
     RoutedCase,
     launches_of,
 )
-from lora_kernels.testing.compile_only import Launch
+from compile_only import Launch
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 
 EVERY = CALLS | ROUTED_CALLS
 DRAWING = {

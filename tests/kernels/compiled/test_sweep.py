@@ -8,8 +8,7 @@ COMPILE_SWEEP=1 pytest tests/kernels/compiled/test_sweep.py
 import itertools
 
 import pytest
-
-from lora_kernels.testing.compile_cases import (
+from compile_cases import (
     BF16,
     DEVICES,
     FP16,
@@ -20,7 +19,7 @@ from lora_kernels.testing.compile_cases import (
     compile_key,
     launches_of,
 )
-from lora_kernels.testing.compile_only import compile_launch
+from compile_only import compile_launch
 
 pytestmark = pytest.mark.skipif(not SWEEP, reason="an hour of compiling: set COMPILE_SWEEP=1")
 

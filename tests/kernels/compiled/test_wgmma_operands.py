@@ -1,21 +1,16 @@
 """No kernel for sm_90 overwrites the left operand of a product that still reads it."""
 
-import functools
 import re
-from dataclasses import replace
 
 import pytest
 import wgmma_operands
-
-from lora_kernels.testing.compile_cases import (
+from compile_cases import (
     CALLS,
     MASKED_CALLS,
     ROUTED_CALLS,
     cases,
-    launches_of,
     resources_of,
 )
-from lora_kernels.testing.compile_only import compile_launch
 
 CASES = [
     pytest.param(call, id=name)
@@ -40,42 +35,42 @@ def test_products_that_read_registers_are_waited_for_in_their_step(call):
             assert all("gsb0, 0x0" in wait for wait in waits), (launch.name, waits)
 
 
-@functools.cache
-def listing() -> str:
-    """Of a shrink with dropout, whose mask brings the left operand into registers.
-
-    With eight warps and no cast, so that a product is in flight from one step to the next.
-    """
-    call, _ = CALLS["bf16, r 16, dropout"]
-    launch = next(launch for launch in launches_of(call, 90) if launch.name == "shrink_kernel")
-    assert launch.arguments["DROPOUT"]
-    more_warps = replace(launch, options={**launch.options, "num_warps": 8})
-    return compile_launch(more_warps, 90).machine_code()
-
-
-def products() -> dict[int, str]:
-    code = wgmma_operands.instructions(listing())
-    return {address: text for address, text in code.items() if wgmma_operands.left_operand(text)}
-
-
-def planted(address: int, instruction: str) -> str:
-    """The listing with one more instruction after that at an address."""
-    line = rf"/\*{address:04x}\*/\s+.*?;.*"
-    more = f"/*{address + 8:04x}*/ {instruction} ;"
-    changed, count = re.subn(line, lambda found: f"{found[0]}\n{more}", listing())
-    assert count == 1
-    return changed
-
-
 def test_masked_kernels_read_from_registers():
-    assert len(products()) >= 4, "nothing was looked for"
+    """So that the tests above look at something."""
+    call, _ = CALLS["bf16, r 16, dropout"]
+    shrink = next(
+        used for launch, used in resources_of(call, 90)
+        if launch.name == "shrink_kernel" and launch.arguments["DROPOUT"]
+    )  # fmt: skip
+    code = wgmma_operands.instructions(shrink.machine_code()).values()
+    assert sum(map(bool, map(wgmma_operands.left_operand, code))) >= 4
 
 
-def written_before_the_wait(instruction: str) -> tuple[str, int]:
-    """The listing with an instruction right after the first product, and that product's operand."""
-    first = min(products())
-    operand = min(wgmma_operands.left_operand(products()[first]))
-    return planted(first, instruction.format(operand, operand + 3)), operand
+# A step of a pipelined loop: its second product is waited for in the next one.
+LOOP = """
+    /*0000*/ MOV R40, RZ ;
+    /*0010*/ WARPGROUP.ARRIVE ;
+    /*0020*/ HGMMA.64x16x16.F32.BF16 R24, R40, gdesc[UR4], R24, gsb0 ;
+    /*0030*/ NOP ;
+    /*0040*/ WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+    /*0050*/ IMAD.MOV.U32 R45, RZ, RZ, R8 ;
+    /*0060*/ HGMMA.64x16x16.F32.BF16 R24, R44, gdesc[UR8], R24, gsb0 ;
+    /*0070*/ WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+    /*0080*/ MOV R40, R8 ;
+    /*0090*/ @P0 BRA 0x10 ;
+    /*00a0*/ WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+    /*00b0*/ MOV R44, R8 ;
+    /*00c0*/ EXIT ;
+"""
+FIRST = 40  # the first register that the first product reads
+
+
+def test_a_loop_that_waits_in_time_is_clean():
+    assert not wgmma_operands.overwritten(LOOP)
+
+
+def written_before_the_wait(instruction: str) -> str:
+    return LOOP.replace("NOP", instruction.format(FIRST, FIRST + 3))
 
 
 @pytest.mark.parametrize(
@@ -89,21 +84,22 @@ def written_before_the_wait(instruction: str) -> tuple[str, int]:
     ],
 )
 def test_a_planted_write_is_found(instruction):
-    changed, operand = written_before_the_wait(instruction)
-    ((product, _),) = wgmma_operands.overwritten(changed)
-    assert operand in wgmma_operands.left_operand(product)
+    ((product, _),) = wgmma_operands.overwritten(written_before_the_wait(instruction))
+    assert FIRST in wgmma_operands.left_operand(product)
 
 
 @pytest.mark.parametrize(
     "instruction", ["STS [R{0}], R{1}", "ISETP.GE.AND P0, PT, R{0}, R{1}, PT", "MOV RZ, R{0}"]
 )
 def test_a_read_is_none(instruction):
-    assert not wgmma_operands.overwritten(written_before_the_wait(instruction)[0])
+    assert not wgmma_operands.overwritten(written_before_the_wait(instruction))
 
 
-@pytest.mark.parametrize("wait", [0x1, 0x0])
-def test_a_product_in_flight_round_the_loop_is_followed(wait):
-    """The second half of a step is waited for in the next one: without that wait it is not."""
-    kept = f"WARPGROUP.DEPBAR.LE gsb0, {wait:#x}"
-    assert kept in listing()
-    assert bool(wgmma_operands.overwritten(listing().replace(kept, "NOP"))) == (wait == 0x1)
+@pytest.mark.parametrize(
+    "address, product",
+    [("0040", "R44"), ("0070", "R40"), ("00a0", "R44")],
+    ids=["in the next step", "in the same step", "behind the loop"],
+)
+def test_a_wait_that_is_missing_is_found(address, product):
+    without = re.sub(rf"/\*{address}\*/ WARPGROUP.DEPBAR[^;]*", f"/*{address}*/ NOP ", LOOP)
+    assert {found.split()[2] for found, _ in wgmma_operands.overwritten(without)} == {f"{product},"}

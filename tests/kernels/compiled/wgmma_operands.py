@@ -7,6 +7,8 @@ ptxas before 13.3 may write to them earlier (triton#9433).
 import re
 from itertools import pairwise
 
+from compile_only import instructions
+
 # Their first operand is read.
 _READING = ("WARPSYNC", "BRX", "JMX", "RET", "NANOSLEEP", "CALL", "BAR", "R2P")
 _FOUR = re.compile(r"\.128|^LDSM\S*\.4|^HMMA")
@@ -14,12 +16,6 @@ _TWO = re.compile(r"\.64|\.WIDE|\.F64|^LDSM\S*\.2|^D[A-Z]|^CS2R(?!\.32)")
 
 # Of a loop that never waits, the oldest count as one.
 _MOST_GROUPS = 4
-
-
-def instructions(machine_code: str) -> dict[int, str]:
-    """address -> instruction, without its predicate."""
-    found = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([A-Z@{].*?)\s*;", machine_code)
-    return {int(address, 16): instruction.lstrip("{ ") for address, instruction in found}
 
 
 def left_operand(instruction: str) -> set[int]:

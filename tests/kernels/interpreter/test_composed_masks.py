@@ -4,12 +4,12 @@ from functools import partial
 
 import pytest
 import torch
+from routed_results import check_routed
 
 from lora_kernels import lora_linear
 from lora_kernels.ops.narrow import masks
 from lora_kernels.testing import LoRAProblem, check_linear
-from lora_kernels.testing.routed_gpu_checks import some_ids
-from lora_kernels.testing.routed_inputs import RoutedProblem, check_routed
+from lora_kernels.testing.routed_inputs import RoutedProblem, some_ids
 
 
 @pytest.fixture(autouse=True)

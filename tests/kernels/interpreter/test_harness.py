@@ -1,9 +1,9 @@
 """What a GPU run will do, through the interpreter: the strategies as providers, and tuning."""
 
 import pytest
+from lora_kernels.bench.case import LayerCase, OpCase
 
 from lora_kernels.bench import layer, op, tune
-from lora_kernels.bench.case import LayerCase, OpCase
 from lora_kernels.ops.linear.triton import tiles
 
 STRATEGIES = ["triton-hybrid", "triton-fused"]

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from gaps import vendor_gap
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from linear_calls import BACKWARD, FORWARD, OP, backward_operands, forward_operands
@@ -20,7 +21,6 @@ from lora_kernels.testing import (
     oracle_results,
     run_forward_backward,
 )
-from lora_kernels.testing.gaps import vendor_gap
 from lora_kernels.testing.inputs import DIFFERENTIABLE
 
 DTYPES = [torch.float32, torch.float16]

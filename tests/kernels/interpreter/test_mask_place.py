@@ -67,7 +67,8 @@ def test_rank_gradient(rows, columns, before, poisoned_memory):
         cell_of(tokens, depth, tokens), depth, limits_of(wide.device), aligned=False
     )
     drop = dropout_of(mask, rows, columns, before)
-    partials, _ = launch._rank_gradient(tile, wide, torch.eye(tokens), None, drop, True)
+    eye = torch.eye(tokens)
+    partials, _ = launch._rank_gradient(tile, wide, eye, None, drop, rank_first=True)
     assert torch.equal(partials.sum(0) != 0, mask)
 
 
@@ -122,12 +123,13 @@ def test_routed(rows, columns, before, tokens, poisoned_memory):
     t = torch.zeros_like(h, dtype=DTYPE)
     t[:] = 1
     dx = torch.empty_like(x)
-    run.expand_a(dx, t, overwrite=True)
+    run.expand(dx, Tail(t), to_b=False, overwrite=True)
     assert torch.equal(dx != 0, mask), "expand"
 
     with routed_tiles.use_strategy("fused"):
         assert run.fuses == (call.routing.block > 16)
-        dx = run.gemm_a(x.new_zeros(tokens, 9), x.new_zeros(9, features), t)
+        left, right = x.new_zeros(tokens, 9), x.new_zeros(9, features)
+        dx = run.gemm(left, right, None, t, to_b=False)
     assert torch.equal(dx != 0, mask), "gemm"
 
     layout, _ = bank.gradients(routing.trained_slots())
@@ -135,7 +137,7 @@ def test_routed(rows, columns, before, tokens, poisoned_memory):
         pair = (tensors.tokens == token).nonzero()[0, 0]
         grad, t = torch.zeros(layout.numel), torch.zeros_like(h)
         t[pair, 0] = 1
-        run.a_gradient(x, t, layout, grad)
+        run.gradient(x, t, layout, grad, of_a=True)
         offset = layout.table[slots[token], 0]
         assert torch.equal(grad[offset : offset + features] != 0, mask[token]), "gradient of A"
 

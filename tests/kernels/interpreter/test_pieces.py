@@ -66,7 +66,7 @@ def test_split_sums_do_not_depend_on_what_was_there(poisoned_memory):
     results = []
     for _ in range(3):
         h = torch.empty(3, 16)
-        launch._shrink(cell, x, a, h, None, 1.0)
+        launch._shrink(cell, x, a, h, operands.NO_DROPOUT, 1.0)
         results.append(h)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
@@ -135,7 +135,7 @@ def test_rank_gradient(tokens, depth, rank, p, rank_first, projection, dtype, po
     tile = tiles.rank_gradient_tile(cell, depth, limits_of(wide.device), aligned=False)
     drop = operands.Dropout(ActiveDropout(p, SEED) if p else None, tokens, depth)
     parts, projections = launch._rank_gradient(
-        tile, wide, narrow, factor if projection else None, drop, rank_first
+        tile, wide, narrow, factor if projection else None, drop, rank_first=rank_first
     )
     assert tokens < 300 or parts.shape[0] > 1
     # The scale of the dropout is not the kernel's: it rides on the narrow side.
@@ -143,11 +143,11 @@ def test_rank_gradient(tokens, depth, rank, p, rank_first, projection, dtype, po
     oracle = masked.t() @ narrow.double()
     eager = masked.to(dtype).t() @ narrow.to(dtype)
     gradient = torch.empty((rank, depth) if rank_first else (depth, rank))
-    launch._reduce(parts, gradient, 1.0, 1.0, None)
+    launch._reduce(parts, gradient)
     check("gradient", gradient.t() if rank_first else gradient, eager, oracle)
     if projection:
         t = torch.empty(tokens, rank)
-        launch._reduce(projections, t, 1.0, 1.0, None)
+        launch._reduce(projections, t)
         check("t", t, wide @ factor.to(dtype), wide.double() @ factor.double())
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from routed_calls import call_of
+from routed_results import call_routed, run_routed
 from torch.nn import functional as F
 
 from lora_kernels.ops.routed import (
@@ -20,7 +21,7 @@ from lora_kernels.ops.routed import triton as launch
 from lora_kernels.ops.routed.tensors import in_one_piece
 from lora_kernels.ops.routed.triton import tiles
 from lora_kernels.runtime.dropout import keep_mask, keep_scale
-from lora_kernels.testing.routed_inputs import RoutedProblem, call_routed, run_routed
+from lora_kernels.testing.routed_inputs import RoutedProblem
 
 BACKEND = "triton"
 SEED = torch.tensor(0x1234_5678_9ABC_DEF1)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from routed_results import call_routed, check_routed, run_routed
 
 from lora_kernels.ops.routed.triton import launch as grids
 from lora_kernels.ops.routed.triton import tiles
-from lora_kernels.testing.routed_inputs import RoutedProblem, call_routed, check_routed, run_routed
+from lora_kernels.testing.routed_inputs import RoutedProblem
 
 ROWS = 270  # more than 256: tiles of 64 pairs
 KINDS = [(torch.float32, None), (torch.float16, torch.float32), (torch.float16, None)]

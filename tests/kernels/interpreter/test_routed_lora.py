@@ -10,6 +10,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from routed_calls import call_of, op, operands
+from routed_results import (
+    AsOnADevice,
+    call_routed,
+    check_routed,
+    routed_eager,
+    routed_oracle,
+    run_routed,
+)
 
 from lora_kernels.ops.routed import (
     Routing,
@@ -22,15 +30,7 @@ from lora_kernels.ops.routed.call import Needs
 from lora_kernels.ops.routed.triton import tiles
 from lora_kernels.runtime.dropout import MaskPlace
 from lora_kernels.testing import assert_within_policy
-from lora_kernels.testing.routed_inputs import (
-    AsOnADevice,
-    RoutedProblem,
-    call_routed,
-    check_routed,
-    routed_eager,
-    routed_oracle,
-    run_routed,
-)
+from lora_kernels.testing.routed_inputs import RoutedProblem
 
 RANKS = (1, 3, 8, 24, 64, 160)
 SLICED_RANKS = ((3, 0, 8), (0, 5, 0), (1, 1, 1), (8, 24, 3), (0, 0, 2), (16, 8, 8))

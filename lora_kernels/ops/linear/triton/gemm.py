@@ -5,15 +5,17 @@ Dimensions: M tokens, D the main reduction, C columns of the result, R rank.
 Tensor descriptors (TMA) are made on the host: as kernel arguments they need neither a workspace nor
 Triton's allocator, which other threads would not see.
 """
+# pyright: reportCallIssue=false
+# A launch takes the compiler's options too, and strides by the tuple.
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lora_kernels.ops.linear.triton import tiles
-from lora_kernels.ops.linear.triton.operands import Dropout, outer_axis
+from lora_kernels.ops.linear.triton.operands import NO_DROPOUT, Dropout, outer_axis
 from lora_kernels.ops.narrow.triton.gemm_tail import gemm_tail_kernel, gemm_tail_tma_kernel
-from lora_kernels.runtime.device_limits import FP_FUSION, cdiv, limits_of, precision
+from lora_kernels.runtime.device_limits import cdiv, limits_of, precision
 
 
 def gemm_with_tail(
@@ -27,19 +29,16 @@ def gemm_with_tail(
     unscaled: Tensor | None = None,  # [M, C] contiguous, written
     bias: Tensor | None = None,  # [C]
     output_scale: Tensor | None = None,  # [C]
-    drop: Dropout | None = None,  # of the tail
+    drop: Dropout = NO_DROPOUT,  # of the tail
 ) -> None:
     """``out = output_scale * (left @ right + D(tail_left @ tail_right)) + bias``."""
     limits = limits_of(left.device)
     if right is not None and tiles.strategy(cell, limits) == "hybrid":
         product = out if unscaled is None else unscaled
-        plain = output_scale is None
-        gemm_with_tail(
-            cell, left, None, tail_left, tail_right, product, bias=bias if plain else None,
-            drop=drop,
-        )  # fmt: skip
+        inner = bias if output_scale is None else None
+        gemm_with_tail(cell, left, None, tail_left, tail_right, product, bias=inner, drop=drop)
         product.addmm_(left, right)
-        if not plain:
+        if output_scale is not None:
             _scale_columns(product, output_scale, bias, out)
         return
     lefts = [tail_left, out] if right is None else [left, tail_left, out]
@@ -96,7 +95,9 @@ def _launch_pointers(
         *tail_left.stride(),
         *tail_right.stride(),
         HAS_MAIN=right is not None,
-        **_epilogue_constants(tile, unscaled, bias, output_scale, drop, left.dtype),
+        PRECISION=precision(left.dtype),
+        **_epilogue_constants(unscaled, bias, output_scale, drop),
+        **tile.options,
     )
 
 
@@ -123,39 +124,29 @@ def _launch_tma(
         RIGHT_TRANSPOSED=right_transposed,
         TAIL_TRANSPOSED=tail_transposed,
         HAS_TAIL=True,
-        **_epilogue_constants(tile, unscaled, bias, output_scale, drop, left.dtype),
+        PRECISION=precision(left.dtype),
+        **_epilogue_constants(unscaled, bias, output_scale, drop),
+        **tile.options,
     )
 
 
-def _epilogue_arguments(out, bias, output_scale, drop) -> tuple:
-    """bias, output_scale and the mask's; ``out`` stands for a pointer that is not read."""
-    dropping = drop is not None and drop.on
+def _epilogue_arguments(out, bias, output_scale, drop: Dropout) -> tuple:
+    """``out`` stands for a pointer that is not read."""
     return (
         out if bias is None else bias.contiguous(),
         out if output_scale is None else output_scale.contiguous(),
-        drop.seed if dropping else out,
-        drop.threshold if dropping else 0,
-        drop.first_group if dropping else 0,
-        drop.groups_per_row if dropping else 0,
+        out if drop.seed is None else drop.seed,
+        *drop.numbers,
     )
 
 
-def _epilogue_constants(tile, unscaled, bias, output_scale, drop, dtype) -> dict:
+def _epilogue_constants(unscaled, bias, output_scale, drop: Dropout) -> dict[str, bool]:
     return {
         "HAS_BIAS": bias is not None,
         "HAS_OUTPUT_SCALE": output_scale is not None,
         "HAS_UNSCALED": unscaled is not None,
-        "DROPOUT": drop is not None and drop.on,
-        "LONG_COUNTER": drop is not None and drop.long_counter,
-        "PRECISION": precision(dtype),
-        "BLOCK_M": tile.BLOCK_M,
-        "BLOCK_C": tile.BLOCK_C,
-        "BLOCK_D": tile.BLOCK_D,
-        "BLOCK_R": tile.BLOCK_R,
-        "GROUP_M": tile.GROUP_M,
-        "num_warps": tile.num_warps,
-        "enable_fp_fusion": FP_FUSION,
-        "num_stages": tile.num_stages,
+        "DROPOUT": drop.on,
+        "LONG_COUNTER": drop.long_counter,
     }
 
 

@@ -5,6 +5,8 @@ Dimensions: M tokens, D the wide dimension of an activation (K of x or N of dy),
 a split reduction. *Wide* is the activation ``[M, D]``, read once in its own dtype; *narrow* is a
 factor or a result with R as one side.
 """
+# pyright: reportInvalidTypeForm=false
+# Triton's dtypes annotate arguments of kernels.
 
 import triton
 import triton.language as tl

@@ -7,14 +7,16 @@ it from the seed, which it reads through a pointer. Nothing is read back from th
 tuned inside a call, so that all of it can be captured in a CUDA graph; workspaces come from torch's
 allocator.
 """
+# pyright: reportCallIssue=false
+# A launch takes the compiler's options too, and strides by the tuple.
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lora_kernels.ops.linear.call import Gradients, LinearCall, Result
+from lora_kernels.base_weights import matrix_of
+from lora_kernels.ops.linear.call import Gradients, LinearBackward, LinearCall, Result
 from lora_kernels.ops.linear.triton import tiles
 from lora_kernels.ops.linear.triton.gemm import gemm_with_tail
 from lora_kernels.ops.linear.triton.kernels import (
@@ -22,7 +24,12 @@ from lora_kernels.ops.linear.triton.kernels import (
     rank_gradient_kernel,
     shrink_kernel,
 )
-from lora_kernels.ops.linear.triton.operands import Dropout, is_aligned, scaling_argument
+from lora_kernels.ops.linear.triton.operands import (
+    NO_DROPOUT,
+    Dropout,
+    is_aligned,
+    scaling_argument,
+)
 from lora_kernels.ops.linear.triton.tiles import LinearCell, cell_of
 from lora_kernels.ops.narrow.triton.reduce import reduce_partials_kernel, scale_cast_kernel
 from lora_kernels.runtime.device_limits import (
@@ -42,7 +49,7 @@ _BLOCK = 256
 
 def forward(call: LinearCall, gemm: Callable[..., None] = gemm_with_tail) -> Result:
     """h is fp32; ``gemm`` makes y from x and h."""
-    x, base, factors = call.x, call.base, call.factors
+    x, weight, factors = call.x, matrix_of(call.base), call.factors
     rows = x.reshape(-1, x.shape[-1])  # [M, K]
     (tokens, columns), (out_features, rank) = rows.shape, factors.b.shape
     y = rows.new_empty((tokens, out_features))
@@ -58,7 +65,7 @@ def forward(call: LinearCall, gemm: Callable[..., None] = gemm_with_tail) -> Res
         gemm(
             cell,
             rows,
-            None if base is None else base.weight.t(),
+            None if weight is None else weight.t(),
             tail,
             scaled_b.t(),
             y,
@@ -69,66 +76,54 @@ def forward(call: LinearCall, gemm: Callable[..., None] = gemm_with_tail) -> Res
     return Result(restore_leading_dims(y, x), h, None, unscaled)
 
 
-def backward(call: LinearCall, gemm: Callable[..., None] = gemm_with_tail) -> Gradients:
+def backward(call: LinearBackward, gemm: Callable[..., None] = gemm_with_tail) -> Gradients:
     """``gemm`` makes dx from dy and t; the mask is always drawn again."""
-    dy, factors, needs, output_scale = call.dy, call.factors, call.needs, call.factors.output_scale
+    dy, x, h, factors, needs = call.dy, call.x, call.h, call.factors, call.needs
+    unscaled, output_scale = call.unscaled, factors.output_scale
     rows_dy = dy.reshape(-1, dy.shape[-1])  # [M, N]
     (tokens, out_features), (rank, columns) = rows_dy.shape, factors.a.shape
-    contiguous = torch.contiguous_format
+    dx = rows_dy.new_empty((tokens, columns)) if needs.x else None
     grads = Gradients(
-        rows_dy.new_empty((tokens, columns)) if needs.x else None,
-        torch.empty_like(factors.a, memory_format=contiguous) if needs.lora_a else None,
-        torch.empty_like(factors.b, memory_format=contiguous) if needs.lora_b else None,
+        None if dx is None else dx.view(*dy.shape[:-1], columns),
+        None if x is None else factors.a.new_empty(factors.a.shape),
+        None if h is None else factors.b.new_empty(factors.b.shape),
         rows_dy.new_empty(out_features) if needs.bias else None,
-        torch.empty_like(output_scale) if needs.output_scale else None,
+        torch.empty_like(output_scale)
+        if output_scale is not None and unscaled is not None
+        else None,
     )
     if tokens == 0:
         for grad in grads:
             if grad is not None:
                 grad.zero_()
-        return _with_leading_dims(grads, dy)
+        return grads
 
     cell = cell_of("backward", rows_dy, columns, out_features, rank, call.dropout is not None)
-    drop = Dropout(call.dropout, tokens, columns)
-    scaling = scaling_argument(factors.scaling)
-    needs_t = needs.x or needs.lora_a
+    drop, scaling = Dropout(call.dropout, tokens, columns), scaling_argument(factors.scaling)
+    needs_t = dx is not None or x is not None
+    rescale = output_scale if needs_t or h is not None else None
     with on_device(rows_dy):
-        rescale = output_scale is not None and (needs_t or needs.lora_b)
-        if rescale or needs.bias or needs.output_scale:
-            rows_dy = _output_gradients(
-                rows_dy, call.unscaled, output_scale if rescale else None, grads.bias,
-                grads.output_scale,
-            )  # fmt: skip
+        if rescale is not None or grads.bias is not None or grads.output_scale is not None:
+            rows_dy = _output_gradients(rows_dy, unscaled, rescale, grads.bias, grads.output_scale)
         t = rows_dy.new_empty((tokens, rank), dtype=torch.float32) if needs_t else None
         tail = None
-        if needs.lora_b:
+        if h is not None and grads.lora_b is not None:
             # The dropout's scale rides on t, so that it reaches both of its products.
+            factor, h = drop.scale, h.float()
             tail = _b_gradient(
-                cell,
-                rows_dy,
-                call.h.float(),
-                factors.b,
-                scaling,
-                drop.scale,
-                grads.lora_b,
-                t,
-                needs.x,
+                cell, rows_dy, h, factors.b, scaling, factor, grads.lora_b, t, rounded=needs.x
             )
-        if t is not None and tail is None:
-            narrow = factors.b.t()
-            tail = _shrink(cell, rows_dy, narrow, t, None, drop.scale, scaling, rounded=needs.x)
-        if needs.x:
+        if t is None:
+            return grads
+        if tail is None:
+            b, factor = factors.b.t(), drop.scale
+            tail = _shrink(cell, rows_dy, b, t, NO_DROPOUT, factor, scaling, rounded=needs.x)
+        if dx is not None:
             a = factors.a if factors.a.dtype == dy.dtype else _scale_cast(factors.a, 1.0, dy.dtype)
-            weight = None if call.base is None else call.base.weight
-            gemm(cell, rows_dy, weight, tail, a, grads.x, drop=drop)
-        if needs.lora_a:
-            _a_gradient(cell, call.x.reshape(-1, columns), t, grads.lora_a, drop)
-    return _with_leading_dims(grads, dy)
-
-
-def _with_leading_dims(grads: Gradients, dy: Tensor) -> Gradients:
-    dx = grads.x
-    return grads if dx is None else grads._replace(x=dx.view(*dy.shape[:-1], dx.shape[-1]))
+            gemm(cell, rows_dy, matrix_of(call.base), tail, a, dx, drop=drop)
+        if x is not None and grads.lora_a is not None:
+            _a_gradient(cell, x.reshape(-1, columns), t, grads.lora_a, drop)
+    return grads
 
 
 def _shrink(
@@ -136,11 +131,11 @@ def _shrink(
     wide: Tensor,  # [M, D]
     narrow: Tensor,  # [R, D]
     out: Tensor,  # [M, R] fp32, written
-    drop: Dropout | None,
+    drop: Dropout,
     factor: float,
     scaling: Tensor | float = 1.0,
     rounded: bool = True,
-) -> Tensor | None:  # [M, R] in wide's dtype
+) -> Tensor:  # [M, R], in wide's dtype if rounded
     """``out = scaling * factor * D(wide) @ narrow^T``, and its rounded copy if asked for."""
     (tokens, depth), rank = wide.shape, narrow.shape[0]
     tile = tiles.shrink_tile(
@@ -150,20 +145,17 @@ def _shrink(
         limits_of(wide.device),
         aligned=is_aligned(wide) and is_aligned(narrow),
     )
-    copy = _copy_for_gemm(out, wide.dtype) if rounded else None
+    copy = _copy_for_gemm(out, wide.dtype) if rounded else out
     blocks = cdiv(cdiv(depth, tile.BLOCK_D), tile.parts)
     parts = cdiv(cdiv(depth, tile.BLOCK_D), blocks)
     partials = out.new_empty((parts, tokens, rank)) if parts > 1 else out
-    has_copy = copy is not None and copy is not out
     shrink_kernel[(cdiv(tokens, tile.BLOCK_M), cdiv(rank, tile.BLOCK_R), parts)](
         wide,
         narrow,
         partials,
-        copy if has_copy else out,
-        drop.seed if drop is not None and drop.on else out,
-        drop.threshold if drop is not None else 0,
-        drop.first_group if drop is not None else 0,
-        drop.groups_per_row if drop is not None else 0,
+        copy,
+        out if drop.seed is None else drop.seed,
+        *drop.numbers,
         scaling,
         factor,
         tokens,
@@ -171,23 +163,18 @@ def _shrink(
         rank,
         *wide.stride(),
         *narrow.stride(),
-        copy.stride(0) if has_copy else rank,
+        copy.stride(0),
         blocks,
-        DROPOUT=drop is not None and drop.on,
-        LONG_COUNTER=drop is not None and drop.long_counter,
+        DROPOUT=drop.on,
+        LONG_COUNTER=drop.long_counter,
         SPLIT=parts > 1,
         SCALING_IS_POINTER=isinstance(scaling, Tensor),
-        HAS_ROUNDED=has_copy,
+        HAS_ROUNDED=copy is not out,
         PRECISION=precision(wide.dtype),
-        BLOCK_M=tile.BLOCK_M,
-        BLOCK_D=tile.BLOCK_D,
-        BLOCK_R=tile.BLOCK_R,
-        num_warps=tile.num_warps,
-        enable_fp_fusion=FP_FUSION,
-        num_stages=tile.num_stages,
+        **tile.options,
     )
     if parts > 1:
-        _reduce(partials, out, scaling, factor, copy if has_copy else None)
+        _reduce(partials, out, scaling, factor, copy)
     return copy
 
 
@@ -200,20 +187,23 @@ def _b_gradient(
     factor: float,
     grad_b: Tensor,  # [N, R], written: scaling * dy^T h
     t: Tensor | None,  # [M, R] fp32, written: scaling * factor * dy B
+    *,
     rounded: bool,
-) -> Tensor | None:  # [M, R], t in dy's dtype
+) -> Tensor | None:  # [M, R], t in dy's dtype if rounded
     """The gradient of B and, where its partial sums are cheaper than reading dy again, t."""
     tile = tiles.rank_gradient_tile(
-        replace(cell, dropout=False), dy.shape[1], limits_of(dy.device), aligned=is_aligned(dy)
+        cell._replace(dropout=False), dy.shape[1], limits_of(dy.device), aligned=is_aligned(dy)
     )
     project = t is not None and tiles.projects_in_same_pass(cell, dy.shape[1], tile.BLOCK_D)
-    gradient, projection = _rank_gradient(tile, dy, h, lora_b if project else None, None, False)
-    _reduce(gradient, grad_b, scaling, 1.0, None)
-    if not project:
+    gradient, projection = _rank_gradient(
+        tile, dy, h, lora_b if project else None, NO_DROPOUT, rank_first=False
+    )
+    _reduce(gradient, grad_b, scaling)
+    if t is None or projection is None:
         return None
-    copy = _copy_for_gemm(t, dy.dtype) if rounded else None
-    _reduce(projection, t, scaling, factor, copy if copy is not t else None)
-    return copy if rounded else t
+    copy = _copy_for_gemm(t, dy.dtype) if rounded else t
+    _reduce(projection, t, scaling, factor, copy)
+    return copy
 
 
 def _a_gradient(
@@ -224,8 +214,8 @@ def _a_gradient(
     drop: Dropout,
 ) -> None:
     tile = tiles.rank_gradient_tile(cell, x.shape[1], limits_of(x.device), aligned=is_aligned(x))
-    gradient, _ = _rank_gradient(tile, x, t, None, drop, True)
-    _reduce(gradient, grad_a, 1.0, 1.0, None)
+    gradient, _ = _rank_gradient(tile, x, t, None, drop, rank_first=True)
+    _reduce(gradient, grad_a)
 
 
 def _rank_gradient(
@@ -233,7 +223,8 @@ def _rank_gradient(
     wide: Tensor,  # [M, D]
     narrow: Tensor,  # [M, R] fp32
     factor: Tensor | None,  # [D, R]
-    drop: Dropout | None,
+    drop: Dropout,
+    *,
     rank_first: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Partial sums of ``D(wide)^T narrow`` ``[S, D, R]`` (``[S, R, D]``) and ``wide @ factor``."""
@@ -249,10 +240,8 @@ def _rank_gradient(
         narrow if factor is None else factor,
         gradient,
         gradient if projection is None else projection,
-        drop.seed if drop is not None and drop.on else narrow,
-        drop.threshold if drop is not None else 0,
-        drop.first_group if drop is not None else 0,
-        drop.groups_per_row if drop is not None else 0,
+        narrow if drop.seed is None else drop.seed,
+        *drop.numbers,
         tokens,
         depth,
         rank,
@@ -261,15 +250,10 @@ def _rank_gradient(
         *((1, depth) if rank_first else (rank, 1)),
         blocks,
         HAS_PROJECTION=factor is not None,
-        DROPOUT=drop is not None and drop.on,
-        LONG_COUNTER=drop is not None and drop.long_counter,
+        DROPOUT=drop.on,
+        LONG_COUNTER=drop.long_counter,
         PRECISION=precision(wide.dtype),
-        BLOCK_M=tile.BLOCK_M,
-        BLOCK_D=tile.BLOCK_D,
-        BLOCK_R=tile.BLOCK_R,
-        num_warps=tile.num_warps,
-        enable_fp_fusion=FP_FUSION,
-        num_stages=tile.num_stages,
+        **tile.options,
     )
     return gradient, projection
 
@@ -311,33 +295,33 @@ def _output_gradients(
         num_warps=4,
         enable_fp_fusion=FP_FUSION,
     )
-    if grad_bias is not None:
-        _reduce(bias_partials, grad_bias, 1.0, 1.0, None)
-    if grad_output_scale is not None:
-        _reduce(scale_partials, grad_output_scale, 1.0, 1.0, None)
+    for partials, grad in ((bias_partials, grad_bias), (scale_partials, grad_output_scale)):
+        if partials is not None and grad is not None:
+            _reduce(partials, grad)
     return scaled
 
 
 def _reduce(
     partials: Tensor,  # [S, ...] contiguous, fp32
     out: Tensor,  # [...] contiguous, written
-    scaling: Tensor | float,
-    factor: float,
-    rounded: Tensor | None,  # [..., columns], written
+    scaling: Tensor | float = 1.0,
+    factor: float = 1.0,
+    copy: Tensor | None = None,  # [..., columns], written; out itself is none
 ) -> None:
     """``out = scaling * factor * partials.sum(0)``, in the order of the parts."""
+    rounded = out if copy is None else copy
     reduce_partials_kernel[(cdiv(out.numel(), _BLOCK),)](
         partials,
         out,
-        out if rounded is None else rounded,
+        rounded,
         scaling,
         factor,
         partials.shape[0],
         out.numel(),
         out.shape[-1],
-        out.shape[-1] if rounded is None else rounded.stride(0),
+        out.shape[-1] if rounded is out else rounded.stride(0),
         SCALING_IS_POINTER=isinstance(scaling, Tensor),
-        HAS_ROUNDED=rounded is not None,
+        HAS_ROUNDED=rounded is not out,
         BLOCK=_BLOCK,
         num_warps=2,
         enable_fp_fusion=FP_FUSION,

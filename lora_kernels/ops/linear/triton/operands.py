@@ -2,24 +2,23 @@
 
 from torch import Tensor
 
-from lora_kernels.runtime.dropout import GROUP, ActiveDropout
-from lora_kernels.runtime.scaling import host_number
+from lora_kernels.runtime.dropout import ActiveDropout
 
 
 class Dropout:
     """The mask of an ``[M, K]`` activation as the kernels take it; off where nothing is dropped."""
 
     def __init__(self, dropout: ActiveDropout | None, rows: int, columns: int) -> None:
-        self.on = dropout is not None
-        self.threshold, self.scale, self.seed = 0, 1.0, None
-        self.first_group, self.groups_per_row, self.long_counter = 0, -(-columns // GROUP), False
-        if dropout is None:
-            return
-        self.threshold, self.scale, self.seed = dropout.threshold, dropout.scale, dropout.seed
-        place = dropout.place
-        self.first_group = place.first_group(columns)
-        self.groups_per_row = place.groups_per_row(columns)
-        self.long_counter = place.needs_long_counter(rows, columns)
+        self.on, self.scale, self.seed = dropout is not None, 1.0, None
+        # The threshold, the mask's first group, and its groups per row.
+        self.numbers, self.long_counter = (0, 0, 0), False
+        if dropout is not None:
+            self.scale, self.seed, place = dropout.scale, dropout.seed, dropout.place
+            self.numbers = dropout.threshold, *place.groups(columns)
+            self.long_counter = place.needs_long_counter(rows, columns)
+
+
+NO_DROPOUT = Dropout(None, 0, 0)
 
 
 def outer_axis(matrix: Tensor) -> int | None:
@@ -41,5 +40,4 @@ def is_aligned(matrix: Tensor) -> bool:
 
 def scaling_argument(scaling: Tensor | float) -> Tensor | float:
     """A pointer for a tensor on the device; a tensor on the CPU is a number already known."""
-    scaling = host_number(scaling)
-    return scaling if isinstance(scaling, Tensor) else float(scaling)  # it may have been an integer
+    return scaling if isinstance(scaling, Tensor) and not scaling.is_cpu else float(scaling)

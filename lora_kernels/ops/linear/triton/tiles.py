@@ -17,22 +17,25 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_kernels.runtime.device_limits import (
+    DRAWING_WARPS,
     DeviceLimits,
     PipelineBytes,
+    Tile,
     blocks_at_once,
     cdiv,
     clamp,
-    drawing_warps,
     narrow_loop,
     next_power_of_two,
     pipeline_stages,
     precision,
 )
+from lora_kernels.runtime.dtypes import short_name
 from lora_kernels.runtime.plan import forget_plans
 
 TUNED = Path(__file__).parents[3] / "tuned"
@@ -69,7 +72,7 @@ MAX_BLOCK_R = 128
 
 
 @dataclass(frozen=True)
-class ShrinkTile:
+class ShrinkTile(Tile):
     BLOCK_M: int
     BLOCK_D: int
     BLOCK_R: int
@@ -79,7 +82,7 @@ class ShrinkTile:
 
 
 @dataclass(frozen=True)
-class RankGradientTile:
+class RankGradientTile(Tile):
     BLOCK_M: int
     BLOCK_D: int
     BLOCK_R: int
@@ -89,7 +92,7 @@ class RankGradientTile:
 
 
 @dataclass(frozen=True)
-class GemmTile:
+class GemmTile(Tile):
     BLOCK_M: int
     BLOCK_C: int
     BLOCK_D: int
@@ -100,8 +103,7 @@ class GemmTile:
     num_stages: int
 
 
-@dataclass(frozen=True)
-class LinearCell:
+class LinearCell(NamedTuple):
     """One direction of one call: what a tuned table is looked up by."""
 
     direction: str  # "forward" or "backward"
@@ -132,34 +134,11 @@ def cell_of(
     dropout: bool,
 ) -> LinearCell:
     dtype = activation.dtype
-    return make_cell(
-        direction, dtype, activation.shape[0], in_features, out_features, rank, dropout,
-        dtype == torch.float32 and precision(dtype) == "ieee",
-    )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=_KEPT)
-def make_cell(
-    direction: str,
-    dtype: torch.dtype,
-    tokens: int,
-    in_features: int,
-    out_features: int,
-    rank: int,
-    dropout: bool,
-    ieee: bool,
-) -> LinearCell:
+    ieee = dtype == torch.float32 and precision(dtype) == "ieee"
     return LinearCell(
-        direction=direction,
-        dtype=str(dtype).removeprefix("torch."),
-        itemsize=dtype.itemsize,
-        tokens=tokens,
-        in_features=in_features,
-        out_features=out_features,
-        rank=rank,
-        dropout=dropout,
-        ieee=ieee,
-    )
+        direction, short_name(dtype), dtype.itemsize, activation.shape[0], in_features,
+        out_features, rank, dropout, ieee,
+    )  # fmt: skip
 
 
 @tile_of_cell
@@ -181,7 +160,7 @@ def strategy(cell: LinearCell, limits: DeviceLimits) -> str:
 def shrink_tile(
     cell: LinearCell, depth: int, narrow_itemsize: int, limits: DeviceLimits, *, aligned: bool
 ) -> ShrinkTile:
-    """For ``[M, depth] @ [depth, R]``. Small M splits the reduction, until every SM has work."""
+    """The tile of ``[M, depth] @ [depth, R]``; small M splits the reduction for every SM."""
     block_m = clamp(next_power_of_two(cell.tokens), 16, 64)
     block_r = clamp(next_power_of_two(cell.rank), 16, MAX_BLOCK_R)
     block_d = 128 if block_r <= 32 and cell.itemsize == 2 else 64
@@ -200,7 +179,7 @@ def shrink_tile(
     cast = narrow_itemsize != cell.itemsize
     num_warps = 8 if block_r >= 64 and block_m >= 32 else 4
     if masked and block_m >= 32:
-        num_warps = max(num_warps, drawing_warps(limits, cast=cast or cell.ieee))
+        num_warps = DRAWING_WARPS
     loop = narrow_loop(
         block_m * block_d * cell.itemsize,
         block_d * block_r * narrow_itemsize,
@@ -209,14 +188,8 @@ def shrink_tile(
         masked=masked,
         ieee=cell.ieee,
     )
-    tile = ShrinkTile(
-        BLOCK_M=block_m,
-        BLOCK_D=block_d,
-        BLOCK_R=block_r,
-        parts=parts,
-        num_warps=num_warps,
-        num_stages=pipeline_stages(4, loop, limits),
-    )
+    num_stages = pipeline_stages(4, loop, limits)
+    tile = ShrinkTile(block_m, block_d, block_r, parts, num_warps, num_stages)
     return replace(tile, **tuned(cell, limits).get("shrink", {}))
 
 
@@ -224,7 +197,7 @@ def shrink_tile(
 def rank_gradient_tile(
     cell: LinearCell, depth: int, limits: DeviceLimits, *, aligned: bool
 ) -> RankGradientTile:
-    """For ``[depth, M] @ [M, R]``. The rows are split into as many parts as run at once."""
+    """The tile of ``[depth, M] @ [M, R]``; the rows are split into as many parts as run at once."""
     block_r = clamp(next_power_of_two(cell.rank), 16, MAX_BLOCK_R)
     block_d = 128 if block_r > 32 or cell.dropout else 256
     if cell.itemsize == 4 or not aligned:
@@ -237,7 +210,7 @@ def rank_gradient_tile(
     cast = cell.itemsize != 4
     num_warps = 8 if block_d * block_r >= 4096 else 4
     if cell.dropout:
-        num_warps = max(num_warps, drawing_warps(limits, cast=cast or cell.ieee))
+        num_warps = DRAWING_WARPS
     loop = narrow_loop(
         block_m * block_d * cell.itemsize,
         block_m * block_r * 4,
@@ -252,30 +225,20 @@ def rank_gradient_tile(
     num_stages = pipeline_stages(3, loop, limits)
     programs = cdiv(depth, block_d) * cdiv(cell.rank, block_r)
     blocks = cdiv(cell.tokens, block_m)
-    at_once = limits.multiprocessors * blocks_at_once(
-        num_warps,
-        rank_gradient_registers(block_r, num_warps, limits),
-        loop.of(num_stages, limits),
-        limits,
-    )
+    registers = rank_gradient_registers(block_r, num_warps, limits)
+    shared = loop.of(num_stages, limits)
+    at_once = limits.multiprocessors * blocks_at_once(num_warps, registers, shared, limits)
     # Rounded down: a few programs more than run at once take as long as twice as many.
     parts = clamp(at_once // programs, 1, max(blocks, 1))
     # Whole blocks per part: no part may be left without rows.
     parts = cdiv(blocks, cdiv(blocks, parts)) if blocks else 1
-    tile = RankGradientTile(
-        BLOCK_M=block_m,
-        BLOCK_D=block_d,
-        BLOCK_R=block_r,
-        parts=parts,
-        num_warps=num_warps,
-        num_stages=num_stages,
-    )
+    tile = RankGradientTile(block_m, block_d, block_r, parts, num_warps, num_stages)
     return replace(tile, **tuned(cell, limits).get("rank_gradient", {}))
 
 
 def rank_gradient_registers(block_r: int, num_warps: int, limits: DeviceLimits) -> int:
-    """Per thread of ``rank_gradient_kernel`` at most, as compiled for every architecture by every
-    Triton that is tested."""
+    """What a thread of ``rank_gradient_kernel`` takes at most, as every Triton that is tested
+    compiles it for every architecture."""
     if block_r > 32:
         return 255
     if num_warps == 4:
@@ -304,7 +267,7 @@ def gemm_tile(
     has_main: bool,
     two_results: bool,
 ) -> GemmTile:
-    """For the ``[M, columns]`` result of the GEMM with a tail.
+    """The tile of the ``[M, columns]`` result of the GEMM with a tail.
 
     ``aligned``: TMA can address every operand; ``row_major``: the left ones by rows;
     ``has_main``: not the tail alone; ``two_results``: the unscaled result is written too.
@@ -327,16 +290,8 @@ def gemm_tile(
     elif cell.itemsize == 4:
         block_r = min(block_r, 32)
     loop = gemm_loop(block_m, block_c, block_d if has_main else block_r, cell.itemsize, tma=tma)
-    tile = GemmTile(
-        BLOCK_M=block_m,
-        BLOCK_C=block_c,
-        BLOCK_D=block_d,
-        BLOCK_R=block_r,
-        GROUP_M=8,
-        tma=tma,
-        num_warps=num_warps,
-        num_stages=pipeline_stages(num_stages, loop, limits),
-    )
+    num_stages = pipeline_stages(num_stages, loop, limits)
+    tile = GemmTile(block_m, block_c, block_d, block_r, 8, tma, num_warps, num_stages)
     if not has_main:
         return tile
     return replace(tile, **tuned(cell, limits).get("gemm", {}))

@@ -12,6 +12,8 @@ Two versions: pointers, one tile per program, any strides and alignment; and per
 descriptors (TMA), for 16-byte aligned operands. The descriptors are made on the host: they travel
 as kernel arguments, so that a launch needs no workspace and no allocator.
 """
+# pyright: reportInvalidTypeForm=false, reportGeneralTypeIssues=false
+# Triton's dtypes annotate arguments of kernels, and its ranges have no __iter__.
 
 import triton
 import triton.language as tl

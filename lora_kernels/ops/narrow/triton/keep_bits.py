@@ -3,6 +3,8 @@
 Bit j of byte ``[m, i]`` says whether element ``[m, 8 i + j]`` is kept, as in
 ``lora_kernels.runtime.dropout.packed_keep_mask``.
 """
+# pyright: reportGeneralTypeIssues=false
+# Triton's ranges have no __iter__.
 
 import triton
 import triton.language as tl

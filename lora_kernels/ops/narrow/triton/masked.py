@@ -4,9 +4,11 @@ Dimensions: M tokens, K in_features, R rank. A mask is ``[M, ceil(K / 8)]`` uint
 ``lora_kernels.runtime.dropout.packed_keep_mask``. All of it is bound by memory; nothing that
 follows M, and no number that a call brings along, is compiled for.
 """
+# pyright: reportInvalidTypeForm=false, reportCallIssue=false, reportArgumentType=false
+# Triton's dtypes and constexpr annotate arguments, and a launch takes the compiler's options too.
 
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import triton
@@ -15,13 +17,7 @@ from torch import Tensor
 
 from lora_kernels.ops.narrow.triton.keep_bits import draw_bits, load_bits, store_bits, unpack_bits
 from lora_kernels.ops.narrow.triton.philox import PLACE
-from lora_kernels.runtime.device_limits import (
-    FP_FUSION,
-    cdiv,
-    clamp,
-    next_power_of_two,
-    on_device,
-)
+from lora_kernels.runtime.device_limits import Tile, cdiv, clamp, next_power_of_two, on_device
 from lora_kernels.runtime.dropout import GROUP, ActiveDropout
 
 
@@ -135,13 +131,15 @@ def masked_product_kernel(
     tl.store(out_ptrs, kept.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-class CopyTile(NamedTuple):
+@dataclass(frozen=True)
+class CopyTile(Tile):
     BLOCK_M: int
     BLOCK_K: int
     num_warps: int
 
 
-class ProductTile(NamedTuple):
+@dataclass(frozen=True)
+class ProductTile(Tile):
     BLOCK_M: int
     BLOCK_K: int
     BLOCK_R: int
@@ -204,10 +202,7 @@ def masked_copy(
             row_stride,
             DRAW=draw,
             LONG_COUNTER=draw and place.needs_long_counter(rows, columns),
-            BLOCK_M=tile.BLOCK_M,
-            BLOCK_K=tile.BLOCK_K,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=FP_FUSION,
+            **tile.options,
         )
     return kept, mask
 
@@ -230,10 +225,7 @@ def draw_mask(rows: int, columns: int, dropout: ActiveDropout) -> Tensor:
             rows,
             columns,
             LONG_COUNTER=place.needs_long_counter(rows, columns),
-            BLOCK_M=tile.BLOCK_M,
-            BLOCK_K=tile.BLOCK_K,
-            num_warps=tile.num_warps,
-            enable_fp_fusion=FP_FUSION,
+            **tile.options,
         )
     return mask
 
@@ -271,12 +263,7 @@ def masked_product(
             rank,
             *strides,
             HAS_SCALE=scale is not None,
-            BLOCK_M=tile.BLOCK_M,
-            BLOCK_K=tile.BLOCK_K,
-            BLOCK_R=tile.BLOCK_R,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=FP_FUSION,
+            **tile.options,
         )
     return out
 

@@ -31,6 +31,8 @@ class Adapter(nn.Module):
         init_lora_weights: what :meth:`reset_parameters` draws, see :class:`LoRALinear`.
     """
 
+    _dropout_p: float
+
     def __init__(
         self,
         slot: int,
@@ -125,10 +127,11 @@ class Adapter(nn.Module):
 
     def factors(self) -> list[tuple[nn.Parameter, nn.Parameter] | None]:
         """``(A, B)`` of each slice; None where the rank is 0."""
-        return [
-            (self._parameters.get(names[0]), self._parameters.get(names[1])) if rank else None
-            for rank, names in zip(self.ranks, self.parameter_names(), strict=True)
-        ]
+        found = []
+        for a_name, b_name in self.parameter_names():
+            a, b = self._parameters.get(a_name), self._parameters.get(b_name)
+            found.append(None if a is None or b is None else (a, b))
+        return found
 
     def parameter_names(self) -> list[tuple[str, str]]:
         """The names of A and B of each slice."""

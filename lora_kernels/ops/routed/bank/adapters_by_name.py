@@ -5,6 +5,8 @@ from collections.abc import ItemsView, Iterator, KeysView
 
 from torch import nn
 
+from lora_kernels.ops.routed.bank.adapter import Adapter
+
 # A name is its own key, but for dots, which separate the parts of a state dict's keys, and for what
 # would be read as one. So nearly every name without dots is a key as it stands.
 _IN_NAMES = re.compile(r"\.|%(?=25|2E)")
@@ -54,11 +56,12 @@ class AdaptersByName(nn.ModuleDict):
     def keys(self) -> KeysView[str]:
         return self._named().keys()
 
-    def items(self) -> ItemsView[str, nn.Module]:
+    def items(self) -> ItemsView[str, Adapter]:
         return self._named().items()
 
     def pop(self, name: str) -> nn.Module:
         return self._modules.pop(key_of(name))
 
-    def _named(self) -> dict[str, nn.Module]:
-        return {name_of(key): module for key, module in self._modules.items()}
+    def _named(self) -> dict[str, Adapter]:
+        own = self._modules.items()
+        return {name_of(key): each for key, each in own if isinstance(each, Adapter)}

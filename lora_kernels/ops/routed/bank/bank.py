@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator, Sequence
-from numbers import Integral
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +68,8 @@ class AdapterBank(nn.Module):
         TypeError, ValueError: an argument does not fit; the message says which and why.
     """
 
+    traced_version: BankVersion  # for graphs of torch.compile: they cannot look a bank up
+
     @_OUTSIDE_INFERENCE
     def __init__(
         self,
@@ -82,7 +83,7 @@ class AdapterBank(nn.Module):
         max_rank: int | None = None,
     ) -> None:
         super().__init__()
-        widths = [out_features] if isinstance(out_features, Integral) else list(out_features)
+        widths = list(out_features) if isinstance(out_features, Iterable) else [out_features]
         check_count("in_features", in_features)
         if not widths:
             raise ValueError("out_features: expected at least one slice, got none")
@@ -105,10 +106,10 @@ class AdapterBank(nn.Module):
         self.register_load_state_dict_post_hook(_rebind)
 
     def _version_on(self, storage: Tensor, reserved: Reserved | None = None) -> BankVersion:
-        """One without adapters."""
+        """A version without adapters, on that storage."""
         shapes = FactorShapes(self.in_features, self.slice_widths)
         tables = SlotTables.empty(self.slots.capacity, len(self.slice_widths), storage.device)
-        bank = weakref.ref(self)
+        bank: weakref.ref[AdapterBank] = weakref.ref(self)
         return BankVersion(bank, shapes, storage, tables, {}, {}, reserved)
 
     def _memory(
@@ -117,10 +118,11 @@ class AdapterBank(nn.Module):
         device: torch.device | str | None,
         room: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Reserved | None]:
-        """What offsets count from; with room as in :class:`Reserved`, memory that is kept."""
+        """An anchor; or, with ``room`` as in :class:`Reserved`, an arena and its tables."""
         if room is None:
             return anchor(dtype, device), None
         arena = Arena(room[0], dtype, device)
+        device = arena.tensor.device
         tables = SlotTables.empty(self.slots.capacity, len(self.slice_widths), device)
         return arena.tensor, Reserved(arena, tables, room[1])
 
@@ -182,7 +184,7 @@ class AdapterBank(nn.Module):
         return adapter
 
     def _set_module(self, change: Change, name: str, adapter: Adapter | None) -> None:
-        """Put an adapter among the submodules, or take it out, where others may be looking."""
+        """Set a submodule, or with None take it out, while others may be reading them."""
         before = self.adapters._modules
         change.on_undo(lambda: self.adapters.__dict__.update(_modules=before))
         self.adapters.replace(name, adapter)
@@ -239,7 +241,7 @@ class AdapterBank(nn.Module):
         return adapter
 
     def __contains__(self, name: object) -> bool:
-        return self.slots.latest.adapter_of(self, name) is not None
+        return isinstance(name, str) and self.slots.latest.adapter_of(self, name) is not None
 
     def __iter__(self) -> Iterator[str]:
         """The names, in the order in which they came."""
@@ -265,7 +267,9 @@ class AdapterBank(nn.Module):
     def _latest(self) -> BankVersion:
         if torch.compiler.is_compiling():
             return self.traced_version
-        return self.slots.latest.of(self)
+        version = self.slots.latest.of(self)
+        assert version is not None, "a bank joins its slots when it is made"
+        return version
 
     @_OUTSIDE_INFERENCE
     def reserve(self, rank_capacity: int | None = None, max_rank: int | None = None) -> None:
@@ -327,7 +331,7 @@ class AdapterBank(nn.Module):
             self._convert(*kind)
 
     def _convert(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Take another dtype or device, or what parameters have become."""
+        """Move the adapters to a dtype and a device, and bind again what has moved by itself."""
         version = self._latest
         if (dtype, device) == (version.dtype, version.device):
             self._move_to(version.storage, version.reserved)
@@ -336,14 +340,13 @@ class AdapterBank(nn.Module):
             self._move_to(*self._memory(dtype, device, room))
 
     def _move_to(self, storage: Tensor, reserved: Reserved | None) -> None:
-        """Make a version anew, from the parameters: those stay that lie in a region as they
-        should, others get one."""
+        """Make the version anew from the parameters. Those that lie in a region as they should stay
+        there, the others get one."""
         with self.slots.change() as change:
-            old = self.slots.latest.of(self)
-            if old is not None:
-                old.wait()
+            old = self._latest
+            old.wait()
             version = self._version_on(storage, reserved)
-            same = old is not None and old.storage is storage
+            same = old.storage is storage
             entries = []
             for name, adapter in self.adapters.items():
                 adapter.slot = self.slots[name]
@@ -390,18 +393,19 @@ class AdapterBank(nn.Module):
             return self._version_on(*self._memory(self.dtype, self.device))
         for kept_in, name, parameter, address in version.part(slots, capacity).bound:
             if kept_in.get(name) is not parameter or parameter.data_ptr() != address:
-                return self._repack_moved_parameters(model, slots)
+                return self._repack_moved_parameters(model, version, slots)
         return version
 
     @_OUTSIDE_INFERENCE
     def _repack_moved_parameters(
-        self, model: ModelVersion, slots: tuple[int, ...] | None
+        self, model: ModelVersion, version: BankVersion, slots: tuple[int, ...] | None
     ) -> BankVersion:
-        """Somebody has replaced ``p.data``, and may put back what it was before.
+        """Let the kernels read parameters whose ``p.data`` somebody has replaced.
 
-        So the old slabs are left to whoever holds them, and the adapter gets another region; except
-        where nothing may move: there the new values are copied over the old ones. Where a change of
-        adapters has moved a parameter, the batch goes on with what it began with.
+        He may put back what it was before: the old slabs are left to whoever holds them, and the
+        adapter gets another region; except where nothing may move: there the new values are copied
+        over the old ones. Where a change of adapters has moved a parameter, the batch goes on with
+        what it began with.
         """
         if is_captured(self.device):
             raise RuntimeError(
@@ -410,7 +414,7 @@ class AdapterBank(nn.Module):
             )
         with self.slots.change() as change:
             self._check_memory()
-            version, current = model.of(self), self.slots.current.of(self)
+            version, current = model.of(self) or version, self.slots.current.of(self) or version
             current.wait()
             for entry in version.entries_in(slots):
                 if current.entry(entry.slot) is not entry or entry.is_in_place():
@@ -519,5 +523,5 @@ class AdapterBank(nn.Module):
 
 
 def _rebind(bank: AdapterBank, incompatible_keys) -> None:
-    """After loading a state dict, which may have put other parameters in place (assign=True)."""
+    """Bind what a state dict has put in place: other parameters, with assign=True."""
     bank.rebind()

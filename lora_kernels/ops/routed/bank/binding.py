@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor, nn
 
@@ -58,9 +60,9 @@ def moved(change: Change, version: BankVersion, name: str, adapter: Adapter) -> 
     """An adapter in a region of its own, with the values that its parameters have."""
     factors = new_factors(version, adapter.ranks)
     slabs = version.shapes.slabs(factors, adapter.ranks)
-    for pair, slab_pair in zip(adapter.factors(), slabs, strict=True):
-        for parameter, slab in zip(pair or (), slab_pair or (), strict=True):
-            _check_parameter(name, parameter, slab)
+    for names, pair in zip(adapter.parameter_names(), slabs, strict=True):
+        for key, slab in zip(names, pair or (), strict=False):
+            parameter = _checked(name, adapter._parameters.get(key), slab)
             slab.copy_(parameter.data)
             data = parameter.data
             change.on_undo(lambda p=parameter, data=data: setattr(p, "data", data))
@@ -74,15 +76,15 @@ def copied_over(version: BankVersion, name: str, entry: Entry) -> Entry:
     values = [bound.parameter.data.clone() for bound in entry.bound]
     places = [slab for pair in slabs for slab in pair or ()]
     for bound, value, slab in zip(entry.bound, values, places, strict=True):
-        _check_parameter(name, bound.parameter, slab)
+        _checked(name, bound.parameter, slab)
         slab.copy_(value)
         # A backward that is still to come would read the new values: it raises.
         torch.autograd.graph.increment_version(bound.parameter)
     return bound_to(version, entry.adapter, entry.factors)
 
 
-def _check_parameter(name: str, parameter: Tensor, slab: Tensor) -> None:
-    if type(parameter) is not nn.Parameter or hasattr(parameter, "ds_id"):
+def _checked(name: str, parameter: nn.Parameter | None, slab: Tensor) -> nn.Parameter:
+    if parameter is None or type(parameter) is not nn.Parameter or hasattr(parameter, "ds_id"):
         refuse(parameter)
     if parameter.shape != slab.shape:
         raise RuntimeError(
@@ -90,9 +92,10 @@ def _check_parameter(name: str, parameter: Tensor, slab: Tensor) -> None:
             f"{list(slab.shape)}: remove and add the adapter to change its rank; FSDP and ZeRO-3 "
             "must be told to ignore the bank"
         )
+    return parameter
 
 
-def refuse(parameter: object) -> None:
+def refuse(parameter: object) -> NoReturn:
     """Raise for what has come in a parameter's place; None is what computes it."""
     came = "something that computes it" if parameter is None else f"a {type(parameter).__name__}"
     if hasattr(parameter, "ds_id"):

@@ -31,9 +31,9 @@ def checked_factors(
             raise ValueError(f"{name}: expected one per slice, {slices}, got {len(factors)}")
     pairs = []
     for s, (a, b, width) in enumerate(zip(lora_a, lora_b, widths, strict=True)):
-        if (a is None) != (b is None):
-            raise ValueError(f"lora_a, lora_b: one of slice {s} is None and the other is not")
-        if a is None:
+        if a is None or b is None:
+            if a is not b:
+                raise ValueError(f"lora_a, lora_b: one of slice {s} is None and the other is not")
             pairs.append(None)
             continue
         _check_factor("lora_a", a, on_meta)

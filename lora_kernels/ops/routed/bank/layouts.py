@@ -35,7 +35,7 @@ class GradientLayouts:
         self._whole = _make(version, None, capacity) if version.trains else None
 
     def nothing(self, version, capacity: int) -> tuple[GradientLayout, TrainableFactors]:
-        """Of no adapter."""
+        """The layout of no adapter, and no parameters."""
         nothing = self._nothing.get(capacity)
         if nothing is None:
             nothing = _nothing(version, capacity)
@@ -58,17 +58,20 @@ class GradientLayouts:
         return made.layout, made.trained
 
     def _of_a_graph(self, version, slots) -> tuple[GradientLayout, TrainableFactors]:
-        """Without changing anything: a graph guards what it changes, and is compiled once more.
-
-        The layout is that of all adapters, whose table is there already.
-        """
+        """What :meth:`of` returns, for a call that is being traced: it changes nothing, as a graph
+        guards what it changes. The layout is that of all adapters, whose table is there already."""
         made = self._whole
         if made is None or made.needed != _needed_of(version.entries):
             made = _make(version, None, version.tables.slots)
         if slots is None:
             return made.layout, made.trained
-        named = [entry for entry in zip(*made.trained, strict=True) if entry[2] in slots]
-        return made.layout, TrainableFactors(*([entry[i] for entry in named] for i in range(3)))
+        parameters, offsets, theirs = made.trained
+        named = [index for index, slot in enumerate(theirs) if slot in slots]
+        return made.layout, TrainableFactors(
+            [parameters[index] for index in named],
+            [offsets[index] for index in named],
+            [theirs[index] for index in named],
+        )
 
 
 _needs_gradient = operator.attrgetter("parameter.requires_grad")

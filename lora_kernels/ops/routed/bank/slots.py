@@ -27,28 +27,17 @@ BASE = "__base__"
 
 @dataclass(eq=False, repr=False)
 class ModelVersion:
-    """The adapters of the banks that share an :class:`AdapterSlots`, at one time.
+    """The adapters of the banks that share an :class:`AdapterSlots`, at one time."""
 
-    Attributes:
-        names: slots by name.
-        serials: how often a slot has lost its meaning, by slot.
-        changes: the sum of all serials.
-        edits: how often an adapter's scaling or dropout was changed, by slot.
-        capacity: how many slots there are.
-        holes: free slots below one that is taken, ascending.
-        settings: what was kept with a name, such as its configuration.
-        number: of the version.
-    """
-
-    names: dict[str, int]
-    serials: dict[int, int]
-    changes: int
-    edits: dict[int, int]
-    capacity: int
-    holes: list[int]
-    settings: dict[str, Any]
+    names: dict[str, int]  # slots by name
+    serials: dict[int, int]  # how often a slot has lost its meaning
+    changes: int  # the sum of all serials
+    edits: dict[int, int]  # how often the scaling or dropout in a slot was changed
+    capacity: int  # how many slots there are
+    holes: list[int]  # free slots below one that is taken, ascending
+    settings: dict[str, Any]  # what was kept with a name, such as its configuration
     _banks: dict[int, BankVersion]
-    number: int = 0
+    number: int = 0  # of the version
 
     def slot_of(self, name: str) -> int:
         """The slot of ``name``; -1 for ``"__base__"``."""
@@ -98,14 +87,11 @@ class Pinned(NamedTuple):
 
 
 class Change:
-    """What becomes of a version; published as a whole, or not at all.
-
-    Attributes:
-        before: the version that it started from.
-    """
+    """What becomes of a version; published as a whole, or not at all."""
 
     def __init__(self, before: ModelVersion) -> None:
-        self.before = before
+        self.before = before  # the version that it started from
+        self.thread = threading.get_ident()  # no other one sees the change
         self._draft: ModelVersion | None = None
         self._banks: dict[int, BankVersion] = {}
         self._undo: list[Callable[[], object]] = []
@@ -165,7 +151,8 @@ class Change:
     def tell_banks(self, version: ModelVersion) -> None:
         """For graphs of ``torch.compile``: they cannot look a bank up."""
         for bank in self._changed:
-            bank.traced_version = version.of(bank)
+            if (held := version.of(bank)) is not None:
+                bank.traced_version = held
 
 
 class AdapterSlots:
@@ -214,7 +201,7 @@ class AdapterSlots:
     def latest(self) -> ModelVersion:
         """The current version; inside of a change of this thread's, what that has made of it."""
         change = self._change
-        if change is not None and self._lock._is_owned():
+        if change is not None and change.thread == threading.get_ident():
             return change.version
         return self.current
 
@@ -257,9 +244,9 @@ class AdapterSlots:
     def change(self) -> Iterator[Change]:
         """Change adapters: what is done inside is published together when the outermost such block
         ends, and undone if it raises, whatever and wherever."""
-        nested = self._lock._is_owned()
-        if nested and self._change is not None:
-            yield self._change
+        around = self._change
+        if around is not None and around.thread == threading.get_ident():
+            yield around
             return
         change = published = None
         try:

@@ -56,7 +56,7 @@ class FactorShapes(NamedTuple):
                 (rows, columns), (columns, 1), region.storage_offset() + start
             )
             if lease is not None:
-                factor.lease = lease
+                factor.lease = lease  # pyright: ignore[reportAttributeAccessIssue]
             factors.append(factor)
             start += aligned(rows * columns)
         return factors
@@ -75,16 +75,11 @@ class FactorShapes(NamedTuple):
 class Arena:
     """Memory that stays where it is, for captured CUDA graphs: regions are parts of it.
 
-    A region is free again when the last that refers to one of its factors is gone.
-
-    Args:
-        size: in elements.
-
-    Attributes:
-        tensor: ``[size]``.
+    A region is free again when the last that refers to one of its factors is gone. Sizes are in
+    elements.
     """
 
-    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device | str | None) -> None:
         self.tensor = torch.zeros(size, dtype=dtype, device=device)
         self._free: list[tuple[int, int]] = [(0, size)]  # (start, size), ascending, apart
         # Given back by whichever thread lets go of a region, and sorted in by the next that takes.
@@ -105,7 +100,8 @@ class Arena:
                 for stream in list(self._readers.values()):
                     torch.cuda.current_stream(self.tensor.device).wait_stream(stream)
                 region = self.tensor[start : start + size].zero_()
-                region.lease = lease = Lease()
+                lease = Lease()
+                region.lease = lease  # pyright: ignore[reportAttributeAccessIssue]
                 weakref.finalize(lease, self._returned.append, (start, size)).atexit = False
                 return region
         return None
@@ -126,13 +122,13 @@ class Arena:
 
 
 class Lease:
-    """Alive while its region is taken: the region's tensor and its factors refer to it."""
+    """Alive while its region is taken: an attribute of the region's tensor and of its factors."""
 
     __slots__ = ("__weakref__",)
 
 
 def _joined(pieces: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Neighbours made one."""
+    """The pieces, those that touch made one."""
     joined = [pieces[0]]
     for start, size in pieces[1:]:
         last_start, last_size = joined[-1]

@@ -16,18 +16,13 @@ def scaling_dtype(device: torch.device) -> torch.dtype:
 
 
 class SlotTables(NamedTuple):
-    """Tables of L + 1 rows. They are never written again: a change makes others.
+    """Tables of L + 1 rows. They are never written again: a change makes others."""
 
-    Attributes:
-        factors: ``[L + 1, 1 + S, 3]`` int64: rank, first column of it in h, offset in the storage;
-            of A of all slices, then of B of each. Rank 0 where a slot has no adapter here.
-        scaling: ``[L + 1]`` in :func:`scaling_dtype`.
-        thresholds: ``[L + 1]`` int32: q of the dropout.
-    """
-
+    # [L + 1, 1 + S, 3] int64: rank, first column of it in h, offset in the storage; of A of all
+    # slices, then of B of each. Rank 0 where a slot has no adapter here.
     factors: Tensor
-    scaling: Tensor
-    thresholds: Tensor
+    scaling: Tensor  # [L + 1] in scaling_dtype
+    thresholds: Tensor  # [L + 1] int32: q of the dropout
 
     @staticmethod
     def empty(slots: int, slices: int, device: torch.device) -> SlotTables:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,14 @@ from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout, Trainab
 from lora_kernels.runtime.capture import is_captured, stream_of
 from lora_kernels.runtime.plan import Plans
 
+if TYPE_CHECKING:
+    from lora_kernels.ops.routed.bank.bank import AdapterBank
+
 
 class Bound(NamedTuple):
     """A parameter, where its adapter keeps it, and where its memory was."""
 
-    kept_in: dict[str, nn.Parameter]
+    kept_in: dict[str, nn.Parameter | None]
     name: str
     parameter: nn.Parameter
     address: int
@@ -43,23 +46,14 @@ class Bound(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """An adapter as versions hold it.
-
-    Attributes:
-        slot: its number in routings.
-        adapter: the module with its parameters.
-        factors: A of all slices, B of each: views of its region.
-        rows: of the table of factors.
-        bound: its parameters.
-        rank: over all slices.
-    """
+    """An adapter as versions hold it."""
 
     slot: int
     adapter: Adapter
-    factors: list[Tensor]
-    rows: list[list[int]]
-    bound: list[Bound]
-    rank: int
+    factors: list[Tensor]  # A of all slices, B of each: views of its region
+    rows: list[list[int]]  # of the table of factors
+    bound: list[Bound]  # its parameters
+    rank: int  # over all slices
 
     def is_in_place(self) -> bool:
         """Whether nobody has replaced a parameter or its data."""
@@ -84,14 +78,9 @@ def table_rows(ranks: tuple[int, ...], factors: list[Tensor], storage: Tensor) -
 
 
 class Part(NamedTuple):
-    """Some adapters of a version.
+    """Some adapters of a version."""
 
-    Attributes:
-        bound: their parameters.
-        tensors: as the backends take them.
-    """
-
-    bound: list[Bound]
+    bound: list[Bound]  # their parameters
     tensors: BankTensors
 
 
@@ -104,13 +93,11 @@ class Reserved:
 
     The tables take the values of a version in the order of a stream, between replays: where a
     routing is filled. That version's regions live until they have taken the next one's.
-
-    Attributes:
-        max_rank: no adapter's is above it; h has so many columns.
     """
 
     def __init__(self, arena: Arena, tables: SlotTables, max_rank: int) -> None:
-        self.arena, self.tables, self.max_rank = arena, tables, max_rank
+        self.arena, self.tables = arena, tables
+        self.max_rank = max_rank  # no adapter's is above it; h has so many columns
         self._holds: BankVersion | None = None
 
     @property
@@ -130,46 +117,32 @@ class Reserved:
 
 @dataclass(eq=False, repr=False)
 class BankVersion:
-    """See the module; made by :class:`AdapterBank`.
+    """What the module's docstring describes; made by :class:`AdapterBank`."""
 
-    Attributes:
-        bank: whose it is.
-        shapes: of the factors.
-        storage: what offsets count from.
-        dtype, device: of the factors.
-        tables: what kernels look up.
-        by_slot: the adapters.
-        thresholds: q of the adapters that drop, by slot.
-        reserved: what captured graphs read; None where they cannot be.
-        trains: whether any parameter required grad when it came.
-        widest: the highest rank of an adapter.
-        max_total_rank: H.
-        plans: of the calls that read this version.
-    """
-
-    bank: weakref.ref[nn.Module]
+    bank: weakref.ref[AdapterBank]
     shapes: FactorShapes
-    storage: Tensor
+    storage: Tensor  # what offsets count from
     tables: SlotTables
     by_slot: dict[int, Entry]
-    thresholds: dict[int, int]
-    reserved: Reserved | None
-    trains: bool = False
-    widest: int = 0
+    thresholds: dict[int, int]  # q of the adapters that drop, by slot
+    reserved: Reserved | None  # what captured graphs read; None where they cannot be
+    trains: bool = False  # whether any parameter required grad when it came
+    widest: int = 0  # the highest rank of an adapter
 
     def __post_init__(self) -> None:
         self.dtype, self.device = self.storage.dtype, self.storage.device
         self.slice_columns = self.shapes.slice_columns
+        # H
         self.max_total_rank = self.widest if self.reserved is None else self.reserved.max_rank
         self._entries: list[Entry] | None = None
         self._parts: dict[tuple, Part] = {}  # replaced, never changed
         self._noted: set[tuple[int, int | None]] = set()  # streams, and slots that they read
-        self._made: torch.cuda.Event | None = None
+        self._made: torch.Event | None = None
         self.has_streams = self.device.type == "cuda"
         self._whole = 0, self.tables.slots  # capacities that its own tables have
         self._resized: dict[tuple[int, int], SlotTables] = {}  # by slots and stream
         self._layouts = GradientLayouts(self)
-        self.plans = Plans()
+        self.plans = Plans()  # of the calls that read this version
 
     # --- reading ------------------------------------------------------------------------------
 
@@ -185,6 +158,9 @@ class BankVersion:
 
     def __len__(self) -> int:
         return len(self.by_slot)
+
+    def __bool__(self) -> bool:
+        return True  # one without adapters is one
 
     def entry(self, slot: int) -> Entry | None:
         """The adapter in a slot; None where this bank has none there."""
@@ -266,11 +242,8 @@ class BankVersion:
     def gradients(
         self, slots: tuple[int, ...] | None, capacity: int = 0
     ) -> tuple[GradientLayout, TrainableFactors]:
-        """Where a backward puts the gradients of the adapters in ``slots`` (None: all).
-
-        Returns:
-            The layout, and the parameters that autograd has to see; of nothing without grad mode.
-        """
+        """Where a backward puts the gradients of the adapters in ``slots`` (None: all), and the
+        parameters that autograd has to see; of nothing without grad mode."""
         capacity = capacity or self.tables.slots
         if not torch.is_grad_enabled():
             return self._layouts.nothing(self, capacity)
@@ -308,7 +281,7 @@ class BankVersion:
     # --- the next one -------------------------------------------------------------------------
 
     def _tables_there(self) -> SlotTables:
-        """Its tables, to make others of them in the current stream."""
+        """The tables, which the current stream may read from now on."""
         self.wait()
         return self.tables
 

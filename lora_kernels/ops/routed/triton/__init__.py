@@ -12,79 +12,84 @@ serves every routing.
 import torch
 from torch import Tensor
 
-from lora_kernels.base_weights import product_or_bias
-from lora_kernels.ops.routed.call import Gradients, Result, RoutedCall
-from lora_kernels.ops.routed.triton.launch import RoutedLaunch
+from lora_kernels.base_weights import DenseWeight, product_or_bias
+from lora_kernels.ops.routed.call import (
+    ExpandBackward,
+    ExpandCall,
+    ForwardCall,
+    Gradients,
+    LoRABackward,
+    Result,
+    RoutedCall,
+    ShrinkBackward,
+)
+from lora_kernels.ops.routed.triton.launch import RoutedLaunch, Tail
 from lora_kernels.runtime.device_limits import on_device
 
 
-def forward(call: RoutedCall) -> Result:
+def forward(call: ForwardCall) -> Result:
     x, base, y = call.x, call.base, call.out
-    nothing = _is_nothing(x, call)
-    launch = None if nothing else RoutedLaunch(x, call)
+    launch = None if _is_nothing(x, call) else RoutedLaunch(x, call)
     h = narrow(x, call) if call.save else None
-    dense = base is not None and base.format == "dense"
-    if launch is not None and y is None and dense and launch.fuses:
+    if launch is not None and y is None and isinstance(base, DenseWeight) and launch.fuses:
         with on_device(x):
-            return Result(launch.gemm(x, base.weight, call.bias, launch.shrink(x, h)), h)
+            tail = launch.shrink(x, h).tensor
+            return Result(launch.gemm(x, base.weight.t(), call.bias, tail, to_b=True), h)
     begun = True
     if y is None:
         y, begun = product_or_bias(base, x, call.bias, call.bank.slice_columns[-1])
-    fresh = not begun and not nothing and call.routing.pairs_per_token == 1
+    fresh = not begun and launch is not None and call.routing.pairs_per_token == 1
     if not begun and not fresh:
         y.zero_()
     if launch is not None:
         with on_device(x):
-            launch.expand(y, launch.shrink(x, h), overwrite=fresh)
+            launch.expand(y, launch.shrink(x, h), to_b=True, overwrite=fresh)
     elif h is not None:
         h.zero_()
     return Result(y, h)
 
 
-def backward(call: RoutedCall) -> Gradients:
+def backward(call: LoRABackward) -> Gradients:
     dy, base, needs, layout = call.dy, call.base, call.needs, call.layout
     needs_a, needs_b = layout.needs_gradient(call.bank)
-    weights = call.routing.pair_weights
     grad = call.bank.storage.new_zeros(layout.numel)
     grad_bias = dy.sum(0) if needs.bias else None
-    grad_weights = None
-    if _is_nothing(dy, call):
-        grad_weights = torch.zeros_like(weights) if needs.weights else None
-        return Gradients(_base_gradient(call), grad, grad_weights, grad_bias)
+    nothing = _is_nothing(dy, call)
+    grad_weights = call.new_weights(torch.zeros_like if nothing else torch.empty_like)
+    if nothing:
+        return Gradients(call.base_gradient() if needs.x else None, grad, grad_weights, grad_bias)
     launch = RoutedLaunch(dy, call)
-    if needs.weights:
-        grad_weights = torch.empty_like(weights)
-    dx = t = None
+    dx = t = rounded = None
     with on_device(dy):
-        if needs_b:
-            launch.b_gradient(dy, call.h, layout, grad)
+        if needs_b and call.h is not None:
+            launch.gradient(dy, call.h.contiguous(), layout, grad, of_a=False)
         if needs.x or needs_a or needs.weights:
             t = narrow(dy, call) if needs_a else None
             rounded = launch.project(dy, t, call.h, grad_weights, rounded=needs.x)
-        if needs.x and base is not None and base.format == "dense" and launch.fuses:
-            dx = launch.gemm_a(dy, base.weight, rounded)
-        elif needs.x:
+        if rounded is not None and isinstance(base, DenseWeight) and launch.fuses:
+            dx = launch.gemm(dy, base.weight, None, rounded, to_b=False)
+        elif rounded is not None:
             fresh = base is None and call.routing.pairs_per_token == 1
             shape = (dy.shape[0], call.in_features)
-            dx = dy.new_empty(shape) if fresh else _base_gradient(call)
-            launch.expand_a(dx, rounded, overwrite=fresh)
-        if needs_a:
-            launch.a_gradient(call.x, t, layout, grad)
+            dx = dy.new_empty(shape) if fresh else call.base_gradient()
+            launch.expand(dx, Tail(rounded), to_b=False, overwrite=fresh)
+        if t is not None and call.x is not None:
+            launch.gradient(call.x, t, layout, grad, of_a=True)
     return Gradients(dx, grad, grad_weights, grad_bias)
 
 
-def shrink(call: RoutedCall) -> tuple[Tensor, None]:
+def shrink(call: ForwardCall) -> tuple[Tensor, None]:
     """h as :func:`forward` saves it, and no mask."""
     x = call.x
     h = narrow(x, call)
     if _is_nothing(x, call):
         return h.zero_(), None
     with on_device(x):
-        RoutedLaunch(x, call).shrink(x, h, rounded=False)
+        RoutedLaunch(x, call).shrink_into(h, x)
     return h, None
 
 
-def shrink_backward(call: RoutedCall) -> Gradients:
+def shrink_backward(call: ShrinkBackward) -> Gradients:
     x, needs_x = call.x, call.needs.x
     grad = call.bank.storage.new_zeros(call.layout.numel)
     nothing = _is_nothing(x, call)
@@ -95,33 +100,32 @@ def shrink_backward(call: RoutedCall) -> Gradients:
     t = call.dy.contiguous()
     launch = RoutedLaunch(x, call)
     with on_device(x):
-        if needs_x:
-            launch.expand_a(dx, t.to(x.dtype), overwrite=fresh)
+        if dx is not None:
+            launch.expand(dx, Tail(t.to(x.dtype)), to_b=False, overwrite=fresh)
         if call.layout.needs_gradient(call.bank)[0]:
-            launch.a_gradient(x, t, call.layout, grad)
+            launch.gradient(x, t, call.layout, grad, of_a=True)
     return Gradients(dx, grad)
 
 
-def expand_(call: RoutedCall) -> None:
+def expand_(call: ExpandCall, out: Tensor) -> None:
     """``out += w s h B^T`` for every pair."""
-    if not _is_nothing(call.out, call):
-        launch = RoutedLaunch(call.out, call)
-        with on_device(call.out):
-            launch.expand(call.out, launch.scale(call.h.contiguous()))
+    if not _is_nothing(out, call):
+        launch = RoutedLaunch(out, call)
+        with on_device(out):
+            launch.expand(out, launch.scale(call.h.contiguous()), to_b=True)
 
 
-def expand_backward(call: RoutedCall) -> Gradients:
-    dy, needs, weights = call.dy, call.needs, call.routing.pair_weights
-    grad = call.bank.storage.new_zeros(call.layout.numel)
+def expand_backward(call: ExpandBackward) -> Gradients:
+    dy, needs = call.dy, call.needs
+    grad, nothing = call.bank.storage.new_zeros(call.layout.numel), _is_nothing(dy, call)
+    grad_weights = call.new_weights(torch.zeros_like if nothing else torch.empty_like)
     t = narrow(dy, call) if needs.x else None
-    if _is_nothing(dy, call):
-        grad_weights = torch.zeros_like(weights) if needs.weights else None
-        return Gradients(t if t is None else t.zero_(), grad, grad_weights)
-    grad_weights = torch.empty_like(weights) if needs.weights else None
+    if nothing:
+        return Gradients(None if t is None else t.zero_(), grad, grad_weights)
     launch = RoutedLaunch(dy, call)
     with on_device(dy):
         if call.layout.needs_gradient(call.bank)[1]:
-            launch.b_gradient(dy, call.h, call.layout, grad)
+            launch.gradient(dy, call.h.contiguous(), call.layout, grad, of_a=False)
         if needs.x or needs.weights:
             launch.project(dy, t, call.h, grad_weights, rounded=False)
     return Gradients(t, grad, grad_weights)
@@ -131,15 +135,6 @@ def narrow(like: Tensor, call: RoutedCall) -> Tensor:
     """An empty h or t, ``[P, H]`` fp32."""
     shape = call.routing.tokens.shape[0], call.bank.max_total_rank
     return like.new_empty(shape, dtype=torch.float32)
-
-
-def _base_gradient(call: RoutedCall) -> Tensor | None:
-    """The frozen layer's ``dx`` ``[M, K]``; zeros without one."""
-    if not call.needs.x:
-        return None
-    if call.base is not None:
-        return call.base.matmul_t(call.dy)
-    return call.dy.new_zeros((call.dy.shape[0], call.in_features))
 
 
 def _is_nothing(rows: Tensor, call: RoutedCall) -> bool:

@@ -1,5 +1,8 @@
 """Triton kernels of ``routed_lora`` with wide results: y, dx. Dimensions as in :mod:`kernels`."""
 
+# pyright: reportArgumentType=false, reportInvalidTypeForm=false
+# The kernels are Triton, not Python: annotations are its types, constexpr stands for its value.
+
 import triton
 import triton.language as tl
 

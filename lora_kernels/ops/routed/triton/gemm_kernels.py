@@ -1,5 +1,8 @@
 """The frozen layer's GEMM with each row's adapter as its tail. Dimensions as in :mod:`kernels`."""
 
+# pyright: reportArgumentType=false, reportInvalidTypeForm=false
+# The kernels are Triton, not Python: annotations are its types, constexpr stands for its value.
+
 import triton
 import triton.language as tl
 

@@ -7,6 +7,10 @@ one window is written at once. Of any other, each window writes a partial sum: o
 before the window, and one that goes on after it, so there are at most two.
 """
 
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+# pyright: reportInvalidTypeForm=false, reportOperatorIssue=false
+# The kernels are Triton, not Python: constexpr stands for its value, and static_range iterates.
+
 import triton
 import triton.language as tl
 

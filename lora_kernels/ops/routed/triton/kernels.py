@@ -9,6 +9,9 @@ its factors are found through the bank's table; what the adapter does not have c
 Slot L stands for no adapter: its rank in the table is 0, so that nothing of x is read for it.
 """
 
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportInvalidTypeForm=false
+# The kernels are Triton, not Python: constexpr stands for its value, and static_range iterates.
+
 import triton
 import triton.language as tl
 

@@ -4,7 +4,11 @@ Dimensions: M tokens, P pairs of a token and an adapter, K in_features, N out_fe
 slices, H the widest rank of the bank, S slices, T tiles.
 """
 
+# pyright: reportCallIssue=false
+# Launches take options of Triton beside the arguments of a kernel, and starred ones.
+
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,16 +34,15 @@ from lora_kernels.runtime.device_limits import (
     precision,
 )
 
-_BLOCK = 256  # elements per program of the reduction, as in lora_linear's
+_BLOCK = 256  # elements per program of the reduction
 
 
-class Tail:
+class Tail(NamedTuple):
     """What an expand takes on its left: h rounded and scaled, or partial sums that are neither."""
 
-    def __init__(self, tensor: Tensor, parts: int = 0, dropped: bool = False) -> None:
-        self.tensor = tensor  # [P, H], or [parts, P, H]
-        self.parts = parts  # 0: rounded and scaled
-        self.dropped = dropped  # whether the dropout's scale is missing too
+    tensor: Tensor  # [P, H], or [parts, P, H]
+    parts: int = 0  # 0: rounded and scaled
+    dropped: bool = False  # whether the dropout's scale is missing too
 
 
 class RoutedLaunch:
@@ -56,6 +59,12 @@ class RoutedLaunch:
         self.boundaries = tuple(bank.slice_columns) if bank.num_slices > 1 else ()
         self.weights = routing.tokens if routing.pair_weights is None else routing.pair_weights
         self.has_weights = routing.pair_weights is not None
+        # As most kernels take them, one behind the other.
+        self.lookups = (
+            *(bank.scaling, bank.threshold_table),
+            *(routing.tiles, routing.offsets, routing.tokens),
+            self.weights,
+        )
         self.cell = tiles.RoutedCell(
             itemsize=like.dtype.itemsize,
             factor_itemsize=bank.storage.dtype.itemsize,
@@ -68,25 +77,20 @@ class RoutedLaunch:
 
     # --- narrow results -----------------------------------------------------------------------
 
-    def shrink(self, x: Tensor, h: Tensor | None, rounded: bool = True) -> Tail | None:
-        """``h = D(x) A^T`` into ``h`` if given; what an expand takes if ``rounded``."""
-        depth = x.shape[1]
-        tile = tiles.shrink_tile(
-            self.cell, depth, 1, self.limits,
-            aligned=_rows_are_aligned(x), masked=self.seed is not None, of_a=True,
-        )  # fmt: skip
-        in_parts = tiles.is_small(self.cell) and h is None
-        if tile.parts == 1 and not in_parts:
-            copy = self._copy() if rounded else None
-            self._shrink(x, tile, h, copy, of_a=True)
-            return None if copy is None else Tail(copy)
-        partials = x.new_empty((tile.parts, *self.shape_of_h), dtype=torch.float32)
-        self._shrink(x, tile, partials, None, of_a=True, split=True)
-        if in_parts:
+    def shrink(self, x: Tensor, h: Tensor | None) -> Tail:
+        """``D(x) A^T`` as an expand takes it, and into ``h`` if given."""
+        if tiles.is_small(self.cell) and h is None:
+            tile = self._narrow_tile(x, of_a=True)
+            partials = x.new_empty((tile.parts, *self.shape_of_h), dtype=torch.float32)
+            self._shrink(x, tile, partials, None, of_a=True, split=True)
             return Tail(partials, tile.parts, dropped=self.seed is not None)
-        copy = self._copy() if rounded else None
-        self._finish(partials, h, copy, dropout=self.seed is not None)
-        return None if copy is None else Tail(copy)
+        copy = self._copy()
+        self._narrow(x, h, copy, of_a=True)
+        return Tail(copy)
+
+    def shrink_into(self, h: Tensor, x: Tensor) -> None:
+        """``h = D(x) A^T``."""
+        self._narrow(x, h, None, of_a=True)
 
     def project(
         self,
@@ -98,17 +102,8 @@ class RoutedLaunch:
         rounded: bool,
     ) -> Tensor | None:  # [P, H]
         """t and its rounded copy, and the gradient of the pairs' weights."""
-        aligned, slices = _rows_are_aligned(dy), self.bank.num_slices
-        tile = tiles.shrink_tile(
-            self.cell, self.widest, slices, self.limits, aligned=aligned, masked=False, of_a=False
-        )
         copy = self._copy() if rounded else None
-        if tile.parts == 1 and grad_weights is None:
-            self._shrink(dy, tile, t, copy, of_a=False)
-            return copy
-        partials = dy.new_empty((tile.parts, *self.shape_of_h), dtype=torch.float32)
-        self._shrink(dy, tile, partials, None, of_a=False, split=True)
-        self._finish(partials, t, copy, h=h, grad_weights=grad_weights, out_is_scaled=True)
+        self._narrow(dy, t, copy, h, grad_weights, of_a=False)
         return copy
 
     def scale(self, h: Tensor) -> Tail:
@@ -121,6 +116,37 @@ class RoutedLaunch:
 
     def _copy(self) -> Tensor:
         return padded_rows(self.bank.storage, self.shape_of_h, self.dtype)
+
+    def _narrow_tile(self, wide: Tensor, *, of_a: bool) -> tiles.ShrinkTile:
+        return tiles.shrink_tile(
+            self.cell,
+            wide.shape[1] if of_a else self.widest,
+            1 if of_a else self.bank.num_slices,
+            self.limits,
+            aligned=_rows_are_aligned(wide),
+            masked=of_a and self.seed is not None,
+            of_a=of_a,
+        )
+
+    def _narrow(
+        self,
+        wide: Tensor,  # [M, D]
+        out: Tensor | None,  # [P, H] fp32, written
+        rounded: Tensor | None,  # [P, H], written
+        h: Tensor | None = None,  # [P, H]
+        grad_weights: Tensor | None = None,  # [P], written
+        *,
+        of_a: bool,
+    ) -> None:
+        """The product with A or B, in parts that are added up where the tile has several."""
+        tile = self._narrow_tile(wide, of_a=of_a)
+        if tile.parts == 1 and grad_weights is None:
+            self._shrink(wide, tile, out, rounded, of_a=of_a)
+            return
+        partials = wide.new_empty((tile.parts, *self.shape_of_h), dtype=torch.float32)
+        self._shrink(wide, tile, partials, None, of_a=of_a, split=True)
+        dropout = of_a and self.seed is not None
+        self._finish(partials, out, rounded, h, grad_weights, is_t=not of_a, dropout=dropout)
 
     def _shrink(
         self,
@@ -141,17 +167,11 @@ class RoutedLaunch:
             wide,
             bank.storage,
             bank.slot_table,
-            bank.scaling,
-            bank.threshold_table,
-            routing.tiles,
-            routing.offsets,
-            routing.tokens,
-            self.weights,
+            *self.lookups,
             wide if out is None else out,
             wide if rounded is None else rounded,
             self.seed if dropout else wide,
-            self.place.first_group(wide.shape[1]),
-            self.place.groups_per_row(wide.shape[1]),
+            *self.place.groups(wide.shape[1]),
             wide.shape[0],
             self.pairs,
             wide.shape[1],
@@ -185,16 +205,16 @@ class RoutedLaunch:
         partials: Tensor,  # [parts, P, H] contiguous
         out: Tensor | None,  # [P, H] fp32, written
         rounded: Tensor | None,  # [P, H], written
-        *,
-        h: Tensor | None = None,  # [P, H]
+        h: Tensor | None = None,  # [P, H], needed for the gradient of the weights
         grad_weights: Tensor | None = None,  # [P], written
-        out_is_scaled: bool = False,
+        *,
+        is_t: bool = False,
         dropout: bool = False,
     ) -> None:
         bank, routing = self.bank, self.routing
         routed_finish_kernel[(self.num_tiles,)](
             partials,
-            partials if grad_weights is None else h,
+            partials if h is None else h,
             bank.slot_table,
             bank.scaling,
             bank.threshold_table,
@@ -208,14 +228,14 @@ class RoutedLaunch:
             bank.max_total_rank,
             partials.shape[0],
             partials.stride(1),
-            0 if grad_weights is None else h.stride(0),
+            0 if h is None else h.stride(0),
             0 if rounded is None else rounded.stride(0),
             NUM_FACTORS=self.num_factors,
             HAS_WEIGHTS=self.has_weights,
             HAS_OUT=out is not None,
             HAS_ROUNDED=rounded is not None,
             HAS_WEIGHT_GRADIENT=grad_weights is not None,
-            OUT_IS_SCALED=out_is_scaled,
+            OUT_IS_SCALED=is_t,
             FILL=out is not None,
             DROPOUT=dropout,
             BLOCK_M=routing.block,
@@ -226,28 +246,12 @@ class RoutedLaunch:
 
     # --- wide results -------------------------------------------------------------------------
 
-    def expand(self, out: Tensor, tail: Tail, *, overwrite: bool = False) -> None:
-        """``out += w s h B^T`` ``[M, N]``; with ``overwrite`` out is new."""
-        self._expand(out, tail, to_b=True, overwrite=overwrite)
-
-    def expand_a(self, dx: Tensor, t: Tensor, *, overwrite: bool = False) -> None:
-        """``dx += keep * (t A)`` ``[M, K]``; with ``overwrite`` dx is new."""
-        self._expand(dx, Tail(t), to_b=False, overwrite=overwrite)
-
     @property
     def fuses(self) -> bool:
-        """Whether :meth:`gemm` and :meth:`gemm_a` are to be used: every token is in one tile."""
+        """Whether :meth:`gemm` is to be used: every token is in one tile."""
         return self.routing.pairs_per_token == 1 and tiles.strategy(self.cell) == "fused"
 
-    def gemm(self, x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tail) -> Tensor:
-        """``x W^T + b + w s h B^T`` ``[M, N]``, all in one."""
-        return self._gemm(x, weight.t(), bias, tail.tensor, to_b=True)
-
-    def gemm_a(self, dy: Tensor, weight: Tensor, t: Tensor) -> Tensor:
-        """``dy W + keep * (t A)`` ``[M, K]``, all in one."""
-        return self._gemm(dy, weight, None, t, to_b=False)
-
-    def _gemm(
+    def gemm(
         self,
         left: Tensor,  # [M, D]
         right: Tensor,  # [D, C]
@@ -256,6 +260,7 @@ class RoutedLaunch:
         *,
         to_b: bool,
     ) -> Tensor:
+        """``x W^T + b + w s h B^T`` ``[M, N]``, or ``dy W + keep * (t A)`` ``[M, K]``, in one."""
         bank, routing = self.bank, self.routing
         out = left.new_empty((left.shape[0], right.shape[1]))
         boundaries = self.boundaries if to_b else ()
@@ -277,8 +282,7 @@ class RoutedLaunch:
             out if bias is None else bias.contiguous(),
             out,
             self.seed if dropout else out,
-            self.place.first_group(out.shape[1]),
-            self.place.groups_per_row(out.shape[1]),
+            *self.place.groups(out.shape[1]),
             *out.shape,
             left.shape[1],
             bank.max_total_rank,
@@ -305,7 +309,8 @@ class RoutedLaunch:
         )
         return out
 
-    def _expand(self, out: Tensor, tail: Tail, *, to_b: bool, overwrite: bool) -> None:
+    def expand(self, out: Tensor, tail: Tail, *, to_b: bool, overwrite: bool = False) -> None:
+        """``out += w s h B^T`` ``[M, N]``, or ``keep * (t A)`` ``[M, K]``; or ``out = ...``."""
         bank, routing = self.bank, self.routing
         columns = out.shape[1]
         by_pair = routing.pairs_per_token > 1
@@ -324,17 +329,11 @@ class RoutedLaunch:
             tail.tensor,
             bank.storage,
             bank.slot_table,
-            bank.scaling,
-            bank.threshold_table,
-            routing.tiles,
-            routing.offsets,
-            routing.tokens,
-            self.weights,
+            *self.lookups,
             target,
             has_delta,
             self.seed if dropout else out,
-            self.place.first_group(columns),
-            self.place.groups_per_row(columns),
+            *self.place.groups(columns),
             out.shape[0],
             self.pairs,
             columns,
@@ -385,15 +384,7 @@ class RoutedLaunch:
 
     # --- gradients of the factors -------------------------------------------------------------
 
-    def a_gradient(self, x: Tensor, t: Tensor, layout: GradientLayout, grad: Tensor) -> None:
-        """``t^T D(x)`` of every adapter into its place of the flat ``grad``."""
-        self._gradient(x, t, layout, grad, of_a=True)
-
-    def b_gradient(self, dy: Tensor, h: Tensor, layout: GradientLayout, grad: Tensor) -> None:
-        """``s dy^T (w h)`` of every adapter and slice into its place of the flat ``grad``."""
-        self._gradient(dy, h.contiguous(), layout, grad, of_a=False)
-
-    def _gradient(
+    def gradient(
         self,
         wide: Tensor,  # [M, D]
         narrow: Tensor,  # [P, H]
@@ -402,6 +393,7 @@ class RoutedLaunch:
         *,
         of_a: bool,
     ) -> None:
+        """``t^T D(x)``, or ``s dy^T (w h)`` by slices, of every adapter into its place."""
         bank, routing = self.bank, self.routing
         columns, width = wide.shape[1], bank.max_total_rank
         dropout = of_a and self.seed is not None
@@ -421,17 +413,11 @@ class RoutedLaunch:
             narrow,
             bank.slot_table,
             layout.table,
-            bank.scaling,
-            bank.threshold_table,
-            routing.tiles,
-            routing.offsets,
-            routing.tokens,
-            self.weights,
+            *self.lookups,
             grad,
             partials,
             self.seed if dropout else wide,
-            self.place.first_group(columns),
-            self.place.groups_per_row(columns),
+            *self.place.groups(columns),
             wide.shape[0],
             columns,
             width,

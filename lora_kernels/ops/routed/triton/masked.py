@@ -6,6 +6,9 @@ without an adapter (slot L), or whose token is no row of x, have no bit set: the
 Pairs of a slot that does not drop have every bit set.
 """
 
+# pyright: reportCallIssue=false, reportInvalidTypeForm=false
+# The kernels are Triton, not Python, and launches take options beside their arguments.
+
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -6,14 +6,14 @@ depend on the other rows, and a captured CUDA graph serves any routing. Nothing 
 
 import functools
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_kernels.runtime.device_limits import (
+    DRAWING_WARPS,
     DeviceLimits,
     PipelineBytes,
     cdiv,
     clamp,
-    drawing_warps,
     narrow_loop,
     next_power_of_two,
     pipeline_stages,
@@ -110,7 +110,7 @@ def shrink_tile(
     cast = cell.factor_itemsize != cell.itemsize
     num_warps = 8 if block_r == 64 and cell.block > 16 else 4
     if masked and cell.block > 16:
-        num_warps = 8
+        num_warps = DRAWING_WARPS
     if cell.ieee:
         block_d = 32
         num_warps = 8 if cell.block > 16 else 4
@@ -137,17 +137,13 @@ def shrink_tile(
         # Ranks that are multiples of eight and those that are not have a loop each, with buffers
         # side by side. (Elements of two bytes are not copied one by one, so that in halves only
         # the first has any.)
-        loop = PipelineBytes(2 * loop.read_in_place, 2 * loop.through_registers, loop.besides)
-    # A pipeline would leave a product that reads registers in flight over the next step, whatever
-    # the warps: see drawing_warps. The mask's instructions and other blocks hide the memory.
-    in_flight = masked and drawing_warps(limits, cast=cast or cell.ieee) == 4
-    return ShrinkTile(
-        BLOCK_D=block_d,
-        BLOCK_R=block_r,
-        parts=parts,
-        num_warps=num_warps,
-        num_stages=1 if in_flight else pipeline_stages(4, loop, limits),
-    )
+        loop = replace(
+            loop,
+            read_in_place=2 * loop.read_in_place,
+            through_registers=2 * loop.through_registers,
+        )
+    num_stages = pipeline_stages(4, loop, limits)
+    return ShrinkTile(block_d, block_r, parts, num_warps, num_stages)
 
 
 @_remembered
@@ -165,14 +161,8 @@ def expand_tile(
     # One stage where the left operand comes from registers, and so must not be overwritten while a
     # product reads it (triton#9433; a test looks for it), and where the rank is over in one step.
     wanted = 1 if is_small(cell) or cdiv(cell.max_total_rank, slices) <= block_r else 2
-    return ExpandTile(
-        BLOCK_C=block_c,
-        BLOCK_R=block_r,
-        num_warps=num_warps,
-        num_stages=pipeline_stages(
-            wanted, PipelineBytes(0, stage, cell.block * block_c * 4), limits
-        ),
-    )
+    loop = PipelineBytes(0, stage, cell.block * block_c * 4)
+    return ExpandTile(block_c, block_r, num_warps, pipeline_stages(wanted, loop, limits))
 
 
 @_remembered
@@ -197,7 +187,7 @@ def gradient_tile(
     cast = cell.itemsize != 4
     num_warps = 8 if block_r == 64 or (cell.ieee and block_r > 16) else 4
     if masked and not is_small(cell):
-        num_warps = max(num_warps, drawing_warps(limits, cast=cast or cell.ieee))
+        num_warps = DRAWING_WARPS
     programs = cdiv(depth, block_d) * cdiv(cdiv(cell.max_total_rank, slices), block_r)
     windows = max(1, cdiv(2 * limits.multiprocessors, programs))
     # The tiles that hold pairs are fewer than T, which allows for a cut tile in every group.
@@ -213,14 +203,8 @@ def gradient_tile(
         masked=masked,
         ieee=cell.ieee,
     )
-    return GradientTile(
-        BLOCK_M=block_m,
-        BLOCK_D=block_d,
-        BLOCK_R=block_r,
-        window=window,
-        num_warps=num_warps,
-        num_stages=pipeline_stages(3, loop, limits),
-    )
+    num_stages = pipeline_stages(3, loop, limits)
+    return GradientTile(block_m, block_d, block_r, window, num_warps, num_stages)
 
 
 @_remembered
@@ -233,14 +217,9 @@ def gemm_tile(cell: RoutedCell, slices: int, limits: DeviceLimits, *, aligned: b
     elif not aligned or cell.itemsize == 4:
         block_d, num_warps = 32, 8
     stage = (cell.block + block_c) * block_d * cell.itemsize
-    return GemmTile(
-        BLOCK_C=block_c,
-        BLOCK_D=block_d,
-        BLOCK_R=block_r,
-        GROUP_M=8,
-        num_warps=num_warps,
-        num_stages=pipeline_stages(4, PipelineBytes(stage, 0, cell.block * block_c * 4), limits),
-    )
+    loop = PipelineBytes(stage, 0, cell.block * block_c * 4)
+    num_stages, group_m = pipeline_stages(4, loop, limits), 8
+    return GemmTile(block_c, block_d, block_r, group_m, num_warps, num_stages)
 
 
 _strategy = "hybrid"
