@@ -1,4 +1,4 @@
-"""`python -m lora_kernels doctor` and `tune`."""
+"""`python -m lora_kernels doctor`, `self-test` and `tune`."""
 
 import argparse
 import os
@@ -8,6 +8,7 @@ import torch
 
 COMMANDS = {
     "doctor": "versions, devices, which backends can serve, what auto picks and why",
+    "self-test": "tries our kernels on this machine; `self-test --help` for more",
     "tune": "measures what auto may take on this GPU; `tune --help` for more",
 }
 
@@ -26,10 +27,15 @@ def main(argv: list[str] | None = None) -> int:
         command = " ".join(["python -m benchmarks", *argv[1:2]])
         print(f"The benchmarks are in the source tree: {command}", file=sys.stderr)
         return 2
-    if argv[:1] == ["tune"]:  # has its own parser, with its own --help
+    # These have a parser and a --help of their own.
+    if argv[:1] == ["tune"]:
         from lora_kernels.measuring import tuning
 
         return tuning.main(argv[1:])
+    if argv[:1] == ["self-test"]:
+        from lora_kernels.self_test import command
+
+        return command.main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m lora_kernels")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in COMMANDS.items():
@@ -59,6 +65,7 @@ def doctor() -> list[str]:
     for device in devices:
         lines += ["", f"{device}  {_describe(device)}"]
         lines += _backends(device)
+        lines += _verdicts(device)
         lines += _choices(device)
     return lines
 
@@ -81,6 +88,16 @@ def _backends(device: torch.device) -> list[str]:
 
     reasons = {name: dispatch.unavailable(name, device) for name in dispatch.BACKENDS}
     return [f"  {name:<10} {reason or 'available'}" for name, reason in reasons.items()]
+
+
+def _verdicts(device: torch.device) -> list[str]:
+    from lora_kernels.runtime import verdicts
+
+    found = verdicts.known().get(verdicts.kind_of(device), {})
+    tried = {name: verdict for name, verdict in found.items() if verdict.state != verdicts.ABSENT}
+    if not tried:
+        return ["  kernels    not tried here: python -m lora_kernels self-test"]
+    return [f"  {name}: {verdict.state}, {verdict.detail}" for name, verdict in tried.items()]
 
 
 def _choices(device: torch.device) -> list[str]:

@@ -5,6 +5,8 @@ import platform
 
 import torch
 
+from lora_kernels.runtime.cpu_extension import cpu_name
+
 
 def versions() -> dict[str, str | None]:
     """Installed versions; None for what is not installed."""
@@ -23,15 +25,6 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as cpuinfo:
-            fields = dict(line.rstrip("\n").split("\t: ", 1) for line in cpuinfo if "\t: " in line)
-    except (OSError, ValueError):
-        fields = {}
-    return fields.get("model name") or platform.processor() or platform.machine()
 
 
 def cpu_features() -> list[str]:

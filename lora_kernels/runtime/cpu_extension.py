@@ -14,6 +14,7 @@ gradients of A and B sum over rows, in blocks of a fixed size.)
 
 import functools
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -88,6 +89,15 @@ def missing() -> str | None:
 def level() -> int:
     """The instruction set in use, an index of ``LEVELS``; -1 without the extension."""
     return -1 if extension() is None else loaded().level()
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    fields = dict(line.split("\t: ", 1) for line in lines if "\t: " in line)
+    return fields.get("model name") or platform.processor() or platform.machine()
 
 
 # What torch.compiler.assume_constant_result says; calling it would import torch._dynamo.

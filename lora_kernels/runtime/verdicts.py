@@ -64,7 +64,7 @@ def kind_of(device: torch.device) -> str:
     """Devices of one kind run the same code: a GPU's model and limits, a CPU's name and level."""
     if device.type == "cpu":
         interpreted = ", interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else ""
-        return f"{_cpu_name()}, level {cpu_extension.level()}{interpreted}"
+        return f"{cpu_extension.cpu_name()}, level {cpu_extension.level()}{interpreted}"
     limits = limits_of(device)
     return (
         f"{limits.name}, sm_{limits.capability}, {limits.multiprocessors} SMs, "
@@ -85,16 +85,6 @@ def machine_state() -> dict[str, str]:
         "triton": _triton(),
         "kernels": _digest_of_kernels(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        import platform
-
-        return platform.processor() or platform.machine()
 
 
 def _gpus() -> str:

@@ -1,0 +1,55 @@
+"""The self-test's checks find wrong kernels: each family passes as it is, and not with a fault."""
+
+import pytest
+import torch
+
+from lora_kernels.ops.linear import triton as linear
+from lora_kernels.ops.routed import triton as routed
+from lora_kernels.runtime.verdicts import BROKEN, PROVEN
+from lora_kernels.self_test import child
+from lora_kernels.self_test.families import FAMILIES
+
+CPU, DTYPES = torch.device("cpu"), (torch.float32,)
+
+
+def judged(family):
+    return child.judge(FAMILIES[family], CPU, DTYPES, lambda **line: None)
+
+
+@pytest.mark.parametrize("family", ["linear/triton hybrid", "linear/triton fused", "routed/triton"])
+def test_a_right_kernel_is_proven(family):
+    verdict = judged(family)
+    assert verdict["state"] == PROVEN, verdict
+
+
+def drop_a_tile(result):
+    result[0][16:32, :16] = 0
+    return result
+
+
+def forget_the_scale(result):
+    """Of the gradient of B, or of the only factor's that there is."""
+    result[2].mul_(0.5)
+    return result
+
+
+def swap_rows(result):
+    result[0].copy_(result[0].flip(0))
+    return result
+
+
+@pytest.mark.parametrize("family, module", [("linear/triton hybrid", linear)])
+@pytest.mark.parametrize(
+    "step, fault",
+    [
+        ("forward", drop_a_tile),
+        ("forward", swap_rows),
+        ("backward", drop_a_tile),
+        ("backward", forget_the_scale),
+    ],
+)
+def test_a_wrong_kernel_is_broken(family, module, step, fault, monkeypatch):
+    right = getattr(module, step)
+    monkeypatch.setattr(module, step, lambda call: fault(right(call)))
+    verdict = judged(family)
+    assert verdict["state"] == BROKEN and "AssertionError" in verdict["detail"], verdict
