@@ -217,28 +217,12 @@ def _compared(kind: str) -> str:
     return total if whole == total else f"{whole} (/ frozen) and {total} (PEFT /)"
 
 
-def print_case(rows: list[dict], plain: bool) -> None:
-    """To the terminal; with rich where it is installed and the terminal is one."""
+def print_case(rows: list[dict]) -> None:
     headers, cells = table(rows)
-    if not plain:
-        try:
-            from rich.console import Console
-            from rich.table import Table
-            from rich.text import Text
-        except ImportError:
-            plain = True
-    if plain:
-        print(rows[0]["title"])
-        widths = [max(map(len, column)) for column in zip(headers, *_short(cells), strict=True)]
-        for line in [headers, *cells]:
-            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
-    else:
-        drawn = Table(title=rows[0]["title"])
-        for index, header in enumerate(headers):
-            drawn.add_column(header, justify="right" if index else "left", overflow="fold")
-        for line in cells:
-            drawn.add_row(*map(Text, line))  # a reason for skipping may look like markup
-        Console().print(drawn)
+    print(rows[0]["title"])
+    widths = [max(map(len, column)) for column in zip(headers, *_short(cells), strict=True)]
+    for line in [headers, *cells]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
     for note in footnotes(rows):
         print(note)
 

@@ -118,12 +118,9 @@ op.prepare = hang
 def test_a_case_that_hangs_or_dies_costs_itself(fault, code, tmp_path):
     out = tmp_path / "gpu.jsonl"
     began = time.monotonic()
-    done = in_a_process(
-        tmp_path,
-        "--only=core,gemm",
-        "--case-seconds=20",
-        prelude=QUICKLY + HANGS.format(fault=fault),
-    )
+    prelude = QUICKLY + HANGS.format(fault=fault)
+    options = "--only=core,gemm", "--case-seconds=20"
+    done = in_a_process(tmp_path, *options, prelude=prelude)
     assert done.returncode == 1 and time.monotonic() - began < 300, done.stderr
     rows = rows_of(out)
     lost = [row for row in rows if row["skipped"] and "its process ended" in row["skipped"]]
