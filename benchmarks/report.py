@@ -183,13 +183,20 @@ def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     return headers, cells
 
 
+def machine_of(meta: dict) -> str:
+    """The device; of a CPU with the instructions in use, which its name does not say."""
+    _, _, level = meta["extension"].partition("using ")
+    level = f" ({level})" if level and meta["device_type"] == "cpu" else ""
+    return f"{meta['device']}{level}, {meta['threads']} threads"
+
+
 def footnotes(rows: list[dict]) -> list[str]:
     """What the numbers of one case mean and where they come from."""
     meta = rows[0]["meta"]
     kind = rows[0]["kind"]
     reps = max(row["reps"] for row in rows)
     timing = sorted({row["timing"] for row in rows if row["timing"]})
-    where = f"{meta['device']}, {meta['threads']} threads, torch {meta['versions']['torch']}"
+    where = f"{machine_of(meta)}, torch {meta['versions']['torch']}"
     where += "".join(f", {name}={value}" for name, value in meta.get("malloc", {}).items())
     notes = [
         f"{where}, {meta['time']}. Medians of {reps} interleaved repetitions ({', '.join(timing)});"

@@ -282,7 +282,13 @@ def test_layer_providers_agree_and_the_adapters_do_something():
 
 def test_layer_saves_less_than_naive_and_makes_rows():
     case = replace(LAYER, dropout=0.1, dtype="bf16", length=64)
-    meta = {"device": "a", "device_type": "cpu", "threads": 1, "versions": {"torch": "2"}}
+    meta = {
+        "device": "a",
+        "device_type": "cpu",
+        "threads": 1,
+        "extension": "",
+        "versions": {"torch": "2"},
+    }
     meta["time"] = "now"
     names = ["frozen", "naive", "ours", "triton-fused"]
     rows = driver.measure_case("layer", case, names, meta, 2, memory=False)
