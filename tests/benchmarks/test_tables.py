@@ -227,7 +227,7 @@ def test_the_same_results_give_the_same_plot(pages, tmp_path):
     assert drawn[0] == drawn[1] and b"<svg" in drawn[0]
     for provider in ("naive", "peft", "ours"):
         assert f'"{provider}": '.encode() in drawn[0].replace(b"&quot;", b'"')
-    assert b"a CPU, 2 threads" in drawn[0]
+    assert b"a CPU (AVX2), 2 threads" in drawn[0]
 
 
 @pytest.mark.parametrize(
