@@ -338,10 +338,10 @@ class BuildOptionally(build_ext):
         self, sources: list[str], ext: Extension, toolkit: Toolkit | None
     ) -> list[str]:
         """The objects of the sources, up to date; the CUDA objects with them."""
-        if self.compiler.compiler_type != "unix":
-            raise NoNinja(f"a compiler like {self.compiler.compiler_type} is left to setuptools")
+        compiler = getattr(self.compiler, "compiler_so_cxx", None)
+        if self.compiler.compiler_type != "unix" or compiler is None:
+            raise NoNinja("setuptools does not say how it calls this compiler")
         name = f"{sysconfig.get_config_var('SOABI')}{'-sanitized' if SANITIZES else ''}"
-        compiler = self.compiler.compiler_so_cxx
         python = [f"-I{folder}" for folder in (*self.compiler.include_dirs, *ext.include_dirs)]
         python += [f"-D{macro}={value}" for macro, value in ext.define_macros]
         version = subprocess.run([compiler[0], "--version"], capture_output=True, text=True).stdout

@@ -212,7 +212,7 @@ def run(kind: str, cases: list, names: list[str] | None, args, argv: list[str]) 
         group = measure_case(kind, case, chosen, meta, args.reps, not args.no_memory, args.threads)
         rows += group
         report.write_rows(args.out, rows)
-        report.print_case(group, plain=not sys.stdout.isatty())
+        report.print_case(group)
         print(flush=True)
     say(f"{len(rows)} rows written to {args.out}")
     return 0 if any(not row["skipped"] for row in rows) else 1

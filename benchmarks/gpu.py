@@ -144,7 +144,7 @@ def measure(cells: list[Cell], args: argparse.Namespace, command: str) -> int:
             record(cell, args.out, command, f"{type(error).__name__}: {error}")
         else:
             report.write_rows(args.out, [*rows_in(args.out), *rows])
-            report.print_case(rows, plain=not sys.stdout.isatty())
+            report.print_case(rows)
         faulthandler.cancel_dump_traceback_later()
         if not context_works():
             return AGAIN

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from benchmarks import report
+
 # In this order, as far as the results hold them; a label and a colour each.
 PROVIDERS = {
     "frozen": ("frozen model", "#8b949e"),
@@ -30,7 +32,7 @@ def facts(groups: list[list[dict]]) -> dict:
     meta, case = groups[0][0]["meta"], groups[0][0]["case"]
     sizes = f"{case['batch']}x{case['length']} tokens, r {case['rank']}"
     caption = f"A training step of a Llama of SmolLM2-135M's shape, {sizes}; "
-    caption += f"{meta['device']}, {meta['threads']} threads"
+    caption += report.machine_of(meta)
     return {"caption": caption, "cases": drawn}
 
 

@@ -169,7 +169,7 @@ def providers_of(rows: list[dict], wanted: dict) -> dict[str, dict]:
 
 def where(rows: dict[str, dict]) -> str:
     meta = rows["ours"]["meta"]
-    return f"{meta['device']}, {meta['threads']} threads"
+    return report.machine_of(meta)
 
 
 def line_of(what: str, found: dict[str, str], ratio: str, on: str, name: str) -> str:

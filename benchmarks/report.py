@@ -183,13 +183,20 @@ def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
     return headers, cells
 
 
+def machine_of(meta: dict) -> str:
+    """The device; of a CPU with the instructions in use, which its name does not say."""
+    _, _, level = meta["extension"].partition("using ")
+    level = f" ({level})" if level and meta["device_type"] == "cpu" else ""
+    return f"{meta['device']}{level}, {meta['threads']} threads"
+
+
 def footnotes(rows: list[dict]) -> list[str]:
     """What the numbers of one case mean and where they come from."""
     meta = rows[0]["meta"]
     kind = rows[0]["kind"]
     reps = max(row["reps"] for row in rows)
     timing = sorted({row["timing"] for row in rows if row["timing"]})
-    where = f"{meta['device']}, {meta['threads']} threads, torch {meta['versions']['torch']}"
+    where = f"{machine_of(meta)}, torch {meta['versions']['torch']}"
     where += "".join(f", {name}={value}" for name, value in meta.get("malloc", {}).items())
     notes = [
         f"{where}, {meta['time']}. Medians of {reps} interleaved repetitions ({', '.join(timing)});"
@@ -217,28 +224,12 @@ def _compared(kind: str) -> str:
     return total if whole == total else f"{whole} (/ frozen) and {total} (PEFT /)"
 
 
-def print_case(rows: list[dict], plain: bool) -> None:
-    """To the terminal; with rich where it is installed and the terminal is one."""
+def print_case(rows: list[dict]) -> None:
     headers, cells = table(rows)
-    if not plain:
-        try:
-            from rich.console import Console
-            from rich.table import Table
-            from rich.text import Text
-        except ImportError:
-            plain = True
-    if plain:
-        print(rows[0]["title"])
-        widths = [max(map(len, column)) for column in zip(headers, *_short(cells), strict=True)]
-        for line in [headers, *cells]:
-            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
-    else:
-        drawn = Table(title=rows[0]["title"])
-        for index, header in enumerate(headers):
-            drawn.add_column(header, justify="right" if index else "left", overflow="fold")
-        for line in cells:
-            drawn.add_row(*map(Text, line))  # a reason for skipping may look like markup
-        Console().print(drawn)
+    print(rows[0]["title"])
+    widths = [max(map(len, column)) for column in zip(headers, *_short(cells), strict=True)]
+    for line in [headers, *cells]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
     for note in footnotes(rows):
         print(note)
 

@@ -8,6 +8,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "cpu/adapter.h"
@@ -74,8 +75,9 @@ bool read_mask(lora::Mask& mask, py::handle object, int64_t rows, int64_t column
   return true;
 }
 
-// y [..., N] += s h B^T (or y = ...) with h [M, R] and the mask, which are written first. False,
-// and nothing is written, where a tensor is not as the kernels take it.
+// y [..., N] += s h B^T (or y = ...) with h [M, R] and the mask, which are written first; h is kept
+// nowhere if it is None. False, and nothing is written, where a tensor is not as the kernels take
+// it.
 bool adapter_forward(py::handle y, py::handle x, py::handle a, py::handle b, py::handle h,
                      py::handle mask, double h_scale, double scaling, uint64_t first_group,
                      uint64_t groups_per_row, int64_t seed, uint32_t threshold, bool add,
@@ -86,9 +88,11 @@ bool adapter_forward(py::handle y, py::handle x, py::handle a, py::handle b, py:
   const int64_t rank = down.size(0), in_columns = down.size(1), out_columns = up.size(0);
   const int64_t rows = in.numel / in_columns;
   if (up.size(1) != rank || !read_rows(in, x, in.dtype(), rows, in_columns) ||
-      !read_rows(out, y, in.dtype(), rows, out_columns) ||
-      !read_rows(narrow, h, DType::f32, rows, rank) || !read_mask(kept, mask, rows, in_columns))
+      !read_rows(out, y, in.dtype(), rows, out_columns) || !read_mask(kept, mask, rows, in_columns))
     return false;
+  if (!h.is_none() && !read_rows(narrow, h, DType::f32, rows, rank)) return false;
+  const std::unique_ptr<float[]> scratch(h.is_none() ? new float[rows * rank] : nullptr);
+  const lora::Narrow product = h.is_none() ? lora::Narrow{scratch.get(), rank} : narrow_of(narrow);
 
   py::gil_scoped_release released;
   lora::adapter_forward(
@@ -97,11 +101,11 @@ bool adapter_forward(py::handle y, py::handle x, py::handle a, py::handle b, py:
        {first_group, groups_per_row},
        uint64_t(seed),
        threshold},
-      {wide_of(in), kept, down_of(down), narrow_of(narrow), float(h_scale), in_columns, 0, 0, 0, 0},
+      {wide_of(in), kept, down_of(down), product, float(h_scale), in_columns, 0, 0, 0, 0},
       {wide_of(out),
        {nullptr, 0},
        up_of(up),
-       narrow_of(narrow),
+       product,
        nullptr,
        1.0f,
        float(scaling),

@@ -45,8 +45,8 @@ class LinearCase(Typed):
 
     def cell(self, direction: str) -> tiles.LinearCell:
         """What a tuned table knows this call by."""
-        sizes, drops = (self.m, self.k, self.n, self.rank), self.dropout > 0
-        return tiles.make_cell(direction, self.torch_dtype, *sizes, drops, False)
+        activation = torch.empty(self.m, 0, dtype=self.torch_dtype, device="meta")
+        return tiles.cell_of(direction, activation, self.k, self.n, self.rank, self.dropout > 0)
 
 
 def problems_of(case: LinearCase) -> list[LoRAProblem]:

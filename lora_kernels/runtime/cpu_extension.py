@@ -174,14 +174,15 @@ def adapter_forward(
     x: Tensor,  # [..., K]
     lora_a: Tensor,  # [R, K]
     lora_b: Tensor,  # [N, R]
-    h: Tensor,  # [M, R] fp32
+    h: Tensor | None,  # [M, R] fp32
     mask: Tensor | None,  # [M, ceil(K/8)] uint8
     scaling: float,
     dropout: ActiveDropout | None,
     *,
     add: bool,
 ) -> None:
-    """``y += s h B^T``, or ``y = ...``, with ``h = D(x) A^T``; writes h and the mask too.
+    """``y += s h B^T``, or ``y = ...``, with ``h = D(x) A^T``; writes the mask and, where it is
+    given, h.
 
     For bf16 on a processor that multiplies pairs of bf16, h and s B are rounded to bf16 for their
     product, as for any GEMM in bf16.

@@ -118,12 +118,9 @@ op.prepare = hang
 def test_a_case_that_hangs_or_dies_costs_itself(fault, code, tmp_path):
     out = tmp_path / "gpu.jsonl"
     began = time.monotonic()
-    done = in_a_process(
-        tmp_path,
-        "--only=core,gemm",
-        "--case-seconds=20",
-        prelude=QUICKLY + HANGS.format(fault=fault),
-    )
+    prelude = QUICKLY + HANGS.format(fault=fault)
+    options = "--only=core,gemm", "--case-seconds=20"
+    done = in_a_process(tmp_path, *options, prelude=prelude)
     assert done.returncode == 1 and time.monotonic() - began < 300, done.stderr
     rows = rows_of(out)
     lost = [row for row in rows if row["skipped"] and "its process ended" in row["skipped"]]
@@ -285,7 +282,13 @@ def test_layer_providers_agree_and_the_adapters_do_something():
 
 def test_layer_saves_less_than_naive_and_makes_rows():
     case = replace(LAYER, dropout=0.1, dtype="bf16", length=64)
-    meta = {"device": "a", "device_type": "cpu", "threads": 1, "versions": {"torch": "2"}}
+    meta = {
+        "device": "a",
+        "device_type": "cpu",
+        "threads": 1,
+        "extension": "",
+        "versions": {"torch": "2"},
+    }
     meta["time"] = "now"
     names = ["frozen", "naive", "ours", "triton-fused"]
     rows = driver.measure_case("layer", case, names, meta, 2, memory=False)

@@ -16,6 +16,8 @@ META = {
     "versions": {"torch": "2.13.0"},
     "device": "a CPU",
     "threads": 2,
+    "device_type": "cpu",
+    "extension": "built, using AVX2",
 }
 
 
@@ -41,6 +43,18 @@ def known_rows():
     }
     floor = {"forward": 0.1, "backward": 0.2, "both": 0.3}
     return report.rows_of("op", case, META, taken, {"triton": "no GPU\nat all"}, details, floor)
+
+
+@pytest.mark.parametrize(
+    "meta, told",
+    [
+        ({"device_type": "cpu"}, "a CPU (AVX2), 2 threads"),
+        ({"device_type": "cuda"}, "a CPU, 2 threads"),
+        ({"device_type": "cpu", "extension": "not built: no compiler"}, "a CPU, 2 threads"),
+    ],
+)
+def test_the_instructions_in_use_stand_beside_the_cpu(meta, told):
+    assert report.machine_of(META | {"device": "a CPU"} | meta) == told
 
 
 def test_rows_hold_medians_quartiles_and_ratios():
@@ -213,7 +227,7 @@ def test_the_same_results_give_the_same_plot(pages, tmp_path):
     assert drawn[0] == drawn[1] and b"<svg" in drawn[0]
     for provider in ("naive", "peft", "ours"):
         assert f'"{provider}": '.encode() in drawn[0].replace(b"&quot;", b'"')
-    assert b"a CPU, 2 threads" in drawn[0]
+    assert b"a CPU (AVX2), 2 threads" in drawn[0]
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,21 @@ def from_t(x, out, t, factor, packed=None, *, add=True):
     return backward(out, t, x, factor, ones, None, packed, add=add)[0]
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("rows", [1, 16, 300])
+@pytest.mark.parametrize("dtype", native.DTYPES, ids=str)
+def test_h_need_not_be_kept(dtype, rows, p):
+    """The result's bits and the mask are the same; nothing was allocated for h."""
+    x = torch.randn(rows, 100).to(dtype)
+    a, b = torch.randn(12, 100), torch.randn(70, 12)
+    kept, scratch = torch.randn(rows, 70).to(dtype).repeat(2, 1, 1)
+    _, packed = forward(kept, x, a, b, 0.5, p)
+    again = None if packed is None else torch.empty_like(packed)
+    native.adapter_forward(scratch, x, a, b, None, again, 0.5, dropped_with(p), add=True)
+    assert torch.equal(kept, scratch)
+    assert packed is None or torch.equal(packed, again)
+
+
 @each_operand
 @pytest.mark.parametrize("add", [False, True], ids=["write", "add"])
 def test_forward(level, dtype, adapter_dtype, turned, dropped, add, poisoned_memory):

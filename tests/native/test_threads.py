@@ -87,7 +87,7 @@ def test_a_forked_child_after_use():
     """The parent's threads do not exist in the child: it must not wait for them."""
     program = """
 import os, sys, torch
-from tests.native.test_threads import kernels
+from test_threads import kernels
 torch.set_num_threads(3)
 expected = kernels(torch.bfloat16)
 child = os.fork()
@@ -99,7 +99,9 @@ if child == 0:
 _, status = os.waitpid(child, 0)
 sys.exit(os.waitstatus_to_exitcode(status))
 """
-    subprocess.run([sys.executable, "-c", program], timeout=120, check=True)
+    path = os.pathsep.join(sys.path)  # ours: the program takes the kernels above
+    environment = os.environ | {"PYTHONPATH": path}
+    subprocess.run([sys.executable, "-c", program], env=environment, timeout=120, check=True)
 
 
 def run(program: str, **environment: str) -> str:

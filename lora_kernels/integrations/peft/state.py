@@ -369,8 +369,10 @@ def _unsupported_input(x: Any, weight: Tensor) -> str | None:
 
 def _unsupported_context() -> str | None:
     """Why PEFT has to serve: a standard torch graph is asked for, or a derivative not ours."""
+    # torch's compiler traces jit.is_tracing, which its stub does not export.
+    tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
     # What torch.compiler.is_exporting() returns; torch 2.9's compiler takes that call for True.
-    if torch._C._is_tracing() or torch.compiler._is_exporting_flag:
+    if tracing or torch.compiler._is_exporting_flag:
         return "tracing or exporting: the graph keeps to torch's own operations"
     if torch._C._are_functorch_transforms_active():
         return "inside a torch.func transform"

@@ -44,6 +44,7 @@ class LinearCall:
     backend: str = "auto"  # as it was asked for
     plan: LinearPlan | None = None  # None for a call of an op
     save_unscaled: bool = False
+    save: bool = True  # what a backward may need
 
 
 @dataclass(slots=True, eq=False)
@@ -70,7 +71,8 @@ class Result(NamedTuple):
     """What a forward computes: y, and what a backward may need."""
 
     y: Tensor  # [..., N]
-    h: Tensor  # [M, R] in fp32, or composed's product_dtype: D(x) A^T
+    # [M, R] in fp32, or composed's product_dtype: D(x) A^T. None where nothing is saved.
+    h: Tensor | None
     mask: Tensor | None  # [M, ceil(K/8)], the packed keep-mask
     unscaled: Tensor | None  # [M, N], the result before output_scale and bias, where asked for
     rounded: Rounded = (None, None)  # handed to a backward that was planned with the forward

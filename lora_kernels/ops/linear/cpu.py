@@ -26,8 +26,10 @@ def forward(call: LinearCall) -> Result:
     x, factors, dropout = call.x, call.factors, call.dropout
     scaling = float(factors.scaling)
     rows = x if x.is_contiguous() else cpu_extension.rows_of(x)  # [..., K] or [M, K]
-    # Before the product, which leaves little of Python's code in the caches.
-    h, mask = cpu_extension.allocate_saved(rows, factors.a.shape[0], dropout)
+    h = mask = None
+    if call.save or dropout is not None:
+        # Before the product, which leaves little of Python's code in the caches.
+        h, mask = cpu_extension.allocate_saved(rows, factors.a.shape[0], dropout)
     bias = call.bias if factors.output_scale is None else None
     y, add = product_or_bias(call.base, rows, bias, factors.b.shape[0])
     cpu_extension.adapter_forward(y, rows, factors.a, factors.b, h, mask, scaling, dropout, add=add)

@@ -129,6 +129,7 @@ def _forward_kernel(x, *arguments):
     call = _call_of(x, *operands)
     call.save_unscaled = save_unscaled
     y, h, mask, unscaled, _ = _forward(call, backend)
+    assert h is not None, "a call of the op saves"
     if call.dropout is None or not stores_mask(x.device, True, backend):
         mask = None
     elif mask is None:  # a kernel served that keeps none
@@ -400,6 +401,7 @@ def run(call: LinearCall, plan: LinearPlan) -> Tensor:
             others = {"output_scale": output_scale, "seed": seed}
             name_unsaved(error, x=x, weight=weight, lora_a=a, lora_b=b, **others)
             raise
+    call.save = False
     return plan.forward.forward(call).y
 
 

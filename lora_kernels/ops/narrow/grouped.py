@@ -81,8 +81,9 @@ def factor_dtype(
     """
     if narrow and widens_first(rows):
         return torch.float32
-    on_cpu = rows.device.type == "cpu"
-    return factor if on_cpu and is_better_widened(rows, factor, ranks) else rows.dtype
+    if factor == rows.dtype or rows.device.type != "cpu":
+        return rows.dtype
+    return factor if is_better_widened(rows, factor, ranks) else rows.dtype
 
 
 def cast(

@@ -1,22 +1,30 @@
 """What a GPU run will do, through the interpreter: the strategies as providers, and tuning."""
 
-import pytest
-from lora_kernels.bench.case import LayerCase, OpCase
+import sys
+from pathlib import Path
 
-from lora_kernels.bench import layer, op, tune
+import pytest
+
+from lora_kernels.measuring import linear_call, tuning
+from lora_kernels.measuring.linear_call import LinearCase, problem_of
 from lora_kernels.ops.linear.triton import tiles
+
+sys.path.insert(0, str(Path(__file__).parents[3]))  # for benchmarks
+
+from benchmarks import layer, op
+from benchmarks.layer import LayerCase
 
 STRATEGIES = ["triton-hybrid", "triton-fused"]
 
 
 @pytest.fixture(autouse=True)
 def one_set_of_inputs(monkeypatch):
-    monkeypatch.setattr(op, "inputs_to_exceed_cache", lambda case: 1)
+    monkeypatch.setattr(linear_call, "sets_past_cache", lambda *sizes: 1)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_op_providers_run_and_are_right(dropout):
-    case = OpCase(m=40, k=48, n=56, rank=4, dtype="fp16", dropout=dropout)
+    case = LinearCase(m=40, k=48, n=56, rank=4, dtype="fp16", dropout=dropout)
     ops, skipped = op.prepare(case, ["frozen", *STRATEGIES])
     assert list(ops) == ["frozen", *STRATEGIES], skipped
     assert all(each.run()["both"] > 0 and each.peak() for each in ops.values())
@@ -26,16 +34,16 @@ def test_the_strategy_reaches_the_launcher(monkeypatch):
     asked = []
     strategy = tiles.strategy
     monkeypatch.setattr(tiles, "strategy", lambda *args: asked.append(strategy(*args)) or asked[-1])
-    case = OpCase(m=24, k=16, n=24, rank=4, dtype="fp32")
+    case = LinearCase(m=24, k=16, n=24, rank=4, dtype="fp32")
     for name in STRATEGIES:
         asked.clear()
-        timed = op.Op(case, name, [op.make_inputs(case, 0)])
+        timed = op.Op(case, name, [problem_of(case, 0)])
         timed.run()
         assert set(asked) == {name.removeprefix("triton-")} and len(asked) == 2
 
 
 def test_layer_providers_agree():
-    case = layer.small(LayerCase(device="cpu", dtype="fp32"))
+    case = LayerCase(device="cpu", dtype="fp32", **layer.SMALL)
     steps, skipped = layer.prepare(case, ["naive", *STRATEGIES])
     assert not skipped
     for name in STRATEGIES:
@@ -44,24 +52,27 @@ def test_layer_providers_agree():
 
 def test_tuning_a_cell_from_end_to_end(monkeypatch):
     """Few options; a tile that cannot be launched is left out, the cell is what tiles.py reads."""
-    monkeypatch.setattr(tune, "GEMM_TILES", ({"BLOCK_M": 64}, {"BLOCK_M": 48}))
-    monkeypatch.setattr(tune, "SHRINK_TILES", ({"BLOCK_M": 32},))
-    monkeypatch.setattr(tune, "RANK_GRADIENT_TILES", ({"BLOCK_D": 64},))
-    case = OpCase(m=40, k=48, n=56, rank=4, dtype="fp16", dropout=0.25)
+    few = {
+        "gemm": ({"BLOCK_M": 64}, {"BLOCK_M": 48}),
+        "shrink": ({"BLOCK_M": 32},),
+        "rank_gradient": ({"BLOCK_D": 64},),
+    }
+    monkeypatch.setattr(tuning, "TILES", few)
+    case = LinearCase(m=40, k=48, n=56, rank=4, dtype="fp16", dropout=0.25)
     seen = []
     said = []
-    monkeypatch.setattr(tune, "say", said.append)
-    seconds_of = tune.seconds_of
+    monkeypatch.setattr(tuning, "say", said.append)
+    seconds_of = tuning.seconds_of
 
     def spy(*args):
         seen.append(seconds_of(*args))
         return seen[-1]
 
-    monkeypatch.setattr(tune, "seconds_of", spy)
-    found = tune.tune(case, reps=1)
+    monkeypatch.setattr(tuning, "seconds_of", spy)
+    found = tuning.best_cells(case, reps=1)
     assert list(seen[0]["forward"]) == ["composed", "hybrid", "fused"], said
     assert list(seen[1]["backward"]) == ["as it is", "{'BLOCK_M': 64}"]
-    assert any("{'BLOCK_M': 48} does not run" in line for line in said)
-    for direction in tune.DIRECTIONS:
-        cell = found[tune.cell_of(case, direction).key]
+    assert any("{'BLOCK_M': 48} is no candidate" in line for line in said)
+    for direction in tuning.DIRECTIONS:
+        cell = found[case.cell(direction).key]
         assert set(cell["seconds"]) == {"composed", "hybrid", "fused"}
