@@ -22,7 +22,7 @@ from lora_kernels.self_test.families import FAMILIES, Family, available
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Tries kernels; for lora_kernels.self_test.")
     parser.add_argument("--dtypes", required=True)
     parser.add_argument("--skip", action="append", default=[], metavar="KIND/FAMILY")
     args = parser.parse_args(argv)
