@@ -157,7 +157,9 @@ ROUTED = {
 }
 
 
-ADAPTERS = pytest.mark.parametrize("adapter_dtype", [None, FP32], ids=["half adapters", "fp32 adapters"])
+ADAPTERS = pytest.mark.parametrize(
+    "adapter_dtype", [None, FP32], ids=["half adapters", "fp32 adapters"]
+)
 
 
 @pytest.mark.parametrize("label", [label for label in ROUTED if label not in ("large", "q k v")])
