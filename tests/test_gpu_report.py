@@ -302,6 +302,33 @@ def test_all_sections_fit_into_the_time():
     assert all(section.check_seconds <= section.seconds for section in SECTIONS)
 
 
+@pytest.mark.parametrize(("bench", "status"), [(0, 0), (1, 1), (None, 1)])
+def test_on_a_gpu_checks_come_first_and_benchmarks_count(
+    bench, status, tmp_path, monkeypatch, capsys
+):
+    commands = []
+
+    def pretended(command: list[str], seconds: float) -> int | None:
+        commands.append((command, seconds))
+        if "benchmarks" in command:
+            return bench
+        line = {"kind": "check", "nodeid": "test_linear.py::test_one", "section": "linear"}
+        with (tmp_path / "checks.jsonl").open("a") as file:
+            file.write(json.dumps(line | {"state": "passed"}) + "\n")
+        return 0
+
+    monkeypatch.setattr(run, "run", pretended)
+    monkeypatch.setattr(run, "sees_cuda", lambda: True)
+    assert run.main([f"--out={tmp_path}", "--minutes=8"]) == status
+    machine, checks, benchmarks = (command for command, _ in commands)
+    assert machine[-1].endswith("test_machine.py") and checks[-1] == str(GPU)
+    assert all(words[words.index("-m", 3) + 1] == "cuda" for words in (machine, checks))
+    assert benchmarks[1:4] == ["-m", "benchmarks", "gpu"] and "--dry-run" not in benchmarks
+    assert all(0 < seconds <= 480 for _, seconds in commands)
+    said = capsys.readouterr().out
+    assert ("the benchmarks ended" in said) == (bench != 0)
+
+
 def shell(*words: str, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "tests/gpu/run.py", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
