@@ -115,7 +115,7 @@ def prepare(case: InferCase, names: list[str]) -> tuple[dict[str, Inference], di
     model = base_model(case)
     rows = case.batch if any(PROVIDERS[name].row_by_row for name in names) else 0
     adapters = draw_adapters(model, case.rank, max(2, rows))
-    ids = token_ids(case, model.config.vocab_size)
+    ids = token_ids(case, model.get_parameter("model.embed_tokens.weight").shape[0])
     expected = Expected(model, adapters, case.scaling, ids)
 
     def make(name: str) -> Inference:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from torch.nn import functional as F
 from benchmarks.naive import NaiveLinear
 from benchmarks.preparing import import_peft
 from benchmarks.step_providers import LINEARS, left_to_peft
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 # By the name of the linear layer: A [R, K] and B [N, R].
 Factors = dict[str, tuple[Tensor, Tensor]]
@@ -160,13 +164,13 @@ def name_of(index: int) -> str:
     return f"adapter{index}"
 
 
-def with_peft(model: nn.Module, adapters: Sequence[Factors], scaling: float) -> nn.Module:
+def with_peft(model: nn.Module, adapters: Sequence[Factors], scaling: float) -> "PeftModel":
     """A PEFT model that reads these very tensors; in the base's dtype, as every other provider."""
     peft = import_peft()
     rank = rank_of(adapters[0])
     config = peft.LoraConfig(
         r=rank,
-        lora_alpha=scaling * rank,
+        lora_alpha=scaling * rank,  # pyright: ignore[reportArgumentType]: not of whole numbers alone
         target_modules=list(LINEARS),
         task_type="CAUSAL_LM",
         inference_mode=True,
@@ -176,9 +180,9 @@ def with_peft(model: nn.Module, adapters: Sequence[Factors], scaling: float) -> 
         wrapped.add_adapter(name_of(index), config, autocast_adapter_dtype=False)
     for index, factors in enumerate(adapters):
         for name, (lora_a, lora_b) in factors.items():
-            layer = wrapped.get_base_model().get_submodule(name)
-            layer.lora_A[name_of(index)].weight.data = lora_a
-            layer.lora_B[name_of(index)].weight.data = lora_b
+            # It changes the model in place.
+            model.get_parameter(f"{name}.lora_A.{name_of(index)}.weight").data = lora_a
+            model.get_parameter(f"{name}.lora_B.{name_of(index)}.weight").data = lora_b
     return wrapped.eval()
 
 
@@ -275,8 +279,8 @@ def routed(
         rank = rank_of(factors)
         handle.add(name_of(index), rank=rank, alpha=scaling * rank, target_modules=list(LINEARS))
         for name, pair in factors.items():
-            adapter = model.get_submodule(name).bank.adapters[name_of(index)]
-            for parameter, value in zip((adapter.lora_a, adapter.lora_b), pair, strict=True):
+            for factor, value in zip(("lora_a", "lora_b"), pair, strict=True):
+                parameter = model.get_parameter(f"{name}.bank.adapters.{name_of(index)}.{factor}")
                 parameter.data.copy_(value)
     model.requires_grad_(False).eval()
     names = [name_of(index) for index in range(len(adapters))]

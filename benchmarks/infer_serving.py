@@ -5,6 +5,7 @@ import gc
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,32 +53,25 @@ class Inference:
             for _ in range(self._new_tokens):
                 out = self._step(out)
         clock.mark("tokens")
-        switches = (1, 0) if served.switch else ()
-        for index in switches:
-            clock.start()
-            served.switch(index)
-            clock.mark("switch")
-            with served.around():
-                out = self._step(out)
-            clock.mark("token after")
+        if served.switch:
+            for index in (1, 0):
+                clock.start()
+                served.switch(index)
+                clock.mark("switch")
+                with served.around():
+                    out = self._step(out)
+                clock.mark("token after")
         sample = clock.seconds()
         sample["token"] = sample.pop("tokens") / self._new_tokens
-        if switches:
-            sample["switch"] /= len(switches)
-            sample["switch and token"] = sample["switch"] + sample.pop("token after") / len(
-                switches
-            )
+        if served.switch:
+            sample["switch"] /= 2
+            sample["switch and token"] = sample["switch"] + sample.pop("token after") / 2
         return sample
 
     def _step(self, out):
         """Greedy: the likeliest token goes in, with all that is in the cache."""
         ids = out.logits[:, -1:].argmax(-1)
         return self.served.model(input_ids=ids, past_key_values=out.past_key_values)
-
-    @torch.no_grad()
-    def switch_there_and_back(self) -> None:
-        for index in (1, 0):
-            self.served.switch(index)
 
     def check(self, expected: "Expected") -> None:
         """Raises an AssertionError unless it computes what its name says, switched there and back;
@@ -97,11 +91,12 @@ class Inference:
         """Of one more run, and of switching there and back; a first run is behind."""
         # On CUDA the process holds all providers.
         held = tensor_bytes() if self.device.type == "cpu" else None
-        peak = peak_of(lambda: self.run() and None, self.device)
-        switch = None
-        if self.served.switch:
-            switch = peak_of(self.switch_there_and_back, self.device).step_bytes
-        return InferMemory(**asdict(peak), tensor_bytes=held, switch_bytes=switch)
+        peak, switched = peak_of(self.run, self.device), None
+        if switch := self.served.switch:
+            with torch.no_grad():
+                there_and_back = peak_of(lambda: (switch(1), switch(0)), self.device)
+            switched = there_and_back.step_bytes
+        return InferMemory(**asdict(peak), tensor_bytes=held, switch_bytes=switched)
 
 
 @dataclass(frozen=True)
@@ -143,6 +138,7 @@ class Expected:
 
     def _formula(self, index: int | None) -> tuple[Tensor, Tensor]:
         def computed(served: Served) -> Tensor:
+            assert served.switch
             if index is not None:
                 served.switch(index)
                 return logits_of(served, self._ids)
@@ -161,7 +157,8 @@ class Expected:
     @cached_property
     def _oracle(self) -> Served:
         model = copy.deepcopy(self._model).double()
-        for name, module in list(model.named_modules()):
+        named: list[tuple[str, Any]] = list(model.named_modules())
+        for name, module in named:
             if type(module).__name__ == "LlamaRMSNorm":  # would compute in fp32
                 norm = nn.RMSNorm(module.weight.shape[0], module.variance_epsilon)
                 norm.weight = module.weight

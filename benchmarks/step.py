@@ -132,7 +132,7 @@ class Step:
     def peak(self) -> PeakMemory:
         """Of one more step; the first one is behind."""
         gc.collect()
-        return peak_of(lambda: self.run() and None, self.device)
+        return peak_of(self.run, self.device)
 
 
 def prepare(case: StepCase, names: list[str]) -> tuple[dict[str, Step], dict[str, str]]:
