@@ -69,9 +69,10 @@ def compared(samples: dict[str, list[Sample]]) -> dict[str, dict]:
 # ---- the table
 
 
+MEMORY = ("tensors", "peak of run", "peak of switch")
 HEADERS = (
     "provider", "prefill", "/ base", "token", "/ base", "PEFT / (token)", "switch",
-    "switch and token", "tensors", "peak of run", "peak of switch",
+    "switch and token", *MEMORY,
 )  # fmt: skip
 
 
@@ -161,4 +162,6 @@ def footnotes(rows: list[dict]) -> list[str]:
 
 def shown(rows: list[dict]) -> tuple[list[str], list[list[str]], list[str]]:
     """Headers, cells and footnotes of one case."""
-    return list(HEADERS), table(rows), footnotes(rows) + claims(rows)
+    width = len(HEADERS) if any(row["memory"] for row in rows) else -len(MEMORY)
+    cells = [line[:width] for line in table(rows)]
+    return list(HEADERS[:width]), cells, footnotes(rows) + claims(rows)

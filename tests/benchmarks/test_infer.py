@@ -304,7 +304,17 @@ def test_the_pages_have_the_same_table():
     drawn = report.markdown(rows(base=1.0, ours=1.25), driver.shown_by("infer"))
     assert "| / base | token | / base | PEFT / (token) |" in drawn
     assert "| ours | - | - | 1.25 s | 1.250 [1.250, 1.250] |" in drawn
-    assert "95 % confidence" in drawn
+    assert "95 % confidence" in drawn and "peak of run" not in drawn
+
+
+def test_the_memory_of_those_that_were_measured_is_shown():
+    found = rows(base=1.0, ours=1.25)
+    held = {"tensor_bytes": 3000, "step_bytes": 20, "switch_bytes": None, "method": "VmHWM"}
+    found[0]["memory"] = held
+    headers, cells, notes = infer.shown(found)
+    assert headers[-3:] == ["tensors", "peak of run", "peak of switch"]
+    assert [line[-3:] for line in cells[:2]] == [["3.00 kB", "20 B", "-"], ["-", "-", "-"]]
+    assert len(headers) == len(cells[2]) and "(VmHWM)" in notes[1]
 
 
 # ---- memory and the command
