@@ -44,7 +44,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks op
 	$(BIN)/python -m benchmarks step
 	$(BIN)/python -m benchmarks routed
-	$(BIN)/python -m benchmarks infer --out bench-report/infer.jsonl
+	$(BIN)/python -m benchmarks infer
 
 # The same with the newest release of everything, in an environment made anew.
 newest:

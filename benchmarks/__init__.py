@@ -10,6 +10,7 @@ naive.py       LoRA as one writes it
 op.py          one lora_linear call, forward and backward; op_providers.py who competes
 step.py        one training step of a Llama; step_providers.py
 routed.py      one layer with many adapters in one batch; routed_providers.py
+infer.py       a whole model at inference; infer_providers.py, infer_serving.py, infer_report.py
 layer.py       one training step of a decoder layer in plain torch
 kernel.py      forward calls alone: decoding, and the GEMMs with a tail
 gpu.py         the cells of a GPU in order of worth; cells.py which

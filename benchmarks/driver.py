@@ -9,7 +9,9 @@ A benchmark is a module with
     prepare(case, names)      -> what can be timed by name, and why the others cannot
 
 What is timed has ``run()``, which gives seconds by name, and ``timing``, how they were taken; and
-where it makes sense ``saved()``, ``peak()`` and ``first_loss``. Each field of the case is an
+where it makes sense ``saved()``, ``peak()`` and ``first_loss``. A benchmark whose ratios and table
+are not the usual ones has ``compared(samples)``, which gives what rows say beside the seconds, and
+``shown(rows)``, which lays out a case as ``report.shown`` does. Each field of the case is an
 option, and every combination of their comma-separated values is measured.
 """
 
@@ -41,6 +43,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def module_of(kind: str) -> ModuleType:
     return importlib.import_module(f"benchmarks.{kind}")
+
+
+def shown_by(kind: str) -> report.Shown:
+    return getattr(module_of(kind), "shown", report.shown)
 
 
 def main(kind: str, argv: list[str]) -> int:
@@ -212,7 +218,7 @@ def run(kind: str, cases: list, names: list[str] | None, args, argv: list[str]) 
         group = measure_case(kind, case, chosen, meta, args.reps, not args.no_memory, args.threads)
         rows += group
         report.write_rows(args.out, rows)
-        report.print_case(group)
+        report.print_case(group, shown_by(kind))
         print(flush=True)
     say(f"{len(rows)} rows written to {args.out}")
     return 0 if any(not row["skipped"] for row in rows) else 1
@@ -246,6 +252,9 @@ def measure_case(
     del runs, prepared
     if hasattr(module, "derive"):
         module.derive(case, samples)
+    if hasattr(module, "compared"):
+        for name, ratios in module.compared(samples).items():
+            details[name] |= ratios
     if memory and not on_cuda:
         for name in samples:
             say(f"  peak memory of {name}, in its own process")

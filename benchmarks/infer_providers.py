@@ -8,22 +8,29 @@ Dimensions: K in_features, N out_features, R rank, M tokens.
 """
 
 import contextlib
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_kernels.bench.providers import MissingExtra
+from benchmarks.naive import NaiveLinear
+from benchmarks.preparing import import_peft
+from benchmarks.step_providers import LINEARS, left_to_peft
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 # By the name of the linear layer: A [R, K] and B [N, R].
 Factors = dict[str, tuple[Tensor, Tensor]]
+
+
+def rank_of(factors: Factors) -> int:
+    return next(iter(factors.values()))[0].shape[0]
 
 
 @dataclass(frozen=True)
@@ -133,34 +140,21 @@ def bottleneck(model: nn.Module, adapters: Sequence[Factors], scaling: float) ->
 # ---- the formula
 
 
-class NaiveLinear(nn.Module):
-    """``y = x Wᵀ + b + s · x Aᵀ Bᵀ`` as one writes it."""
-
-    def __init__(
-        self, linear: nn.Linear, factors: Sequence[tuple[Tensor, Tensor]], scaling: float
-    ) -> None:
-        super().__init__()
-        self.linear, self.factors, self.scaling = linear, factors, scaling
-        self.active = 0
-
-    def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
-        lora_a, lora_b = self.factors[self.active]
-        return self.linear(x) + (x @ lora_a.T @ lora_b.T) * self.scaling
-
-
 def naive(model: nn.Module, adapters: Sequence[Factors], scaling: float) -> Served:
-    layers = []
+    rank = rank_of(adapters[0])
+    layers: dict[str, NaiveLinear] = {}
 
     def made(name: str, linear: nn.Linear) -> NaiveLinear:
-        layers.append(NaiveLinear(linear, [factors[name] for factors in adapters], scaling))
-        return layers[-1]
+        layers[name] = NaiveLinear(linear, rank, scaling * rank, dropout_p=0.0)
+        return layers[name]
 
     def switch(index: int) -> None:
-        for layer in layers:
-            layer.active = index
+        for name, layer in layers.items():
+            layer.lora_A.data, layer.lora_B.data = adapters[index][name]
 
     replace_layers(model, made)
-    return Served(model, switch)
+    switch(0)
+    return Served(model.requires_grad_(False), switch)
 
 
 # ---- PEFT
@@ -170,16 +164,13 @@ def name_of(index: int) -> str:
     return f"adapter{index}"
 
 
-def with_peft(model: nn.Module, adapters: Sequence[Factors], scaling: float) -> nn.Module:
+def with_peft(model: nn.Module, adapters: Sequence[Factors], scaling: float) -> "PeftModel":
     """A PEFT model that reads these very tensors; in the base's dtype, as every other provider."""
-    try:
-        import peft
-    except ImportError:
-        raise MissingExtra("peft") from None
-    rank = next(iter(adapters[0].values()))[0].shape[0]
+    peft = import_peft()
+    rank = rank_of(adapters[0])
     config = peft.LoraConfig(
         r=rank,
-        lora_alpha=scaling * rank,
+        lora_alpha=scaling * rank,  # pyright: ignore[reportArgumentType]: not of whole numbers alone
         target_modules=list(LINEARS),
         task_type="CAUSAL_LM",
         inference_mode=True,
@@ -189,9 +180,9 @@ def with_peft(model: nn.Module, adapters: Sequence[Factors], scaling: float) -> 
         wrapped.add_adapter(name_of(index), config, autocast_adapter_dtype=False)
     for index, factors in enumerate(adapters):
         for name, (lora_a, lora_b) in factors.items():
-            layer = wrapped.get_base_model().get_submodule(name)
-            layer.lora_A[name_of(index)].weight.data = lora_a
-            layer.lora_B[name_of(index)].weight.data = lora_b
+            # It changes the model in place.
+            model.get_parameter(f"{name}.lora_A.{name_of(index)}.weight").data = lora_a
+            model.get_parameter(f"{name}.lora_B.{name_of(index)}.weight").data = lora_b
     return wrapped.eval()
 
 
@@ -246,16 +237,7 @@ def _accelerate(wrapped: nn.Module) -> Callable[[], str | None]:
     from lora_kernels import accelerate
 
     report = accelerate(wrapped)
-
-    def left_to_peft() -> str | None:
-        report.refresh()
-        for name, reason in report.delegated.items():
-            return f"{name} is left to PEFT: {reason}"
-        for name, reasons in report.delegated_calls.items():
-            return f"calls of {name} are left to PEFT: {', '.join(reasons)}"
-        return None
-
-    return left_to_peft
+    return lambda: left_to_peft(report)
 
 
 # ---- ours without PEFT
@@ -266,7 +248,7 @@ def our_merged(model: nn.Module, adapters: Sequence[Factors], scaling: float) ->
     from lora_kernels import LoRALinear
 
     layers: dict[str, LoRALinear] = {}
-    rank = next(iter(adapters[0].values()))[0].shape[0]
+    rank = rank_of(adapters[0])
 
     def made(name: str, linear: nn.Linear) -> LoRALinear:
         layers[name] = LoRALinear.from_linear(
@@ -294,11 +276,11 @@ def routed(
 
     handle = route(model, adapter_dtype=next(model.parameters()).dtype)
     for index, factors in enumerate(adapters):
-        rank = next(iter(factors.values()))[0].shape[0]
+        rank = rank_of(factors)
         handle.add(name_of(index), rank=rank, alpha=scaling * rank, target_modules=list(LINEARS))
         for name, pair in factors.items():
-            adapter = model.get_submodule(name).bank.adapters[name_of(index)]
-            for parameter, value in zip((adapter.lora_a, adapter.lora_b), pair, strict=True):
+            for factor, value in zip(("lora_a", "lora_b"), pair, strict=True):
+                parameter = model.get_parameter(f"{name}.bank.adapters.{name_of(index)}.{factor}")
                 parameter.data.copy_(value)
     model.requires_grad_(False).eval()
     names = [name_of(index) for index in range(len(adapters))]
@@ -334,9 +316,3 @@ PROVIDERS = {
     "ours-rows": Provider(partial(peft_rows, accelerated=True), row_by_row=True),
     "routed-rows": Provider(partial(routed, row_by_row=True), row_by_row=True),
 }
-
-
-def own_copy(model: nn.Module, own_weights: bool) -> nn.Module:
-    """A copy of the modules: around the same parameters, or around copies of those."""
-    memo = {} if own_weights else {id(p): p for p in model.parameters()}
-    return copy.deepcopy(model, memo)

@@ -1,14 +1,11 @@
 """The rows of `infer`, with bounds of every ratio, and their table.
 
-A row is one provider in one case:
+A row has, beside what every benchmark's has,
 
-    schema, kind ("infer"), case, title, provider, skipped (why, or null), timing, reps
-    seconds      quantity -> {median, q1, q3, samples}
     over_base    quantity -> {median, q1, q3, low, high} of this / base, repetition by repetition
     peft_over    quantity -> likewise of PEFT / this; `rival`: which of PEFT's ways that is
-    memory       {peak_bytes, step_bytes, method, tensor_bytes, switch_bytes}, or null
+    memory       also tensor_bytes and switch_bytes
     loss         of the token behind the prompt, before anything was timed
-    meta         versions, device, threads, command, time
 
 low and high bound the median with 95 % confidence: a bootstrap over the repetitions.
 """
@@ -17,8 +14,8 @@ from dataclasses import asdict
 
 import torch
 
-from lora_kernels.bench import report
-from lora_kernels.measuring.timing import Sample, Spread, by_quantity
+from benchmarks import report
+from lora_kernels.measuring.timing import Sample, Spread
 
 _DRAWS, _CONFIDENCE = 4000, 0.95
 # PEFT's way to do the same, where it is not `peft`.
@@ -31,8 +28,6 @@ RIVALS = {
     "routed-rows": "peft-rows",
     "peft-rows": "peft-rows",
 }
-
-write_rows = report.write_rows
 
 
 def bounded(values: list[float]) -> dict[str, float]:
@@ -58,46 +53,26 @@ def ratios(numerator: list[Sample] | None, denominator: list[Sample] | None) -> 
     }
 
 
-def rows_of(
-    case,
-    meta: dict,
-    samples: dict[str, list[Sample]],
-    skipped: dict[str, str],
-    details: dict[str, dict],
-) -> list[dict]:
-    """One row per provider. details: what else is known of a provider."""
-    rows = []
-    for provider in [*samples, *skipped]:
-        taken, rival = samples.get(provider), RIVALS.get(provider, "peft")
-        row = {
-            "schema": report.SCHEMA,
-            "kind": "infer",
-            "case": asdict(case),
-            "title": case.title,
-            "provider": provider,
-            "skipped": skipped.get(provider),
-            "reps": len(taken) if taken else 0,
-            "seconds": {},
+def compared(samples: dict[str, list[Sample]]) -> dict[str, dict]:
+    """What a provider's row says beside its seconds."""
+    found = {}
+    for provider, taken in samples.items():
+        rival = RIVALS.get(provider, "peft")
+        found[provider] = {
             "over_base": ratios(taken, samples.get("base")),
             "peft_over": ratios(samples.get(rival), taken),
             "rival": rival,
-            "timing": None,
-            "memory": None,
-            "loss": None,
-            "meta": meta,
         }
-        for quantity, values in by_quantity(taken).items() if taken else ():
-            row["seconds"][quantity] = {**asdict(Spread.of(values)), "samples": values}
-        rows.append(row | details.get(provider, {}))
-    return rows
+    return found
 
 
 # ---- the table
 
 
+MEMORY = ("tensors", "peak of run", "peak of switch")
 HEADERS = (
     "provider", "prefill", "/ base", "token", "/ base", "PEFT / (token)", "switch",
-    "switch and token", "tensors", "peak of run", "peak of switch",
+    "switch and token", *MEMORY,
 )  # fmt: skip
 
 
@@ -134,28 +109,32 @@ def ratio(spread: dict | None) -> str:
 
 
 def claims(rows: list[dict]) -> list[str]:
-    """What the numbers say about the two claims, a sentence each."""
-    said = []
+    """What the bounds allow to say: of merged and the base, and of PEFT and us."""
     by_name = {row["provider"]: row for row in rows if not row["skipped"]}
+    said = []
     for name in ("base-copy", "merged", "merged-accelerated", "merged-peft", "merged-unloaded"):
-        for quantity, spread in by_name.get(name, {}).get("over_base", {}).items():
-            verdict = (
-                "slower than the base" if spread["low"] > 1
-                else "faster than the base" if spread["high"] < 1
-                else "no difference from the base shown"
-            )  # fmt: skip
-            said.append(f"{name}, {quantity}: {ratio(spread)} of the base, {verdict}.")
+        over = by_name.get(name, {}).get("over_base", {})
+        if over and "base" in by_name:
+            said.append(f"{name} / base: {verdicts(over, 'slower', 'faster')}.")
     for name in ("ours", "routed", "ours-rows", "routed-rows"):
         row = by_name.get(name, {})
-        for quantity in ("prefill", "token", "switch and token"):
-            if spread := row.get("peft_over", {}).get(quantity):
-                verdict = (
-                    "faster" if spread["low"] > 1
-                    else "slower" if spread["high"] < 1
-                    else "no difference shown"
-                )  # fmt: skip
-                said.append(f"{row['rival']} / {name}, {quantity}: {ratio(spread)}, {verdict}.")
+        if over := row.get("peft_over"):
+            said.append(f"{row['rival']} / {name}: {verdicts(over, 'faster', 'slower')}.")
     return said
+
+
+def verdicts(over: dict[str, dict], above: str, below: str) -> str:
+    """What ratios above and below 1 mean, as far as their bounds leave no doubt."""
+    said = []
+    for quantity in ("prefill", "token", "switch and token"):
+        if spread := over.get(quantity):
+            verdict = "no difference shown"
+            if spread["low"] > 1:
+                verdict = above
+            elif spread["high"] < 1:
+                verdict = below
+            said.append(f"{quantity} {ratio(spread)}, {verdict}")
+    return "; ".join(said)
 
 
 def footnotes(rows: list[dict]) -> list[str]:
@@ -181,13 +160,8 @@ def footnotes(rows: list[dict]) -> list[str]:
     return notes + [f"loss behind the prompt: {', '.join(losses)}."] * bool(losses)
 
 
-def text(rows: list[dict]) -> str:
-    """One case for the terminal."""
-    cells = table(rows)
-    measured = [["" if c.startswith("skipped") else c for c in line] for line in cells]
-    widths = [max(map(len, column)) for column in zip(HEADERS, *measured, strict=True)]
-    lines = [rows[0]["title"]]
-    for line in [HEADERS, *cells]:
-        padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join([*lines, *footnotes(rows), *claims(rows), ""])
+def shown(rows: list[dict]) -> tuple[list[str], list[list[str]], list[str]]:
+    """Headers, cells and footnotes of one case."""
+    width = len(HEADERS) if any(row["memory"] for row in rows) else -len(MEMORY)
+    cells = [line[:width] for line in table(rows)]
+    return list(HEADERS[:width]), cells, footnotes(rows) + claims(rows)

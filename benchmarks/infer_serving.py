@@ -1,16 +1,21 @@
 """A served model, run again and again, and what its logits are held to."""
 
+import copy
+import gc
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.infer_providers import Factors, Provider, Served, naive, own_copy
-from lora_kernels.bench.memory import PeakMemory, SavedStorage, peak_of
+from benchmarks.infer_providers import Factors, Provider, Served, naive
+from benchmarks.memory import PeakMemory, peak_of
+from benchmarks.step_providers import own_copy
 from lora_kernels.measuring import timing
-from lora_kernels.testing import error_bound
+from lora_kernels.testing import assert_within_policy
 
 
 @torch.no_grad()
@@ -48,21 +53,19 @@ class Inference:
             for _ in range(self._new_tokens):
                 out = self._step(out)
         clock.mark("tokens")
-        switches = (1, 0) if served.switch else ()
-        for index in switches:
-            clock.start()
-            served.switch(index)
-            clock.mark("switch")
-            with served.around():
-                out = self._step(out)
-            clock.mark("token after")
+        if served.switch:
+            for index in (1, 0):
+                clock.start()
+                served.switch(index)
+                clock.mark("switch")
+                with served.around():
+                    out = self._step(out)
+                clock.mark("token after")
         sample = clock.seconds()
         sample["token"] = sample.pop("tokens") / self._new_tokens
-        if switches:
-            sample["switch"] /= len(switches)
-            sample["switch and token"] = sample["switch"] + sample.pop("token after") / len(
-                switches
-            )
+        if served.switch:
+            sample["switch"] /= 2
+            sample["switch and token"] = sample["switch"] + sample.pop("token after") / 2
         return sample
 
     def _step(self, out):
@@ -70,34 +73,50 @@ class Inference:
         ids = out.logits[:, -1:].argmax(-1)
         return self.served.model(input_ids=ids, past_key_values=out.past_key_values)
 
-    @torch.no_grad()
-    def switch_there_and_back(self) -> None:
-        for index in (1, 0):
-            self.served.switch(index)
-
-    def wrong(self, expected: "Expected") -> str | None:
-        """Why it must not be timed; None if it computes what its name says."""
+    def check(self, expected: "Expected") -> None:
+        """Raises an AssertionError unless it computes what its name says, switched there and back;
+        notes the first loss."""
         switch = self.served.switch
         for index in (0, 1, 0) if switch else (0,):
-            if switch and (index or self.first_loss is not None):
+            if switch and self.first_loss is not None:
                 switch(index)
             logits = logits_of(self.served, self._ids)
             if self.first_loss is None:
                 losses = F.cross_entropy(logits[0].float(), self._ids[:, -1])
                 self.first_loss = losses.item()
-            if self.provider.same_function and (reason := expected.reject(self, logits, index)):
-                return f"not timed: {reason}"
-        if reason := self.served.why_not():
-            return f"not timed: {reason}"
-        return None
+            if self.provider.same_function:
+                expected.hold(logits, None if self.provider.row_by_row else index)
 
-    def saved(self) -> list[SavedStorage]:
-        """For a backward: nothing, there is none."""
-        return []
+    def peak(self) -> "InferMemory":
+        """Of one more run, and of switching there and back; a first run is behind."""
+        # On CUDA the process holds all providers.
+        held = tensor_bytes() if self.device.type == "cpu" else None
+        peak, switched = peak_of(self.run, self.device), None
+        if switch := self.served.switch:
+            with torch.no_grad():
+                there_and_back = peak_of(lambda: (switch(1), switch(0)), self.device)
+            switched = there_and_back.step_bytes
+        return InferMemory(**asdict(peak), tensor_bytes=held, switch_bytes=switched)
 
-    def peak(self) -> PeakMemory:
-        """Of one more run; the first one is behind."""
-        return peak_of(lambda: self.run() and None, self.device)
+
+@dataclass(frozen=True)
+class InferMemory(PeakMemory):
+    """tensor_bytes: of all tensors that live between two runs, weights above all. switch_bytes:
+    the peak of switching there and back above what was resident before; None without a switch."""
+
+    tensor_bytes: int | None
+    switch_bytes: int | None
+
+
+def tensor_bytes() -> int:
+    """Of the storages of all tensors in this process."""
+    gc.collect()
+    storages = {}
+    for each in gc.get_objects():
+        if type(each) in (Tensor, nn.Parameter):  # isinstance asks, and wakes lazy objects
+            storage = each.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 class Expected:
@@ -107,41 +126,39 @@ class Expected:
         self, model: nn.Module, adapters: Sequence[Factors], scaling: float, ids: Tensor
     ) -> None:
         self._model, self._adapters, self._scaling, self._ids = model, adapters, scaling, ids
-        self._known: dict[int | str, tuple[Tensor, Tensor]] = {}
+        self._known: dict[int | None, tuple[Tensor, Tensor]] = {}
 
-    def reject(self, timed: Inference, logits: Tensor, index: int) -> str | None:
-        """What is wrong with a provider's logits when adapter `index` is active."""
-        key = "rows" if timed.provider.row_by_row else index
-        if key not in self._known:
-            self._known[key] = self._formula(key)
-        eager, oracle = self._known[key]
-        error, bound = (logits.double() - oracle).abs().max().item(), error_bound(eager, oracle)
-        if error <= bound:  # not so with a NaN
-            return None
-        which = "an adapter for each row" if key == "rows" else f"adapter {index}"
-        return f"logits with {which} are off by {error:.2e} (at most {bound:.2e})"
+    def hold(self, logits: Tensor, index: int | None) -> None:
+        """Raises an AssertionError where logits break the error policy. index: of the adapter that
+        is active; None for an adapter for each row."""
+        if index not in self._known:
+            self._known[index] = self._formula(index)
+        which = "an adapter for each row" if index is None else f"adapter {index}"
+        assert_within_policy(f"logits with {which}", logits, *self._known[index])
 
-    def _formula(self, key: int | str) -> tuple[Tensor, Tensor]:
+    def _formula(self, index: int | None) -> tuple[Tensor, Tensor]:
         def computed(served: Served) -> Tensor:
-            if key != "rows":
-                served.switch(key)
+            assert served.switch
+            if index is not None:
+                served.switch(index)
                 return logits_of(served, self._ids)
             rows = []
-            for index in range(self._ids.shape[0]):
-                served.switch(index)
-                rows.append(logits_of(served, self._ids[index : index + 1]))
+            for row in range(self._ids.shape[0]):
+                served.switch(row)
+                rows.append(logits_of(served, self._ids[row : row + 1]))
             return torch.cat(rows, dim=1)
 
         return computed(self._eager), computed(self._oracle)
 
     @cached_property
     def _eager(self) -> Served:
-        return naive(own_copy(self._model, False), self._adapters, self._scaling)
+        return naive(own_copy(self._model), self._adapters, self._scaling)
 
     @cached_property
     def _oracle(self) -> Served:
-        model = own_copy(self._model, True).double()
-        for name, module in list(model.named_modules()):
+        model = copy.deepcopy(self._model).double()
+        named: list[tuple[str, Any]] = list(model.named_modules())
+        for name, module in named:
             if type(module).__name__ == "LlamaRMSNorm":  # would compute in fp32
                 norm = nn.RMSNorm(module.weight.shape[0], module.variance_epsilon)
                 norm.weight = module.weight

@@ -79,7 +79,7 @@ class PeakMemory:
     method: str
 
 
-def peak_of(step: Callable[[], None], device: torch.device) -> PeakMemory:
+def peak_of(step: Callable[[], object], device: torch.device) -> PeakMemory:
     """Peak memory of one call of `step`, which must have run before (warm-up)."""
     gc.collect()
     if device.type == "cuda":

@@ -28,6 +28,14 @@ def import_peft():
     return peft
 
 
+def import_transformers():
+    try:
+        import transformers
+    except ImportError:
+        raise MissingExtra("transformers") from None
+    return transformers
+
+
 def prepare_each(
     names: list[str], make: Callable[[str], Timed]
 ) -> tuple[dict[str, Timed], dict[str, str]]:

@@ -13,12 +13,12 @@ import json
 from pathlib import Path
 
 from benchmarks import plot, report
-from benchmarks.driver import ROOT
+from benchmarks.driver import ROOT, shown_by
 
 # The marks that each page has.
 PAGES = {
     "README.md": ("figures",),
-    "docs/benchmarks.md": ("cpu/step", "cpu/routed", "cpu/joint", "counted/gpu"),
+    "docs/benchmarks.md": ("cpu/step", "cpu/routed", "cpu/joint", "cpu/infer", "counted/gpu"),
 }
 PLOT = "docs/assets/step.svg"
 STEP, ROUTED, COUNTS = "cpu/step", "cpu/routed", "counted/gpu"
@@ -108,7 +108,9 @@ def render(name: str, page: str, results: Path) -> str:
             rows_of(COUNTS, page, results),
         )
     rows = rows_of(name, page, results)
-    return counted(rows) if name.startswith("counted/") else report.markdown(rows)
+    if name.startswith("counted/"):
+        return counted(rows)
+    return report.markdown(rows, shown_by(rows[0]["kind"]))
 
 
 # ---- the counts

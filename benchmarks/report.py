@@ -26,6 +26,8 @@ from pathlib import Path
 from lora_kernels.measuring.timing import Sample, Spread, ratios
 
 SCHEMA = 1
+# What lays out a case: headers, cells and footnotes from its rows.
+Shown = Callable[[list[dict]], tuple[list[str], list[list[str]], list[str]]]
 # The columns of a table, the last of which is compared.
 QUANTITIES = {
     "op": ("forward", "backward", "both"),
@@ -224,13 +226,18 @@ def _compared(kind: str) -> str:
     return total if whole == total else f"{whole} (/ frozen) and {total} (PEFT /)"
 
 
-def print_case(rows: list[dict]) -> None:
-    headers, cells = table(rows)
+def shown(rows: list[dict]) -> tuple[list[str], list[list[str]], list[str]]:
+    """Headers, cells and footnotes of one case."""
+    return *table(rows), footnotes(rows)
+
+
+def print_case(rows: list[dict], shown: Shown = shown) -> None:
+    headers, cells, notes = shown(rows)
     print(rows[0]["title"])
     widths = [max(map(len, column)) for column in zip(headers, *_short(cells), strict=True)]
     for line in [headers, *cells]:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
-    for note in footnotes(rows):
+    for note in notes:
         print(note)
 
 
@@ -242,14 +249,14 @@ def _short(cells: list[list[str]]) -> list[list[str]]:
 # ---- documents
 
 
-def markdown(rows: list[dict]) -> str:
+def markdown(rows: list[dict], shown: Shown = shown) -> str:
     """The tables of a result file, one per case."""
     parts = []
     for group in by_case(rows):
-        headers, cells = table(group)
+        headers, cells, notes = shown(group)
         lines = [headers, ["---"] + ["---:"] * (len(headers) - 1), *cells]
         drawn = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        parts.append(f"**{group[0]['title']}**\n\n{drawn}\n\n" + "  \n".join(footnotes(group)))
+        parts.append(f"**{group[0]['title']}**\n\n{drawn}\n\n" + "  \n".join(notes))
     return "\n\n".join(parts)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.memory import PeakMemory, SavedStorage, peak_of, saved_for_backward
-from benchmarks.preparing import MissingExtra, Unavailable, prepare_each
+from benchmarks.preparing import Unavailable, import_transformers, prepare_each
 from benchmarks.step_providers import PROVIDERS, StepProvider
 from lora_kernels.measuring import timing
 from lora_kernels.measuring.linear_call import Typed
@@ -34,11 +34,7 @@ class StepCase(Typed):
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.hidden % self.heads or self.heads % self.kv_heads:
-            raise ValueError(
-                "--hidden must be a multiple of --heads, and --heads of --kv-heads; got "
-                f"{self.hidden}, {self.heads}, {self.kv_heads}"
-            )
+        check_heads(self)
 
     @property
     def title(self) -> str:
@@ -51,6 +47,14 @@ class StepCase(Typed):
 Case = StepCase
 
 
+def check_heads(case) -> None:
+    if case.hidden % case.heads or case.heads % case.kv_heads:
+        raise ValueError(
+            "--hidden must be a multiple of --heads, and --heads of --kv-heads; got "
+            f"{case.hidden}, {case.heads}, {case.kv_heads}"
+        )
+
+
 def default_cases(device: str) -> list[StepCase]:
     return [StepCase(device=device)]
 
@@ -61,26 +65,27 @@ def default_providers(case: StepCase) -> list[str]:
     return ["frozen", "naive", "peft", *base_dtype, "ours"]
 
 
-def base_model(case: StepCase) -> nn.Module:
-    """The frozen Llama that all providers share."""
-    try:
-        import transformers
-    except ImportError:
-        raise MissingExtra("transformers") from None
-    config = transformers.LlamaConfig(
+def llama_config(case, length: int, use_cache: bool):
+    """A Llama of the case's sizes, for sequences of so many tokens."""
+    return import_transformers().LlamaConfig(
         hidden_size=case.hidden,
         num_hidden_layers=case.layers,
         num_attention_heads=case.heads,
         num_key_value_heads=case.kv_heads,
         intermediate_size=case.intermediate,
         vocab_size=case.vocab,
-        max_position_embeddings=max(2048, case.length),
+        max_position_embeddings=max(2048, length),
         tie_word_embeddings=True,
-        use_cache=False,
+        use_cache=use_cache,
     )
+
+
+def base_model(case: StepCase) -> nn.Module:
+    """The frozen Llama that all providers share."""
+    config = llama_config(case, case.length, use_cache=False)
     torch.manual_seed(0)
     with torch.device(case.device):
-        model = transformers.LlamaForCausalLM(config)
+        model = import_transformers().LlamaForCausalLM(config)
     return model.to(case.torch_dtype).train().requires_grad_(False)
 
 
@@ -127,7 +132,7 @@ class Step:
     def peak(self) -> PeakMemory:
         """Of one more step; the first one is behind."""
         gc.collect()
-        return peak_of(lambda: self.run() and None, self.device)
+        return peak_of(self.run, self.device)
 
 
 def prepare(case: StepCase, names: list[str]) -> tuple[dict[str, Step], dict[str, str]]:

@@ -213,7 +213,9 @@ def test_a_slow_import_is_refused(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["wheel.py", "import", str(path)])
     with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr("torch.py", "")  # in place of the real one, which takes seconds
-        wheel.writestr("lora_kernels/__init__.py", "import time; time.sleep(0.1)")
+        busy = "import time\nbegan = time.process_time()\n"
+        busy += "while time.process_time() < began + 0.1: pass\n"
+        wheel.writestr("lora_kernels/__init__.py", busy)
     module.main()
     assert re.search(r"imported in 0\.\d+ s after torch", capsys.readouterr().out)
     monkeypatch.setattr(module, "MAX_SECONDS", 0.05)

@@ -41,12 +41,13 @@ PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); {}; import pathlib, run;
 def play(tmp_path):
     """``play(linear="def test_...")`` runs these checks; the rows by the checks' names."""
 
-    def played(*options: str, before: str = "pass", **checks: str) -> SimpleNamespace:
+    def played(before: str = "pass", only: str = "", **checks: str) -> SimpleNamespace:
         folder = tmp_path / "checks"
         folder.mkdir()
         for section, source in checks.items():
             (folder / f"test_{section}.py").write_text(PREAMBLE + textwrap.dedent(source))
-        words = [str(GPU), str(folder), f"--out={tmp_path / 'out'}", "--dry-run", *options]
+        words = [str(GPU), str(folder), f"--out={tmp_path / 'out'}", "--dry-run"]
+        words.append(f"--only={only or ','.join(checks)}")  # no benchmarks
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM.format(before), *words],
             cwd=ROOT, capture_output=True, text=True,
@@ -101,7 +102,7 @@ def test_all_good_is_exit_status_zero(play):
 
 
 def test_nothing_that_ran_is_no_success(play):
-    found = play("--only=long", linear="def test_one(): pass")
+    found = play(only="long", linear="def test_one(): pass")
     assert found.status == 1 and not found.rows and "no check was run" in found.output
 
 
@@ -299,6 +300,33 @@ def test_every_file_of_checks_is_a_section():
 def test_all_sections_fit_into_the_time():
     assert sum(section.seconds for section in SECTIONS) + run.BENCHMARK_SECONDS <= 480
     assert all(section.check_seconds <= section.seconds for section in SECTIONS)
+
+
+@pytest.mark.parametrize(("bench", "status"), [(0, 0), (1, 1), (None, 1)])
+def test_on_a_gpu_checks_come_first_and_benchmarks_count(
+    bench, status, tmp_path, monkeypatch, capsys
+):
+    commands = []
+
+    def pretended(command: list[str], seconds: float) -> int | None:
+        commands.append((command, seconds))
+        if "benchmarks" in command:
+            return bench
+        line = {"kind": "check", "nodeid": "test_linear.py::test_one", "section": "linear"}
+        with (tmp_path / "checks.jsonl").open("a") as file:
+            file.write(json.dumps(line | {"state": "passed"}) + "\n")
+        return 0
+
+    monkeypatch.setattr(run, "run", pretended)
+    monkeypatch.setattr(run, "sees_cuda", lambda: True)
+    assert run.main([f"--out={tmp_path}", "--minutes=8"]) == status
+    machine, checks, benchmarks = (command for command, _ in commands)
+    assert machine[-1].endswith("test_machine.py") and checks[-1] == str(GPU)
+    assert all(words[words.index("-m", 3) + 1] == "cuda" for words in (machine, checks))
+    assert benchmarks[1:4] == ["-m", "benchmarks", "gpu"] and "--dry-run" not in benchmarks
+    assert all(0 < seconds <= 480 for _, seconds in commands)
+    said = capsys.readouterr().out
+    assert ("the benchmarks ended" in said) == (bench != 0)
 
 
 def shell(*words: str, **environment: str) -> subprocess.CompletedProcess:

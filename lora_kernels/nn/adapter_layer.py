@@ -384,10 +384,10 @@ class AdapterLayer(BaseParameters):
 
     def _output_scale(self) -> Tensor | None:
         """DoRA's ``m / ||W + s B A||`` ``[N]``, a row of zeros stays zero; None without DoRA."""
-        magnitude = self.lora_magnitude_vector
-        if magnitude is None:
+        if not self.use_dora:
             return None
-        norm = self._weight_norm()
+        norm, magnitude = self._weight_norm(), self.lora_magnitude_vector
+        assert magnitude is not None, "a layer has a magnitude with use_dora"
         return whole(magnitude) / norm.clamp_min(torch.finfo(norm.dtype).tiny)
 
     def _adapter_parameters(self) -> dict[str, nn.Parameter]:

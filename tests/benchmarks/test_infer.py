@@ -1,7 +1,7 @@
 """The inference benchmark: what is timed computes what its name says, and its bounds hold."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -12,7 +12,8 @@ pytest.importorskip("transformers")
 from torch.nn import functional as F
 
 import lora_kernels
-from benchmarks import infer, infer_providers, infer_report, infer_serving
+from benchmarks import driver, infer, infer_providers, infer_report, infer_serving, report
+from benchmarks.__main__ import main
 from benchmarks.infer_providers import PROVIDERS, Provider, Served
 
 CASE = infer.InferCase(
@@ -35,8 +36,8 @@ def adapters(model):
 
 def served(name, model, adapters):
     provider = PROVIDERS[name]
-    own = infer_providers.own_copy(model, provider.own_weights)
-    return infer._served(provider, own, adapters, CASE.scaling)
+    used = adapters if provider.row_by_row else adapters[:2]
+    return provider.serve(infer.copy_for(provider, model), used, CASE.scaling)
 
 
 # ---- what is computed
@@ -64,7 +65,6 @@ def test_a_run_times_the_prompt_each_token_and_where_there_is_one_the_switch():
     for name in ("merged", "ours"):
         assert set(samples[name]) == {"prefill", "token", "switch", "switch and token"}
         assert samples[name]["switch and token"] > samples[name]["switch"] > 0
-    assert all(one.saved() == [] for one in timed.values())
 
 
 def test_a_token_is_the_mean_of_those_after_the_prompt(monkeypatch):
@@ -150,7 +150,7 @@ def _no_cache(model, adapters, scaling):
         (Provider(_scaled), "logits with adapter 0"),
         (Provider(_never_switches), "logits with adapter 1"),
         (Provider(_never_comes_back), "logits with adapter 0"),
-        (Provider(_not_a_number), "logits with adapter 0 are off by nan"),
+        (Provider(_not_a_number), "logits with adapter 0"),
         (Provider(_rows_exchanged, row_by_row=True), "logits with an adapter for each row"),
         (Provider(_no_cache), "logits with adapter 0"),
         (Provider(infer_providers.base), "logits with adapter 0"),
@@ -162,7 +162,7 @@ def test_a_provider_with_wrong_logits_is_not_timed(broken, what, monkeypatch):
     monkeypatch.setitem(PROVIDERS, "broken", broken)
     timed, skipped = infer.prepare(CASE, ["base", "broken"])
     assert list(timed) == ["base"]
-    assert skipped["broken"].startswith("not timed: ") and what in skipped["broken"]
+    assert skipped["broken"].startswith(f"not timed, its result is wrong: {what}")
 
 
 def test_what_peft_serves_is_not_timed_as_ours(monkeypatch):
@@ -258,54 +258,90 @@ def test_ratios_are_taken_within_a_repetition():
 
 def rows(**seconds):
     """Rows of providers whose every repetition took so long, five times."""
-    samples = {
-        name.replace("_", "-"): [{"token": value * noise} for noise in (1, 1, 1, 1, 1)]
-        for name, value in seconds.items()
-    }
+    samples = {name.replace("_", "-"): [{"token": value}] * 5 for name, value in seconds.items()}
     meta = {
         "device": "a CPU", "threads": 2, "versions": {"torch": "2"}, "time": "now", "load": 0.1,
     }  # fmt: skip
-    return infer_report.rows_of(CASE, meta, samples, {"naive": "not timed: wrong"}, {})
+    skipped = {"naive": "not timed: wrong"}
+    details = infer.compared(samples)
+    return report.rows_of("infer", CASE, meta, samples, skipped, details)
 
 
 def test_claims_say_what_the_bounds_allow_and_no_more():
     said = infer_report.claims(
         rows(base=1.0, merged=1.0, merged_peft=1.2, peft=2.0, ours=1.0, routed=3.0)
     )
-    assert any(s.startswith("merged, token: 1.000") and "no difference" in s for s in said)
-    assert any(s.startswith("merged-peft, token: 1.200") and "slower" in s for s in said)
-    assert any(s.startswith("peft / ours, token: 2.000") and "faster" in s for s in said)
-    assert any(s.startswith("peft / routed, token: 0.667") and "slower" in s for s in said)
-    assert len(said) == 4
+    assert said == [
+        "merged / base: token 1.000 [1.000, 1.000], no difference shown.",
+        "merged-peft / base: token 1.200 [1.200, 1.200], slower.",
+        "peft / ours: token 2.000 [2.000, 2.000], faster.",
+        "peft / routed: token 0.667 [0.667, 0.667], slower.",
+    ]
 
 
-def test_the_table_has_a_line_for_each_provider_and_the_reason_of_those_without():
-    shown = infer_report.text(rows(base=1.0, ours=1.25)).splitlines()
-    assert shown[0] == CASE.title
-    assert shown[2].startswith("base") and "1.000 [1.000, 1.000]" in shown[2]
-    assert shown[3].startswith("ours") and "1.250 [1.250, 1.250]" in shown[3]
-    assert shown[4].split(maxsplit=1) == ["naive", "skipped: not timed: wrong"]
-    assert "a CPU, 2 threads" in shown[5] and "95 % confidence" in shown[5]
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(0.9, 0.99, "less"), (0.9, 1.0, "no difference shown"), (1.0, 1.1, "no difference shown"),
+     (1.01, 1.1, "more")],
+)  # fmt: skip
+def test_a_verdict_needs_both_bounds_on_one_side(low, high, said):
+    spread = {"median": (low + high) / 2, "low": low, "high": high}
+    found = infer_report.verdicts({"token": spread, "switch": spread}, "more", "less")
+    assert found.endswith(f"], {said}") and found.count("[") == 1
+
+
+def test_the_table_has_a_line_for_each_provider_and_the_reason_of_those_without(capsys):
+    report.print_case(rows(base=1.0, ours=1.25), infer.shown)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == CASE.title
+    assert lines[2].startswith("base") and "1.000 [1.000, 1.000]" in lines[2]
+    assert lines[3].startswith("ours") and "1.250 [1.250, 1.250]" in lines[3]
+    assert lines[4].rstrip().split(maxsplit=1) == ["naive", "skipped: not timed: wrong"]
+    assert "a CPU, 2 threads" in lines[5] and "95 % confidence" in lines[5]
+
+
+def test_the_pages_have_the_same_table():
+    drawn = report.markdown(rows(base=1.0, ours=1.25), driver.shown_by("infer"))
+    assert "| / base | token | / base | PEFT / (token) |" in drawn
+    assert "| ours | - | - | 1.25 s | 1.250 [1.250, 1.250] |" in drawn
+    assert "95 % confidence" in drawn and "peak of run" not in drawn
+
+
+def test_the_memory_of_those_that_were_measured_is_shown():
+    found = rows(base=1.0, ours=1.25)
+    held = {"tensor_bytes": 3000, "step_bytes": 20, "switch_bytes": None, "method": "VmHWM"}
+    found[0]["memory"] = held
+    headers, cells, notes = infer.shown(found)
+    assert headers[-3:] == ["tensors", "peak of run", "peak of switch"]
+    assert [line[-3:] for line in cells[:2]] == [["3.00 kB", "20 B", "-"], ["-", "-", "-"]]
+    assert len(headers) == len(cells[2]) and "(VmHWM)" in notes[1]
 
 
 # ---- memory and the command
 
 
+def command(*more: str, **changed) -> list[str]:
+    """What asks for the small case, or for another."""
+    values = {name: value for name, value in asdict(CASE).items() if name != "device"} | changed
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+    return ["infer", *options, "--device=cpu", "--reps=2", *more]
+
+
 def test_tensor_bytes_counts_a_storage_once():
-    before = infer.tensor_bytes()
+    before = infer_serving.tensor_bytes()
     kept = torch.zeros(1000)
     views = kept[10:], torch.nn.Parameter(kept)
-    assert infer.tensor_bytes() - before == 4000
+    assert infer_serving.tensor_bytes() - before == 4000
     del kept, views
 
 
 def test_the_command_writes_rows_with_the_memory_of_a_provider(tmp_path, capsys, model):
     out = tmp_path / "infer.jsonl"
-    argv = [*CASE.argv()[1:], "--reps=2", "--threads=1", "--providers=merged", f"--out={out}"]
-    assert infer.main(argv) == 0
-    (row,) = map(json.loads, out.read_text().splitlines())
-    assert (row["kind"], row["case"]["batch"], row["provider"]) == ("infer", 3, "merged")
+    assert main(command("--threads=1", "--providers=merged", f"--out={out}")) == 0
+    (row,) = report.read_rows(out)
+    assert (row["kind"], row["case"], row["provider"]) == ("infer", asdict(CASE), "merged")
     assert row["reps"] == 2 and len(row["seconds"]["token"]["samples"]) == 2
+    assert row["meta"]["device"] and row["meta"]["command"].startswith("python -m benchmarks infer")
     assert str(tmp_path) not in json.dumps(row)
     assert "skipped" not in capsys.readouterr().out
     # The frozen weights and the merged ones beside them; the adapter, and both to switch between.
@@ -318,12 +354,11 @@ def test_the_command_writes_rows_with_the_memory_of_a_provider(tmp_path, capsys,
 
 
 def test_without_memory_there_is_no_other_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(infer.subprocess, "run", None)
+    monkeypatch.setattr(driver.subprocess, "run", None)
     out = tmp_path / "infer.jsonl"
-    argv = [word for word in CASE.argv()[1:] if not word.startswith("--batch")]
-    argv += ["--batch=1,2", "--reps=2", "--providers=base,naive", "--no-memory", f"--out={out}"]
-    assert infer.main(argv) == 0
-    found = [json.loads(line) for line in out.read_text().splitlines()]
+    more = ["--providers=base,naive", "--no-memory", f"--out={out}"]
+    assert main(command(*more, batch="1,2")) == 0
+    found = report.read_rows(out)
     assert [(row["case"]["batch"], row["provider"]) for row in found] == [
         (1, "base"), (1, "naive"), (2, "base"), (2, "naive"),
     ]  # fmt: skip
@@ -332,30 +367,27 @@ def test_without_memory_there_is_no_other_process(tmp_path, monkeypatch):
         assert row["over_base"]["token"]["low"] <= row["over_base"]["token"]["high"]
 
 
-def test_a_case_survives_its_own_command_line():
-    parsed = infer.make_parser().parse_args(CASE.argv()[1:])
-    assert infer.cases_of(parsed) == [CASE]
-
-
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
         (["--providers=base,mine"], "--providers: expected names of base,"),
-        (["--batch=0"], "--batch: expected positive numbers, got '0'"),
-        (["--dtype=int8"], "--dtype: expected bf16, fp16, fp32, got 'int8'"),
+        (["--weights=mine"], "--weights: expected smollm2 or random, got 'mine'"),
         (["--hidden=30", "--heads=4"], "--hidden must be a multiple of --heads"),
     ],
-    ids=["providers", "batch", "dtype", "heads"],
+    ids=["providers", "weights", "heads"],
 )
 def test_a_wrong_option_is_named(argv, said, capsys):
     with pytest.raises(SystemExit):
-        infer.main(argv)
+        main(["infer", *argv])
     assert said in capsys.readouterr().err
 
 
-def test_the_default_leaves_out_a_row_each_where_there_is_one_row():
-    assert not set(ROWS) & set(infer.default_providers(replace(CASE, batch=1)))
-    assert infer.default_providers(CASE) == list(PROVIDERS)
+def test_the_default_is_a_prompt_and_many_with_an_adapter_for_all_rows():
+    cases = infer.default_cases("cpu")
+    assert [case.batch for case in cases] == [1, 16]
+    for case in cases:
+        assert case.dtype == "fp32" and not set(ROWS) & set(infer.default_providers(case))
+    assert {case.dtype for case in infer.default_cases("cuda:1")} == {"bf16"}
 
 
 def test_a_served_model_needs_no_switch():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import readme, report
+from benchmarks import infer, readme, report
 from benchmarks.__main__ import main
 from benchmarks.routed import RoutedCase
 from benchmarks.step import StepCase
@@ -139,6 +139,13 @@ def routed_rows():
     return report.rows_of("routed", RoutedCase(), META, samples, {}, details)
 
 
+def infer_rows():
+    samples = {name: [{"prefill": 2.0, "token": t}] for name, t in (("base", 1.0), ("ours", 1.5))}
+    details = infer.compared(samples)
+    meta = META | {"load": 0.1}
+    return report.rows_of("infer", infer.InferCase(), meta, samples, {}, details)
+
+
 def count_rows():
     return [
         {"case": case, "provider": provider, "launches": launches, "read": 10**9, "written": 10**9}
@@ -154,6 +161,7 @@ def pages(tmp_path):
     report.write_rows(results / "cpu" / "step.jsonl", step_rows())
     report.write_rows(results / "cpu" / "joint.jsonl", step_rows()[:1])
     report.write_rows(results / "cpu" / "routed.jsonl", routed_rows())
+    report.write_rows(results / "cpu" / "infer.jsonl", infer_rows())
     report.write_rows(results / "counted" / "gpu.jsonl", count_rows())
     for page, marks in readme.PAGES.items():
         (tmp_path / page).parent.mkdir(exist_ok=True)
