@@ -372,7 +372,7 @@ def test_without_memory_there_is_no_other_process(tmp_path, monkeypatch):
     [
         (["--providers=base,mine"], "--providers: expected names of base,"),
         (["--weights=mine"], "--weights: expected smollm2 or random, got 'mine'"),
-        (["--hidden=30", "--heads=4"], "--hidden must be a multiple of --heads"),
+        (["--hidden=100"], "--hidden must be a multiple of --heads"),
     ],
     ids=["providers", "weights", "heads"],
 )
