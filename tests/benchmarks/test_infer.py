@@ -256,9 +256,9 @@ def test_ratios_are_taken_within_a_repetition():
     assert set(found) == {"token"} and found["token"]["median"] == 2.0
 
 
-def rows(**seconds):
-    """Rows of providers whose every repetition took so long, five times."""
-    samples = {name.replace("_", "-"): [{"token": value}] * 5 for name, value in seconds.items()}
+def rows(reps=6, **seconds):
+    """Rows of providers whose every repetition took so long."""
+    samples = {name.replace("_", "-"): [{"token": value}] * reps for name, value in seconds.items()}
     meta = {
         "device": "a CPU", "threads": 2, "versions": {"torch": "2"}, "time": "now", "load": 0.1,
     }  # fmt: skip
@@ -277,6 +277,11 @@ def test_claims_say_what_the_bounds_allow_and_no_more():
         "peft / ours: token 2.000 [2.000, 2.000], faster.",
         "peft / routed: token 0.667 [0.667, 0.667], slower.",
     ]
+
+
+def test_few_repetitions_claim_nothing():
+    (said,) = infer_report.claims(rows(reps=5, base=1.0, merged=1.2))
+    assert said == "Of fewer than 6 repetitions the bounds hold less than they say."
 
 
 @pytest.mark.parametrize(
@@ -376,7 +381,8 @@ def test_without_memory_there_is_no_other_process(tmp_path, monkeypatch):
     ],
     ids=["providers", "weights", "heads"],
 )
-def test_a_wrong_option_is_named(argv, said, capsys):
+def test_a_wrong_option_is_named(argv, said, capsys, monkeypatch):
+    monkeypatch.setattr(driver, "run", lambda *args: 0)
     with pytest.raises(SystemExit):
         main(["infer", *argv])
     assert said in capsys.readouterr().err
