@@ -22,9 +22,9 @@ def fused():
 def launched(monkeypatch):
     """How often the fused GEMM was launched."""
     calls = []
-    gemm = grids.RoutedLaunch._gemm
+    gemm = grids.RoutedLaunch.gemm
     monkeypatch.setattr(
-        grids.RoutedLaunch, "_gemm", lambda *args, **kw: calls.append(kw) or gemm(*args, **kw)
+        grids.RoutedLaunch, "gemm", lambda *args, **kw: calls.append(kw) or gemm(*args, **kw)
     )
     return calls
 
