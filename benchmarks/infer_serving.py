@@ -113,7 +113,8 @@ def tensor_bytes() -> int:
     gc.collect()
     storages = {}
     for each in gc.get_objects():
-        if type(each) in (Tensor, nn.Parameter):  # isinstance asks, and wakes lazy objects
+        # isinstance asks, and wakes lazy objects; a sparse tensor's values are tensors of their own.
+        if type(each) in (Tensor, nn.Parameter) and each.layout is torch.strided:
             storage = each.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

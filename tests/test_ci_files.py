@@ -56,7 +56,7 @@ def test_what_is_made_can_be_made():
     assert made(ran) == {"lint", "test", "docs"}
     comments = re.compile(r"^#.*$", re.M)
     assert made(comments.sub("", RUN)) == {
-        ".venv/.dev", "lint", "test", "docs", "examples", "demo",
+        ".venv/.dev", "lint", "test", "docs", "demo",
     }  # fmt: skip
     suites = script("slow_suites").SUITES
     assert made(ran) | made(comments.sub("", RUN)) | suites.keys() <= targets()

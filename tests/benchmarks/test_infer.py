@@ -336,8 +336,9 @@ def test_tensor_bytes_counts_a_storage_once():
     before = infer_serving.tensor_bytes()
     kept = torch.zeros(1000)
     views = kept[10:], torch.nn.Parameter(kept)
+    sparse = torch.sparse_coo_tensor(size=(3, 3))  # somebody's in the process
     assert infer_serving.tensor_bytes() - before == 4000
-    del kept, views
+    del kept, views, sparse
 
 
 def test_the_command_writes_rows_with_the_memory_of_a_provider(tmp_path, capsys, model):
