@@ -113,7 +113,7 @@ def tensor_bytes() -> int:
     gc.collect()
     storages = {}
     for each in gc.get_objects():
-        # isinstance asks, and wakes lazy objects; a sparse tensor's values are tensors of their own.
+        # isinstance asks, and wakes lazy objects; a sparse one's values are tensors of their own.
         if type(each) in (Tensor, nn.Parameter) and each.layout is torch.strided:
             storage = each.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
