@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -45,11 +46,14 @@ class Verdict:
     detail: str = ""  # why, for people
     seconds: float = 0.0  # that the checks took
     time: float = 0.0  # when, in seconds since 1970
+    dtypes: tuple[str, ...] = ()  # of the activations that were tried: bfloat16, ...
 
-    @property
-    def stands(self) -> bool:
-        """Whether there is nothing to be tried again."""
-        return self.state != UNPROVEN or time.time() - self.time < RETRY_SECONDS
+    def stands_for(self, dtypes: Iterable[str]) -> bool:
+        """Whether there is nothing to be tried again for activations of these dtypes."""
+        if self.state == BROKEN:
+            return True
+        recent = self.state != UNPROVEN or time.time() - self.time < RETRY_SECONDS
+        return recent and set(dtypes) <= set(self.dtypes)
 
 
 Verdicts = dict[str, dict[str, Verdict]]  # by kind of device, by family
@@ -146,12 +150,16 @@ def file_of(state: dict[str, str]) -> Path:
 _of_this_process: dict[Path, Verdicts] = {}
 
 
+def _verdict_of(fields: dict) -> Verdict:
+    return Verdict(**fields | {"dtypes": tuple(fields.get("dtypes", ()))})
+
+
 def load(path: Path) -> Verdicts:
     """The verdicts in a file. One that cannot be read is put aside, and nothing is known."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {
-            kind: {family: Verdict(**fields) for family, fields in families.items()}
+            kind: {family: _verdict_of(fields) for family, fields in families.items()}
             for kind, families in content["verdicts"].items()
         }
     except OSError:  # it is not there, most of all

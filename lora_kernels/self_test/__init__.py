@@ -6,8 +6,10 @@ no proof when they waited too long). ``families.py`` says what is checked, ``chi
 process that does it, ``lora_kernels/runtime/verdicts.py`` keeps the results.
 """
 
+import contextlib
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -59,17 +61,18 @@ def ensure(
         runner: starts the process that tries kernels (tests bring their own).
     """
     say = say or _print
+    names = tuple(str(dtype).removeprefix("torch.") for dtype in dtypes)
     path = verdicts.file_of(verdicts.machine_state())
     found = verdicts.load(path)
-    if _complete(found) and not again:
+    if _complete(found, names) and not again:
         return found
     lock = _lock_beside(path)
     try:
         with lock.acquire(timeout=patience):
             found = verdicts.load(path)  # another process may have been quicker
-            if _complete(found) and not again:
+            if _complete(found, names) and not again:
                 return found
-            return _test(path, {} if again else found, dtypes, seconds, say, runner or run_child)
+            return _test(path, {} if again else found, names, seconds, say, runner or run_child)
     except filelock.Timeout:
         say(
             f"lora_kernels: another process has been testing kernels for {patience:.0f} s; "
@@ -78,9 +81,9 @@ def ensure(
         return found
 
 
-def _complete(found: Verdicts) -> bool:
+def _complete(found: Verdicts, dtypes: tuple[str, ...]) -> bool:
     every = [verdict for families in found.values() for verdict in families.values()]
-    return bool(every) and all(verdict.stands for verdict in every)
+    return bool(every) and all(verdict.stands_for(dtypes) for verdict in every)
 
 
 class _NoLock:
@@ -107,7 +110,7 @@ def _lock_beside(path: Path) -> filelock.BaseFileLock | _NoLock:
 def _test(
     path: Path,
     found: Verdicts,
-    dtypes: Iterable[torch.dtype],
+    dtypes: tuple[str, ...],
     seconds: float,
     say: Say,
     runner: Runner,
@@ -121,22 +124,26 @@ def _test(
     return found
 
 
-def judge_all(
-    found: Verdicts, dtypes: Iterable[torch.dtype], seconds: float, runner: Runner
-) -> Verdicts:
+def judge_all(found: Verdicts, dtypes: tuple[str, ...], seconds: float, runner: Runner) -> Verdicts:
     """Have children try every family without a standing verdict, until the time is over.
 
-    A child that ends in the middle of a family has proven it broken; the next goes on behind it.
+    What was tried before is tried again with the dtypes that are new, so that one verdict holds for
+    all. A child that ends in the middle of a family has proven it broken; the next goes on behind.
     """
+    before = [verdict.dtypes for families in found.values() for verdict in families.values()]
+    dtypes = tuple(dict.fromkeys([*dtypes, *(name for each in before for name in each)]))
     found = {
-        kind: {name: verdict for name, verdict in families.items() if verdict.stands}
+        kind: {name: each for name, each in families.items() if each.stands_for(dtypes)}
         for kind, families in found.items()
     }
     deadline = time.monotonic() + seconds
-    names = ",".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     while True:
         judged = [f"{kind}/{name}" for kind, families in found.items() for name in families]
-        arguments = ["--dtypes", names, *(word for each in judged for word in ("--skip", each))]
+        arguments = [
+            "--dtypes",
+            ",".join(dtypes),
+            *(word for each in judged for word in ("--skip", each)),
+        ]
         begun, check, ready, ended = None, "", False, None
         for line in runner(arguments, deadline - time.monotonic()):
             if "ready" in line:
@@ -150,21 +157,24 @@ def judge_all(
                 ended = line["ended"]
             else:
                 begun = None
-                verdict = Verdict(line["state"], line["detail"], line["seconds"], time.time())
-                found[line["kind"]][line["family"]] = verdict
+                found[line["kind"]][line["family"]] = Verdict(
+                    line["state"], line["detail"], line["seconds"], time.time(), dtypes
+                )
         if ended == OUT_OF_TIME:
-            return _unproven(found, "there was no time left to test it")
+            return _unproven(found, dtypes, "there was no time left to test it")
         if not ready:
-            return _unproven(found, f"the test could not start: {ended}")
+            return _unproven(found, dtypes, f"the test could not start: {ended}")
         if begun is None:
-            return found if ended is None else _unproven(found, f"the test {ended}")
+            return found if ended is None else _unproven(found, dtypes, f"the test {ended}")
         kind, family = begun
-        found[kind][family] = Verdict(BROKEN, f"{check}: the process {ended}", 0.0, time.time())
+        found[kind][family] = Verdict(
+            BROKEN, f"{check}: the process {ended}", 0.0, time.time(), dtypes
+        )
 
 
-def _unproven(found: Verdicts, reason: str) -> Verdicts:
+def _unproven(found: Verdicts, dtypes: tuple[str, ...], reason: str) -> Verdicts:
     """Every family that was not reached, as unproven for this reason."""
-    verdict = Verdict(UNPROVEN, reason, 0.0, time.time())
+    verdict = Verdict(UNPROVEN, reason, 0.0, time.time(), dtypes)
     return {
         kind: dict.fromkeys(FAMILIES, verdict) | families
         for kind, families in (found or {verdicts.ANY: {}}).items()
@@ -211,11 +221,11 @@ def run_child(arguments: list[str], seconds: float, hung: float = HUNG) -> Lines
                 if line.startswith("{"):
                     yield loads(line)
         except BaseException:
-            process.kill()
+            _end(process)
             raise
         finally:
             if ended is not None:
-                process.kill()
+                _end(process)
             code = process.wait()
         if ended is not None:
             yield {"ended": ended}
@@ -224,6 +234,14 @@ def run_child(arguments: list[str], seconds: float, hung: float = HUNG) -> Lines
             said = [line.strip() for line in complaints if line.strip()]
             how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
             yield {"ended": f"{how}: {said[-1][:300]}" if said else how}
+
+
+def _end(process: subprocess.Popen) -> None:
+    """With what it has started: an assembler goes on otherwise."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
 
 
 def _pass_on(source: IO[str], lines: queue.Queue[str | None]) -> None:

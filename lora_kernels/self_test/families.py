@@ -1,8 +1,8 @@
 """The families of kernels that can be told apart, and the checks that each must pass.
 
 Every check holds the result and all gradients to the error policy against fp64, and asks for the
-same bits twice. Shapes: one whose sizes are multiples of everything, one of odd sizes, and one at
-an edge (one token; one more row than a tile has).
+same bits twice. Shapes: one whose sizes are multiples of everything, one of odd sizes, and one with
+a row more than two tiles have.
 """
 
 import functools

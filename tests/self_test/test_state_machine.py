@@ -100,8 +100,9 @@ def test_a_hang_or_a_signal_breaks_its_family_and_the_rest_is_tested(said, how):
     runner = Runner(**{named(SECOND): how})
     found = ensure(runner, said)
     assert found[KIND][SECOND] == Verdict(
-        BROKEN, f"bfloat16, aligned: the process {how}", 0.0, found[KIND][SECOND].time
-    )
+        BROKEN, f"bfloat16, aligned: the process {how}", 0.0, found[KIND][SECOND].time,
+        ("bfloat16", "float16", "float32"),
+    )  # fmt: skip
     assert [name for name, state in states(found).items() if state != PROVEN] == [SECOND]
     assert len(runner.runs) == 2
     assert {f"{KIND}/{FIRST}", f"{KIND}/{SECOND}"} <= set(runner.runs[1])
@@ -279,4 +280,27 @@ def test_the_parent_starts_no_cuda():
 
 
 def test_absent_stands_for_good():
-    assert Verdict(ABSENT).stands and Verdict(BROKEN).stands and not Verdict(UNPROVEN).stands
+    tried = ("float32",)
+    assert Verdict(ABSENT, dtypes=tried).stands_for(tried) and Verdict(BROKEN).stands_for(tried)
+    assert not Verdict(UNPROVEN, dtypes=tried).stands_for(tried)
+
+
+def test_what_was_tried_in_one_dtype_is_no_proof_for_another(said):
+    runner = Runner()
+    ensure(runner, said, dtypes=(torch.float32,))
+    ensure(runner, said, dtypes=(torch.float32,))
+    assert len(runner.runs) == 1
+    found = ensure(runner, said, dtypes=(torch.bfloat16,))
+    assert len(runner.runs) == 2 and runner.runs[1][1] == "bfloat16,float32"
+    assert found[KIND][FIRST].dtypes == ("bfloat16", "float32")
+    ensure(runner, said, dtypes=(torch.float32,))
+    assert len(runner.runs) == 2
+
+
+def test_what_the_child_has_started_ends_with_it(child, tmp_path):
+    mark = tmp_path / "still there"
+    later = f"import time; time.sleep(2); open({str(mark)!r}, 'w')"
+    start = f"import subprocess; subprocess.Popen([sys.executable, '-c', {later!r}])"
+    child(SAY + start + "\ntime.sleep(60)", hung=0.7)
+    time.sleep(3)
+    assert not mark.exists()
