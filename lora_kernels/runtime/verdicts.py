@@ -23,7 +23,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -151,7 +151,9 @@ _of_this_process: dict[Path, Verdicts] = {}
 
 
 def _verdict_of(fields: dict) -> Verdict:
-    return Verdict(**fields | {"dtypes": tuple(fields.get("dtypes", ()))})
+    """From JSON, which has lists for tuples."""
+    verdict = Verdict(**fields)
+    return replace(verdict, dtypes=tuple(verdict.dtypes))
 
 
 def load(path: Path) -> Verdicts:
