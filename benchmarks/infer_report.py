@@ -146,7 +146,7 @@ def footnotes(rows: list[dict]) -> list[str]:
     meta = rows[0]["meta"]
     reps = max(row["reps"] for row in rows)
     how = sorted({row["timing"] for row in rows if row["timing"]})
-    where = f"{meta['device']}, {meta['threads']} threads, torch {meta['versions']['torch']}"
+    where = f"{report.machine_of(meta)}, torch {meta['versions']['torch']}"
     where += "".join(f", {name}={value}" for name, value in meta.get("malloc", {}).items())
     notes = [
         f"{where}, {meta['time']}, load {meta['load']}. Medians of {reps} interleaved repetitions "

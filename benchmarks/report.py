@@ -187,8 +187,8 @@ def table(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
 
 def machine_of(meta: dict) -> str:
     """The device; of a CPU with the instructions in use, which its name does not say."""
-    _, _, level = meta["extension"].partition("using ")
-    level = f" ({level})" if level and meta["device_type"] == "cpu" else ""
+    _, _, level = meta.get("extension", "").partition("using ")
+    level = f" ({level})" if level and meta.get("device_type") == "cpu" else ""
     return f"{meta['device']}{level}, {meta['threads']} threads"
 
 
