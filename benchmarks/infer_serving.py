@@ -3,6 +3,7 @@
 import copy
 import gc
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -114,9 +115,11 @@ def tensor_bytes() -> int:
     storages = {}
     for each in gc.get_objects():
         # isinstance asks, and wakes lazy objects; a sparse one's values are tensors of their own.
-        if type(each) in (Tensor, nn.Parameter) and each.layout is torch.strided:
-            storage = each.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
+        plain = type(each) in (Tensor, nn.Parameter) and each.layout is torch.strided
+        if plain and not each.is_meta:
+            with suppress(RuntimeError):  # a wrapper that a transform left: no memory of its own
+                storage = each.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 

@@ -335,10 +335,15 @@ def command(*more: str, **changed) -> list[str]:
 def test_tensor_bytes_counts_a_storage_once():
     before = infer_serving.tensor_bytes()
     kept = torch.zeros(1000)
-    views = kept[10:], torch.nn.Parameter(kept)
-    sparse = torch.sparse_coo_tensor(size=(3, 3))  # somebody's in the process
+    others = [  # views, and what else may live in the process
+        kept[10:],
+        torch.nn.Parameter(kept),
+        torch.sparse_coo_tensor(size=(3, 3)),
+        torch._to_functional_tensor(kept[:3]),
+        torch.zeros(3, device="meta"),
+    ]
+    torch.vmap(lambda row: others.append(row) or row * 2)(kept[:10])
     assert infer_serving.tensor_bytes() - before == 4000
-    del kept, views, sparse
 
 
 def test_the_command_writes_rows_with_the_memory_of_a_provider(tmp_path, capsys, model):
