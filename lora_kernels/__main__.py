@@ -91,9 +91,9 @@ def _backends(device: torch.device) -> list[str]:
 
 
 def _verdicts(device: torch.device) -> list[str]:
-    from lora_kernels.runtime import verdicts
+    from lora_kernels.runtime import machine_files, verdicts
 
-    found = verdicts.known().get(verdicts.kind_of(device), {})
+    found = verdicts.known().get(machine_files.kind_of(device), {})
     tried = {name: verdict for name, verdict in found.items() if verdict.state != verdicts.ABSENT}
     if not tried:
         return ["  kernels    not tried here: python -m lora_kernels self-test"]

@@ -1,6 +1,7 @@
 """Every test starts from the same seed, on one thread; memory can be poisoned with NaN."""
 
 import os
+import tempfile
 from contextlib import ExitStack, suppress
 
 import pytest
@@ -23,6 +24,10 @@ _READS_GAPS = os.environ.get("GEMM_READS_GAPS") == "1"
 _FAULT = ExitStack()
 if _READS_GAPS:
     _FAULT.enter_context(gemm_that_reads_gaps())
+
+# What was measured on this machine changes what auto takes: tests start without, and leave nothing.
+_CACHE = tempfile.TemporaryDirectory(prefix="lora_kernels-")
+os.environ["LORA_KERNELS_CACHE"] = _CACHE.name
 
 # Tiny tensors by the thousand: on a busy machine a second thread is mostly waited for.
 torch.set_num_threads(1)

@@ -23,7 +23,8 @@ from typing import IO
 import filelock
 import torch
 
-from lora_kernels.runtime import verdicts
+from lora_kernels.runtime import machine_files, verdicts
+from lora_kernels.runtime.child_process import OUT_OF_TIME, Lines, run_child
 from lora_kernels.runtime.verdicts import BROKEN, UNPROVEN, Verdict, Verdicts
 from lora_kernels.self_test.families import FAMILIES
 
@@ -31,13 +32,7 @@ SECONDS = 60.0  # for everything that is tried
 HUNG = 30.0  # that one check may take; with all it compiles it takes a few
 PATIENCE = 90.0  # that one process waits for another's test
 
-# What a launcher sets for its workers. The child is none of them.
-_OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK",
-                 "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME",
-                 "MASTER_ADDR", "MASTER_PORT")  # fmt: skip
-
 Say = Callable[[str], None]
-Lines = Iterator[dict]
 Runner = Callable[[list[str], float], Lines]
 
 
@@ -62,17 +57,17 @@ def ensure(
     """
     say = say or _print
     names = tuple(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    path = verdicts.file_of(verdicts.machine_state())
+    path = verdicts.file_of(machine_files.machine_state())
     found = verdicts.load(path)
     if _complete(found, names) and not again:
         return found
-    lock = _lock_beside(path)
+    lock = machine_files.lock_beside(path)
     try:
         with lock.acquire(timeout=patience):
             found = verdicts.load(path)  # another process may have been quicker
             if _complete(found, names) and not again:
                 return found
-            return _test(path, {} if again else found, names, seconds, say, runner or run_child)
+            return _test(path, {} if again else found, names, seconds, say, runner or _run_child)
     except filelock.Timeout:
         say(
             f"lora_kernels: another process has been testing kernels for {patience:.0f} s; "
@@ -86,27 +81,6 @@ def _complete(found: Verdicts, dtypes: tuple[str, ...]) -> bool:
     return bool(every) and all(verdict.stands_for(dtypes) for verdict in every)
 
 
-class _NoLock:
-    """Where no file can be made, no other process can be waited for."""
-
-    def acquire(self, timeout: float) -> "_NoLock":
-        return self
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-def _lock_beside(path: Path) -> filelock.BaseFileLock | _NoLock:
-    lock = path.with_suffix(".lock")
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with open(lock, "a"):
-            return filelock.FileLock(lock)
-    except OSError:
-        return _NoLock()
-
-
 def _test(
     path: Path,
     found: Verdicts,
@@ -118,7 +92,7 @@ def _test(
     say(f"lora_kernels: testing kernels on this machine, once (at most {seconds:.0f} s) ...")
     began = time.monotonic()
     found = judge_all(found, dtypes, seconds, runner)
-    kept = verdicts.store(path, verdicts.machine_state(), found)
+    kept = verdicts.store(path, machine_files.machine_state(), found)
     verdicts.forget()
     say(_summary(found, time.monotonic() - began, path if kept else None))
     return found
@@ -181,73 +155,8 @@ def _unproven(found: Verdicts, dtypes: tuple[str, ...], reason: str) -> Verdicts
     }
 
 
-OUT_OF_TIME = "is out of time"
-
-
-def run_child(arguments: list[str], seconds: float, hung: float = HUNG) -> Lines:
-    """The child's lines, and one that says how it ended where it did not end well."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in _OF_LAUNCHERS and not name.startswith("TORCHELASTIC_")
-    }
-    package_root = str(Path(__file__).resolve().parents[2])
-    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
-    command = [sys.executable, "-m", "lora_kernels.self_test.child", *arguments]
-    with tempfile.TemporaryFile("w+") as complaints:
-        try:
-            process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=complaints, text=True, start_new_session=True,
-            )  # fmt: skip
-        except OSError as error:
-            yield {"ended": f"{type(error).__name__}: {error}"}
-            return
-        lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=_pass_on, args=(process.stdout, lines), daemon=True).start()
-        deadline = time.monotonic() + seconds
-        ended = None
-        try:
-            while True:
-                left = deadline - time.monotonic()
-                try:
-                    line = lines.get(timeout=max(0.0, min(left, hung)))
-                except queue.Empty:
-                    ended = OUT_OF_TIME if left <= hung else f"did nothing for {hung:.0f} s"
-                    break
-                if line is None:
-                    break
-                if line.startswith("{"):
-                    yield loads(line)
-        except BaseException:
-            _end(process)
-            raise
-        finally:
-            if ended is not None:
-                _end(process)
-            code = process.wait()
-        if ended is not None:
-            yield {"ended": ended}
-        elif code:
-            complaints.seek(0)
-            said = [line.strip() for line in complaints if line.strip()]
-            how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-            yield {"ended": f"{how}: {said[-1][:300]}" if said else how}
-
-
-def _end(process: subprocess.Popen) -> None:
-    """With what it has started: an assembler goes on otherwise."""
-    if hasattr(os, "killpg"):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-
-
-def _pass_on(source: IO[str], lines: queue.Queue[str | None]) -> None:
-    for line in source:
-        lines.put(line)
-    lines.put(None)
+def _run_child(arguments: list[str], seconds: float) -> Lines:
+    return run_child("lora_kernels.self_test.child", arguments, seconds, HUNG)
 
 
 def _summary(found: Verdicts, seconds: float, path: Path | None) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from lora_kernels.runtime import verdicts
+from lora_kernels.runtime import machine_files
 from lora_kernels.runtime.verdicts import ABSENT, BROKEN, PROVEN, UNPROVEN
 from lora_kernels.self_test.families import FAMILIES, Family, available
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     def say(**line: object) -> None:
         print(json.dumps(line), file=out, flush=True)
 
-    found = {verdicts.kind_of(device): device for device in devices()}
+    found = {machine_files.kind_of(device): device for device in devices()}
     say(ready=list(found))
     for kind, device in found.items():
         for name, reason in available(device, dtypes).items():

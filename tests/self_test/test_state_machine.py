@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from lora_kernels import self_test
-from lora_kernels.runtime import verdicts
+from lora_kernels.runtime import machine_files, verdicts
+from lora_kernels.runtime.child_process import OUT_OF_TIME, run_child
 from lora_kernels.runtime.verdicts import ABSENT, BROKEN, PROVEN, UNPROVEN, Verdict
 from lora_kernels.self_test.families import FAMILIES
 
+CHILD = "lora_kernels.self_test.child"
 KIND = "H200, sm_90"
 FIRST, SECOND, *REST = FAMILIES
 
@@ -24,7 +26,7 @@ FIRST, SECOND, *REST = FAMILIES
 @pytest.fixture(autouse=True)
 def directory(tmp_path, monkeypatch):
     monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(verdicts, "_of_this_process", {})
+    monkeypatch.setattr(machine_files, "_of_this_process", {})
     verdicts.forget()
     yield tmp_path / "cache"
     verdicts.forget()
@@ -109,7 +111,7 @@ def test_a_hang_or_a_signal_breaks_its_family_and_the_rest_is_tested(said, how):
 
 
 def test_what_there_is_no_time_for_is_unproven_and_tried_again_later(said, monkeypatch):
-    found = ensure(Runner(**{named(SECOND): self_test.OUT_OF_TIME}), said)
+    found = ensure(Runner(**{named(SECOND): OUT_OF_TIME}), said)
     assert states(found) == {FIRST: PROVEN} | dict.fromkeys([SECOND, *REST], UNPROVEN)
     assert "no time" in found[KIND][SECOND].detail
     runner = Runner()
@@ -134,15 +136,15 @@ def test_a_child_that_cannot_start_proves_nothing_and_breaks_nothing(said):
 def test_a_changed_state_is_tested_anew(said, monkeypatch):
     runner = Runner()
     ensure(runner, said)
-    state = verdicts.machine_state() | {"torch": "99.0"}
-    monkeypatch.setattr(verdicts, "machine_state", lambda: state)
+    state = machine_files.machine_state() | {"torch": "99.0"}
+    monkeypatch.setattr(machine_files, "machine_state", lambda: state)
     ensure(runner, said)
     assert len(runner.runs) == 2
 
 
 @pytest.mark.parametrize("field", ["torch", "triton", "gpus", "cpu", "kernels", "visible", "cuda"])
 def test_every_part_of_the_state_has_a_file_of_its_own(field):
-    state = verdicts.machine_state()
+    state = machine_files.machine_state()
     assert verdicts.file_of(state) != verdicts.file_of(state | {field: "another"})
 
 
@@ -150,11 +152,11 @@ def test_every_part_of_the_state_has_a_file_of_its_own(field):
     "content", ["", "{", "[]", '{"verdicts": 3}', '{"verdicts": {"a": {"b": {"other": 1}}}}']
 )
 def test_a_corrupt_file_is_put_aside(said, content):
-    path = verdicts.file_of(verdicts.machine_state())
+    path = verdicts.file_of(machine_files.machine_state())
     path.parent.mkdir()
     path.write_text(content)
     runner = Runner()
-    with pytest.warns(UserWarning, match="holds no verdicts"):
+    with pytest.warns(UserWarning, match="cannot be read"):
         found = ensure(runner, said)
     assert set(states(found).values()) == {PROVEN} and len(runner.runs) == 1
     assert path.with_suffix(".corrupt").read_text() == content
@@ -189,7 +191,7 @@ def test_two_that_ask_at_once_test_once(said):
 
 def test_one_that_waits_too_long_goes_on_without(said, directory):
     directory.mkdir()
-    path = verdicts.file_of(verdicts.machine_state())
+    path = verdicts.file_of(machine_files.machine_state())
     runner = Runner()
     with filelock.FileLock(path.with_suffix(".lock")):
         assert ensure(runner, said, patience=0.05) == {}
@@ -222,7 +224,7 @@ def child(tmp_path, monkeypatch):
             return popen([sys.executable, str(path), *command[3:]], **options)
 
         monkeypatch.setattr(subprocess, "Popen", start)
-        return list(self_test.run_child(["--dtypes", "float32"], seconds, hung))
+        return list(run_child(CHILD, ["--dtypes", "float32"], seconds, hung))
 
     return run
 
@@ -252,7 +254,7 @@ def test_a_hang_ends(child):
 
 def test_out_of_time_is_no_hang(child):
     busy = "while True:\n    print(json.dumps({'check': 'x'}), flush=True); time.sleep(0.05)"
-    assert child(SAY + busy, seconds=1.5, hung=1.0)[-1] == {"ended": self_test.OUT_OF_TIME}
+    assert child(SAY + busy, seconds=1.5, hung=1.0)[-1] == {"ended": OUT_OF_TIME}
 
 
 def test_what_a_launcher_says_to_its_workers_is_not_for_the_child(child, monkeypatch):
@@ -273,8 +275,8 @@ def test_a_python_that_is_gone_means_unproven(said, monkeypatch):
 
 def test_the_parent_starts_no_cuda():
     code = (
-        "import torch, lora_kernels; from lora_kernels.runtime import verdicts\n"
-        "verdicts.machine_state(); assert not torch.cuda.is_initialized()"
+        "import torch, lora_kernels; from lora_kernels.runtime import machine_files\n"
+        "machine_files.machine_state(); assert not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
 
