@@ -6,19 +6,10 @@ no proof when they waited too long). ``families.py`` says what is checked, ``chi
 process that does it, ``lora_kernels/runtime/verdicts.py`` keeps the results.
 """
 
-import contextlib
-import os
-import queue
-import signal
-import subprocess
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from json import loads
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import IO
 
 import filelock
 import torch
