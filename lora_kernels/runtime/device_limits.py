@@ -20,6 +20,7 @@ class DeviceLimits:
     capability: int = 90
     multiprocessors: int = 4
     shared_memory: int = 232_448  # bytes per block
+    bandwidth: float = 3.3e12  # bytes per second, of the device's memory
 
     @property
     def multiplies_shared_memory(self) -> bool:
@@ -45,7 +46,17 @@ def limits_of(device: torch.device) -> DeviceLimits:
         capability=10 * properties.major + properties.minor,
         multiprocessors=properties.multi_processor_count,
         shared_memory=properties.shared_memory_per_block_optin,
+        bandwidth=_bandwidth_of(properties),
     )
+
+
+def _bandwidth_of(properties) -> float:
+    """Two transfers of the bus in each cycle; what a torch that does not say is likely to be on."""
+    kilohertz = getattr(properties, "memory_clock_rate", 0)
+    bits = getattr(properties, "memory_bus_width", 0)
+    if kilohertz and bits:
+        return 2e3 * kilohertz * bits / 8
+    return 2e12 if properties.major in (8, 9, 10) and properties.minor == 0 else 8e11
 
 
 class Tile:

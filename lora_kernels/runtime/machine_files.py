@@ -24,7 +24,7 @@ import filelock
 import torch
 
 from lora_kernels.runtime import cpu_extension
-from lora_kernels.runtime.device_limits import limits_of
+from lora_kernels.runtime.device_limits import DeviceLimits, limits_of
 
 _SCHEMA = 1
 _PACKAGE = Path(__file__).parents[1]
@@ -40,7 +40,10 @@ def kind_of(device: torch.device) -> str:
     if device.type == "cpu":
         interpreted = ", interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else ""
         return f"{cpu_extension.cpu_name()}, level {cpu_extension.level()}{interpreted}"
-    limits = limits_of(device)
+    return kind_of_gpu(limits_of(device))
+
+
+def kind_of_gpu(limits: DeviceLimits) -> str:
     return (
         f"{limits.name}, sm_{limits.capability}, {limits.multiprocessors} SMs, "
         f"{limits.shared_memory} B of shared memory"
@@ -51,13 +54,21 @@ def kind_of(device: torch.device) -> str:
 def machine_state() -> dict[str, str]:
     """What verdicts and times depend on. Starts no CUDA context: a later fork must find none."""
     return {
-        "schema": str(_SCHEMA),
+        **cpu_state(),
         "gpus": _gpus(),
         "visible": os.environ.get("CUDA_VISIBLE_DEVICES", "all"),
-        "cpu": kind_of(torch.device("cpu")),
-        "torch": str(torch.__version__),
         "cuda": str(torch.version.cuda),
         "triton": _triton(),
+    }
+
+
+@functools.cache
+def cpu_state() -> dict[str, str]:
+    """The part of it that calls on a CPU depend on; asks no driver and imports no Triton."""
+    return {
+        "schema": str(_SCHEMA),
+        "cpu": kind_of(torch.device("cpu")),
+        "torch": str(torch.__version__),
         "kernels": _digest_of_kernels(),
     }
 

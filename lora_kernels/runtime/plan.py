@@ -6,14 +6,18 @@ key is known has passed the check, and one that has not is always checked.
 
 from __future__ import annotations
 
+import functools
 import weakref
-from typing import TypeVar
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
 from lora_kernels.runtime import tensor_state
 
 Plan = TypeVar("Plan")
+Arguments = ParamSpec("Arguments")
 
 _LIMIT = 4096
 # By id, as dicts have no hash. Without a lock: an interrupt just before a `with` lets go of one
@@ -37,8 +41,32 @@ class Plans(dict):
         return plan
 
 
+_remembering: list[Callable[[], None]] = []
+
+
+def remembered(function: Callable[Arguments, Plan]) -> Callable[Arguments, Plan]:
+    """``functools.lru_cache`` for what a plan is made of: :func:`forget_plans` empties it.
+
+    Where algorithms are to be deterministic no table is read: what is found then is kept apart.
+    """
+
+    @functools.lru_cache(maxsize=_LIMIT)
+    def find(_deterministic: bool, *arguments, **named):
+        return function(*arguments, **named)
+
+    @functools.wraps(function)
+    def found(*arguments: Arguments.args, **named: Arguments.kwargs) -> Plan:
+        return find(torch.are_deterministic_algorithms_enabled(), *arguments, **named)
+
+    _remembering.append(find.cache_clear)
+    return found
+
+
 def forget_plans() -> None:
-    """Has to be called where what plans were made from has changed: a table, the extension."""
+    """Has to be called where what plans were made from has changed: a table, a verdict, the
+    extension."""
+    for clear in _remembering:
+        clear()
     found = None
     while found is None:
         try:

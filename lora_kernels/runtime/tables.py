@@ -1,14 +1,14 @@
 """What ``tune`` has measured on this machine: its choices, kept from process to process.
 
-A file ``tuned-<digest>.json`` (``machine_files.py``) holds, by kind of device and operation, cells
-by their keys, in the format of the tables that the package ships (``tuned/<gpu>/``)::
+Files ``tuned-<digest>.json`` (``machine_files.py``), one for the CPU and one for GPUs, hold by kind
+of device and operation cells by their keys, in the format of the tables that the package ships::
 
     {"state": {...}, "cells": {"NVIDIA H200, sm_90, ...": {"lora_linear": {
         "forward/bf16/M8192/K4096/N4096/R16/p0":
             {"backend": "triton", "strategy": "hybrid", "seconds": {"composed": ...}}}}}}
 
-Only ``tune`` writes it. With ``torch.use_deterministic_algorithms(True)`` nothing is taken from it:
-the bits of a result must not depend on what was measured.
+Only ``tune`` writes them. With ``torch.use_deterministic_algorithms(True)`` nothing is taken from
+them: the bits of a result must not depend on what was measured.
 """
 
 import contextlib
@@ -19,7 +19,6 @@ import filelock
 import torch
 
 from lora_kernels.runtime import machine_files
-from lora_kernels.runtime.machine_files import kind_of
 from lora_kernels.runtime.plan import forget_plans
 
 PATIENCE = 30.0  # seconds for another process that writes
@@ -27,16 +26,63 @@ PATIENCE = 30.0  # seconds for another process that writes
 Cells = dict[str, dict]  # by key
 Tables = dict[str, dict[str, Cells]]  # by kind of device, by operation
 
-# Whether this process has read choices for the CPU: keys of plans hold the number of tokens then.
+# Whether this process has found choices for the CPU: keys of plans hold the number of tokens then.
 FOR_CPU = False
 
 
-def file_of(state: dict[str, str]) -> Path:
-    return machine_files.file_of("tuned", state)
+def add(device: torch.device, operation: str, cells: Cells) -> Path | None:
+    """Put cells into the file of this machine's state, in place of those of the same keys.
+
+    Returns the file; None where it cannot be written: they hold for this process then.
+    """
+    state = _state_of(device.type)
+    path = machine_files.file_of("tuned", state)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(filelock.Timeout):  # better an entry lost than a run of minutes
+            stack.enter_context(machine_files.lock_beside(path).acquire(timeout=PATIENCE))
+        tables = machine_files.read(path, _of_content, {})
+        of_kind = tables.setdefault(machine_files.kind_of(device), {})
+        of_kind.setdefault(operation, {}).update(cells)
+        kept = machine_files.write(path, {"state": state, "cells": tables})
+    forget()
+    return path if kept else None
 
 
-def load(path: Path) -> Tables:
-    return machine_files.read(path, _of_content, {})
+def forget() -> None:
+    """Has to be called where the files may have changed."""
+    _known.cache_clear()
+    forget_plans()
+
+
+def cells_of(operation: str, device: torch.device) -> Cells:
+    """The measured choices of an operation on a device; none where algorithms are to be
+    deterministic."""
+    return _cells_of_kind(operation, device.type, machine_files.kind_of(device))
+
+
+def cells_of_gpu(operation: str, limits: machine_files.DeviceLimits) -> Cells:
+    """Those of a GPU with these limits."""
+    return _cells_of_kind(operation, "cuda", machine_files.kind_of_gpu(limits))
+
+
+def _cells_of_kind(operation: str, device_type: str, kind: str) -> Cells:
+    if torch.are_deterministic_algorithms_enabled():
+        return {}
+    return _known(device_type).get(kind, {}).get(operation, {})
+
+
+@functools.cache
+def _known(device_type: str) -> Tables:
+    global FOR_CPU
+    path = machine_files.file_of("tuned", _state_of(device_type))
+    tables = machine_files.read(path, _of_content, {})
+    if device_type == "cpu":
+        FOR_CPU = bool(tables)
+    return tables
+
+
+def _state_of(device_type: str) -> dict[str, str]:
+    return machine_files.cpu_state() if device_type == "cpu" else machine_files.machine_state()
 
 
 def _of_content(content: dict) -> Tables:
@@ -46,42 +92,3 @@ def _of_content(content: dict) -> Tables:
             if not all(isinstance(cell["backend"], str) for cell in cells.values()):
                 raise ValueError("a cell names no backend")
     return tables
-
-
-def add(kind: str, operation: str, cells: Cells) -> Path | None:
-    """Put cells into the file of this machine's state, in place of those of the same keys.
-
-    Returns the file; None where it cannot be written: they hold for this process then.
-    """
-    path = file_of(machine_files.machine_state())
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(filelock.Timeout):  # better an entry lost than a run of minutes
-            stack.enter_context(machine_files.lock_beside(path).acquire(timeout=PATIENCE))
-        tables = load(path)
-        tables.setdefault(kind, {}).setdefault(operation, {}).update(cells)
-        kept = machine_files.write(path, {"state": machine_files.machine_state(), "cells": tables})
-    forget()
-    return path if kept else None
-
-
-@functools.cache
-def known() -> Tables:
-    """What stands for the present state, read once; :func:`forget` after a change."""
-    global FOR_CPU
-    tables = load(file_of(machine_files.machine_state()))
-    FOR_CPU = kind_of(torch.device("cpu")) in tables
-    return tables
-
-
-def forget() -> None:
-    known.cache_clear()
-    forget_plans()
-
-
-def cells_of(operation: str, device: torch.device) -> Cells:
-    """The measured choices of an operation on a device; none where algorithms are to be
-    deterministic."""
-    if torch.are_deterministic_algorithms_enabled():
-        return {}
-    tables = known()
-    return tables[kind].get(operation, {}) if (kind := kind_of(device)) in tables else {}

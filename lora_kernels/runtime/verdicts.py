@@ -7,21 +7,26 @@ or ``absent`` (the family does not run there). A file ``self-test-<digest>.json`
 (``machine_files.py``).
 """
 
+import contextlib
 import functools
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import filelock
 import torch
 
 from lora_kernels.runtime import machine_files
 from lora_kernels.runtime.machine_files import kind_of
+from lora_kernels.runtime.plan import forget_plans
 
 PROVEN, BROKEN, UNPROVEN, ABSENT = "proven", "broken", "unproven", "absent"
 
 # What is unproven is tried again after so long: the GPU may have been full, or in use by one alone.
 RETRY_SECONDS = 3600
+
+PATIENCE = 5.0  # seconds for another process that holds the file, where one is called
 
 
 @dataclass(frozen=True)
@@ -84,10 +89,53 @@ def known() -> Verdicts:
 
 def forget() -> None:
     known.cache_clear()
+    forget_plans()
 
 
 def verdict(family: str, device: torch.device) -> Verdict:
     """What is known of a family on a device."""
+    kind = kind_of(device)
+    if (seen := _broken_here.get((kind, family))) is not None:
+        return seen
     untested = Verdict(UNPROVEN, "it was not tested here: python -m lora_kernels self-test")
-    of_device = known().get(kind_of(device)) or known().get(ANY, {})
+    of_device = known().get(kind) or known().get(ANY, {})
     return of_device.get(family, untested)
+
+
+def broken(family: str, device: torch.device) -> str | None:
+    """Why nothing of a family may be launched on a device; None where it may."""
+    found = verdict(family, device)
+    return f"its kernels are broken here: {found.detail}" if found.state == BROKEN else None
+
+
+def why_not_proven(family: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a family has not shown yet that it is right on a device; None where it has."""
+    found, name = verdict(family, device), str(dtype).removeprefix("torch.")
+    if found.state == BROKEN:
+        return broken(family, device)
+    if found.state != PROVEN:
+        return f"its kernels are {found.state} here: {found.detail}"
+    if name not in found.dtypes:
+        return f"its kernels were not tested with {name}: python -m lora_kernels self-test"
+    return None
+
+
+# Families that have failed in this process, by kind of device and name.
+_broken_here: dict[tuple[str, str], Verdict] = {}
+
+
+def mark_broken(family: str, device: torch.device, why: str, *, keep: bool) -> None:
+    """Nothing of the family is launched on such a device any more: in this process, and, to be
+    kept, in others of this machine's state until the self-test is asked for again."""
+    kind, found = kind_of(device), Verdict(BROKEN, why, 0.0, time.time())
+    _broken_here[kind, family] = found
+    if keep:
+        state = machine_files.machine_state()
+        path = file_of(state)
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(filelock.Timeout):
+                stack.enter_context(machine_files.lock_beside(path).acquire(timeout=PATIENCE))
+            verdicts = load(path)
+            verdicts.setdefault(kind, {})[family] = found
+            store(path, state, verdicts)
+    forget()

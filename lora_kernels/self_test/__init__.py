@@ -69,7 +69,8 @@ def ensure(
 
 def _complete(found: Verdicts, dtypes: tuple[str, ...]) -> bool:
     every = [verdict for families in found.values() for verdict in families.values()]
-    return bool(every) and all(verdict.stands_for(dtypes) for verdict in every)
+    whole = bool(every) and all(set(FAMILIES) <= set(families) for families in found.values())
+    return whole and all(verdict.stands_for(dtypes) for verdict in every)
 
 
 def _test(

@@ -20,8 +20,8 @@ from lora_kernels import explain, lora_linear
 from lora_kernels.__main__ import doctor
 from lora_kernels.adapters.factors import LoRAFactors
 from lora_kernels.base_weights import DenseWeight
+from lora_kernels.ops.linear import choice as measured
 from lora_kernels.ops.linear import op as autograd
-from lora_kernels.ops.linear import tuned as measured
 from lora_kernels.ops.linear.plan import make_plan
 from lora_kernels.ops.linear.reference import lora_linear_reference
 from lora_kernels.ops.linear.triton import tiles

@@ -12,14 +12,25 @@ from torch.utils.flop_counter import FlopCounterMode
 from lora_kernels import explain, lora_linear
 from lora_kernels.adapters.factors import LoRAFactors
 from lora_kernels.base_weights import DenseWeight, base_of
+from lora_kernels.ops.linear import choice as measured
 from lora_kernels.ops.linear import composed
-from lora_kernels.ops.linear import tuned as measured
-from lora_kernels.ops.linear.plan import PLANS, make_plan, module_of
+from lora_kernels.ops.linear import cpu as cpu_module
+from lora_kernels.ops.linear.plan import PLANS, Guarded, make_plan, module_of
+from lora_kernels.ops.linear.reference import lora_linear_reference
 from lora_kernels.ops.linear.triton import tiles
-from lora_kernels.runtime import dispatch
+from lora_kernels.runtime import dispatch, machine_files, tables, verdicts
 from lora_kernels.runtime.dropout import drop_threshold
+from lora_kernels.runtime.plan import forget_plans
+from lora_kernels.self_test.families import FAMILIES
+from lora_kernels.testing import (
+    LoRAProblem,
+    assert_draws_within_policy,
+    oracle_results,
+    run_forward_backward,
+)
 
 H200 = tiles.DeviceLimits("NVIDIA H200", 90, 132, 232_448)
+KIND = machine_files.kind_of_gpu(H200)
 FORWARD = "forward/bfloat16/M8192/K4096/N1024/R16/p0"
 BACKWARD = "backward/bfloat16/M8192/K4096/N1024/R16/p0"
 CELLS = {
@@ -42,10 +53,20 @@ def h200(monkeypatch, plans_forgotten):
             None if backend == "triton" else unavailable(backend, device, dtype)
         ),
     )
-    monkeypatch.setattr(measured, "limits_of", lambda device: H200)
-    measured._lookup.cache_clear()
-    yield
-    measured._lookup.cache_clear()
+    for module in (measured, machine_files):
+        monkeypatch.setattr(module, "limits_of", lambda device: H200)
+    monkeypatch.setattr(verdicts, "known", lambda: {})
+
+
+def proven(monkeypatch, **states):
+    """Verdicts of the self-test by family, with ``_`` for what a name cannot hold."""
+    names = {family.replace("/", "_").replace(" ", "_"): family for family in FAMILIES}
+    found = {
+        names[name]: verdicts.Verdict(state, "as it was", dtypes=("bfloat16",))
+        for name, state in states.items()
+    }
+    monkeypatch.setattr(verdicts, "known", lambda: {KIND: found})
+    forget_plans()
 
 
 def call(shape=(4, 2048, 4096), out_features=1024, rank=16, dtype=torch.bfloat16, device="cuda"):
@@ -83,10 +104,13 @@ def test_a_recorded_cell_takes_its_fastest_backend():
     ("options", "backend"),
     [
         ({"shape": (4097, 4096), "rank": 9}, "triton"),  # the same powers of two
-        ({"shape": (4096, 4096)}, "composed"),
+        ({"shape": (4096, 4096)}, "triton"),  # within a factor of two
+        ({"shape": (2048, 4096)}, "composed"),
         ({"rank": 17}, "composed"),
-        ({"out_features": 1032}, "composed"),
-        ({"shape": (8192, 4104)}, "composed"),
+        ({"out_features": 2048}, "triton"),
+        ({"out_features": 2056}, "composed"),
+        ({"shape": (8192, 2048)}, "triton"),
+        ({"shape": (8192, 2040)}, "composed"),
         ({"dtype": torch.float16}, "composed"),
         ({"dtype": torch.float32}, "composed"),
         ({"dropout_p": 0.1}, "composed"),
@@ -94,9 +118,9 @@ def test_a_recorded_cell_takes_its_fastest_backend():
     ],
     ids=str,
 )
-def test_only_the_bucket_that_was_measured(options, backend):
-    with tiles.use_cells(CELLS):
-        choice = chosen(**options)
+def test_only_what_was_measured_and_its_neighbours(options, backend, monkeypatch):
+    monkeypatch.setattr(tables, "_known", lambda kind: {KIND: {"lora_linear": CELLS}})
+    choice = chosen(**options)
     assert choice.backend == backend
     assert ("fastest measured" in choice.reason) == (backend == "triton")
 
@@ -114,7 +138,7 @@ def test_what_was_not_measured_stays_composed():
             choice = measured.choose("auto", "forward", activation, sizes)
             assert choice.backend == "composed" and "measured" in choice.reason
     with tiles.use_cells({"*": {"strategy": "fused"}}):  # tile options are no measurement
-        assert "nothing is recorded" in chosen().reason
+        assert "nothing is measured" in chosen().reason
 
 
 def test_without_a_table_the_reason_names_the_command():
@@ -126,7 +150,10 @@ def test_without_a_table_the_reason_names_the_command():
 def test_a_backend_that_cannot_run_is_not_taken(monkeypatch):
     monkeypatch.setattr(dispatch, "unavailable", lambda *args: "triton is broken here")
     with tiles.use_cells(CELLS):
-        assert chosen() == ("composed", "triton is broken here")
+        choice = chosen()
+    assert choice.backend == "composed" and choice.reason.endswith(
+        "but for triton: triton is broken here"
+    )
 
 
 def test_a_named_backend_and_the_process_override_come_before_the_table(monkeypatch):
@@ -137,10 +164,124 @@ def test_a_named_backend_and_the_process_override_come_before_the_table(monkeypa
         assert chosen().reason.startswith("asked for")
 
 
-def test_a_cpu_never_looks(monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(measured, "_lookup", None)
-        assert chosen(device="cpu").backend in ("composed", "native")
+# ---- what the self-test has proven
+
+
+def test_what_is_proven_is_taken_where_it_should_gain(monkeypatch):
+    assert chosen(dropout_p=0.1).backend == "composed"
+    assert "not tested here: python -m lora_kernels self-test" in chosen(dropout_p=0.1).reason
+    proven(monkeypatch, linear_triton_hybrid=verdicts.PROVEN)
+    choice = chosen(dropout_p=0.1)
+    assert choice.backend == "triton" and "proven by the self-test" in choice.reason
+    assert (
+        "modelled as 1.4" in choice.reason and "nothing is measured of NVIDIA H200" in choice.reason
+    )
+    assert chosen(shape=(32, 4096), dropout_p=0.1).backend == "composed", "bound by the host"
+    assert chosen(dtype=torch.float16, dropout_p=0.1).backend == "composed"
+    assert "not tested with float16" in chosen(dtype=torch.float16, dropout_p=0.1).reason
+    assert chosen(dtype=torch.float32, dropout_p=0.1).backend == "composed"
+
+
+@pytest.mark.parametrize("state", [verdicts.BROKEN, verdicts.UNPROVEN, verdicts.ABSENT])
+def test_what_is_not_proven_is_not_taken(monkeypatch, state):
+    proven(monkeypatch, linear_triton_hybrid=state)
+    choice = chosen(dropout_p=0.1)
+    assert choice.backend == "composed" and f"{state} here: as it was" in choice.reason
+
+
+def test_what_is_measured_here_goes_before_what_is_modelled(monkeypatch):
+    proven(monkeypatch, linear_triton_hybrid=verdicts.PROVEN)
+    cell = {"backend": "composed", "seconds": {"composed": 1e-3, "hybrid": 2e-3}}
+    with tiles.use_cells({FORWARD: cell}):
+        assert chosen().backend == "composed"
+    assert chosen("backward").backend == "triton"
+
+
+def test_broken_kernels_are_not_taken_though_they_were_measured(monkeypatch):
+    proven(monkeypatch, linear_triton_fused=verdicts.BROKEN)
+    with tiles.use_cells(CELLS):
+        choice = chosen()
+    assert choice.backend == "composed" and "broken here: as it was" in choice.reason
+
+
+def test_a_shipped_table_needs_the_proof_and_ones_own_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiles, "TUNED", tmp_path)
+    folder = tmp_path / "NVIDIA_H200"
+    folder.mkdir()
+    (folder / "lora_linear.json").write_text(json.dumps({"cells": CELLS}))
+    tiles.shipped_cells.cache_clear()
+    forget_plans()
+    try:
+        assert chosen().backend == "composed" and "not tested here" in chosen().reason
+        proven(monkeypatch, linear_triton_fused=verdicts.PROVEN)
+        assert chosen().backend == "triton" and "shipped with the package" in chosen().reason
+        proven(monkeypatch)
+        monkeypatch.setattr(tables, "_known", lambda kind: {KIND: {"lora_linear": CELLS}})
+        forget_plans()
+        assert chosen().backend == "triton" and "tune on this machine" in chosen().reason
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert chosen().backend == "composed", "the bits may not follow from what was measured"
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert chosen().backend == "triton"
+    finally:
+        tiles.shipped_cells.cache_clear()
+
+
+# ---- on a CPU
+
+
+def test_a_cpu_takes_what_tune_has_measured(monkeypatch, request):
+    request.addfinalizer(tables.forget)
+    x, weight, lora_a, lora_b = (torch.randn(size) for size in ((3, 8), (6, 8), (2, 8), (6, 2)))
+    cpu, unmeasured = torch.device("cpu"), explain(x, weight, lora_a, lora_b)
+    other = "composed" if unmeasured.backend == "native" else "native"
+    if dispatch.unavailable(other, cpu, torch.float32):
+        pytest.skip("there are no compiled kernels")
+    sizes = sizes_of(weight, lora_a, lora_b)
+    key = measured._cell_of("forward", torch.float32, 3, sizes).key
+    tables.add(cpu, "lora_linear", {key: {"backend": other, "seconds": {other: 1e-6}}})
+    choice = explain(x, weight, lora_a, lora_b)
+    assert choice.backend == other and "taken by tune on this machine" in choice.reason
+    assert choice.reason.endswith(f"backward {unmeasured.backend}: {unmeasured.reason}")
+    # A plan of another number of tokens is another plan.
+    y = [lora_linear(each, weight, lora_a, lora_b, 1.0) for each in (x, x.repeat(8, 1), x)]
+    assert torch.equal(y[0], y[2])
+    assert {plan.choice.backend for plan in PLANS.values()} == {"native", "composed"}
+    assert explain(x.repeat(8, 1), weight, lora_a, lora_b) == explain(
+        x.repeat(9, 1), weight, lora_a, lora_b
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ways", [("native", "composed"), ("composed", "native")], ids="-".join)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_directions_of_a_cpu_may_differ(monkeypatch, request, dtype, ways, dropout_p):
+    request.addfinalizer(tables.forget)
+    cpu = torch.device("cpu")
+    if dispatch.unavailable("native", cpu, dtype):
+        pytest.skip("there are no compiled kernels")
+    problem = LoRAProblem.random((19,), 24, 40, 5, dtype=dtype, dropout_p=dropout_p)
+    sizes = measured.Sizes("dense", 24, 40, 5, dropout_p > 0)
+    cells = {
+        measured._cell_of(direction, dtype, 19, sizes).key: {"backend": backend}
+        for direction, backend in zip(("forward", "backward"), ways, strict=True)
+    }
+    tables.add(cpu, "lora_linear", cells)
+
+    def draw(number):
+        drawn = problem.redrawn(number)
+        return (
+            run_forward_backward(lora_linear, drawn),
+            run_forward_backward(lora_linear_reference, drawn),
+            oracle_results(drawn),
+        )
+
+    assert_draws_within_policy(draw, dtype)
+    (plan,) = PLANS.values()
+    served = {"native": cpu_module, "composed": composed}
+    assert (plan.forward, plan.backward) == tuple(served[name] for name in ways)
 
 
 def test_explain_names_both_directions():
@@ -157,6 +298,7 @@ def test_shipped_tables_are_read_once_and_hits_are_cached(tmp_path, monkeypatch)
     folder.mkdir()
     (folder / "lora_linear.json").write_text(json.dumps({"cells": CELLS}))
     tiles.shipped_cells.cache_clear()
+    proven(monkeypatch, linear_triton_fused=verdicts.PROVEN)
     try:
         first = chosen()
         (folder / "lora_linear.json").unlink()
@@ -164,7 +306,7 @@ def test_shipped_tables_are_read_once_and_hits_are_cached(tmp_path, monkeypatch)
         with tiles.use_cells({}):  # and the cache does not hide a replacement
             assert chosen().backend == "composed"
         monkeypatch.setattr(measured, "limits_of", lambda d: replace(H200, name="another"))
-        measured._lookup.cache_clear()
+        forget_plans()
         assert chosen().backend == "composed"
     finally:
         tiles.shipped_cells.cache_clear()
@@ -198,15 +340,17 @@ def test_a_plan_has_a_backend_for_each_direction():
     base, factors = DenseWeight(weight), LoRAFactors(lora_a, lora_b, 1.0)
     with tiles.use_cells(CELLS):
         plan = make_plan("auto", x, base, factors, 0.0)
-        assert plan.forward is module_of("triton", base, x) and plan.choice.backend == "triton"
+        assert isinstance(plan.forward, Guarded) and plan.choice.backend == "triton"
+        assert plan.forward is module_of("triton", base, x, "linear/triton fused")
         assert plan.backward is plan.strided_backward is composed and not plan.drops
         named = make_plan("triton", x, DenseWeight(weight), factors, 0.3)
-        assert named.forward is named.backward is named.strided_backward is plan.forward
+        assert named.forward is named.backward is named.strided_backward
+        assert named.forward is module_of("triton", base, x)
         assert named.drops
     with tiles.use_cells({FORWARD: CELLS[BACKWARD], BACKWARD: CELLS[FORWARD]}):
         plan = make_plan("auto", x, DenseWeight(weight), factors, 0.0)
         assert plan.forward is plan.strided_backward is composed
-        assert plan.backward is module_of("triton", base, x)
+        assert plan.backward is module_of("triton", base, x, "linear/triton fused")
         alone = make_plan("auto", x, None, factors, 0.0)
         assert alone.forward is alone.backward is alone.strided_backward is composed
 

@@ -22,7 +22,8 @@ from torch.utils import checkpoint
 
 from lora_kernels.adapters.factors import LoRAFactors
 from lora_kernels.base_weights import rebuild
-from lora_kernels.ops.linear import cpu, tuned
+from lora_kernels.ops.linear import choice as choices
+from lora_kernels.ops.linear import cpu
 from lora_kernels.ops.linear.call import Gradients, LinearBackward, LinearCall, Needs, Result
 from lora_kernels.ops.linear.plan import LinearPlan, module_of
 from lora_kernels.ops.linear.second_order import (
@@ -108,9 +109,12 @@ def _active_dropout(p, seed, *place) -> ActiveDropout | None:
 def _module(direction: str, activation: Tensor, call: LinearCall | LinearBackward, backend: str):
     """Chosen when the op runs, not when a graph is traced, so that it adds no guards."""
     factors = call.factors
-    sizes = tuned.Sizes.of(call.base, factors.a, factors.b, call.dropout is not None)
-    choice = tuned.choose(backend, direction, activation, sizes)
-    return module_of(choice.backend, call.base, activation)
+    sizes = choices.Sizes.of(call.base, factors.a, factors.b, call.dropout is not None)
+    choice = choices.choose(backend, direction, activation, sizes)
+    family = None
+    if dispatch.requested(backend) == "auto":
+        family = choices.family_of(choice, direction, activation, sizes)
+    return module_of(choice.backend, call.base, activation, family)
 
 
 def _forward(call: LinearCall, backend: str) -> Result:

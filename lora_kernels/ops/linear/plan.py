@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from importlib import import_module
-from types import ModuleType
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
 from lora_kernels.adapters.factors import LoRAFactors
 from lora_kernels.base_weights import BaseWeight, matrix_of
-from lora_kernels.ops.linear import composed, cpu, tuned
-from lora_kernels.runtime import cuda_extension, dispatch
+from lora_kernels.ops.linear import choice as choices
+from lora_kernels.ops.linear import composed, cpu
+from lora_kernels.ops.linear.call import Gradients, LinearBackward, LinearCall, Result
+from lora_kernels.runtime import cuda_extension, dispatch, tables
 from lora_kernels.runtime.device_limits import next_power_of_two
 from lora_kernels.runtime.dispatch import Choice
 from lora_kernels.runtime.dropout import drop_threshold
+from lora_kernels.runtime.fallback import note_failure
 from lora_kernels.runtime.plan import Plans, metadata_of
 
 PLANS = Plans()
@@ -39,9 +43,9 @@ class LinearPlan:
     backend: str
     choice: Choice
     backward_choice: Choice | None
-    forward: ModuleType
-    backward: ModuleType
-    strided_backward: ModuleType
+    forward: Module
+    backward: Module
+    strided_backward: Module
     drops: bool
 
 
@@ -78,8 +82,10 @@ def key_of(
         if weight.requires_grad and torch.is_grad_enabled():
             return None
     measured = None
-    if not x.is_cpu:
-        measured = x.is_contiguous(), next_power_of_two(x.numel() // x.shape[-1])
+    if tables.FOR_CPU or not x.is_cpu:
+        rows = x.numel() // x.shape[-1]
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        measured = x.is_contiguous(), next_power_of_two(rows), deterministic
     return (
         found, number, dropout_p, kind, None if base is None else base.meta, measured, backend,
         dispatch.PROCESS_DEFAULT, known_as,
@@ -92,32 +98,87 @@ def make_plan(
     """The plan of checked arguments; a named backend that cannot serve raises."""
     backend = dispatch.requested(backend)
     drops = drop_threshold(dropout_p) > 0
-    sizes = tuned.Sizes.of(base, factors.a, factors.b, drops)
-    choice = tuned.choose(backend, "forward", x, sizes)
+    sizes = choices.Sizes.of(base, factors.a, factors.b, drops)
+    choice = choices.choose(backend, "forward", x, sizes)
     backward_choice = None
-    forward = backward = strided = module_of(choice.backend, base, x)
-    if backend == "auto" and x.is_cuda and sizes.base_format == "dense":
+    family = choices.family_of(choice, "forward", x, sizes) if backend == "auto" else None
+    forward = backward = strided = module_of(choice.backend, base, x, family)
+    measurable = x.is_cuda or (x.is_cpu and tables.FOR_CPU)
+    if backend == "auto" and measurable and sizes.base_format == "dense":
         # dy is not known yet: taken as contiguous, which it is in a model.
-        backward_choice = tuned.of_sizes("backward", x, sizes)
-        backward, strided = module_of(backward_choice.backend, base, x), composed
+        backward_choice = choices.of_sizes("backward", x, sizes)
+        family = choices.family_of(backward_choice, "backward", x, sizes)
+        backward = module_of(backward_choice.backend, base, x, family)
+        strided = composed if x.is_cuda else backward
     return LinearPlan(backend, choice, backward_choice, forward, backward, strided, drops)
 
 
-def module_of(backend: str, base: BaseWeight | None, activation: Tensor) -> ModuleType:
+class Module(Protocol):
+    """A backend's."""
+
+    def why_not(self, base: BaseWeight | None) -> str | None: ...
+    def forward(self, call: LinearCall) -> Result: ...
+    def backward(self, call: LinearBackward) -> Gradients: ...
+
+
+def module_of(
+    backend: str, base: BaseWeight | None, activation: Tensor, unasked: str | None = None
+) -> Module:
     """The module of a backend; those that import Triton when they are first asked for.
+
+    unasked: the family of its kernels where nobody has named the backend: composed serves once they
+    cannot be started.
 
     Raises:
         ValueError: it cannot serve the call.
     """
-    module = composed
+    module: Module = composed
     if backend == "native" and activation.is_cpu:
         module = cpu
     elif backend in ("native", "triton"):
         name = "cuda" if backend == "native" else "triton"
-        module = import_module(f"lora_kernels.ops.linear.{name}")
+        module = cast(Module, import_module(f"lora_kernels.ops.linear.{name}"))
     if reason := module.why_not(base):
         raise ValueError(f"backend={backend!r} cannot serve this call: {reason}")
+    if unasked is not None and module is not composed and module is not cpu:
+        return _guarded(unasked, activation.device, module)
     return module
+
+
+class Guarded:
+    """Kernels in whose place composed serves once they cannot be started."""
+
+    def __init__(self, family: str, device: torch.device, kernels: Module) -> None:
+        self._family, self._device = family, device
+        self._module = self._kernels = kernels
+
+    def why_not(self, base: BaseWeight | None) -> str | None:
+        return self._kernels.why_not(base)
+
+    def forward(self, call: LinearCall) -> Result:
+        try:
+            return self._module.forward(call)
+        except Exception as error:
+            return self._instead(error).forward(call)
+
+    def backward(self, call: LinearBackward) -> Gradients:
+        try:
+            return self._module.backward(call)
+        except Exception as error:
+            return self._instead(error).backward(call)
+
+    def _instead(self, error: Exception) -> Module:
+        if self._module is composed:
+            raise error
+        note_failure(self._family, self._device, error)
+        # For the backwards of graphs that are there; new calls are not planned for the family.
+        self._module = composed
+        return composed
+
+
+@functools.cache
+def _guarded(family: str, device: torch.device, kernels: Module) -> Guarded:
+    return Guarded(family, device, kernels)
 
 
 def explain_plan(

@@ -11,6 +11,7 @@ from lora_kernels.ops.routed.bank.bank import Adapter, AdapterBank
 from lora_kernels.ops.routed.bank.slots import AdapterSlots
 from lora_kernels.ops.routed.bank.versions import BankVersion
 from lora_kernels.ops.routed.call import NOTHING_TRAINED, ExpandCall, ForwardCall, RoutedCall
+from lora_kernels.ops.routed.cells import RoutedCell
 from lora_kernels.ops.routed.checks import (
     check_base,
     check_h,
@@ -20,7 +21,8 @@ from lora_kernels.ops.routed.checks import (
     check_rows,
     check_seed,
 )
-from lora_kernels.ops.routed.plan import make_plan
+from lora_kernels.ops.routed.choice import choose
+from lora_kernels.ops.routed.plan import RoutedPlan, make_plan
 from lora_kernels.ops.routed.routing import Routing
 from lora_kernels.ops.routed.tensors import (
     BankTensors,
@@ -28,7 +30,9 @@ from lora_kernels.ops.routed.tensors import (
     RoutingTensors,
     TrainableFactors,
 )
-from lora_kernels.runtime import cuda_extension, dispatch
+from lora_kernels.runtime import cuda_extension, dispatch, tables
+from lora_kernels.runtime.capture import is_captured
+from lora_kernels.runtime.device_limits import next_power_of_two
 from lora_kernels.runtime.dispatch import Choice
 from lora_kernels.runtime.dropout import MaskPlace, check_place, draw_seed
 from lora_kernels.runtime.dtypes import FLOATING, autocast_dtype, cast_for_autocast
@@ -271,7 +275,8 @@ def explain(x: Tensor, bank: AdapterBank, routing: Routing, *, backend: str = "a
     (x,) = cast_for_autocast(x)
     check_input(x, bank, routing)
     routing.check_current()
-    choice = dispatch.choose(backend, x.device, x.dtype)
+    version = bank.version_for(routing.pinned, routing.trained_slots())
+    choice = _plan(backend, x, bank, version, routing, x.dtype).choice
     if choice.backend == "composed" and x.device.type == "cuda":
         return Choice(
             "composed",
@@ -279,7 +284,7 @@ def explain(x: Tensor, bank: AdapterBank, routing: Routing, *, backend: str = "a
             "call cannot be captured in a CUDA graph",
         )
     if choice.backend == "native" and x.device.type == "cuda":
-        tensors = bank.version_for(routing.pinned, routing.trained_slots()).tensors()
+        tensors = version.tensors()
         reason = cuda_extension.why_not_decode_routed(
             x, tensors, routing.tensors(with_plan=False), any(tensors.thresholds)
         )
@@ -338,9 +343,9 @@ def _prepared(
         dtype = x.dtype
         if x.device.type == "cuda" and dtype == torch.float32 and of_h is not None:
             dtype = of_h  # h is fp32 there, whatever x was: it says nothing about the call
-        plan = make_plan(dispatch.choose(backend, x.device, dtype), x)
         slots = routing.trained_slots()
         version = bank.version_for(routing.pinned, slots, routing.capacity)
+        plan = _plan(backend, x, bank, version, routing, dtype)
         # Not where another thread has made a version that the check may not have seen.
         if plans is not None and version.plans is plans:
             plans.keep(key, plan)
@@ -356,9 +361,26 @@ def _prepared(
     if torch.is_grad_enabled() or not alone:
         layout, trained = version.gradients(slots, routing.capacity)
     of_routing = routing.tensors(with_plan=plan.reads_groups)
-    backend = plan.choice.backend
+    backend = plan.backend
     common = tensors, of_routing, backend, seed, place, alone, trained
     return _Batch(common, layout, version, slots)
+
+
+def _plan(
+    backend: str,
+    x: Tensor,
+    bank: AdapterBank,
+    version: BankVersion,
+    routing: Routing,
+    dtype: torch.dtype,
+) -> RoutedPlan:
+    trains = torch.is_grad_enabled() and version.trains
+    cell = RoutedCell(
+        "training" if trains else "forward", dtype, routing.num_tokens, bank.in_features,
+        bank.out_features, version.widest, len(version.by_slot), bool(version.thresholds),
+    )  # fmt: skip
+    choice = choose(backend, x.device, cell, is_captured=is_captured(x.device))
+    return make_plan(choice, x, unasked=dispatch.requested(backend) == "auto")
 
 
 def _key_of(x, base, bias, routing, seed, backend, alone, of_h, device) -> tuple | None:
@@ -379,8 +401,15 @@ def _key_of(x, base, bias, routing, seed, backend, alone, of_h, device) -> tuple
             return None
     if of_h is None and x.numel() // x.shape[-1] not in (routing.num_tokens, routing.max_tokens):
         return None
+    measured = None
+    if tables.FOR_CPU or not x.is_cpu:
+        measured = (
+            next_power_of_two(routing.num_tokens), torch.is_grad_enabled(), is_captured(x.device),
+            torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
     return (
         found, kind, meta, routing.device, backend, dispatch.PROCESS_DEFAULT, of_h, device,
+        measured,
     )  # fmt: skip
 
 

@@ -306,7 +306,7 @@ def _fake_y(call: ForwardCall) -> Tensor:
 
 def _fake_h(call: ForwardCall) -> Tensor:
     x = call.x
-    wide = call.backend in ("triton", "native")
+    wide = call.backend != "composed"
     dtype = accumulator_dtype(x.dtype) if wide else product_dtype(x)
     return x.new_empty((call.routing.tokens.shape[0], call.bank.max_total_rank), dtype=dtype)
 

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from importlib import import_module
-from types import ModuleType
+from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 
 from lora_kernels.ops.routed import composed, cpu
-from lora_kernels.ops.routed.tensors import check_groups_can_be_read
+from lora_kernels.ops.routed.call import (
+    ExpandBackward,
+    ExpandCall,
+    ForwardCall,
+    Gradients,
+    LoRABackward,
+    Result,
+    RoutedCall,
+    ShrinkBackward,
+)
+from lora_kernels.ops.routed.choice import UNASKED, named
+from lora_kernels.ops.routed.tensors import check_groups_can_be_read, groups_of
 from lora_kernels.runtime.dispatch import Choice
+from lora_kernels.runtime.fallback import note_failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,13 +32,17 @@ class RoutedPlan:
     """What follows from the metadata of a call."""
 
     choice: Choice  # the backend and why, as ``explain`` prints it
+    backend: str  # of the call: the choice's, marked where nobody has named it
     # Whether the host has to know a routing's groups. On a GPU their sizes would have to be waited
     # for, and the kernels there do without.
     reads_groups: bool
 
 
-def make_plan(choice: Choice, like: Tensor) -> RoutedPlan:
-    return RoutedPlan(choice, reads_groups(choice.backend, like))
+def make_plan(choice: Choice, like: Tensor, *, unasked: bool) -> RoutedPlan:
+    backend = choice.backend
+    if unasked and backend in ("triton", "native") and like.device.type == "cuda":
+        backend += UNASKED
+    return RoutedPlan(choice, backend, reads_groups(backend, like))
 
 
 def reads_groups(backend: str, like: Tensor) -> bool:
@@ -32,7 +50,18 @@ def reads_groups(backend: str, like: Tensor) -> bool:
     return backend == "composed" or (backend == "native" and like.device.type == "cpu")
 
 
-def module_of(backend: str, like: Tensor) -> ModuleType:
+class Module(Protocol):
+    """A backend's."""
+
+    def forward(self, call: ForwardCall) -> Result: ...
+    def backward(self, call: LoRABackward) -> Gradients: ...
+    def shrink(self, call: ForwardCall) -> tuple[Tensor, Tensor | None]: ...
+    def shrink_backward(self, call: ShrinkBackward) -> Gradients: ...
+    def expand_(self, call: ExpandCall, out: Tensor) -> None: ...
+    def expand_backward(self, call: ExpandBackward) -> Gradients: ...
+
+
+def module_of(backend: str, like: Tensor) -> Module:
     """The module of a backend; those that import Triton when they are first asked for.
 
     Raises:
@@ -41,8 +70,62 @@ def module_of(backend: str, like: Tensor) -> ModuleType:
     """
     if backend == "native" and like.device.type == "cpu":
         return cpu
-    if backend in ("native", "triton"):
-        name = "cuda" if backend == "native" else "triton"
-        return import_module(f"lora_kernels.ops.routed.{name}")
-    check_groups_can_be_read(like.device)
-    return composed
+    if backend == "composed":
+        check_groups_can_be_read(like.device)
+        return composed
+    name = "cuda" if named(backend) == "native" else "triton"
+    module = cast(Module, import_module(f"lora_kernels.ops.routed.{name}"))
+    if backend.endswith(UNASKED):
+        return _guarded(f"routed/{named(backend)}", like.device, module)
+    return module
+
+
+class Guarded:
+    """Kernels in whose place composed serves once they cannot be started.
+
+    Also in place: only the last launch of a call writes to what is there, so that nothing is
+    written where one cannot be started.
+    """
+
+    def __init__(self, family: str, device: torch.device, kernels: Module) -> None:
+        self._family, self._device = family, device
+        self._module = self._kernels = kernels
+
+    def forward(self, call: ForwardCall) -> Result:
+        y, h, mask = self._serve("forward", call)
+        return Result(y, None if h is None else h.float(), mask)
+
+    def backward(self, call: LoRABackward) -> Gradients:
+        return self._serve("backward", call)
+
+    def shrink(self, call: ForwardCall) -> tuple[Tensor, Tensor | None]:
+        h, mask = self._serve("shrink", call)
+        return h.float(), mask
+
+    def shrink_backward(self, call: ShrinkBackward) -> Gradients:
+        return self._serve("shrink_backward", call)
+
+    def expand_(self, call: ExpandCall, out: Tensor) -> None:
+        self._serve("expand_", call, out)
+
+    def expand_backward(self, call: ExpandBackward) -> Gradients:
+        return self._serve("expand_backward", call)
+
+    def _serve(self, step: str, call: RoutedCall, *others: Tensor):
+        if self._module is not composed:
+            try:
+                return getattr(self._module, step)(call, *others)
+            except Exception as error:
+                note_failure(self._family, self._device, error)
+            # For the backwards of graphs that are there; new calls are not planned for the family.
+            self._module = composed
+        check_groups_can_be_read(self._device)
+        routing = call.routing
+        plan = groups_of(routing.offsets, routing.tokens)
+        call.routing = routing._replace(plan=plan)
+        return getattr(composed, step)(call, *others)
+
+
+@functools.cache
+def _guarded(family: str, device: torch.device, kernels: Module) -> Guarded:
+    return Guarded(family, device, kernels)

@@ -19,8 +19,10 @@ from lora_kernels.ops.routed.bank.slots import BASE, AdapterSlots
 from lora_kernels.ops.routed.bank.storage import ALIGNMENT, anchor
 from lora_kernels.ops.routed.bank.tables import SlotTables, scaling_dtype
 from lora_kernels.ops.routed.call import ForwardCall
+from lora_kernels.ops.routed.cells import RoutedCell
+from lora_kernels.ops.routed.choice import choose
 from lora_kernels.ops.routed.op import run
-from lora_kernels.ops.routed.plan import reads_groups
+from lora_kernels.ops.routed.plan import make_plan, reads_groups
 from lora_kernels.ops.routed.routing import Routing
 from lora_kernels.ops.routed.tensors import BankTensors, GradientLayout
 from lora_kernels.runtime import dispatch
@@ -35,6 +37,7 @@ def routed_linear_unpacked(
     bias: Tensor | None,
     adapters: Mapping[str, LoRAFactors],
     names: Sequence[str],
+    backend: str = "auto",
 ) -> Tensor:
     r"""A frozen linear layer in which every sequence has an adapter of its own, without gradients.
 
@@ -49,6 +52,7 @@ def routed_linear_unpacked(
         bias: ``[N]`` or None.
         adapters: by name.
         names: S of them; ``"__base__"`` and names that are not in ``adapters`` use none.
+        backend: as for ``routed_lora``.
 
     Returns:
         ``[S, ..., N]`` in x's dtype, or autocast's.
@@ -72,7 +76,7 @@ def routed_linear_unpacked(
             )
         ids = tuple(slots.get(name, -1) for name in names)
         capacity = len(slots)
-        bank, backend = _bank(present, capacity, x, base.shape[0])
+        bank, backend = _bank(present, capacity, x, base.shape[0], backend)
         length = x.shape[1:-1].numel()
         routing = _routing(ids, length, capacity, x.device, stream_of(x.device))
         tensors = routing.tensors(with_plan=reads_groups(backend, x))
@@ -84,12 +88,22 @@ def routed_linear_unpacked(
 
 
 def _bank(
-    present: list[tuple[int, LoRAFactors]], capacity: int, x: Tensor, out_features: int
+    present: list[tuple[int, LoRAFactors]],
+    capacity: int,
+    x: Tensor,
+    out_features: int,
+    backend: str,
 ) -> tuple[BankTensors, str]:
     """The adapters as the backends take them, and the backend that can."""
     factors = [factor for _, (a, b, *_) in present for factor in (a, b)]
     slots, rows, storage = tuple(slot for slot, _ in present), None, x.new_empty(0)
-    backend = dispatch.choose("auto", x.device, x.dtype).backend
+    widest = max(a.shape[0] for _, (a, *_) in present)
+    cell = RoutedCell(
+        "forward", x.dtype, x.numel() // x.shape[-1], x.shape[-1], out_features, widest,
+        len(present), dropout=False,
+    )  # fmt: skip
+    unasked = dispatch.requested(backend) == "auto"
+    backend = make_plan(choose(backend, x.device, cell), x, unasked=unasked).backend
     if backend != "composed":
         storage = _anchor(factors[0].dtype, x.device)
         # The kernels count on the bank's alignment, Triton's and CUDA's; the CPU's do not.
@@ -114,7 +128,7 @@ def _bank(
         slots=list(slots),
         thresholds=[0] * len(slots),
         slice_columns=[0, out_features],
-        max_total_rank=max(a.shape[0] for _, (a, *_) in present),
+        max_total_rank=widest,
         storage=storage,
         slot_table=tables.factors,
         scaling=tables.scaling,

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora_kernels import lora_linear
 from lora_kernels.ops import linear
-from lora_kernels.ops.linear import tuned as measured
+from lora_kernels.ops.linear import choice as measured
 from lora_kernels.ops.linear.plan import make_plan, module_of
 from lora_kernels.ops.linear.reference import lora_linear_reference
 from lora_kernels.runtime.dispatch import Choice

@@ -13,7 +13,8 @@ of two, and p 0 or 1 for without and with dropout.
 
 import functools
 import json
-from collections.abc import Callable
+import math
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels.runtime import tables
 from lora_kernels.runtime.device_limits import (
     DRAWING_WARPS,
     DeviceLimits,
@@ -36,7 +38,7 @@ from lora_kernels.runtime.device_limits import (
     precision,
 )
 from lora_kernels.runtime.dtypes import short_name
-from lora_kernels.runtime.plan import forget_plans
+from lora_kernels.runtime.plan import forget_plans, remembered
 
 TUNED = Path(__file__).parents[3] / "tuned"
 
@@ -47,25 +49,6 @@ STRATEGIES = ("fused", "hybrid")
 # Fewer rows are less than one tile of the fused GEMM high: it has no split of the reduction to make
 # work of them, the vendor's has (reasoned, not measured).
 FUSED_ROWS = 128
-
-# Cells and tiles that are kept: a model has a dozen shapes, times its numbers of tokens.
-_KEPT = 4096
-
-_lookups: list[Callable] = []
-
-
-def tile_of_cell(function: Callable) -> Callable:
-    """Remembers what a pure function of a cell has said, as long as the tables are the same."""
-    remembering = functools.lru_cache(maxsize=_KEPT)(function)
-    _lookups.append(remembering)
-    return remembering
-
-
-def _forget_tiles() -> None:
-    for remembering in _lookups:
-        remembering.cache_clear()
-    forget_plans()
-
 
 # The widest rank tile. Higher ranks read the activation once more per 128.
 MAX_BLOCK_R = 128
@@ -141,7 +124,7 @@ def cell_of(
     )  # fmt: skip
 
 
-@tile_of_cell
+@remembered
 def strategy(cell: LinearCell, limits: DeviceLimits) -> str:
     """``fused`` or ``hybrid``, as measured; ``hybrid`` where nobody measured.
 
@@ -156,7 +139,7 @@ def strategy(cell: LinearCell, limits: DeviceLimits) -> str:
     return named
 
 
-@tile_of_cell
+@remembered
 def shrink_tile(
     cell: LinearCell, depth: int, narrow_itemsize: int, limits: DeviceLimits, *, aligned: bool
 ) -> ShrinkTile:
@@ -193,7 +176,7 @@ def shrink_tile(
     return replace(tile, **tuned(cell, limits).get("shrink", {}))
 
 
-@tile_of_cell
+@remembered
 def rank_gradient_tile(
     cell: LinearCell, depth: int, limits: DeviceLimits, *, aligned: bool
 ) -> RankGradientTile:
@@ -256,7 +239,7 @@ def projects_in_same_pass(cell: LinearCell, depth: int, block_d: int) -> bool:
     return 2 * partials <= depth * cell.itemsize
 
 
-@tile_of_cell
+@remembered
 def gemm_tile(
     cell: LinearCell,
     columns: int,
@@ -331,18 +314,74 @@ def use_cells(cells: dict | None):
     """
     global _replacement
     before, _replacement = _replacement, cells
-    _forget_tiles()
+    forget_plans()
     try:
         yield
     finally:
         _replacement = before
-        _forget_tiles()
+        forget_plans()
+
+
+class Measured(NamedTuple):
+    """What is recorded for a cell: its entry, None where there is nothing, under which key and
+    where. shipped: it was not measured on this machine."""
+
+    cell: dict | None
+    key: str
+    source: str = ""
+    shipped: bool = False
+
+
+@remembered
+def measured(cell: LinearCell, limits: DeviceLimits) -> Measured:
+    """The entry of the cell in this machine's table or the shipped one, or its neighbour's."""
+    if _replacement is not None:
+        return Measured(_replacement.get(cell.key) or _replacement.get("*"), cell.key, "given")
+    own = {}
+    if limits.name != DeviceLimits.name:
+        own = tables.cells_of_gpu("lora_linear", limits)
+    found = (own, "tune on this machine"), (shipped_cells(limits.name), "shipped with the package")
+    for cells, source in found:
+        if cell.key in cells:
+            return Measured(cells[cell.key], cell.key, source, cells is not own)
+    for cells, source in found:
+        if (key := _neighbour(cell, cells)) is not None:
+            # Its tiles are of its own sizes.
+            entry = {
+                name: cells[key][name]
+                for name in ("backend", "strategy", "seconds")
+                if name in cells[key]
+            }
+            return Measured(entry, key, f"{source}, of a neighbour", cells is not own)
+    return Measured(None, cell.key)
 
 
 def tuned(cell: LinearCell, limits: DeviceLimits) -> dict:
     """What a table says about the cell; empty where it says nothing."""
-    cells = shipped_cells(limits.name) if _replacement is None else _replacement
-    return cells.get(cell.key) or cells.get("*", {})
+    return measured(cell, limits).cell or {}
+
+
+_KEY = re.compile(r"(.*)/M(\d+)/K(\d+)/N(\d+)/(R\d+/p\d)")
+
+
+def _parts(key: str) -> tuple[str, int, int, int, str] | None:
+    found = _KEY.fullmatch(key)
+    return found and (found[1], int(found[2]), int(found[3]), int(found[4]), found[5])
+
+
+def _neighbour(cell: LinearCell, cells: dict) -> str | None:
+    """The key with the nearest M, K and N, each within a factor of two, and all else the same."""
+    prefix, m, k, n, suffix = _parts(cell.key) or (cell.key, 1, 1, 1, "")
+    best, nearest = None, 3.0
+    for key in cells:
+        found = _parts(key)
+        if found is None or (found[0], found[4]) != (prefix, suffix):
+            continue
+        sizes = zip((m, k, n), found[1:4], strict=True)
+        distances = [abs(math.log2(a / b)) for a, b in sizes]
+        if max(distances) <= 1 and (best is None or sum(distances) < nearest):
+            best, nearest = key, sum(distances)
+    return best
 
 
 @functools.cache
