@@ -65,7 +65,7 @@ def doctor() -> list[str]:
     for device in devices:
         lines += ["", f"{device}  {_describe(device)}"]
         lines += _backends(device)
-        lines += _verdicts(device)
+        lines += _standing(device)
         lines += _choices(device)
     return lines
 
@@ -90,14 +90,10 @@ def _backends(device: torch.device) -> list[str]:
     return [f"  {name:<10} {reason or 'available'}" for name, reason in reasons.items()]
 
 
-def _verdicts(device: torch.device) -> list[str]:
-    from lora_kernels.runtime import machine_files, verdicts
+def _standing(device: torch.device) -> list[str]:
+    from lora_kernels.integrations.kernels import standing
 
-    found = verdicts.known().get(machine_files.kind_of(device), {})
-    tried = {name: verdict for name, verdict in found.items() if verdict.state != verdicts.ABSENT}
-    if not tried:
-        return ["  kernels    not tried here: python -m lora_kernels self-test"]
-    return [f"  {name}: {verdict.state}, {verdict.detail}" for name, verdict in tried.items()]
+    return [f"  {line}" for line in standing([device], proofs_on_cpu=True)]
 
 
 def _choices(device: torch.device) -> list[str]:

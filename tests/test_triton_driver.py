@@ -94,5 +94,5 @@ def test_reasons_of_other_devices(monkeypatch):
     missing.cache_clear()
     dispatch._triton_unavailable.cache_clear()
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(dispatch, "_triton_missing", lambda: None)
+    monkeypatch.setattr(dispatch, "triton_missing", lambda: None)
     assert missing(CPU) is None

@@ -25,6 +25,7 @@ from lora_kernels.files.adapters import (
 )
 from lora_kernels.files.config import check_config, ranks_and_scalings
 from lora_kernels.files.renaming import Renaming
+from lora_kernels.integrations.kernels import backend_for
 from lora_kernels.integrations.layer_places import place_of
 from lora_kernels.integrations.model_calls import unwatch_calls, watch_calls
 from lora_kernels.integrations.routed_checks import (
@@ -60,6 +61,7 @@ def route(
     *,
     adapter_dtype: torch.dtype | None = None,
     batch_dim: int = 0,
+    kernels: str = "auto",
 ) -> RoutedModel:
     r"""Let a model hold many LoRA adapters and use another one for every sequence of a batch.
 
@@ -87,12 +89,18 @@ def route(
             base's.
         batch_dim: the axis of the layers' inputs that is the batch's: 1 for models whose layers
             take ``[tokens, batch, K]`` (in those of transformers, where they do).
+        kernels: ``auto`` or ``off``, as for :func:`lora_kernels.accelerate`: whether our GPU
+            kernels may serve, which are tested first. The last call decides.
 
     Raises:
         TypeError: model is not a module.
-        ValueError: PEFT layers are in the model; batch_dim is not 0 or 1, or not what it was.
+        ValueError: PEFT layers are in the model; batch_dim is not 0 or 1, or not what it was;
+            kernels is neither ``auto`` nor ``off``.
     """
-    return RoutedModel(model, target_modules, adapter_dtype, batch_dim)
+    backend = backend_for(kernels, model) if isinstance(model, nn.Module) else "auto"
+    routed = RoutedModel(model, target_modules, adapter_dtype, batch_dim)
+    routed._active.backend = backend
+    return routed
 
 
 class RoutedModel:

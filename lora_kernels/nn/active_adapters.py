@@ -87,6 +87,8 @@ class ActiveAdapters:
         batch_dim: the axis of the layers' inputs that is the batch's, 0 or 1.
     """
 
+    backend = "auto"  # of the layers' calls
+
     def __init__(self, slots: AdapterSlots, batch_dim: int = 0) -> None:
         if not isinstance(slots, AdapterSlots):
             raise TypeError(f"slots: expected AdapterSlots, got {type(slots).__name__}")

@@ -178,11 +178,14 @@ class RoutedLoRALinear(BaseParameters):
             routing = self._routing_for(x)
         if routing is None:
             return base(x)
+        active = self.active_adapters
+        backend = "auto" if active is None else active.backend
         if is_plain_linear(base):
-            return routed_lora_linear(x, base.weight, self.bank, routing, base.bias)
+            weight, bias = base.weight, base.bias
+            return routed_lora_linear(x, weight, self.bank, routing, bias, backend=backend)
         # Not added in place: a hook may have kept the base layer's result.
         y = called(base, x, self.out_features)
-        return (y + routed_lora(x, self.bank, routing)).to(y.dtype)
+        return (y + routed_lora(x, self.bank, routing, backend=backend)).to(y.dtype)
 
     def _routing_for(self, x: Tensor) -> Routing | None:
         if self.active_adapters is not None:

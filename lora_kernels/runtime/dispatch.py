@@ -1,12 +1,12 @@
 """Which backend serves a call, and why.
 
-``auto`` never takes a kernel that has not been measured on the device kind at hand, correctness
-and time. On a CPU it is ``native`` where the compiled extension is there, with AVX2 at least (for
-bf16 with AVX-512-BF16: below that it was measured slower than oneDNN's narrow GEMMs); on
-a GPU an operation looks its calls up in a table under ``tuned/`` itself (``tuned.py`` in its
-folder); on the other devices of :data:`DISPATCH_KEYS` it is ``composed``, which needs nothing but
-torch's own operations. Devices that are not there are refused. ``native`` is the extension's C++
-kernels on a CPU and its CUDA kernels on a GPU, where it leaves to Triton's what they do not cover.
+Here is what ``auto`` takes where nothing is measured and nothing proven: on a CPU ``native`` where
+the compiled extension is there, with AVX2 at least (for bf16 with AVX-512-BF16: below that it was
+slower than oneDNN's narrow GEMMs where it was measured); on the other devices of
+:data:`DISPATCH_KEYS` ``composed``, which needs nothing but torch's own operations. What is measured
+and proven each operation knows itself (``choice.py`` in its folder). Devices that are not there are
+refused. ``native`` is the extension's C++ kernels on a CPU and its CUDA kernels on a GPU, where it
+leaves to Triton's what they do not cover.
 ``LORA_KERNELS_BACKEND`` replaces ``auto`` for the whole process, so that the kernels can be
 switched off without touching a program; it is read once, at import.
 """
@@ -90,13 +90,13 @@ def _triton_unavailable(device: torch.device, dtype: torch.dtype | None) -> str 
             return "on a CPU the Triton kernels run only in the interpreter (TRITON_INTERPRET=1)"
         if dtype == torch.bfloat16:
             return "Triton's interpreter computes bfloat16 products wrongly"
-        return _triton_missing()
+        return triton_missing()
     if device.type != "cuda" or torch.version.cuda is None:
         return f"no triton kernel of this operation exists for {device.type!r} devices yet"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"compute capability 8.0 or newer is needed, this device has {capability}"
-    return _triton_missing()
+    return triton_missing()
 
 
 def _native_unavailable(dtype: torch.dtype | None) -> str | None:
@@ -130,17 +130,18 @@ def _on_a_cpu(dtype: torch.dtype | None) -> Choice:
     if cpu_extension.level() < least:
         return Choice(
             "composed",
-            f"the compiled kernels ({level}) have not been measured as fast as the vendor's narrow "
-            f"GEMMs for {dtype}",
+            f"the compiled kernels ({level}), unmeasured here: where they were, the vendor's "
+            f"narrow GEMMs were faster for {dtype}",
         )
     return Choice(
         "native",
-        f"the compiled kernels ({level}) were measured as fast as the vendor's narrow GEMMs or "
-        "faster, and with dropout faster",
+        f"the compiled kernels ({level}), unmeasured here: where they were measured they were as "
+        "fast as the vendor's narrow GEMMs or faster, and with dropout faster",
     )
 
 
-def _triton_missing() -> str | None:
+def triton_missing() -> str | None:
+    """Why no kernel of Triton's can be compiled; None where that may work."""
     try:
         import triton
     except ImportError:

@@ -16,11 +16,10 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-import filelock
 import torch
 
 from lora_kernels.runtime import cpu_extension
@@ -171,23 +170,27 @@ def write(path: Path, content: dict) -> bool:
     return True
 
 
-class _NoLock:
-    """Where no file can be made, no other process can be waited for."""
+@contextlib.contextmanager
+def held(path: Path, seconds: float) -> Iterator[bool]:
+    """Hold what one process holds at a time; False where another has held it longer than that.
 
-    def acquire(self, timeout: float) -> "_NoLock":
-        return self
+    True also where no file can be made, and so no other process be waited for.
+    """
+    import filelock  # which starts asyncio
 
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-def lock_beside(path: Path) -> filelock.BaseFileLock | _NoLock:
-    """What one process holds at a time; ``acquire(timeout=seconds)`` is a context."""
     lock = path.with_suffix(".lock")
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        with open(lock, "a"):
-            return filelock.FileLock(lock)
+        lock.touch()
+        mine = filelock.FileLock(lock)
+        mine.acquire(timeout=seconds)
+    except filelock.Timeout:
+        yield False
+        return
     except OSError:
-        return _NoLock()
+        yield True
+        return
+    try:
+        yield True
+    finally:
+        mine.release()

@@ -11,11 +11,9 @@ Only ``tune`` writes them. With ``torch.use_deterministic_algorithms(True)`` not
 them: the bits of a result must not depend on what was measured.
 """
 
-import contextlib
 import functools
 from pathlib import Path
 
-import filelock
 import torch
 
 from lora_kernels.runtime import machine_files
@@ -35,17 +33,18 @@ def add(device: torch.device, operation: str, cells: Cells) -> Path | None:
 
     Returns the file; None where it cannot be written: they hold for this process then.
     """
-    state = _state_of(device.type)
-    path = machine_files.file_of("tuned", state)
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(filelock.Timeout):  # better an entry lost than a run of minutes
-            stack.enter_context(machine_files.lock_beside(path).acquire(timeout=PATIENCE))
+    state, path = _state_of(device.type), file_for(device)
+    with machine_files.held(path, PATIENCE):  # if not, better an entry lost than a run of minutes
         tables = machine_files.read(path, _of_content, {})
         of_kind = tables.setdefault(machine_files.kind_of(device), {})
         of_kind.setdefault(operation, {}).update(cells)
         kept = machine_files.write(path, {"state": state, "cells": tables})
     forget()
     return path if kept else None
+
+
+def file_for(device: torch.device) -> Path:
+    return machine_files.file_of("tuned", _state_of(device.type))
 
 
 def forget() -> None:

@@ -7,14 +7,12 @@ or ``absent`` (the family does not run there). A file ``self-test-<digest>.json`
 (``machine_files.py``).
 """
 
-import contextlib
 import functools
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import filelock
 import torch
 
 from lora_kernels.runtime import machine_files
@@ -132,9 +130,7 @@ def mark_broken(family: str, device: torch.device, why: str, *, keep: bool) -> N
     if keep:
         state = machine_files.machine_state()
         path = file_of(state)
-        with contextlib.ExitStack() as stack:
-            with contextlib.suppress(filelock.Timeout):
-                stack.enter_context(machine_files.lock_beside(path).acquire(timeout=PATIENCE))
+        with machine_files.held(path, PATIENCE):
             verdicts = load(path)
             verdicts.setdefault(kind, {})[family] = found
             store(path, state, verdicts)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import filelock
 import torch
 
 from lora_kernels.runtime import machine_files, verdicts
@@ -52,19 +51,17 @@ def ensure(
     found = verdicts.load(path)
     if _complete(found, names) and not again:
         return found
-    lock = machine_files.lock_beside(path)
-    try:
-        with lock.acquire(timeout=patience):
-            found = verdicts.load(path)  # another process may have been quicker
-            if _complete(found, names) and not again:
-                return found
+    with machine_files.held(path, patience) as mine:
+        found = verdicts.load(path)  # another process may have been quicker
+        if _complete(found, names) and not again:
+            return found
+        if mine:
             return _test(path, {} if again else found, names, seconds, say, runner or _run_child)
-    except filelock.Timeout:
-        say(
-            f"lora_kernels: another process has been testing kernels for {patience:.0f} s; "
-            "this one goes on without them"
-        )
-        return found
+    say(
+        f"lora_kernels: another process has been testing kernels for {patience:.0f} s; "
+        "this one goes on without them"
+    )
+    return found
 
 
 def _complete(found: Verdicts, dtypes: tuple[str, ...]) -> bool:

@@ -17,6 +17,8 @@ from lora_kernels.integrations.peft import acceleration as integration
 from lora_kernels.integrations.peft import layers as peft_layers
 from lora_kernels.integrations.peft.state import read_call, read_ordinary
 from lora_kernels.ops.linear import adapted_linear
+from lora_kernels.runtime import dispatch
+from lora_kernels.runtime.machine_files import kind_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:Already unmerged")
 
@@ -50,7 +52,8 @@ def test_the_table():
     model.base_model.model.layers[1].v_proj.base_layer.weight.requires_grad_(True)
     report = lora_kernels.accelerate(model)
     model(torch.zeros(2, 3, dtype=torch.int64))
-    lines = str(report.refresh()).splitlines()
+    lines, cpu = str(report.refresh()).splitlines(), torch.device("cpu")
+    choice = dispatch.choose("auto", cpu, torch.bfloat16)
     assert lines == [
         f"5 of 7 LoRA layers take the fused forward (PEFT {peft.__version__})",
         "",
@@ -63,6 +66,9 @@ def test_the_table():
         "note on 5 of them: float32 adapters over a bfloat16 base: computed in bfloat16, "
         "as PEFT does under autocast",
         "calls that PEFT's forward has served: 1: base weight requires grad",
+        f"kernels on {kind_of(cpu)}:",
+        f"  bfloat16: {choice.backend}: {choice.reason}",
+        "  nothing is measured: lora_kernels.tune(model) measures its shapes",
     ]
     assert repr(report) == "AccelerationReport(5 fast, 2 delegated)"
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lora_kernels.integrations.kernels import backend_for, standing
 from lora_kernels.integrations.weight_readers import never_calls, parent_of, passes_by
 from lora_kernels.nn.weight_reads import also_read_by, reader_in_place_of_calls
 from lora_kernels.runtime.dtypes import short_name
@@ -16,7 +17,7 @@ from lora_kernels.runtime.dtypes import short_name
 TESTED_PEFT = "0.21"
 
 
-def accelerate(model: nn.Module) -> AccelerationReport:
+def accelerate(model: nn.Module, *, kernels: str = "auto") -> AccelerationReport:
     r"""Give the LoRA layers of a PEFT model the fused forward :func:`lora_kernels.lora_linear`.
 
     .. math::
@@ -46,6 +47,11 @@ def accelerate(model: nn.Module) -> AccelerationReport:
 
     Args:
         model: a ``PeftModel``, or any module with layers of ``peft.tuners.lora`` in it.
+        kernels: ``auto`` or ``off``. With ``auto`` our GPU kernels are tested where there is a CUDA
+            device, in a process of their own and once per state of the machine (it says so, and
+            takes up to a minute); those that pass serve where they should gain. It never times, so
+            that two runs of a script give the same bits; :func:`lora_kernels.tune` does. With
+            ``off`` the layers take the ``composed`` backend alone. The last call decides.
 
     Returns:
         An :class:`AccelerationReport`. ``print`` it to see which layers are fast, which are not,
@@ -54,7 +60,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     Raises:
         ImportError: PEFT is not installed, or lacks the classes that ours extend.
         TypeError: ``model`` is not a module.
-        ValueError: there is no LoRA layer in ``model``.
+        ValueError: there is no LoRA layer in ``model``; kernels is neither ``auto`` nor ``off``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -62,9 +68,12 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     layers = _lora_layers(model)
     if not layers:
         raise ValueError(_no_lora_layer(model))
+    backend = backend_for(kernels, model)
     for name, layer in layers.items():
         if type(layer) is peft_layers.PeftLinear and not _uncalled(name, model):
             layer.__class__ = peft_layers.Linear
+        if isinstance(layer, peft_layers.Linear):
+            peft_layers.take_backend(layer, backend)
     return AccelerationReport(weakref.ref(model)).refresh()
 
 
@@ -85,6 +94,8 @@ class AccelerationReport:
         notes: name of a fast layer, and what to know about it.
         delegated_calls: name of an accelerated layer, and how many calls so far PEFT's forward has
             served, by reason; calls inside ``torch.compile`` are not counted.
+        kernels: what decides about our kernels on the devices of the layers, and what would change
+            it; a line each.
         peft_version: the PEFT that was found.
     """
 
@@ -94,6 +105,7 @@ class AccelerationReport:
     uncalled: dict[str, str] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     delegated_calls: dict[str, dict[str, int]] = field(default_factory=dict)
+    kernels: list[str] = field(default_factory=list)
     peft_version: str = ""
 
     def refresh(self) -> AccelerationReport:
@@ -121,7 +133,18 @@ class AccelerationReport:
                     self.notes[name] = "; ".join(notes)
             if calls := peft_layers.delegated_calls(layer):
                 self.delegated_calls[name] = calls
+        self.kernels = self._kernels()
         return self
+
+    def _kernels(self) -> list[str]:
+        """Of the fast layers."""
+        model, ours = self._live_model(), _import_layers().Linear
+        layers = [each for each in map(model.get_submodule, self.fast) if isinstance(each, ours)]
+        if layers and all(layer._backend == "composed" for layer in layers):
+            return ["kernels are off: composed serves"]
+        weights = [layer.get_base_layer().weight for layer in layers]
+        devices, dtypes = ([getattr(w, name) for w in weights] for name in ("device", "dtype"))
+        return standing(devices, dict.fromkeys(dtypes))
 
     def undo(self) -> None:
         """Give every LoRA layer of the model its PEFT class back. Doing it twice is harmless.
@@ -165,6 +188,7 @@ class AccelerationReport:
             calls.update(counts)
         for reason, count in calls.items():
             lines.append(f"calls that PEFT's forward has served: {count}: {reason}")
+        lines += self.kernels
         return "\n".join(lines)
 
     def __repr__(self) -> str:

@@ -67,6 +67,7 @@ class Linear(PeftLinear):
     `routed_lora_linear` where a batch names an adapter per sequence (`adapter_names`)."""
 
     _modules: dict[str, Children]
+    _backend = "auto"  # of the calls of this layer
 
     @property
     def weight(self) -> Tensor:
@@ -78,8 +79,9 @@ class Linear(PeftLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         note_call(self)
         ordinary = None if args or kwargs else read_ordinary(self)
+        backend = self._backend
         if ordinary is not None:
-            y = adapted_linear(x, *ordinary[:4], known_as=ordinary.known_as)
+            y = adapted_linear(x, *ordinary[:4], known_as=ordinary.known_as, backend=backend)
             if y is not None:
                 return y
         state = read_call(self, x, args, kwargs)
@@ -91,10 +93,10 @@ class Linear(PeftLinear):
             return super().forward(x, *args, **kwargs)
         if isinstance(state, MixedState):
             self._check_forward_args(x, adapter_names=state.names)
-            return mixed_forward(x, state)
-        y = fused_forward(x, state)
+            return mixed_forward(x, state, backend)
+        y = fused_forward(x, state, backend)
         if ordinary is not None and not torch.compiler.is_compiling():
-            remember(x, *ordinary)
+            remember(x, *ordinary, backend)
         return y
 
 
@@ -103,7 +105,15 @@ def delegated_calls(layer: torch.nn.Module) -> dict[str, int]:
     return dict(_delegated_calls.get(layer, ()))
 
 
+def take_backend(layer: Linear, backend: str) -> None:
+    """Let the layer's calls take a backend from now on."""
+    if backend != layer._backend:
+        layer._backend = backend
+
+
 def forget_calls(layer: torch.nn.Module) -> None:
+    """Leave nothing of ours at a layer that has its PEFT class back."""
+    layer.__dict__.pop("_backend", None)
     _delegated_calls.pop(layer, None)
     forget(layer)
 
@@ -111,48 +121,55 @@ def forget_calls(layer: torch.nn.Module) -> None:
 def fused_forward(
     x: Tensor,  # [..., K]
     state: LayerState,
+    backend: str = "auto",
 ) -> Tensor:  # [..., N], the dtype of the base layer's result
     """The active adapters in PEFT's order, the first in one operation with the base layer."""
     base, bias, adapters = state
     first, *others = adapters if len(adapters) == 1 else _join(adapters)
     if first.magnitude is None:
-        y = _lora(x, base, bias, first)
+        y = _lora(x, base, bias, first, backend)
     elif first.dropout_p > 0.0 and not first.dora_base_under_dropout:
         y, others = base.matmul(x, bias), [first, *others]
     else:
         scale = _dora_scale(base, first.factors, first.magnitude)
         dropped = x if first.dropout_p == 0.0 else _dropped(x, first)
-        y = adapted_linear(dropped, base, first.factors._replace(output_scale=scale), bias)
+        factors = first.factors._replace(output_scale=scale)
+        y = adapted_linear(dropped, base, factors, bias, backend=backend)
         if dropped is not x:
             # x W' + b + (c - 1) D(x) W' + c s D(x) A' B', with the terms in D(x) joined.
             y = y + base.matmul(x - dropped)
     dtype = y.dtype
     for adapter in others:
         if adapter.magnitude is None:
-            y = y + _lora(x, None, None, adapter)
+            y = y + _lora(x, None, None, adapter, backend)
         else:
-            y = _add_dora(y, x, base, bias, adapter, adapter.magnitude)
+            y = _add_dora(y, x, base, bias, adapter, adapter.magnitude, backend)
     return y.to(dtype)
 
 
 def mixed_forward(
     x: Tensor,  # [S, ..., K], a row for each name
     state: MixedState,
+    backend: str = "auto",
 ) -> Tensor:  # [S, ..., N], the dtype of the base layer's result
     """Every row with the adapter it names; no gradients, no adapter is copied."""
     base, bias, adapters, names = state
     factors = {name: adapter.factors for name, adapter in adapters.items()}
-    return routed_linear_unpacked(x, base, bias, factors, names)
+    return routed_linear_unpacked(x, base, bias, factors, names, backend)
 
 
 def _lora(
-    x: Tensor, base: DenseWeight | None, bias: Tensor | None, adapter: ActiveAdapter
+    x: Tensor,
+    base: DenseWeight | None,
+    bias: Tensor | None,
+    adapter: ActiveAdapter,
+    backend: str,
 ) -> Tensor:
     factors, lora_bias, dropout_p, *_ = adapter
     if lora_bias is not None:
         lora_bias = lora_bias * factors.scaling
         bias = (lora_bias if bias is None else bias + lora_bias).to(x.dtype)
-    return adapted_linear(x, base, factors, bias, dropout_p)
+    return adapted_linear(x, base, factors, bias, dropout_p, backend=backend)
 
 
 def _add_dora(
@@ -162,6 +179,7 @@ def _add_dora(
     bias: Tensor | None,  # [N]
     adapter: ActiveAdapter,
     magnitude: Tensor,  # [N]
+    backend: str,
 ) -> Tensor:  # [..., N], in the wider dtype of y and the magnitude, as in PEFT
     """``y + (c - 1) base + c s B A D(x)``; base is y without its bias, or ``W D(x)``."""
     c = _dora_scale(base, adapter.factors, magnitude)
@@ -173,7 +191,7 @@ def _add_dora(
         alone = y
     else:
         alone = y - bias
-    return y + (c - 1) * alone + c * _lora(x, None, None, adapter._replace(dropout_p=0.0))
+    return y + (c - 1) * alone + c * _lora(x, None, None, adapter._replace(dropout_p=0.0), backend)
 
 
 def _dropped(x: Tensor, adapter: ActiveAdapter) -> Tensor:

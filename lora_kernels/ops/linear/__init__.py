@@ -126,6 +126,7 @@ def adapted_linear(
     dropout_p: float,
     *,
     known_as: tuple | None,
+    backend: str = "auto",
 ) -> Tensor | None: ...
 def adapted_linear(
     x: Tensor,
@@ -161,11 +162,11 @@ def adapted_linear(
     return op.run(LinearCall(x, base, factors, bias, dropout), plan)
 
 
-def remember(x, base, factors, bias, dropout_p, known_as: tuple) -> None:
+def remember(x, base, factors, bias, dropout_p, known_as: tuple, backend: str = "auto") -> None:
     """Let :func:`adapted_linear`, which has served this call, serve its like with ``known_as``."""
-    plan = PLANS.get(key_of(x, base, factors, bias, dropout_p, None, "auto", None))
+    plan = PLANS.get(key_of(x, base, factors, bias, dropout_p, None, backend, None))
     if plan is not None:
-        PLANS.keep(key_of(x, base, factors, bias, dropout_p, None, "auto", known_as), plan)
+        PLANS.keep(key_of(x, base, factors, bias, dropout_p, None, backend, known_as), plan)
 
 
 def _first_call(key, x, base, factors, bias, dropout_p, seed, place, backend) -> Tensor:
