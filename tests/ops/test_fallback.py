@@ -1,0 +1,211 @@
+"""Kernels that nobody has asked for by name, and that cannot be started: composed serves."""
+
+import warnings
+
+import pytest
+import torch
+
+from lora_kernels import (  # fmt: skip
+    AdapterBank,
+    Routing,
+    lora_linear,
+    routed_expand,
+    routed_lora,
+    routed_lora_linear,
+    routed_shrink,
+)
+from lora_kernels.ops.linear import op as linear_op
+from lora_kernels.ops.linear import plan as linear_plan
+from lora_kernels.ops.routed import choice as routed_choice
+from lora_kernels.ops.routed import composed as routed_composed
+from lora_kernels.ops.routed import op as routed_op
+from lora_kernels.ops.routed import plan as routed_plan
+from lora_kernels.ops.routed.tensors import groups_of
+from lora_kernels.runtime import fallback, machine_files, verdicts
+from lora_kernels.runtime.device_limits import DeviceLimits
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+FAMILY = "linear/triton hybrid"
+STEPS = ("forward", "backward", "shrink", "shrink_backward", "expand_", "expand_backward")
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(tmp_path, monkeypatch, plans_forgotten):
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(verdicts, "_broken_here", {})
+    monkeypatch.setattr(machine_files, "limits_of", lambda device: DeviceLimits("a GPU"))
+    for module in (linear_plan, routed_plan):
+        module._guarded.cache_clear()
+    verdicts.forget()
+    yield
+    for module in (linear_plan, routed_plan):
+        module._guarded.cache_clear()
+    verdicts.forget()
+
+
+class Failing:
+    """A backend that serves some steps as composed does; the others cannot be started."""
+
+    def __init__(self, composed, *serves, error=None):
+        self.tried = []
+        for step in STEPS:
+            if hasattr(composed, step):
+                setattr(self, step, self._step(step, composed, step in serves, error))
+
+    def why_not(self, base):
+        return None
+
+    def _step(self, name, composed, serves, error):
+        def step(*arguments):
+            self.tried.append(name)
+            if not serves:
+                raise error or RuntimeError("out of resource: shared memory")
+            call = arguments[0]
+            if hasattr(call, "routing"):  # kernels know the groups without their sizes
+                plan = groups_of(call.routing.offsets, call.routing.tokens)
+                call.routing = call.routing._replace(plan=plan)
+            return getattr(composed, name)(*arguments)
+
+        return step
+
+
+def kept():
+    """The broken families in the file of this machine's state."""
+    found = verdicts.load(verdicts.file_of(machine_files.machine_state()))
+    return [name for families in found.values() for name in families]
+
+
+# ---- what is raised, and what is remembered
+
+
+def test_a_family_is_marked_and_said_once():
+    with pytest.warns(
+        UserWarning, match=r"kernels 'linear/triton hybrid' cannot be started on cpu"
+    ):
+        fallback.note_failure(FAMILY, CPU, RuntimeError("out of resource: registers\nmore"))
+    assert "out of resource: registers" in verdicts.broken(FAMILY, CPU)
+    assert "more" not in verdicts.broken(FAMILY, CPU)
+    assert kept() == [FAMILY], "the next process does without, too"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fallback.note_failure(FAMILY, CPU, RuntimeError("again"))
+    assert verdicts.broken("routed/triton", CPU) is None
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("gcc"), RuntimeError("Failed to find C compiler.")], ids=repr
+)
+def test_what_another_process_may_have_is_not_kept(error):
+    with pytest.warns(UserWarning, match="cannot be started"):
+        fallback.note_failure(FAMILY, CPU, error)
+    assert verdicts.broken(FAMILY, CPU) and kept() == []
+
+
+def test_a_full_memory_is_raised():
+    with pytest.raises(torch.OutOfMemoryError):
+        fallback.note_failure(FAMILY, CPU, torch.OutOfMemoryError("full"))
+    assert verdicts.broken(FAMILY, CPU) is None
+
+
+def test_a_capture_is_not_served_by_another(monkeypatch):
+    monkeypatch.setattr(fallback, "is_captured", lambda device: True)
+    with pytest.raises(RuntimeError, match="registers"):
+        fallback.note_failure(FAMILY, GPU, RuntimeError("registers"))
+    assert verdicts.broken(FAMILY, GPU) is None
+
+
+def test_an_error_that_sticks_is_raised_by_name_and_kept(monkeypatch):
+    def broken(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    cause = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match=r"'linear/triton hybrid'.*self-test --again") as caught:
+        fallback.note_failure(FAMILY, GPU, cause)
+    assert caught.value.__cause__ is cause and kept() == [FAMILY]
+
+
+def test_a_read_only_cache_is_served(monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_CACHE", "/proc/nothing-can-be-made-here")
+    with pytest.warns(UserWarning, match="cannot be started"):
+        fallback.note_failure(FAMILY, CPU, RuntimeError("registers"))
+    assert verdicts.broken(FAMILY, CPU)
+
+
+# ---- one adapter
+
+
+@pytest.mark.parametrize("serves", [(), ("forward",)], ids=["nothing", "only the forward"])
+@pytest.mark.parametrize("through_the_op", [False, True], ids=["by a plan", "through the op"])
+def test_lora_linear_goes_on_with_composed(monkeypatch, serves, through_the_op):
+    x, weight, a, b = (torch.randn(size) for size in ((3, 8), (6, 8), (2, 8), (6, 2)))
+    leaves = [tensor.requires_grad_() for tensor in (x, a, b)]
+    seed = torch.tensor(3)
+
+    def results(backend):
+        y = lora_linear(x, weight, a, b, 0.5, dropout_p=0.25, seed=seed, backend=backend)
+        return y, *torch.autograd.grad(y.square().sum(), leaves)
+
+    expected = results("composed")
+    failing = Failing(linear_plan.composed, *serves)
+    guarded = linear_plan.Guarded(FAMILY, CPU, failing)
+
+    def module_of(backend, *_):
+        return guarded
+
+    for module in (linear_plan, linear_op):
+        monkeypatch.setattr(module, "module_of", module_of)
+    if through_the_op:
+        monkeypatch.setattr("lora_kernels.ops.linear._is_for_us_alone", lambda call: False)
+    with pytest.warns(UserWarning, match="composed backend serves from now on") as told:
+        found = results("auto")
+    assert len([each for each in told if "composed backend" in str(each.message)]) == 1
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    tried = list(failing.tried)
+    again = results("auto")
+    assert all(torch.equal(*pair) for pair in zip(again, expected, strict=True))
+    assert failing.tried == tried, "broken kernels are not tried again"
+
+
+# ---- many adapters
+
+
+def routed_case():
+    bank = AdapterBank(8, 6)
+    for name, rank in (("a", 2), ("b", 3)):
+        bank.add(name, torch.randn(rank, 8), torch.randn(6, rank), scaling=0.5, dropout_p=0.25)
+    bank.requires_grad_()
+    return bank, Routing.from_tokens(torch.tensor([0, 1, -1, 0, 1, 1]), bank)
+
+
+@pytest.mark.parametrize("serves", [(), ("forward", "shrink", "expand_")], ids=["none", "forwards"])
+def test_routed_calls_go_on_with_composed(monkeypatch, serves):
+    bank, routing = routed_case()
+    x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(6, 8)
+    seed, start = torch.tensor(5), torch.randn(6, 6)
+
+    def results(backend):
+        named = {"seed": seed, "backend": backend}
+        whole = routed_lora_linear(x, weight, bank, routing, **named)
+        h = routed_shrink(x, bank, routing, **named)
+        halves = routed_expand(h, bank, routing, backend=backend)
+        leaves = [x, *bank.parameters()]
+        gradients = torch.autograd.grad(whole.square().sum() + halves.square().sum(), leaves)
+        out = start.clone()
+        with torch.no_grad():
+            routed_lora(x, bank, routing, out, **named)
+            routed_expand(h, bank, routing, out, backend=backend)
+        return whole, h, halves, out, *gradients
+
+    expected = results("composed")
+    failing = Failing(routed_composed, *serves)
+    guarded = routed_plan.Guarded("routed/triton", CPU, failing)
+    choice = routed_choice.Choice("triton", "planted")
+    monkeypatch.setattr(routed_op, "module_of", lambda *_: guarded)
+    unasked = routed_plan.RoutedPlan(choice, "triton" + routed_choice.UNASKED, False)
+    monkeypatch.setattr("lora_kernels.ops.routed.make_plan", lambda *_, **__: unasked)
+    with pytest.warns(UserWarning, match="composed backend serves from now on") as told:
+        found = results("auto")
+    assert len([each for each in told if "composed backend" in str(each.message)]) == 1
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
