@@ -3,9 +3,10 @@
     python -m lora_kernels.measuring.child '{"operation": "lora_linear", "cases": [{"m": 16, ...}],
                                              "threads": 2, "until": 1.8e9}'
 
-Each line of standard output is one JSON object: that a case of that number begins, what there is to
-say of it, its cells, or why there are none, after which the process ends: what the next one would
-inherit is not known. No case but the first is begun after ``until``, in seconds since 1970.
+Each line of standard output is one JSON object: that a case of that number begins, that a candidate
+is prepared or was dropped, the case's cells, or why there are none, after which the process ends:
+what the next one would inherit is not known. No case but the first is begun after ``until``, in
+seconds since 1970.
 """
 
 import json
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
             if case.device.startswith("cuda"):
                 torch.cuda.set_device(case.device)
             with tiles.use_cells({}):  # what was measured before must not change what is measured
-                say(cells=best_cells(case, lambda line: say(said=line)))
+                say(cells=best_cells(case, say))
         except Exception as error:  # whatever a kernel, its compiler or its launcher may raise
             traceback.print_exc()
             say(failed=f"{type(error).__name__}: {error}"[:600])

@@ -26,7 +26,7 @@ from lora_kernels.runtime import cuda_extension, dispatch
 from lora_kernels.runtime.device_limits import clamp
 
 Case = LinearCase | RoutedCase
-Say = Callable[[str], None]
+Say = Callable[..., None]  # told, by keyword, which candidate is prepared, and what was dropped
 TimesOf = dict[str, dict[str, Times]]  # by direction, by candidate
 
 STRATEGIES = ("hybrid", "fused")
@@ -78,7 +78,7 @@ def best_cells(case: Case, say: Say) -> dict[str, dict]:
         del inputs.sets[_sets_of_a_run(inputs) :]
     measured = functools.partial(times_of, case, inputs, say=say)
     if isinstance(case, LinearCase) and "triton" in backends:
-        return _searched(case, measured, "native" in backends, say)
+        return _searched(case, measured, "native" in backends)
     times = measured({name: Candidate(name) for name in backends})
     return {key: entry(times[direction], {}) for direction, key in case.keys.items()}
 
@@ -99,7 +99,7 @@ def _sets_of_a_run(inputs: LinearInputs | RoutedInputs) -> int:
 
 
 def _searched(
-    case: LinearCase, measured: Callable[[dict[str, Candidate]], TimesOf], native: bool, say: Say
+    case: LinearCase, measured: Callable[[dict[str, Candidate]], TimesOf], native: bool
 ) -> dict[str, dict]:
     """The faster strategy of each direction and its tiles, one kernel after the other."""
     gemm_tail = native and not cuda_extension.missing_gemm_tail(torch.device(case.device))
@@ -120,7 +120,6 @@ def _searched(
         for direction in case.keys:
             if name := better_than_it_is(times[direction]):
                 best[direction][part] = candidates[name].options[direction][part]
-                say(f"{direction}: {part} {name} is faster")
     times = measured(finalists(best, native))
     return {key: entry(times[d], best[d]) for d, key in case.keys.items()}
 
@@ -175,10 +174,11 @@ def times_of(
     """Of all candidates, without those that are wrong or do not run."""
     runs = {}
     for name, candidate in candidates.items():
+        say(prepares=name)
         try:
             runs[name] = prepared(case, inputs, candidate)
         except Exception as error:  # too much shared memory, say: one candidate's trouble
-            say(f"{name} is no candidate: {type(error).__name__}: {str(error)[:200]}")
+            say(dropped=f"{name} is no candidate: {type(error).__name__}: {str(error)[:200]}")
             if torch.cuda.is_available():
                 torch.cuda.synchronize()  # but a broken context is everybody's
     began = time.perf_counter()

@@ -28,7 +28,7 @@ from lora_kernels.runtime.child_process import run_child
 from lora_kernels.runtime.machine_files import kind_of, machine_state
 
 CHILD = "lora_kernels.measuring.child"
-HUNG = 120.0  # seconds that a child may take over one step; on a GPU that compiles kernels
+HUNG = 120.0  # seconds that a child may take over one candidate, compiling its kernels
 LONGEST = 900.0  # seconds that the call may take which is being measured when the time is over
 
 TOKENS = {"cuda": (1, 32, 512, 8192), "cpu": (1, 16, 128)}
@@ -121,7 +121,7 @@ class TuneReport:
             and their ``spread`` by candidate, ``graph_seconds`` where graphs were captured.
         left: calls for which there was no time; running ``tune`` again goes on with them.
         failed: calls that were not measured, and why.
-        notes: what was seen on the way: candidates that were wrong or did not run.
+        notes: which candidates were wrong or did not run.
         file: where the choices are kept; None where they hold for this process alone.
     """
 
@@ -218,12 +218,12 @@ def _measured(
         if "begins" in line:
             case, begun = calls[line["begins"]], True
             bar.show(case.title)
-        elif "said" in line:
-            report.notes.append(f"{case.title}: {line['said']}")
-            bar.say(f"  {line['said']}")
+        elif "dropped" in line:
+            report.notes.append(f"{case.title}: {line['dropped']}")
+            bar.say(f"  {line['dropped']}")
         elif "ended" in line:
             ended = line["ended"]
-        else:
+        elif "prepares" not in line:
             count, begun = count + 1, False
             yield case, line["failed"] if "failed" in line else line["cells"]
     if begun or not count:

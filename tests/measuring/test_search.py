@@ -51,8 +51,13 @@ def without_spread(cells):
     }
 
 
+def dropped(said):
+    """What puts into a list why candidates were dropped."""
+    return lambda **line: said.extend([line["dropped"]] if "dropped" in line else [])
+
+
 def best_cells(case=CASE):
-    return search.best_cells(case, lambda line: None)
+    return search.best_cells(case, lambda **line: None)
 
 
 def test_the_search_finds_the_fastest_tiles_of_each_direction(monkeypatch):
@@ -158,7 +163,7 @@ def test_without_composed_there_is_nothing_to_compare(monkeypatch):
 @pytest.mark.parametrize("case", [CASE, ROUTED], ids=["linear", "routed"])
 def test_on_a_cpu_the_compiled_kernels_compete_with_composed(case):
     said = []
-    found = search.best_cells(case, said.append)
+    found = search.best_cells(case, dropped(said))
     assert list(found) == list(case.keys.values()) and not said
     for cell in found.values():
         assert cell["backend"] in ("composed", "native")
@@ -195,7 +200,7 @@ def test_a_wrong_candidate_is_not_timed(which, factor, what, monkeypatch):
     candidates = {name: Candidate(name) for name in ("composed", "wrong", "native_of_a_gpu")}
 
     def times():
-        return search.times_of(case, inputs, candidates, say=said.append)
+        return search.times_of(case, inputs, candidates, say=dropped(said))
 
     results = inputs.results
 
@@ -220,7 +225,7 @@ def test_a_wrong_gradient_is_noticed(which, monkeypatch):
     monkeypatch.setattr(inputs, "results", lambda backend: results(backend) | {
         name: 2 * inputs.eager[name]
     })  # fmt: skip
-    times = search.times_of(case, inputs, {"composed": Candidate("composed")}, say=said.append)
+    times = search.times_of(case, inputs, {"composed": Candidate("composed")}, say=dropped(said))
     assert all(not found for found in times.values())
     assert f"AssertionError: {name}" in said[0]
 

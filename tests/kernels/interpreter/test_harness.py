@@ -71,9 +71,9 @@ def test_tuning_a_cell_from_end_to_end(monkeypatch):
 
     monkeypatch.setattr(search, "times_of", spy)
     monkeypatch.setattr(search, "backends_of", lambda case: ["composed", "triton"])
-    found = search.best_cells(case, said.append)
+    found = search.best_cells(case, lambda **line: said.append(str(line)))
     assert list(seen[0]["forward"]) == ["composed", "hybrid", "fused"], said
     assert list(seen[1]["backward"]) == ["as it is", "{'BLOCK_M': 64}"]
-    assert any("{'BLOCK_M': 48} is no candidate" in line for line in said)
+    assert any("{'BLOCK_M': 48} is no candidate" in line for line in said), said
     for key in case.keys.values():
         assert set(found[key]["seconds"]) == {"composed", "hybrid", "fused"}
