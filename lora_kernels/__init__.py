@@ -24,6 +24,7 @@ from lora_kernels.version import __version__
 
 if TYPE_CHECKING:
     from lora_kernels.integrations.peft import accelerate
+    from lora_kernels.measuring.tuning import tune
 
 __all__ = [
     "AdapterBank",
@@ -42,6 +43,7 @@ __all__ = [
     "routed_lora",
     "routed_lora_linear",
     "routed_shrink",
+    "tune",
 ]
 
 find_old_paths()
@@ -52,4 +54,8 @@ def __getattr__(name: str):
         from lora_kernels.integrations.peft import accelerate
 
         return accelerate
+    if name == "tune":  # and what measures
+        from lora_kernels.measuring.tuning import tune
+
+        return tune
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ import torch
 COMMANDS = {
     "doctor": "versions, devices, which backends can serve, what auto picks and why",
     "self-test": "tries our kernels on this machine; `self-test --help` for more",
-    "tune": "measures what auto may take on this GPU; `tune --help` for more",
+    "tune": "measures what auto may take on this machine; `tune --help` for more",
 }
 
 # M, K, N, dropout: a decode step, a small model's step, a large model's step, with dropout.
@@ -29,9 +29,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     # These have a parser and a --help of their own.
     if argv[:1] == ["tune"]:
-        from lora_kernels.measuring import tuning
+        from lora_kernels.measuring import command
 
-        return tuning.main(argv[1:])
+        return command.main(argv[1:])
     if argv[:1] == ["self-test"]:
         from lora_kernels.self_test import command
 

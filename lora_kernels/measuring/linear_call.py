@@ -1,15 +1,18 @@
 """One call of ``lora_linear``, forward and backward: its sizes, its inputs, and its parts."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lora_kernels.measuring.replay import sets_past_cache
 from lora_kernels.ops.linear import lora_linear
+from lora_kernels.ops.linear.reference import lora_linear_reference
 from lora_kernels.ops.linear.triton import tiles
-from lora_kernels.testing import LoRAProblem
+from lora_kernels.testing import LoRAProblem, oracle_results, run_forward_backward
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SEED = 20_240_607  # of the mask that results are compared under; timed calls draw their own
@@ -29,6 +32,8 @@ class Typed:
 class LinearCase(Typed):
     """m tokens, k in_features, n out_features."""
 
+    operation: ClassVar[str] = "lora_linear"
+
     m: int
     k: int
     n: int
@@ -47,6 +52,11 @@ class LinearCase(Typed):
         """What a tuned table knows this call by."""
         activation = torch.empty(self.m, 0, dtype=self.torch_dtype, device="meta")
         return tiles.cell_of(direction, activation, self.k, self.n, self.rank, self.dropout > 0)
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """Of its cells, by direction."""
+        return {direction: self.cell(direction).key for direction in ("forward", "backward")}
 
 
 def problems_of(case: LinearCase) -> list[LoRAProblem]:
@@ -107,3 +117,20 @@ def parts_of(calls: list[Call], problems: list[LoRAProblem]) -> dict[str, Callab
         return torch.autograd.grad(y, leaves, problems[number].dy)
 
     return {"forward": forward, "backward": backward}
+
+
+class LinearInputs:
+    """The sets of inputs of a case, and the eager formula's results of the first, and fp64's."""
+
+    def __init__(self, case: LinearCase) -> None:
+        self.sets = problems_of(case)
+        self.eager = run_forward_backward(lora_linear_reference, self.sets[0])
+        self.oracle = oracle_results(self.sets[0])
+
+    def results(self, backend: str) -> dict[str, Tensor]:
+        """Of the first set."""
+        return run_forward_backward(functools.partial(lora_linear, backend=backend), self.sets[0])
+
+    def parts(self, backend: str) -> list[dict[str, Callable[[int], object]]]:
+        """What is timed together."""
+        return [parts_of([our_call(each, backend) for each in self.sets], self.sets)]

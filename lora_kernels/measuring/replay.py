@@ -6,6 +6,7 @@ what they read comes from memory as it does between the layers of a model.
 
 import contextlib
 import math
+import time
 from collections.abc import Callable
 
 import torch
@@ -44,6 +45,30 @@ class TimedCalls:
         self._call_all(timing.Clock(self.device))
         if self.device.type == "cuda":
             self._capture()
+
+    @property
+    def captured(self) -> bool:
+        return bool(self._graphs)
+
+    def run_eager(self) -> timing.Sample:
+        """Seconds per call by the wall clock: the calls of a part one after the other, and the
+        device waited for at their end."""
+        sample = {}
+        with self._around():
+            for part in self._parts.values():  # what is around may have forgotten plans
+                part(0)
+            for name, part in self._parts.items():
+                self._wait()
+                began = time.perf_counter()
+                for number in range(self._count):
+                    part(number)
+                self._wait()
+                sample[name] = (time.perf_counter() - began) / self._count
+        return sample
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def run(self) -> timing.Sample:
         """Seconds per call."""

@@ -1,226 +1,287 @@
-"""`python -m lora_kernels tune`: measures what `auto` may take on this GPU, and the tiles.
+"""``tune``: what `auto` may take on this machine, measured on a model's own shapes and kept.
 
-For every call, forward and backward each, the candidates are composed, our Triton kernels with the
-base in the vendor's GEMM (hybrid) or in ours (fused), and the extension's CUDA kernels where they
-were built (native), first with the tiles that `tiles.py` computes, then with a short list of
-others. A candidate whose result breaks the error policy, with dropout where the call has it, is not
-timed. The file is rewritten after every call, and calls that are in it are skipped: the command
-goes on where it stopped.
+Only here are choices written. Each shape has a process of its own (``child.py``): what hangs, dies
+or raises there costs one call, and the report says so.
 """
 
-import argparse
+from __future__ import annotations
+
 import contextlib
-import functools
 import json
 import os
-import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from lora_kernels import testing
-from lora_kernels.measuring import cells, machine, timing
-from lora_kernels.measuring.linear_call import LinearCase, our_call, parts_of, problems_of
-from lora_kernels.measuring.replay import TimedCalls
-from lora_kernels.ops.linear import lora_linear
-from lora_kernels.ops.linear.reference import lora_linear_reference
-from lora_kernels.ops.linear.triton import tiles
-from lora_kernels.runtime import cuda_extension, dispatch
-from lora_kernels.runtime.device_limits import limits_of
+from lora_kernels.measuring import machine
+from lora_kernels.measuring.linear_call import DTYPES
+from lora_kernels.measuring.search import Case
+from lora_kernels.measuring.shapes import Work, work_of
+from lora_kernels.runtime import tables
+from lora_kernels.runtime.checks import check_count, check_dropout_p
+from lora_kernels.runtime.child_process import run_child
+from lora_kernels.runtime.machine_files import kind_of, machine_state
 
-DIRECTIONS = ("forward", "backward")
-STRATEGIES = ("hybrid", "fused")
+CHILD = "lora_kernels.measuring.child"
+HUNG = 120.0  # seconds that a child may take over one candidate, compiling its kernels
+LONGEST = 900.0  # seconds that the call may take which is being measured when the time is over
 
-# Short lists: every entry is compiled for every variant of its kernel.
-TILES: dict[str, tuple[dict, ...]] = {
-    "gemm": (
-        {"BLOCK_M": 128, "BLOCK_C": 256, "num_stages": 4},
-        {"BLOCK_M": 128, "BLOCK_C": 256, "num_stages": 3, "GROUP_M": 16},
-        {"BLOCK_M": 256, "BLOCK_C": 128, "num_stages": 3},
-        {"BLOCK_M": 128, "BLOCK_C": 128, "num_stages": 4},
-    ),
-    "shrink": (
-        {"BLOCK_M": 32}, {"BLOCK_M": 128, "num_warps": 8}, {"BLOCK_D": 256, "num_stages": 3},
-        {"num_warps": 8},
-    ),
-    "rank_gradient": (
-        {"BLOCK_D": 128}, {"BLOCK_D": 64}, {"BLOCK_M": 128, "num_stages": 2}, {"num_warps": 4},
-    ),
-    "native": tuple({"tile_columns": c, "cluster": n} for c, n in cuda_extension.TILES),
-}  # fmt: skip
+TOKENS = {"cuda": (1, 32, 512, 8192), "cpu": (1, 16, 128)}
 
 
-def main(argv: list[str]) -> int:
-    lists = {"core": cells.core, "decode": cells.decode, "full": cells.grid}
-    parser = argparse.ArgumentParser(
-        prog="python -m lora_kernels tune",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--cells", choices=lists, default="core", help="which calls (%(default)s)")
-    add("--minutes", type=float, default=20, help="start no call after these (%(default)s)")
-    add("--reps", type=int, default=7, help="interleaved repetitions (%(default)s)")
-    add("--out", type=Path, help="the file (lora_kernels/tuned/<gpu>/lora_linear.json)")
-    # To try the command out: composed alone, M, K and N divided.
-    add("--on-cpu", action="store_true", help=argparse.SUPPRESS)
-    add("--shrink", type=int, default=1, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if not torch.cuda.is_available() and not args.on_cpu:
-        say("lora_kernels tune: torch sees no CUDA device; there is nothing to tune for.")
-        say("Without a table auto takes composed.")
-        return 2
-    device = torch.device("cpu" if args.on_cpu else "cuda")
-    gpu = limits_of(device).name
-    out = args.out or tiles.TUNED / gpu.replace(" ", "_") / "lora_linear.json"
-    table = json.loads(out.read_text()) if out.is_file() else {"cells": {}}
-    chosen = lists[args.cells](device.type, args.shrink)
-    keys = {case: {case.cell(direction).key for direction in DIRECTIONS} for case in chosen}
-    todo = [case for case in chosen if not keys[case] <= set(table["cells"])]
-    say(f"{gpu}: {len(chosen)} calls, {len(chosen) - len(todo)} of them in the table")
-    # Not to be confused with another installation's measurements.
-    table["measured_with"] = machine.versions() | {"device": machine.device_name(device)}
+def tune(
+    model: nn.Module,
+    *,
+    tokens: int | Sequence[int] | None = None,
+    seconds: float = 20.0,
+    dtype: torch.dtype | None = None,
+    rank: int | None = None,
+    dropout_p: float | None = None,
+    again: bool = False,
+    progress: bool = True,
+) -> TuneReport:
+    r"""Measure the calls that a model makes on this machine, and keep what ``auto`` may take.
 
-    began = time.monotonic()
-    for index, case in enumerate(todo):
-        if time.monotonic() - began > 60 * args.minutes:
-            say(f"{len(todo) - index} calls left; the same command goes on with them")
-            break
-        say(f"[{index + 1}/{len(todo)}] {case.title}")
-        table["cells"] |= best_cells(case, args.reps)
-        write(out, table)
-    say(f"{len(table['cells'])} cells in {out}")
-    return 0
+    For every distinct shape of the model's layers, and every number of tokens, ``composed`` is
+    timed beside our kernels in interleaved repetitions. A kernel is taken if it gains 3 % in the
+    median and in two of three rounds (on a GPU by the wall clock of eager calls and by the replay
+    of CUDA graphs); else ``composed`` is, and that is kept too. A kernel whose result breaks the
+    error policy is not timed. Nothing but ``tune`` writes such choices, and with
+    ``torch.use_deterministic_algorithms(True)`` none is taken.
 
+    The layers are those of ``peft.tuners.lora.Linear``, accelerated or not, :class:`LoRALinear` and
+    :class:`RoutedLoRALinear` with the adapters in its bank. For a model without any they are its
+    ``torch.nn.Linear`` but for the head. Only shapes are read: the model may be on the meta device.
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    Args:
+        model: on a CUDA device or a CPU, where is measured; for one on the meta device that is a
+            CUDA device if there is one.
+        tokens: M, how many rows a call has (sequences times their length; sequences when tokens are
+            generated), one number or several. None is 1, 32, 512 and 8192 on a GPU, 1, 16 and 128
+            on a CPU. A choice holds for the next power of two and what rounds up to it.
+        seconds: no shape is begun after so many. Another call of ``tune`` goes on with the rest.
+        dtype: of the activations: float32, bfloat16 or float16. None is that of each base layer;
+            name autocast's if the model runs under it.
+        rank: in place of the layers' own; for a plain model and empty banks 16 if None.
+        dropout_p: in place of the layers' own, in [0, 1). Calls with and without dropout are
+            different ones: ``dropout_p=0`` measures what evaluation runs.
+        again: measure also what has been measured in this state of the machine.
+        progress: show a bar on standard error if tqdm is there, else lines.
 
+    Returns:
+        A :class:`TuneReport`; ``print`` it.
 
-def write(path: Path, table: dict) -> None:
-    """Replaces the file at once: an interrupted run leaves the last whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-    os.replace(draft, path)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A way to serve the call: a backend, and what the table would say of each direction."""
-
-    backend: str
-    options: dict[str, dict] = field(default_factory=dict)  # by direction
-
-    def in_use(self, case: LinearCase) -> contextlib.AbstractContextManager:
-        named = {case.cell(direction).key: cell for direction, cell in self.options.items()}
-        return tiles.use_cells(named) if named else contextlib.nullcontext()
-
-
-def best_cells(case: LinearCase, reps: int) -> dict[str, dict]:
-    """The two cells of a call: tiles, the fastest backend, and the seconds it was chosen by."""
-    problems = problems_of(case)
-    eager = testing.run_forward_backward(lora_linear_reference, problems[0])
-    oracle = testing.oracle_results(problems[0])
-    measured = functools.partial(seconds_of, case, problems, (eager, oracle), reps)
-    native = runs_native(case)
-    gemm_tail = native and not cuda_extension.missing_gemm_tail(torch.device(case.device))
-    times = measured(finalists({direction: {} for direction in DIRECTIONS}, native))
-    # The faster strategy of each direction, and the tiles found so far.
-    best = {direction: {"strategy": fastest_strategy(times[direction])} for direction in DIRECTIONS}
-    for part, options in TILES.items():
-        if part == "native" and not gemm_tail:
-            continue
-        backend = "native" if part == "native" else "triton"
-        # Hybrid leaves the GEMM to the vendor: its tiles are found with fused.
-        forced = {"strategy": "fused"} if part == "gemm" else {}
-        base = {direction: cell | forced for direction, cell in best.items()}
-        candidates = {"as it is": Candidate(backend, base)} | {
-            str(tile): Candidate(backend, {d: cell | {part: tile} for d, cell in base.items()})
-            for tile in options
-        }
-        times = measured(candidates)
-        for direction in DIRECTIONS:
-            if name := better_than_it_is(times[direction]):
-                best[direction][part] = candidates[name].options[direction][part]
-                say(f"  {direction}: {part} {name} is faster")
-    times = measured(finalists(best, native))
-    for direction, found in times.items():
-        shown = (f"{name} {1e3 * took:.3f} ms" for name, took in found.items())
-        say(f"  {direction}: {', '.join(shown)}")
-    return {case.cell(d).key: entry(times[d], best[d]) for d in DIRECTIONS if times[d]}
+    Raises:
+        TypeError, ValueError: an argument does not fit, or the model has no layer to measure.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    device = device_of(model)
+    tokens = TOKENS[device.type] if tokens is None else tokens
+    tokens = [tokens] if isinstance(tokens, int) else list(tokens)
+    for each in tokens:
+        check_count("tokens", each)
+    if rank is not None:
+        check_count("rank", rank)
+    if dropout_p is not None:
+        check_dropout_p(dropout_p)
+    if dtype is not None and dtype not in DTYPES.values():
+        raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+    work = work_of(model, tokens, device, dtype=dtype, rank=rank, dropout_p=dropout_p)
+    if not work:
+        raise ValueError(
+            f"model: expected linear layers in float32, bfloat16 or float16, got a "
+            f"{type(model).__name__} without one"
+        )
+    return tune_calls(work, device, seconds, again=again, progress=progress)
 
 
-def runs_native(case: LinearCase) -> bool:
-    """Whether there are CUDA kernels to time. On a CPU native is another thing."""
-    device = torch.device(case.device)
-    return device.type == "cuda" and not dispatch.unavailable("native", device, case.torch_dtype)
+def device_of(model: nn.Module) -> torch.device:
+    device = next((p.device for p in model.parameters()), torch.device("meta"))
+    if device.type == "meta":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type not in TOKENS:
+        raise ValueError(f"model: expected it on a CUDA device or a CPU, got {device.type!r}")
+    index = torch.cuda.current_device() if device.type == "cuda" else None
+    return device if device.index is not None or index is None else torch.device("cuda", index)
 
 
-def finalists(best: dict[str, dict], native: bool) -> dict[str, Candidate]:
-    """composed, hybrid, fused and maybe native, all but the first with the tiles found."""
-    forced = {s: {d: cell | {"strategy": s} for d, cell in best.items()} for s in STRATEGIES}
-    found = {strategy: Candidate("triton", cells) for strategy, cells in forced.items()}
-    found = {"composed": Candidate("composed")} | found
-    return found | ({"native": Candidate("native", best)} if native else {})
+@dataclass(repr=False)
+class TuneReport:
+    """What has been measured of a model's calls; ``print`` shows it as a table.
+
+    Attributes:
+        kind: of device, as the table knows it.
+        cells: what the table holds for the calls, by operation and key: ``backend``, ``seconds``
+            and their ``spread`` by candidate, ``graph_seconds`` where graphs were captured.
+        left: calls for which there was no time; running ``tune`` again goes on with them.
+        failed: calls that were not measured, and why.
+        notes: which candidates were wrong or did not run.
+        file: where the choices are kept; None where they hold for this process alone.
+    """
+
+    kind: str
+    cells: dict[str, tables.Cells] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    file: Path | None = None
+    _work: Work = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        rows = [("layers", "call", "taken, and how many times as fast as composed")]
+        rows += [(str(n), case.title, self._outcome(case)) for case, n in self._work.items()]
+        counts, titles = (max(len(row[column]) for row in rows) for column in (0, 1))
+        lines = [f"{self.kind}", ""]
+        lines += [f"{row[0]:>{counts}}  {row[1]:<{titles}}  {row[2]}" for row in rows]
+        lines += ["", *self.notes]
+        if self.left:
+            lines.append(f"{len(self.left)} calls are left: tune again to go on with them")
+        where = self.file or "nowhere (no file can be written: they hold for this process)"
+        return "\n".join([*lines, f"choices are kept in {where}"])
+
+    def __repr__(self) -> str:
+        measured = sum(len(cells) for cells in self.cells.values())
+        return f"TuneReport({measured} cells, {len(self.left)} left, {len(self.failed)} failed)"
+
+    def _outcome(self, case: Case) -> str:
+        if case.title in self.failed:
+            return f"not measured: {self.failed[case.title]}"
+        cells = self.cells.get(case.operation, {})
+        if not set(case.keys.values()) <= set(cells):
+            return "not measured yet"
+        return ", ".join(f"{d} {_shown(cells[key])}" for d, key in case.keys.items())
 
 
-def fastest_strategy(times: dict[str, float]) -> str:
-    """Of those that ran; hybrid, the rule for unmeasured cells, where neither did."""
-    ran = [name for name in STRATEGIES if name in times]
-    return min(ran, key=times.__getitem__, default="hybrid")
+def _shown(cell: dict) -> str:
+    backend, seconds = cell["backend"], cell["seconds"]
+    name = cell["strategy"] if backend == "triton" and "strategy" in cell else backend
+    if name == "composed":
+        return name
+    times = seconds["composed"] / seconds[name]
+    graphs = cell.get("graph_seconds", {})
+    in_graph = f", {graphs['composed'] / graphs[name]:.2f} in a graph" if len(graphs) > 1 else ""
+    return f"{backend if name == backend else f'triton ({name})'} ({times:.2f}{in_graph})"
 
 
-def better_than_it_is(times: dict[str, float]) -> str | None:
-    """The fastest candidate, by more than the one per cent that is noise."""
-    name = min(times, key=times.__getitem__, default=None)
-    return name if name and times[name] <= 0.99 * times.get("as it is", 0.0) else None
+def tune_calls(
+    work: Work, device: torch.device, seconds: float, *, again: bool = False, progress: bool = True
+) -> TuneReport:
+    """Measure what is not in the table yet, in order; calls that differ in tokens alone share a
+    process as long as it lives."""
+    deadline = time.monotonic() + seconds
+    report = TuneReport(kind_of(device), _work=work)
+    known = {} if again else tables.known().get(report.kind, {})
+    todo: dict[Case, list[Case]] = {}
+    for case in work:
+        if not set(case.keys.values()) <= set(known.get(case.operation, {})):
+            todo.setdefault(replace(case, m=0), []).append(case)
+    with Progress(sum(map(len, todo.values())), shown=progress) as bar:
+        for calls in todo.values():
+            while calls and (left := deadline - time.monotonic()) > 0:
+                for case, outcome in _measured(calls[:], left, report, bar):
+                    if isinstance(outcome, str):
+                        report.failed[case.title] = outcome
+                        bar.say(f"{case.title}: not measured: {outcome}")
+                    else:
+                        tables.add(report.kind, case.operation, outcome)
+                    calls.remove(case)
+                    bar.step()
+            report.left += [case.title for case in calls]
+    path = tables.file_of(machine_state())
+    report.file = path if path.is_file() else None
+    for case in work:
+        found = tables.known().get(report.kind, {}).get(case.operation, {})
+        cells = {key: found[key] for key in case.keys.values() if key in found}
+        report.cells.setdefault(case.operation, {}).update(cells)
+    return report
 
 
-def entry(times: dict[str, float], best: dict) -> dict:
-    """A cell of the table, from the seconds of the finalists."""
-    fastest = min(times, key=times.__getitem__)
-    return best | {
-        "backend": "triton" if fastest in STRATEGIES else fastest,
-        "strategy": fastest_strategy(times),
-        "seconds": {name: float(f"{took:.4g}") for name, took in times.items()},
+def _measured(
+    calls: list[Case], seconds: float, report: TuneReport, bar: Progress
+) -> Iterator[tuple[Case, tables.Cells | str]]:
+    """Cells of the calls that one child measures, or why there are none; at least of one call."""
+    order = {
+        "operation": calls[0].operation,
+        "cases": [asdict(case) for case in calls],
+        "threads": torch.get_num_threads(),
+        "until": time.time() + seconds,
     }
+    case, count, ended = calls[0], 0, "ended and measured nothing"
+    begun = True
+    for line in run_child(CHILD, [json.dumps(order)], seconds + LONGEST, HUNG):
+        if "begins" in line:
+            case, begun = calls[line["begins"]], True
+            bar.show(case.title)
+        elif "dropped" in line:
+            report.notes.append(f"{case.title}: {line['dropped']}")
+            bar.say(f"  {line['dropped']}")
+        elif "ended" in line:
+            ended = line["ended"]
+        elif "prepares" not in line:
+            count, begun = count + 1, False
+            yield case, line["failed"] if "failed" in line else line["cells"]
+    if begun or not count:
+        yield case, f"the process {ended}"
 
 
-def seconds_of(
-    case: LinearCase,
-    problems: list[testing.LoRAProblem],
-    references: tuple[dict[str, torch.Tensor], ...],  # of the first problem: eager's, and in fp64
-    reps: int,
-    candidates: dict[str, Candidate],
-) -> dict[str, dict[str, float]]:
-    """direction -> candidate -> median seconds; without those that are wrong or do not run."""
-    runs = {}
-    for name, candidate in candidates.items():
-        call = functools.partial(lora_linear, backend=candidate.backend)
-        try:
-            with candidate.in_use(case):
-                results = testing.run_forward_backward(call, problems[0])
-            for what, ours in results.items():
-                eager, oracle = (reference[what] for reference in references)
-                testing.assert_within_policy(what, ours, eager, oracle, case.torch_dtype)
-            parts = parts_of([our_call(each, candidate.backend) for each in problems], problems)
-            in_use = functools.partial(candidate.in_use, case)
-            timed = TimedCalls(torch.device(case.device), parts, len(problems), around=in_use)
-            timed.warm_up()
-            runs[name] = timed.run
-        except Exception as error:  # too much shared memory, say: one candidate's trouble
-            say(f"  {name} is no candidate: {type(error).__name__}: {str(error)[:200]}")
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # but a broken context is everybody's
-    samples = timing.interleave(runs, reps)
-    return {
-        direction: {
-            name: statistics.median(sample[direction] for sample in taken)
-            for name, taken in samples.items()
-        }
-        for direction in DIRECTIONS
-    }
+class Progress:
+    """A bar of tqdm where that is installed; else, and for what is said, lines; or nothing."""
+
+    def __init__(self, total: int, *, shown: bool) -> None:
+        self._bar, self._shown, self._total, self._done = None, shown, total, 0
+        if shown and total:
+            with contextlib.suppress(ImportError):
+                from tqdm.auto import tqdm
+
+                self._bar = tqdm(total=total, unit="call", file=sys.stderr)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, title: str) -> None:
+        if self._bar is not None:
+            self._bar.set_description(title)
+        else:
+            self.say(f"[{self._done + 1}/{self._total}] {title}")
+
+    def say(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        elif self._shown:
+            print(line, file=sys.stderr, flush=True)
+
+    def step(self) -> None:
+        self._done += 1
+        if self._bar is not None:
+            self._bar.update()
+
+
+def export(device: torch.device, directory: Path) -> list[Path]:
+    """Write the device's choices as files that the package can ship, one for each operation.
+
+    Returns:
+        ``directory/<device>/<operation>.json``; none where nothing has been measured.
+    """
+    name = machine.device_name(device)
+    folder = directory / name.replace(" ", "_").replace("/", "_")
+    measured_with = machine.versions() | {"device": name}
+    written = []
+    for operation, cells in tables.known().get(kind_of(device), {}).items():
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{operation}.json"
+        draft = path.with_suffix(".tmp")
+        content = {"cells": cells, "measured_with": measured_with}
+        draft.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+        os.replace(draft, path)
+        written.append(path)
+    return written

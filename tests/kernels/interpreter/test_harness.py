@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_kernels.measuring import linear_call, tuning
+from lora_kernels.measuring import linear_call, search
 from lora_kernels.measuring.linear_call import LinearCase, problem_of
 from lora_kernels.ops.linear.triton import tiles
 
@@ -57,22 +57,23 @@ def test_tuning_a_cell_from_end_to_end(monkeypatch):
         "shrink": ({"BLOCK_M": 32},),
         "rank_gradient": ({"BLOCK_D": 64},),
     }
-    monkeypatch.setattr(tuning, "TILES", few)
+    monkeypatch.setattr(search, "TILES", few)
+    monkeypatch.setattr(search, "SECONDS", 0.0)
+    monkeypatch.setattr(search, "REPETITIONS", (1, 1))
     case = LinearCase(m=40, k=48, n=56, rank=4, dtype="fp16", dropout=0.25)
     seen = []
     said = []
-    monkeypatch.setattr(tuning, "say", said.append)
-    seconds_of = tuning.seconds_of
+    times_of = search.times_of
 
-    def spy(*args):
-        seen.append(seconds_of(*args))
+    def spy(*args, **kwargs):
+        seen.append(times_of(*args, **kwargs))
         return seen[-1]
 
-    monkeypatch.setattr(tuning, "seconds_of", spy)
-    found = tuning.best_cells(case, reps=1)
+    monkeypatch.setattr(search, "times_of", spy)
+    monkeypatch.setattr(search, "backends_of", lambda case: ["composed", "triton"])
+    found = search.best_cells(case, lambda **line: said.append(str(line)))
     assert list(seen[0]["forward"]) == ["composed", "hybrid", "fused"], said
     assert list(seen[1]["backward"]) == ["as it is", "{'BLOCK_M': 64}"]
-    assert any("{'BLOCK_M': 48} is no candidate" in line for line in said)
-    for direction in tuning.DIRECTIONS:
-        cell = found[case.cell(direction).key]
-        assert set(cell["seconds"]) == {"composed", "hybrid", "fused"}
+    assert any("{'BLOCK_M': 48} is no candidate" in line for line in said), said
+    for key in case.keys.values():
+        assert set(found[key]["seconds"]) == {"composed", "hybrid", "fused"}
