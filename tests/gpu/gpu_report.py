@@ -37,13 +37,13 @@ class Section:
 
 # In order of worth, but for the first, whose extension the rest asks for.
 SECTIONS = (
-    Section("machine", "The machine, its ceilings, and the extension built", 80, 58),
+    Section("machine", "The machine, the extension built, and the self-test", 100, 58),
     Section("linear", "Every Triton kernel, dtype and shape", 85, 60),
     Section("routed", "Many adapters in one batch", 30, 30),
     Section("native", "CUDA kernels", 35, 30),
-    Section("shapes", "The sizes that models have", 35, 34),
-    Section("long", "Graphs, streams, threads, offsets", 30, 28),
-    Section("sanitizer", "compute-sanitizer", 30, 28),
+    Section("shapes", "The sizes that models have", 25, 24),
+    Section("long", "Graphs, streams, threads, offsets", 25, 24),
+    Section("sanitizer", "compute-sanitizer", 25, 24),
 )
 # Within a section. A GPU's targets by name; others have none.
 WORTH = ("composed", "fused", "hybrid", "native")

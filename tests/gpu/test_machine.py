@@ -12,6 +12,7 @@ import torch
 from targets import NEEDS_GPU
 
 ROOT = Path(__file__).resolve().parents[2]
+SELF_TEST_SECONDS = 30.0
 BUILD_SECONDS = 52  # less than the check's, so that it can say what to do
 
 pytestmark = NEEDS_GPU
@@ -60,6 +61,21 @@ def test_extension_is_built(record_property):
     record_property("status", status)
     said = f"{reason}\n{status}\n{built.stdout}\n{asked.stderr}"
     assert not built.returncode and not asked.returncode and reason == "None", said
+
+
+def test_kernels_prove_themselves(record_property):
+    """As `accelerate` has them do once: what does not pass here is not taken there."""
+    from lora_kernels import self_test
+    from lora_kernels.runtime.verdicts import BROKEN, UNPROVEN
+
+    found = self_test.ensure(again=True, seconds=SELF_TEST_SECONDS, say=lambda line: None)
+    said = {}
+    for kind, families in found.items():
+        for name, verdict in families.items():
+            said[f"{name} on {kind}"] = f"{verdict.state}: {verdict.detail}"
+            record_property(f"{name} on {kind}", f"{verdict.state} in {verdict.seconds:.1f} s")
+    wrong = {name: each for name, each in said.items() if each.startswith((BROKEN, UNPROVEN))}
+    assert said and not wrong, wrong
 
 
 def last_line(*command: str) -> str | None:
