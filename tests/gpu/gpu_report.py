@@ -42,8 +42,8 @@ SECTIONS = (
     Section("routed", "Many adapters in one batch", 30, 30),
     Section("native", "CUDA kernels", 35, 30),
     Section("shapes", "The sizes that models have", 25, 24),
-    Section("long", "Graphs, streams, threads, offsets", 25, 24),
-    Section("sanitizer", "compute-sanitizer", 25, 24),
+    Section("long", "Graphs, streams, threads, offsets", 20, 19),
+    Section("sanitizer", "compute-sanitizer", 30, 28),
 )
 # Within a section. A GPU's targets by name; others have none.
 WORTH = ("composed", "fused", "hybrid", "native")
