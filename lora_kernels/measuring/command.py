@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
         elif args.cells is not None:
             work: Work = dict.fromkeys(LISTS[args.cells](str(device), args.shrink), 1)
             print(tune_calls(work, device, **options))
-    except (OSError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         parser.error(str(error))
     if args.export is not None:
         written = export(device, args.export)

@@ -26,14 +26,14 @@ from lora_kernels.runtime import cuda_extension, dispatch
 from lora_kernels.runtime.device_limits import clamp
 
 Case = LinearCase | RoutedCase
-Say = Callable[..., None]  # told, by keyword, which candidate is prepared, and what was dropped
+Say = Callable[..., None]  # told, by keyword, what is prepared and timed, and what was dropped
 TimesOf = dict[str, dict[str, Times]]  # by direction, by candidate
 
 STRATEGIES = ("hybrid", "fused")
 
 # Seconds that one comparison aims at, how many repetitions a round has at least and at most, and
 # the seconds of one run through the sets of inputs on a CPU.
-SECONDS, REPETITIONS, SECONDS_OF_RUN = 1.0, (3, 15), 0.05
+SECONDS, REPETITIONS, SECONDS_OF_RUN = 1.0, (3, 15), 0.02
 
 # Short lists: every entry is compiled for every variant of its kernel.
 TILES: dict[str, tuple[dict, ...]] = {
@@ -186,7 +186,11 @@ def times_of(
         run()
     of_all = taking.ROUNDS * (time.perf_counter() - began)
     reps = clamp(int(SECONDS / max(of_all, 1e-6)), *REPETITIONS)
-    rounds = [timing.interleave(runs, reps) for _ in range(taking.ROUNDS)]
+
+    def alive(rep: int, name: str, took: timing.Sample) -> None:
+        say(times=name)
+
+    rounds = [timing.interleave(runs, reps, alive) for _ in range(taking.ROUNDS)]
 
     def seconds(name: str, part: str) -> taking.Rounds | None:
         found = [[sample[part] for sample in each[name] if part in sample] for each in rounds]

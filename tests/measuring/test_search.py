@@ -240,3 +240,26 @@ def test_each_direction_of_a_routed_call_is_timed():
     # Every adapter has tokens, rank 5 is 3 and 2.
     assert {g.shape for g in gradients} == {(3, 48), (2, 48), (24, 3), (16, 2)}
     assert ROUTED.keys["training"] == "training/float32/M64/K48/N40/R8/A4/p1"
+
+
+def test_eager_calls_and_graphs_are_timed_apart(monkeypatch):
+    """A part that could be captured has both times, another the wall clock's alone."""
+
+    class Calls:
+        def __init__(self, device, parts, count, around):
+            (self._name,) = parts
+            self.captured = self._name == "forward"
+
+        def warm_up(self): ...
+
+        def run_eager(self):
+            return {self._name: 2.0}
+
+        def run(self):
+            return {self._name: 0.5}
+
+    monkeypatch.setattr(search, "TimedCalls", Calls)
+    found = search.best_cells(ROUTED, lambda **line: None)
+    forward, training = (found[key] for key in ROUTED.keys.values())
+    assert forward["seconds"]["composed"] == 2.0 and forward["graph_seconds"]["composed"] == 0.5
+    assert training["seconds"]["composed"] == 2.0 and "graph_seconds" not in training

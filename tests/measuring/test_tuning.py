@@ -117,6 +117,15 @@ def test_the_time_ends_and_the_next_run_goes_on(monkeypatch):
     ]  # fmt: skip
 
 
+def test_a_busy_machine_is_said(monkeypatch):
+    Children(monkeypatch)
+    monkeypatch.setattr(machine, "load", lambda: 2.5)
+    assert "busy before (250 %)" in str(lora_kernels.tune(nn.Linear(16, 24), tokens=2))
+    assert "busy before" not in str(lora_kernels.tune(nn.Linear(16, 24), tokens=2)), (
+        "nothing was timed"
+    )
+
+
 def test_without_time_nothing_is_begun(monkeypatch):
     children = Children(monkeypatch)
     report = lora_kernels.tune(model(), tokens=2, seconds=0, progress=False)
