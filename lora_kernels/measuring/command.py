@@ -59,7 +59,10 @@ def main(argv: list[str]) -> int:
     except (TypeError, ValueError) as error:
         parser.error(str(error))
     if args.export is not None:
-        written = export(device, args.export)
+        try:
+            written = export(device, args.export)
+        except OSError as error:
+            parser.error(f"--export: {error}")
         print("\n".join(map(str, written)) or "nothing to export: nothing has been measured here")
         return int(not written)
     return 0

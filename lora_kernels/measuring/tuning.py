@@ -45,7 +45,7 @@ def tune(
     again: bool = False,
     progress: bool = True,
 ) -> TuneReport:
-    r"""Measure the calls that a model makes on this machine, and keep what ``auto`` may take.
+    """Measure the calls that a model makes on this machine, and keep what ``auto`` may take.
 
     For every distinct shape of the model's layers, and every number of tokens, ``composed`` is
     timed beside our kernels in interleaved repetitions. A kernel is taken if it gains 3 % in the
