@@ -4,9 +4,9 @@
                                              "threads": 2, "until": 1.8e9}'
 
 Each line of standard output is one JSON object: that a case of that number begins, that a candidate
-is prepared or was dropped, the case's cells, or why there are none, after which the process ends:
-what the next one would inherit is not known. No case but the first is begun after ``until``, in
-seconds since 1970.
+is prepared, timed or dropped, the case's cells, or why there are none, after which the process
+ends: what the next one would inherit is not known. No case but the first is begun after ``until``,
+in seconds since 1970.
 """
 
 import json

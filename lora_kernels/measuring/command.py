@@ -56,10 +56,13 @@ def main(argv: list[str]) -> int:
         elif args.cells is not None:
             work: Work = dict.fromkeys(LISTS[args.cells](str(device), args.shrink), 1)
             print(tune_calls(work, device, **options))
-    except (OSError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         parser.error(str(error))
     if args.export is not None:
-        written = export(device, args.export)
+        try:
+            written = export(device, args.export)
+        except OSError as error:
+            parser.error(f"--export: {error}")
         print("\n".join(map(str, written)) or "nothing to export: nothing has been measured here")
         return int(not written)
     return 0

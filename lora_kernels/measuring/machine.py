@@ -1,6 +1,7 @@
 """What a measurement is made on."""
 
 import importlib.metadata
+import os
 import platform
 
 import torch
@@ -36,6 +37,11 @@ def cpu_features() -> list[str]:
         flags = set()
     wanted = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16")
     return [flag for flag in wanted if flag in flags]
+
+
+def load() -> float:
+    """Processes that ran or waited in the last minute, for each core; 0 where nobody says."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1) if hasattr(os, "getloadavg") else 0.0
 
 
 def device_name(device: torch.device) -> str:

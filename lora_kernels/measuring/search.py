@@ -2,9 +2,10 @@
 
 The candidates of ``lora_linear`` on a GPU are composed, our Triton kernels with the base in the
 vendor's GEMM (hybrid) or in ours (fused), and the extension's CUDA kernels where they were built
-(native), first with the tiles that `tiles.py` computes, then with a short list of others. Those of
-``routed_lora``, and of a CPU, are the backends. A candidate whose result breaks the error policy,
-with dropout where the call has it, is not timed. Which is taken `taking.py` says.
+(native), first with the tiles that `tiles.py` computes, then, those within reach of the fastest,
+with a short list of others. Those of ``routed_lora``, and of a CPU, are the backends. A candidate
+whose result breaks the error policy, with dropout where the call has it, is not timed. Which is
+taken `taking.py` says.
 """
 
 import contextlib
@@ -26,14 +27,17 @@ from lora_kernels.runtime import cuda_extension, dispatch
 from lora_kernels.runtime.device_limits import clamp
 
 Case = LinearCase | RoutedCase
-Say = Callable[..., None]  # told, by keyword, which candidate is prepared, and what was dropped
+Say = Callable[..., None]  # told, by keyword, what is prepared and timed, and what was dropped
 TimesOf = dict[str, dict[str, Times]]  # by direction, by candidate
 
 STRATEGIES = ("hybrid", "fused")
 
 # Seconds that one comparison aims at, how many repetitions a round has at least and at most, and
 # the seconds of one run through the sets of inputs on a CPU.
-SECONDS, REPETITIONS, SECONDS_OF_RUN = 1.0, (3, 15), 0.05
+SECONDS, REPETITIONS, SECONDS_OF_RUN = 1.0, (3, 15), 0.02
+
+# What another tile may gain, at most: kernels that are slower than that are left as they are.
+REACH = 1.3
 
 # Short lists: every entry is compiled for every variant of its kernel.
 TILES: dict[str, tuple[dict, ...]] = {
@@ -103,10 +107,11 @@ def _searched(
 ) -> dict[str, dict]:
     """The faster strategy of each direction and its tiles, one kernel after the other."""
     gemm_tail = native and not cuda_extension.missing_gemm_tail(torch.device(case.device))
-    times = measured(finalists({direction: {} for direction in case.keys}, native))
+    first = times = measured(finalists({direction: {} for direction in case.keys}, native))
     best = {direction: {"strategy": fastest_strategy(times[direction])} for direction in case.keys}
     for part, options in TILES.items():
-        if part == "native" and not gemm_tail:
+        whose = {"gemm": ("fused",), "native": ("native",) if gemm_tail else ()}
+        if not any(within_reach(found, whose.get(part, STRATEGIES)) for found in first.values()):
             continue
         backend = "native" if part == "native" else "triton"
         # Hybrid leaves the GEMM to the vendor: its tiles are found with fused.
@@ -116,12 +121,20 @@ def _searched(
             str(tile): Candidate(backend, {d: cell | {part: tile} for d, cell in base.items()})
             for tile in options
         }
-        times = measured(candidates)
+        found = measured(candidates)
         for direction in case.keys:
-            if name := better_than_it_is(times[direction]):
+            if name := better_than_it_is(found[direction]):
                 best[direction][part] = candidates[name].options[direction][part]
-    times = measured(finalists(best, native))
+    if any(len(cell) > 1 for cell in best.values()):
+        times = measured(finalists(best, native))
     return {key: entry(times[d], best[d]) for d, key in case.keys.items()}
+
+
+def within_reach(times: dict[str, Times], names: tuple[str, ...]) -> bool:
+    """Whether another tile may make one of these candidates the fastest: compiling them all takes
+    longer than anything else."""
+    fastest = min((each.slower for each in times.values()), default=0.0)
+    return any(name in times and times[name].slower <= REACH * fastest for name in names)
 
 
 def finalists(best: dict[str, dict], native: bool) -> dict[str, Candidate]:
@@ -186,7 +199,11 @@ def times_of(
         run()
     of_all = taking.ROUNDS * (time.perf_counter() - began)
     reps = clamp(int(SECONDS / max(of_all, 1e-6)), *REPETITIONS)
-    rounds = [timing.interleave(runs, reps) for _ in range(taking.ROUNDS)]
+
+    def alive(rep: int, name: str, took: timing.Sample) -> None:
+        say(times=name)
+
+    rounds = [timing.interleave(runs, reps, alive) for _ in range(taking.ROUNDS)]
 
     def seconds(name: str, part: str) -> taking.Rounds | None:
         found = [[sample[part] for sample in each[name] if part in sample] for each in rounds]

@@ -51,9 +51,12 @@ def _shapes(
 ) -> Iterator[Case]:
     """The case of each layer, for no tokens."""
     layers = list(filter(None, (_adapted(layer) for layer in model.modules())))
-    for k, widths, of_layer, adapters, r, p in layers or _plain(model):
+    if not layers and not any(_is_of_peft(layer, "LoraLayer") for layer in model.modules()):
+        layers = _plain(model)
+    for k, widths, of_layer, adapters, r, p in layers:
         r, p = rank or r or 16, p if dropout_p is None else dropout_p
-        if (name := NAMES.get(dtype or of_layer)) is None:  # fp64, or packed integers
+        name = NAMES.get(dtype or of_layer) if of_layer.is_floating_point else None
+        if name is None:  # fp64, or packed integers
             continue
         if adapters is None:
             yield LinearCase(0, k, sum(widths), name, p, r, 2 * r, str(device))
@@ -76,9 +79,14 @@ def _adapted(layer: nn.Module) -> _Found | None:
         rank = max((each.rank for each in adapters), default=0)
         p = max((each.dropout_p for each in adapters), default=0.0)
         return bank.in_features, bank.slice_widths, dtype, max(len(adapters), 1), rank, p
-    # A model has PEFT's layers only where PEFT has been imported.
+    return _of_peft(layer) if _is_of_peft(layer, "Linear") else None
+
+
+def _is_of_peft(layer: nn.Module, name: str) -> bool:
+    """Whether it is a layer of that class, or of one below. A model has some only where PEFT has
+    been imported."""
     peft = sys.modules.get("peft.tuners.lora.layer")
-    return None if peft is None or not isinstance(layer, peft.Linear) else _of_peft(layer)
+    return peft is not None and isinstance(layer, getattr(peft, name))
 
 
 def _of_peft(layer: Any) -> _Found | None:

@@ -28,7 +28,7 @@ from lora_kernels.runtime.child_process import run_child
 from lora_kernels.runtime.machine_files import kind_of, machine_state
 
 CHILD = "lora_kernels.measuring.child"
-HUNG = 120.0  # seconds that a child may take over one candidate, compiling its kernels
+HUNG = 120.0  # seconds that a child may take over one run, or to compile a candidate's kernels
 LONGEST = 900.0  # seconds that the call may take which is being measured when the time is over
 
 TOKENS = {"cuda": (1, 32, 512, 8192), "cpu": (1, 16, 128)}
@@ -45,7 +45,7 @@ def tune(
     again: bool = False,
     progress: bool = True,
 ) -> TuneReport:
-    r"""Measure the calls that a model makes on this machine, and keep what ``auto`` may take.
+    """Measure the calls that a model makes on this machine, and keep what ``auto`` may take.
 
     For every distinct shape of the model's layers, and every number of tokens, ``composed`` is
     timed beside our kernels in interleaved repetitions. A kernel is taken if it gains 3 % in the
@@ -181,6 +181,8 @@ def tune_calls(
     for case in work:
         if not set(case.keys.values()) <= set(known.get(case.operation, {})):
             todo.setdefault(replace(case, m=0), []).append(case)
+    if todo and (busy := machine.load()) > 1:
+        report.notes.append(f"the CPU was busy before ({100 * busy:.0f} %): times are less certain")
     with Progress(sum(map(len, todo.values())), shown=progress) as bar:
         for calls in todo.values():
             while calls and (left := deadline - time.monotonic()) > 0:
@@ -212,22 +214,22 @@ def _measured(
         "threads": torch.get_num_threads(),
         "until": time.time() + seconds,
     }
-    case, count, ended = calls[0], 0, "ended and measured nothing"
-    begun = True
+    current: Case | None = calls[0]  # a child may die before it begins
+    ended = "ended and measured nothing"
     for line in run_child(CHILD, [json.dumps(order)], seconds + LONGEST, HUNG):
         if "begins" in line:
-            case, begun = calls[line["begins"]], True
+            case = current = calls[line["begins"]]
             bar.show(case.title)
-        elif "dropped" in line:
-            report.notes.append(f"{case.title}: {line['dropped']}")
-            bar.say(f"  {line['dropped']}")
         elif "ended" in line:
             ended = line["ended"]
-        elif "prepares" not in line:
-            count, begun = count + 1, False
-            yield case, line["failed"] if "failed" in line else line["cells"]
-    if begun or not count:
-        yield case, f"the process {ended}"
+        elif current is not None and "dropped" in line:
+            report.notes.append(f"{current.title}: {line['dropped']}")
+            bar.say(f"  {line['dropped']}")
+        elif current is not None and ("cells" in line or "failed" in line):
+            yield current, line.get("failed") or line["cells"]
+            current = None
+    if current is not None:
+        yield current, f"the process {ended}"
 
 
 class Progress:

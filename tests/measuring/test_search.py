@@ -128,7 +128,7 @@ def test_native_competes_where_its_kernels_were_built(gemm, monkeypatch):
     compared = made_up(monkeypatch, seconds, ("composed", "triton", "native"))
     found = best_cells()
     assert list(compared[0]) == ["composed", "hybrid", "fused", "native"]
-    assert len(compared) == 5 + gemm
+    assert len(compared) == (6 if gemm else 4), "once more where a tile was found"
     assert found[FORWARD]["backend"] == "native"
     assert found[FORWARD]["seconds"]["native"] == (0.85 if gemm else 0.9)
     assert found[BACKWARD]["backend"] == "composed"
@@ -140,6 +140,24 @@ def test_native_competes_where_its_kernels_were_built(gemm, monkeypatch):
 def test_a_gain_of_2_percent_leaves_composed_and_its_strategy_is_kept(monkeypatch):
     made_up(monkeypatch, lambda d, c: 1.0 if c.backend == "composed" else 0.98)
     assert best_cells()[FORWARD]["backend"] == "composed"
+
+
+def test_tiles_are_searched_only_for_kernels_within_reach(monkeypatch):
+    """fused is far from composed in both directions, hybrid in the backward alone."""
+
+    def seconds(direction, candidate):
+        if candidate.backend == "composed":
+            return 1.0
+        if candidate.options[direction]["strategy"] == "fused":
+            return 1.4
+        return 1.2 if direction == "forward" else 2.0
+
+    compared = made_up(monkeypatch, seconds)
+    found = best_cells()
+    assert [list(each)[1] for each in compared] == ["hybrid", "{'BLOCK_M': 32}", "{'BLOCK_D': 128}"]
+    assert {cell["backend"] for cell in found.values()} == {"composed"}
+    compared = made_up(monkeypatch, lambda d, c: 1.0 if c.backend == "composed" else 1.4)
+    assert best_cells() and len(compared) == 1
 
 
 def test_the_strategy_is_the_one_that_was_taken(monkeypatch):
@@ -240,3 +258,26 @@ def test_each_direction_of_a_routed_call_is_timed():
     # Every adapter has tokens, rank 5 is 3 and 2.
     assert {g.shape for g in gradients} == {(3, 48), (2, 48), (24, 3), (16, 2)}
     assert ROUTED.keys["training"] == "training/float32/M64/K48/N40/R8/A4/p1"
+
+
+def test_eager_calls_and_graphs_are_timed_apart(monkeypatch):
+    """A part that could be captured has both times, another the wall clock's alone."""
+
+    class Calls:
+        def __init__(self, device, parts, count, around):
+            (self._name,) = parts
+            self.captured = self._name == "forward"
+
+        def warm_up(self): ...
+
+        def run_eager(self):
+            return {self._name: 2.0}
+
+        def run(self):
+            return {self._name: 0.5}
+
+    monkeypatch.setattr(search, "TimedCalls", Calls)
+    found = search.best_cells(ROUTED, lambda **line: None)
+    forward, training = (found[key] for key in ROUTED.keys.values())
+    assert forward["seconds"]["composed"] == 2.0 and forward["graph_seconds"]["composed"] == 0.5
+    assert training["seconds"]["composed"] == 2.0 and "graph_seconds" not in training

@@ -102,3 +102,11 @@ def test_calls_of_one_cell_are_measured_once():
 def test_what_cannot_be_measured_is_left_out():
     assert found(nn.Linear(16, 24, dtype=torch.float64)) == []
     assert found(nn.Linear(16, 24, dtype=torch.float64), dtype=torch.float32)
+
+
+def test_layers_of_peft_that_are_none_of_ours_do_not_make_a_plain_model():
+    """Their A and B are linear layers."""
+    peft = pytest.importorskip("peft")
+    model = nn.ModuleDict({"conv": nn.Conv2d(3, 8, 1), "proj": nn.Linear(8, 8)})
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["conv"]))
+    assert found(model) == []

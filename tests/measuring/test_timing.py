@@ -80,6 +80,20 @@ def test_calls_are_timed_by_part_and_divided_by_their_number(monkeypatch):
     assert ran == [("f", 0), ("b", 0), ("f", 1), ("b", 1)] and calls.timing == "wall clock"
 
 
+def test_eager_calls_of_a_part_follow_one_another_and_the_first_are_not_timed(monkeypatch):
+    times = iter([0.0, 3.0, 100.0, 105.0])
+    ran = []
+    parts = {name: lambda number, name=name: ran.append((name, number)) for name in ("f", "b")}
+    calls = replay.TimedCalls(torch.device("cpu"), parts, 2)
+    monkeypatch.setattr(calls, "_wait", lambda: ran.append("wait"))
+    monkeypatch.setattr(replay.time, "perf_counter", lambda: next(times))
+    assert calls.run_eager() == {"f": 1.5, "b": 2.5} and not calls.captured
+    assert ran == [
+        ("f", 0), ("b", 0),
+        "wait", ("f", 0), ("f", 1), "wait", "wait", ("b", 0), ("b", 1), "wait",
+    ]  # fmt: skip
+
+
 def test_sets_of_inputs_are_larger_than_the_cache(monkeypatch):
     monkeypatch.setattr(replay.machine, "last_level_cache_bytes", lambda device: 1000)
     cpu = torch.device("cpu")

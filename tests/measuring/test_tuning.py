@@ -17,7 +17,7 @@ from lora_kernels.measuring.child import case_of
 from lora_kernels.measuring.linear_call import LinearCase
 from lora_kernels.measuring.routed_call import RoutedCase
 from lora_kernels.ops.linear.triton import tiles
-from lora_kernels.runtime import tables
+from lora_kernels.runtime import machine_files, tables
 from lora_kernels.runtime.machine_files import kind_of, machine_state
 
 CPU = torch.device("cpu")
@@ -115,6 +115,25 @@ def test_the_time_ends_and_the_next_run_goes_on(monkeypatch):
     assert children.measured[-3:] == [
         ("lora_linear", 16, 16), ("lora_linear", 24, 16), ("routed_lora", 16, 16),
     ]  # fmt: skip
+
+
+def test_where_no_file_can_be_written_choices_hold_for_the_process(monkeypatch, tmp_path):
+    Children(monkeypatch)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(machine_files, "_of_this_process", {})
+    report = lora_kernels.tune(nn.Linear(16, 24), tokens=2, progress=False)
+    assert report.file is None and "no file can be written" in str(report)
+    assert len(tables.cells_of("lora_linear", CPU)) == len(report.cells["lora_linear"]) == 2
+
+
+def test_a_busy_machine_is_said(monkeypatch):
+    Children(monkeypatch)
+    monkeypatch.setattr(machine, "load", lambda: 2.5)
+    assert "busy before (250 %)" in str(lora_kernels.tune(nn.Linear(16, 24), tokens=2))
+    assert "busy before" not in str(lora_kernels.tune(nn.Linear(16, 24), tokens=2)), (
+        "nothing was timed"
+    )
 
 
 def test_without_time_nothing_is_begun(monkeypatch):
@@ -290,6 +309,15 @@ def test_the_command_wants_to_know_what(capsys, tmp_path):
     assert "expected --model, --cells or --export" in capsys.readouterr().err
     assert main(["tune", "--export", str(tmp_path)]) == 1
     assert "nothing has been measured here" in capsys.readouterr().out
+
+
+def test_an_export_that_cannot_be_written(monkeypatch, capsys, tmp_path):
+    Children(monkeypatch)
+    lora_kernels.tune(nn.Linear(16, 24), tokens=2, progress=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        main(["tune", "--export", str(tmp_path / "file")])
+    assert "--export: " in capsys.readouterr().err
 
 
 def test_the_child_measures_without_what_was_measured(monkeypatch, capsys):

@@ -59,6 +59,7 @@ def test_tuning_a_cell_from_end_to_end(monkeypatch):
     }
     monkeypatch.setattr(search, "TILES", few)
     monkeypatch.setattr(search, "SECONDS", 0.0)
+    monkeypatch.setattr(search, "REACH", float("inf"))
     monkeypatch.setattr(search, "REPETITIONS", (1, 1))
     case = LinearCase(m=40, k=48, n=56, rank=4, dtype="fp16", dropout=0.25)
     seen = []
