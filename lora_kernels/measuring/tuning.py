@@ -25,7 +25,7 @@ from lora_kernels.measuring.shapes import Work, work_of
 from lora_kernels.runtime import tables
 from lora_kernels.runtime.checks import check_count, check_dropout_p
 from lora_kernels.runtime.child_process import run_child
-from lora_kernels.runtime.machine_files import kind_of, machine_state
+from lora_kernels.runtime.machine_files import kind_of
 
 CHILD = "lora_kernels.measuring.child"
 HUNG = 120.0  # seconds that a child may take over one run, or to compile a candidate's kernels
@@ -176,7 +176,7 @@ def tune_calls(
     process as long as it lives."""
     deadline = time.monotonic() + seconds
     report = TuneReport(kind_of(device), _work=work)
-    known = {} if again else tables.known().get(report.kind, {})
+    known = {} if again else tables.all_of(device)
     todo: dict[Case, list[Case]] = {}
     for case in work:
         if not set(case.keys.values()) <= set(known.get(case.operation, {})):
@@ -191,14 +191,14 @@ def tune_calls(
                         report.failed[case.title] = outcome
                         bar.say(f"{case.title}: not measured: {outcome}")
                     else:
-                        tables.add(report.kind, case.operation, outcome)
+                        tables.add(device, case.operation, outcome)
                     calls.remove(case)
                     bar.step()
             report.left += [case.title for case in calls]
-    path = tables.file_of(machine_state())
+    path = tables.file_for(device)
     report.file = path if path.is_file() else None
     for case in work:
-        found = tables.known().get(report.kind, {}).get(case.operation, {})
+        found = tables.all_of(device).get(case.operation, {})
         cells = {key: found[key] for key in case.keys.values() if key in found}
         report.cells.setdefault(case.operation, {}).update(cells)
     return report
@@ -278,7 +278,7 @@ def export(device: torch.device, directory: Path) -> list[Path]:
     folder = directory / name.replace(" ", "_").replace("/", "_")
     measured_with = machine.versions() | {"device": name}
     written = []
-    for operation, cells in tables.known().get(kind_of(device), {}).items():
+    for operation, cells in tables.all_of(device).items():
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{operation}.json"
         draft = path.with_suffix(".tmp")

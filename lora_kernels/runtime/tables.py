@@ -36,7 +36,7 @@ def add(device: torch.device, operation: str, cells: Cells) -> Path | None:
     state, path = _state_of(device.type), file_for(device)
     with machine_files.held(path, PATIENCE):  # if not, better an entry lost than a run of minutes
         tables = machine_files.read(path, _of_content, {})
-        of_kind = tables.setdefault(machine_files.kind_of(device), {})
+        of_kind = tables.setdefault(_kind_of(device), {})
         of_kind.setdefault(operation, {}).update(cells)
         kept = machine_files.write(path, {"state": state, "cells": tables})
     forget()
@@ -56,18 +56,27 @@ def forget() -> None:
 def cells_of(operation: str, device: torch.device) -> Cells:
     """The measured choices of an operation on a device; none where algorithms are to be
     deterministic."""
-    return _cells_of_kind(operation, device.type, machine_files.kind_of(device))
+    if torch.are_deterministic_algorithms_enabled():
+        return {}
+    return all_of(device).get(operation, {})
 
 
 def cells_of_gpu(operation: str, limits: machine_files.DeviceLimits) -> Cells:
     """Those of a GPU with these limits."""
-    return _cells_of_kind(operation, "cuda", machine_files.kind_of_gpu(limits))
-
-
-def _cells_of_kind(operation: str, device_type: str, kind: str) -> Cells:
     if torch.are_deterministic_algorithms_enabled():
         return {}
-    return _known(device_type).get(kind, {}).get(operation, {})
+    return _known("cuda").get(machine_files.kind_of_gpu(limits), {}).get(operation, {})
+
+
+def all_of(device: torch.device) -> dict[str, Cells]:
+    """What is recorded for a device, by operation."""
+    return _known(device.type).get(_kind_of(device), {})
+
+
+def _kind_of(device: torch.device) -> str:
+    """Of a CPU with the number of threads: vendors' GEMMs and our kernels gain differently."""
+    kind = machine_files.kind_of(device)
+    return kind if device.type != "cpu" else f"{kind}, {torch.get_num_threads()} threads"
 
 
 @functools.cache

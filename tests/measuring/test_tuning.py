@@ -18,7 +18,7 @@ from lora_kernels.measuring.linear_call import LinearCase
 from lora_kernels.measuring.routed_call import RoutedCase
 from lora_kernels.ops.linear.triton import tiles
 from lora_kernels.runtime import machine_files, tables
-from lora_kernels.runtime.machine_files import kind_of, machine_state
+from lora_kernels.runtime.machine_files import kind_of
 
 CPU = torch.device("cpu")
 KIND = kind_of(CPU)
@@ -90,7 +90,7 @@ def test_a_process_for_each_shape_and_the_costliest_first(monkeypatch, capsys):
     assert not report.left and not report.failed and capsys.readouterr().err == ""
     assert len(report.cells["lora_linear"]) == 8 and len(report.cells["routed_lora"]) == 4
     assert tables.cells_of("lora_linear", CPU) == report.cells["lora_linear"]
-    assert report.file == tables.file_of(machine_state()) and report.file.is_file()
+    assert report.file == tables.file_for(CPU) and report.file.is_file()
     text = str(report)
     row = r" +2 +lora_linear: M 16, K 16, N 24, r 4, fp32, dropout 0 +forward native \(2.00\), back"
     assert re.search(f"^{row}", text, re.MULTILINE), text
