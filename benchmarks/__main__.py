@@ -9,6 +9,7 @@ COMMANDS = {
     "routed": "one layer with many adapters in one batch",
     "infer": "what LoRA costs at inference, on a whole model",
     "layer": "a training step of one decoder layer in plain torch",
+    "tuned": "what tune takes on this machine, held to composed",
     "gpu": "everything that a GPU should show, in order of worth, until the time is over",
     "readme": "the plot and the tables of README.md and docs/, from benchmarks/results/",
 }
