@@ -4,7 +4,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -53,9 +53,9 @@ def _shapes(
     layers = list(filter(None, (_adapted(layer) for layer in model.modules())))
     if not layers and not any(_is_of_peft(layer, "LoraLayer") for layer in model.modules()):
         layers = _plain(model)
-    for k, widths, of_layer, adapters, r, p in layers:
+    for k, widths, of_base, r, p, adapters in layers:
         r, p = rank or r or 16, p if dropout_p is None else dropout_p
-        name = NAMES.get(dtype or of_layer) if of_layer.is_floating_point else None
+        name = NAMES.get(dtype or of_base) if of_base.is_floating_point else None
         if name is None:  # fp64, or packed integers
             continue
         if adapters is None:
@@ -64,21 +64,29 @@ def _shapes(
             yield RoutedCase(0, k, widths, name, p, r, adapters, str(device))
 
 
-# K, N of each slice, dtype of the base, adapters of a bank, rank, dropout
-_Found = tuple[int, tuple[int, ...], torch.dtype, int | None, int, float]
+class _Layer(NamedTuple):
+    """What the calls of a layer depend on."""
+
+    in_features: int
+    widths: tuple[int, ...]  # of the slices
+    dtype: torch.dtype  # of the base
+    rank: int = 0  # 0: it has no adapters
+    dropout_p: float = 0.0
+    adapters: int | None = None  # in its bank
 
 
-def _adapted(layer: nn.Module) -> _Found | None:
+def _adapted(layer: nn.Module) -> _Layer | None:
     """What a layer with adapters is; None for other modules."""
     if isinstance(layer, LoRALinear):
-        sizes = layer.in_features, (layer.out_features,), layer.base_layer.weight.dtype
-        return *sizes, None, layer.rank, layer.dropout_p
+        widths, dtype = (layer.out_features,), layer.base_layer.weight.dtype
+        return _Layer(layer.in_features, widths, dtype, layer.rank, layer.dropout_p)
     if isinstance(layer, RoutedLoRALinear):
         bank, dtype = layer.bank, layer.base_layer.weight.dtype
         adapters = [bank[name] for name in bank]
         rank = max((each.rank for each in adapters), default=0)
         p = max((each.dropout_p for each in adapters), default=0.0)
-        return bank.in_features, bank.slice_widths, dtype, max(len(adapters), 1), rank, p
+        count = max(len(adapters), 1)
+        return _Layer(bank.in_features, bank.slice_widths, dtype, rank, p, count)
     return _of_peft(layer) if _is_of_peft(layer, "Linear") else None
 
 
@@ -89,7 +97,7 @@ def _is_of_peft(layer: nn.Module, name: str) -> bool:
     return peft is not None and isinstance(layer, getattr(peft, name))
 
 
-def _of_peft(layer: Any) -> _Found | None:
+def _of_peft(layer: Any) -> _Layer | None:
     active = [name for name in layer.active_adapters if name in layer.r]
     if not active:
         return None
@@ -98,12 +106,12 @@ def _of_peft(layer: Any) -> _Found | None:
     # Several without dropout are computed as one, else the first with the base layer.
     rank = ranks[0] if p else sum(ranks)
     dtype = layer.get_base_layer().weight.dtype
-    return layer.in_features, (layer.out_features,), dtype, None, rank, p
+    return _Layer(layer.in_features, (layer.out_features,), dtype, rank, p)
 
 
-def _plain(model: nn.Module) -> Iterator[_Found]:
+def _plain(model: nn.Module) -> Iterator[_Layer]:
     """The linear layers of a model without adapters; adapters are seldom put on its head."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and layer is not head and not name.endswith("lm_head"):
-            yield layer.in_features, (layer.out_features,), layer.weight.dtype, None, 0, 0.0
+            yield _Layer(layer.in_features, (layer.out_features,), layer.weight.dtype)
