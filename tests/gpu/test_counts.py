@@ -1,4 +1,4 @@
-"""Launches, as counted on tensors that only say they are on a GPU, and as the profiler sees them."""
+"""Launches as counted on tensors that only say they are on a GPU, and as the profiler sees them."""
 
 import json
 from pathlib import Path
