@@ -27,7 +27,9 @@ def main(argv: list[str]) -> int:
     )
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--model", help="a directory with config.json or adapter_config.json")
+    which.add_argument(
+        "--model", help="a directory with config.json or adapter_config.json, or a config"
+    )
     which.add_argument("--cells", choices=LISTS, help="calls of Llama-3 8B and 70B, in bf16")
     add("--tokens", type=_numbers, help="comma-separated, rows of a call (1,32,512,8192 on a GPU)")
     add("--seconds", type=float, default=20.0, help="begin no shape after these (%(default)s)")
@@ -43,6 +45,9 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.model is None and args.cells is None and args.export is None:
         parser.error("expected --model, --cells or --export")
+    of_model = (args.tokens, args.rank, args.dropout, args.dtype)
+    if args.model is None and of_model != (None, None, None, None):
+        parser.error("--tokens, --rank, --dropout and --dtype are for --model")
     device = device_of(nn.Module())
     options = {"seconds": args.seconds, "again": args.again}
     try:

@@ -14,6 +14,7 @@ from lora_kernels import LoRALinear, RoutedLoRALinear
 from lora_kernels.__main__ import main
 from lora_kernels.measuring import cells, child, machine, tuning
 from lora_kernels.measuring.child import case_of
+from lora_kernels.measuring.command import model_of
 from lora_kernels.measuring.linear_call import LinearCase
 from lora_kernels.measuring.routed_call import RoutedCase
 from lora_kernels.ops.linear.triton import tiles
@@ -283,6 +284,14 @@ def test_the_command_from_end_to_end(tmp_path, capsys):
     assert main(command) == 0 and time.monotonic() - began < 3
 
 
+def test_a_model_is_named_by_its_directory_or_its_config(tmp_path):
+    adapter_directory(tmp_path)
+    for name in ("base", "base/config.json"):
+        model = model_of(str(tmp_path / name))
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+        assert model.dtype == torch.bfloat16
+
+
 def test_a_base_that_is_not_here(tmp_path, capsys, monkeypatch):
     adapter = adapter_directory(tmp_path, base_model_name_or_path="someone/absent")
     with pytest.raises(SystemExit):
@@ -307,6 +316,9 @@ def test_the_command_wants_to_know_what(capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["tune"])
     assert "expected --model, --cells or --export" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["tune", "--cells=core", "--rank=8"])
+    assert "--dtype are for --model" in capsys.readouterr().err
     assert main(["tune", "--export", str(tmp_path)]) == 1
     assert "nothing has been measured here" in capsys.readouterr().out
 
