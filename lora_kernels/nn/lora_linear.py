@@ -204,8 +204,11 @@ class LoRALinear(AdapterLayer):
             ValueError: lora_A or lora_B has hooks or a forward of its own. They are not called;
                 the layer itself and ``base_layer`` may have any.
         """
+        if self._merge is not None and not self.disable_adapters:
+            # Who reads the weight passes nothing by. Past Module.__getattr__, which takes as long.
+            return self._modules["base_layer"](x)  # pyright: ignore[reportOptionalCall]
         note_call(self)
-        if self.disable_adapters or self._merge is not None:
+        if self.disable_adapters:
             return self._base_alone(x)
         parts = self._modules
         base_layer, lora_a, lora_b = parts["base_layer"], parts["lora_A"], parts["lora_B"]

@@ -77,6 +77,8 @@ class Linear(PeftLinear):
         return super().weight
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.merged_adapters:  # there is nothing to fuse
+            return super().forward(x, *args, **kwargs)
         note_call(self)
         ordinary = None if args or kwargs else read_ordinary(self)
         backend = self._backend
