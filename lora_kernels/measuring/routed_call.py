@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_kernels.measuring.linear_call import Typed
 from lora_kernels.measuring.replay import sets_past_cache
 from lora_kernels.ops.routed import routed_lora_linear
-from lora_kernels.ops.routed.cells import DIRECTIONS, RoutedCell
+from lora_kernels.ops.routed.cells import DIRECTIONS, TableCell
 from lora_kernels.testing.routed_inputs import RoutedProblem
 
 
@@ -44,7 +44,7 @@ class RoutedCase(Typed):
     def keys(self) -> dict[str, str]:
         """Of its cells, by direction."""
         sizes = self.m, self.k, self.n, self.rank, self.adapters, self.dropout > 0
-        return {each: RoutedCell(each, self.torch_dtype, *sizes).key for each in DIRECTIONS}
+        return {each: TableCell(each, self.torch_dtype, *sizes).key for each in DIRECTIONS}
 
 
 def problem_of(case: RoutedCase, seed: int) -> RoutedProblem:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_kernels.measuring.taking import Times, taken, wins
-from lora_kernels.ops.routed.cells import RoutedCell
+from lora_kernels.ops.routed.cells import TableCell
 
 COMPOSED = Times([[1.0, 1.02, 0.98]] * 3)
 CAPTURED = Times(COMPOSED.eager, [[0.5, 0.51, 0.49]] * 3)
@@ -70,8 +70,8 @@ def test_what_a_table_keeps_of_the_samples():
 
 
 def test_the_key_of_a_routed_call():
-    cell = RoutedCell("training", torch.bfloat16, 100, 576, 1536, 12, 5, True)
+    cell = TableCell("training", torch.bfloat16, 100, 576, 1536, 12, 5, True)
     assert cell.key == "training/bfloat16/M128/K576/N1536/R16/A8/p1"
-    assert RoutedCell("forward", torch.float32, 1, 8, 24, 1, 1, False).key == (
+    assert TableCell("forward", torch.float32, 1, 8, 24, 1, 1, False).key == (
         "forward/float32/M1/K8/N24/R1/A1/p0"
     )

@@ -5,7 +5,7 @@ import torch
 
 from lora_kernels import AdapterBank, Routing, explain, routed_lora
 from lora_kernels.ops.routed import choice as choices
-from lora_kernels.ops.routed.cells import RoutedCell
+from lora_kernels.ops.routed.cells import TableCell
 from lora_kernels.ops.routed.choice import choose
 from lora_kernels.runtime import dispatch, machine_files, tables, verdicts
 from lora_kernels.runtime.device_limits import DeviceLimits
@@ -14,7 +14,7 @@ from lora_kernels.runtime.plan import forget_plans
 H200 = DeviceLimits("NVIDIA H200", 90, 132, 232_448)
 KIND = machine_files.kind_of_gpu(H200)
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
-CELL = RoutedCell("forward", torch.bfloat16, 32, 4096, 4096, 32, 8, False)
+CELL = TableCell("forward", torch.bfloat16, 32, 4096, 4096, 32, 8, False)
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +110,7 @@ def test_a_cpu_takes_what_tune_has_measured(request):
     other = "composed" if unmeasured.backend == "native" else "native"
     if dispatch.unavailable(other, CPU, x.dtype):
         pytest.skip("there are no compiled kernels")
-    cell = RoutedCell("forward", x.dtype, 5, 8, 6, 2, 2, False)
+    cell = TableCell("forward", x.dtype, 5, 8, 6, 2, 2, False)
     tables.add(CPU, "routed_lora", {cell.key: {"backend": other, "seconds": {other: 1e-6}}})
     assert explain(x, bank, routing) == unmeasured, "training is another cell"
     with torch.no_grad():

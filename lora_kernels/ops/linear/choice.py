@@ -17,7 +17,8 @@ other reads::
     {"backend": "triton", "strategy": "fused",
      "seconds": {"composed": 4.1e-4, "hybrid": 4.0e-4, "fused": 3.7e-4}}
 
-It reads sizes and strides, never the device.
+(with ``spread``, the interquartile ranges, and ``graph_seconds``, by the replay of CUDA graphs). It
+reads sizes and strides, never the device.
 """
 
 from __future__ import annotations

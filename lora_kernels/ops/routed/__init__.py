@@ -11,7 +11,7 @@ from lora_kernels.ops.routed.bank.bank import Adapter, AdapterBank
 from lora_kernels.ops.routed.bank.slots import AdapterSlots
 from lora_kernels.ops.routed.bank.versions import BankVersion
 from lora_kernels.ops.routed.call import NOTHING_TRAINED, ExpandCall, ForwardCall, RoutedCall
-from lora_kernels.ops.routed.cells import RoutedCell
+from lora_kernels.ops.routed.cells import TableCell
 from lora_kernels.ops.routed.checks import (
     check_base,
     check_h,
@@ -375,7 +375,7 @@ def _plan(
     dtype: torch.dtype,
 ) -> RoutedPlan:
     trains = torch.is_grad_enabled() and version.trains
-    cell = RoutedCell(
+    cell = TableCell(
         "training" if trains else "forward", dtype, routing.num_tokens, bank.in_features,
         bank.out_features, version.widest, len(version.by_slot), bool(version.thresholds),
     )  # fmt: skip

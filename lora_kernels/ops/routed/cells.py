@@ -10,7 +10,7 @@ from lora_kernels.runtime.dtypes import short_name
 DIRECTIONS = ("forward", "training")
 
 
-class RoutedCell(NamedTuple):
+class TableCell(NamedTuple):
     """One backend serves a call and its backward, so that ``training`` is the time of both."""
 
     direction: str  # "forward": without gradients; "training": forward and backward

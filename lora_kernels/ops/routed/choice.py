@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch.compiler import is_compiling
 
-from lora_kernels.ops.routed.cells import RoutedCell
+from lora_kernels.ops.routed.cells import TableCell
 from lora_kernels.runtime import dispatch, tables, verdicts
 from lora_kernels.runtime.device_limits import limits_of, precision
 from lora_kernels.runtime.dispatch import Choice
@@ -28,7 +28,7 @@ def named(backend: str) -> str:
 
 
 def choose(
-    backend: str, device: torch.device, cell: RoutedCell, *, is_captured: bool = False
+    backend: str, device: torch.device, cell: TableCell, *, is_captured: bool = False
 ) -> Choice:
     """The backend of a call, and why; a named one that cannot serve raises."""
     if dispatch.requested(backend) != "auto" or device.type not in ("cpu", "cuda"):

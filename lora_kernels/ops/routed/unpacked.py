@@ -19,7 +19,7 @@ from lora_kernels.ops.routed.bank.slots import BASE, AdapterSlots
 from lora_kernels.ops.routed.bank.storage import ALIGNMENT, anchor
 from lora_kernels.ops.routed.bank.tables import SlotTables, scaling_dtype
 from lora_kernels.ops.routed.call import ForwardCall
-from lora_kernels.ops.routed.cells import RoutedCell
+from lora_kernels.ops.routed.cells import TableCell
 from lora_kernels.ops.routed.choice import choose
 from lora_kernels.ops.routed.op import run
 from lora_kernels.ops.routed.plan import make_plan, reads_groups
@@ -98,7 +98,7 @@ def _bank(
     factors = [factor for _, (a, b, *_) in present for factor in (a, b)]
     slots, rows, storage = tuple(slot for slot, _ in present), None, x.new_empty(0)
     widest = max(a.shape[0] for _, (a, *_) in present)
-    cell = RoutedCell(
+    cell = TableCell(
         "forward", x.dtype, x.numel() // x.shape[-1], x.shape[-1], out_features, widest,
         len(present), dropout=False,
     )  # fmt: skip

@@ -7,8 +7,8 @@ fields for the cells that were measured::
         {"strategy": "fused", "gemm": {"num_stages": 4}, "shrink": {"BLOCK_M": 128}}}}
 
 with ``backward`` likewise (``gemm``, ``shrink``, ``rank_gradient``; ``native`` for the CUDA GEMM's
-``tile_columns`` and ``cluster``), M and R rounded up to powers
-of two, and p 0 or 1 for without and with dropout.
+``tile_columns`` and ``cluster``), M and R rounded up to powers of two, and p 0 or 1 for without and
+with dropout. What ``tune`` has measured of a cell stands beside them (``choice.py``).
 """
 
 import functools
