@@ -14,9 +14,11 @@ import torch
 
 from benchmarks import op, provenance, report
 from benchmarks.driver import command_of, say
-from lora_kernels import explain
+from lora_kernels.adapters.factors import LoRAFactors
+from lora_kernels.base_weights import DenseWeight
 from lora_kernels.measuring import timing, tuning
 from lora_kernels.measuring.linear_call import LinearCase
+from lora_kernels.ops.linear.plan import make_plan
 
 # K x N of the linears of a model.
 MODELS = {
@@ -95,13 +97,12 @@ def measure(case: LinearCase, reps: int) -> Iterator[dict]:
 
 
 def backends_of(case: LinearCase) -> tuple[str, str]:
-    """Of the forward and the backward, as `explain` says."""
+    """That auto takes for the forward and the backward."""
     dtype, device = case.torch_dtype, case.device
     x, weight = (torch.empty(rows, case.k, dtype=dtype, device=device) for rows in (case.m, case.n))
     a, b = (torch.empty(s, device=device) for s in ((case.rank, case.k), (case.n, case.rank)))
-    choice = explain(x, weight, a, b, 2.0, dropout_p=case.dropout)
-    backward = choice.reason.rpartition("backward ")[2].partition(":")[0]
-    return choice.backend, backward
+    plan = make_plan("auto", x, DenseWeight(weight), LoRAFactors(a, b, 2.0), case.dropout)
+    return plan.choice.backend, (plan.backward_choice or plan.choice).backend
 
 
 def line_of(row: dict) -> str:
