@@ -175,7 +175,8 @@ def tune_calls(
     """Measure what is not in the table yet, in order; calls that differ in tokens alone share a
     process as long as it lives."""
     deadline = time.monotonic() + seconds
-    report = TuneReport(kind_of(device), _work=work)
+    path = tables.file_for(device)
+    report = TuneReport(kind_of(device), file=path if path.is_file() else None, _work=work)
     known = {} if again else tables.all_of(device)
     todo: dict[Case, list[Case]] = {}
     for case in work:
@@ -191,12 +192,10 @@ def tune_calls(
                         report.failed[case.title] = outcome
                         bar.say(f"{case.title}: not measured: {outcome}")
                     else:
-                        tables.add(device, case.operation, outcome)
+                        report.file = tables.add(device, case.operation, outcome)
                     calls.remove(case)
                     bar.step()
             report.left += [case.title for case in calls]
-    path = tables.file_for(device)
-    report.file = path if path.is_file() else None
     for case in work:
         found = tables.all_of(device).get(case.operation, {})
         cells = {key: found[key] for key in case.keys.values() if key in found}

@@ -368,10 +368,11 @@ class ActiveAdapters:
         self._times_sorted = 0
 
     def __getstate__(self) -> dict:
-        return {"slots": self.slots, "batch_dim": self.batch_dim}
+        return {"slots": self.slots, "batch_dim": self.batch_dim, "backend": self.backend}
 
     def __setstate__(self, state: dict) -> None:
         self.slots, self.batch_dim = state["slots"], state.get("batch_dim", 0)
+        self.backend = state.get("backend", "auto")
         self._forget()
 
 

@@ -20,25 +20,28 @@ def note_failure(family: str, device: torch.device, error: Exception) -> None:
     Returns where composed can serve the call instead.
 
     Raises:
-        error: memory is full, or a CUDA graph is captured: what was captured before cannot be
-            taken back.
+        error: memory is full, a kernel before has failed an assertion, or a CUDA graph is captured:
+            what was captured before cannot be taken back.
         RuntimeError: CUDA cannot be used any more in this process.
     """
-    if isinstance(error, torch.OutOfMemoryError) or is_captured(device):
+    if is_captured(device) or _is_nothing_of_the_kernel(error):
         raise error
     what = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:300]
     try:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except Exception:
-        verdicts.mark_broken(family, device, f"CUDA failed with it: {what}", keep=True)
+        verdicts.mark_broken(
+            family, device, f"CUDA failed with it: {what}", kept_as=verdicts.BROKEN
+        )
         raise RuntimeError(
             f"lora_kernels: CUDA cannot be used any more in this process after a launch of the "
             f"kernels {family!r} ({what}). The next process does without them; "
             "`python -m lora_kernels self-test --again` tries them again"
         ) from error
     if verdicts.broken(family, device) is None:
-        verdicts.mark_broken(family, device, what, keep=not _is_of_this_process(error))
+        # Another call may have been too much for it, or another process have what is missing.
+        verdicts.mark_broken(family, device, what, kept_as=verdicts.UNPROVEN)
         warnings.warn(
             f"lora_kernels: the kernels {family!r} cannot be started on {device} ({what}); the "
             "composed backend serves from now on",
@@ -46,6 +49,10 @@ def note_failure(family: str, device: torch.device, error: Exception) -> None:
         )
 
 
-def _is_of_this_process(error: Exception) -> bool:
-    """Whether the next process may well do better: with a compiler in its path, say."""
-    return isinstance(error, OSError) or "C compiler" in str(error)
+# What a launch is told of, and has not done.
+_OF_OTHERS = ("out of memory", "ALLOC_FAILED", "device-side assert")
+
+
+def _is_nothing_of_the_kernel(error: Exception) -> bool:
+    full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return full or any(words in str(error) for words in _OF_OTHERS)

@@ -80,7 +80,7 @@ def _gpus() -> str:
     fields = "name,compute_cap,driver_version,mig.mode.current"
     command = [tool, f"--query-gpu={fields}", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(command, capture_output=True, errors="replace", timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return "nvidia-smi does not answer"
     return done.stdout.strip()
@@ -93,9 +93,14 @@ def _triton() -> str:
         return "not installed"
     from triton import knobs
 
-    # An assembler that the user put in its place changes every kernel.
-    assembler = getattr(getattr(knobs, "nvidia", None), "ptxas", None)
-    return f"{triton.__version__}, ptxas {getattr(assembler, 'version', 'unknown')}"
+    # Assemblers that the user put in their place change every kernel.
+    found = []
+    for name in ("ptxas", "ptxas_blackwell"):
+        try:
+            found.append(f"{name} {getattr(knobs.nvidia, name).version}")
+        except Exception as error:  # whatever Triton says of one that is not there, or does not run
+            found.append(f"{name}: {type(error).__name__}")
+    return ", ".join([triton.__version__, *found])
 
 
 def _digest_of_kernels() -> str:
@@ -113,12 +118,16 @@ def _digest_of_kernels() -> str:
 def cache_directory() -> Path:
     if named := os.environ.get("LORA_KERNELS_CACHE"):
         return Path(named)
+    try:
+        home = Path.home()
+    except RuntimeError:  # a user without one: nothing can be kept
+        home = Path(os.devnull)
     if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+        base = os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local"
     elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
+        base = home / "Library" / "Caches"
     else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        base = os.environ.get("XDG_CACHE_HOME") or home / ".cache"
     return Path(base) / "lora_kernels"
 
 
@@ -131,21 +140,33 @@ def file_of(sort: str, state: dict[str, str]) -> Path:
 _of_this_process: dict[Path, dict] = {}
 
 
+def has_any(sort: str) -> bool:
+    """Whether there is a file of this sort for any state: to ask a driver for the state takes
+    longer than a call."""
+    try:
+        written = any(cache_directory().glob(f"{sort}-*.json"))
+    except OSError:
+        written = False
+    return written or any(path.name.startswith(f"{sort}-") for path in _of_this_process)
+
+
 def read(path: Path, parse: Callable[[dict], Content], empty: Content) -> Content:
     """What ``parse`` makes of a file. One that cannot be read is put aside, and is as if empty."""
+    if path in _of_this_process:  # newer than what could not be replaced
+        return parse(_of_this_process[path])
     try:
         return parse(json.loads(path.read_text(encoding="utf-8")))
     except OSError:  # it is not there, most of all
-        return parse(_of_this_process[path]) if path in _of_this_process else empty
+        return empty
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         aside = path.with_suffix(".corrupt")
+        with contextlib.suppress(OSError):
+            os.replace(path, aside)
         warnings.warn(
             f"lora_kernels: {path} cannot be read ({type(error).__name__}: {error}); it is kept as "
             f"{aside.name}",
             stacklevel=2,
         )
-        with contextlib.suppress(OSError):
-            os.replace(path, aside)
         return empty
 
 
@@ -160,13 +181,14 @@ def write(path: Path, content: dict) -> bool:
         ) as file:
             draft = file.name
             json.dump(content, file, indent=1, sort_keys=True)
+        os.chmod(draft, 0o644)  # others may share the directory
         os.replace(draft, path)
     except OSError:
         if draft is not None:
             with contextlib.suppress(OSError):
                 os.unlink(draft)
         return False
-    del _of_this_process[path]
+    _of_this_process.pop(path, None)
     return True
 
 
@@ -187,7 +209,7 @@ def held(path: Path, seconds: float) -> Iterator[bool]:
     except filelock.Timeout:
         yield False
         return
-    except OSError:
+    except (OSError, NotImplementedError):  # as of a file system without locks
         yield True
         return
     try:

@@ -44,19 +44,23 @@ class Plans(dict):
 _remembering: list[Callable[[], None]] = []
 
 
-def remembered(function: Callable[Arguments, Plan]) -> Callable[Arguments, Plan]:
-    """``functools.lru_cache`` for what a plan is made of: :func:`forget_plans` empties it.
+def state_of_process() -> tuple[bool, int]:
+    """What decides whose measurements count: no table is read where algorithms are to be
+    deterministic, and one of a CPU is for a number of threads."""
+    return torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
 
-    Where algorithms are to be deterministic no table is read: what is found then is kept apart.
-    """
+
+def remembered(function: Callable[Arguments, Plan]) -> Callable[Arguments, Plan]:
+    """``functools.lru_cache`` for what a plan is made of, kept apart by the process's state;
+    :func:`forget_plans` empties it."""
 
     @functools.lru_cache(maxsize=_LIMIT)
-    def find(_deterministic: bool, *arguments, **named):
+    def find(_state: tuple, *arguments, **named):
         return function(*arguments, **named)
 
     @functools.wraps(function)
     def found(*arguments: Arguments.args, **named: Arguments.kwargs) -> Plan:
-        return find(torch.are_deterministic_algorithms_enabled(), *arguments, **named)
+        return find(state_of_process(), *arguments, **named)
 
     _remembering.append(find.cache_clear)
     return found

@@ -24,6 +24,9 @@ PATIENCE = 30.0  # seconds for another process that writes
 Cells = dict[str, dict]  # by key
 Tables = dict[str, dict[str, Cells]]  # by kind of device, by operation
 
+_BACKENDS, _STRATEGIES = ("composed", "triton", "native"), ("hybrid", "fused")
+_TILES = {"gemm", "shrink", "rank_gradient", "native"}
+
 # Whether this process has found choices for the CPU: keys of plans hold the number of tokens then.
 FOR_CPU = False
 
@@ -82,8 +85,10 @@ def _kind_of(device: torch.device) -> str:
 @functools.cache
 def _known(device_type: str) -> Tables:
     global FOR_CPU
-    path = machine_files.file_of("tuned", _state_of(device_type))
-    tables = machine_files.read(path, _of_content, {})
+    tables: Tables = {}
+    if machine_files.has_any("tuned"):
+        path = machine_files.file_of("tuned", _state_of(device_type))
+        tables = machine_files.read(path, _of_content, tables)
     if device_type == "cpu":
         FOR_CPU = bool(tables)
     return tables
@@ -94,9 +99,22 @@ def _state_of(device_type: str) -> dict[str, str]:
 
 
 def _of_content(content: dict) -> Tables:
-    tables = content["cells"]
-    for operations in tables.values():
-        for cells in operations.values():
-            if not all(isinstance(cell["backend"], str) for cell in cells.values()):
-                raise ValueError("a cell names no backend")
-    return tables
+    """Without cells that say what no version of ours has said."""
+    return {
+        kind: {
+            operation: {key: cell for key, cell in cells.items() if _is_a_cell(cell)}
+            for operation, cells in operations.items()
+        }
+        for kind, operations in content["cells"].items()
+    }
+
+
+def _is_a_cell(cell: dict) -> bool:
+    seconds, tiles = cell.get("seconds", {}), cell.keys() & _TILES
+    return (
+        cell.get("backend") in _BACKENDS
+        and cell.get("strategy", "hybrid") in _STRATEGIES
+        and isinstance(seconds, dict)
+        and all(isinstance(took, (int, float)) for took in seconds.values())
+        and all(isinstance(cell[name], dict) for name in tiles)
+    )

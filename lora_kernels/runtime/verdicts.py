@@ -24,6 +24,8 @@ PROVEN, BROKEN, UNPROVEN, ABSENT = "proven", "broken", "unproven", "absent"
 # What is unproven is tried again after so long: the GPU may have been full, or in use by one alone.
 RETRY_SECONDS = 3600
 
+DTYPES = ("bfloat16", "float16", "float32")  # that kernels take
+
 PATIENCE = 5.0  # seconds for another process that holds the file, where one is called
 
 
@@ -67,6 +69,9 @@ def _of_content(content: dict) -> Verdicts:
 def _verdict_of(fields: dict) -> Verdict:
     """From JSON, which has lists for tuples."""
     verdict = Verdict(**fields)
+    numbers = isinstance(verdict.seconds, (int, float)) and isinstance(verdict.time, (int, float))
+    if verdict.state not in (PROVEN, BROKEN, UNPROVEN, ABSENT) or not numbers:
+        raise ValueError(f"no verdict: {fields}")
     return replace(verdict, dtypes=tuple(verdict.dtypes))
 
 
@@ -82,6 +87,8 @@ def store(path: Path, state: dict[str, str], verdicts: Verdicts) -> bool:
 @functools.cache
 def known() -> Verdicts:
     """The verdicts that stand for the present state, read once; :func:`forget` after a change."""
+    if not machine_files.has_any("self-test"):
+        return {}
     return load(file_of(machine_files.machine_state()))
 
 
@@ -122,12 +129,16 @@ def why_not_proven(family: str, device: torch.device, dtype: torch.dtype) -> str
 _broken_here: dict[tuple[str, str], Verdict] = {}
 
 
-def mark_broken(family: str, device: torch.device, why: str, *, keep: bool) -> None:
-    """Nothing of the family is launched on such a device any more: in this process, and, to be
-    kept, in others of this machine's state until the self-test is asked for again."""
-    kind, found = kind_of(device), Verdict(BROKEN, why, 0.0, time.time())
-    _broken_here[kind, family] = found
-    if keep:
+def mark_broken(family: str, device: torch.device, why: str, *, kept_as: str | None = None) -> None:
+    """Nothing of the family is launched on such a device any more in this process.
+
+    kept_as: what other processes of this machine's state find: BROKEN, until the self-test is asked
+    for again, or UNPROVEN, which is tested again after a while; None: nothing.
+    """
+    kind = kind_of(device)
+    _broken_here[kind, family] = Verdict(BROKEN, why, 0.0, time.time())
+    if kept_as is not None:
+        found = Verdict(kept_as, why, 0.0, time.time(), DTYPES)
         state = machine_files.machine_state()
         path = file_of(state)
         with machine_files.held(path, PATIENCE):

@@ -6,6 +6,7 @@ no proof when they waited too long). ``families.py`` says what is checked, ``chi
 process that does it, ``lora_kernels/runtime/verdicts.py`` keeps the results.
 """
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -48,6 +49,7 @@ def ensure(
     say = say or _print
     names = tuple(str(dtype).removeprefix("torch.") for dtype in dtypes)
     path = verdicts.file_of(machine_files.machine_state())
+    verdicts.forget()  # another process may have tested since they were read
     found = verdicts.load(path)
     if _complete(found, names) and not again:
         return found
@@ -98,6 +100,7 @@ def judge_all(found: Verdicts, dtypes: tuple[str, ...], seconds: float, runner: 
     found = {
         kind: {name: each for name, each in families.items() if each.stands_for(dtypes)}
         for kind, families in found.items()
+        if kind != verdicts.ANY
     }
     deadline = time.monotonic() + seconds
     while True:
@@ -159,4 +162,5 @@ def _summary(found: Verdicts, seconds: float, path: Path | None) -> str:
 
 
 def _print(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or there is none
+        print(line, file=sys.stderr, flush=True)

@@ -1,5 +1,8 @@
 """`kernels=` of `accelerate` and `route`: what is tested, when, and what is taken then."""
 
+import copy
+import pickle
+
 import peft
 import pytest
 import torch
@@ -135,7 +138,6 @@ def test_a_routed_model_passes_it_to_its_layers():
     routed = lora_kernels.route(model, kernels="off")
     routed.add("a", rank=2, alpha=4, target_modules=["0"])
     routed.add("b", rank=2, alpha=4, target_modules=["0"])
-    backends = set()
     x = torch.randn(2, 8)
 
     def served():
@@ -146,8 +148,9 @@ def test_a_routed_model_passes_it_to_its_layers():
         version.plans.clear()
         return found
 
-    backends = served()
-    assert backends == {"composed"}
+    assert served() == {"composed"}
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied[0].active_adapters.backend == "composed"
     lora_kernels.route(model)
     usual = dispatch.choose("auto", torch.device("cpu"), torch.float32).backend
     assert served() == {usual}
@@ -175,3 +178,12 @@ def test_standing_says_what_was_proven(monkeypatch):
         "  not tested here: python -m lora_kernels self-test",
         "  nothing is measured: lora_kernels.tune(model) measures its shapes",
     ]
+
+
+def test_a_test_that_fails_in_its_own_ways_costs_a_warning(asked, monkeypatch):
+    def fails(dtypes):
+        raise UnicodeDecodeError("utf-8", b"x", 0, 1, "planted")
+
+    monkeypatch.setattr(self_test, "ensure", fails)
+    with pytest.warns(UserWarning, match="kernels could not be tested .*planted"):
+        lora_kernels.route(plain())

@@ -1,6 +1,8 @@
 """Kernels that nobody has asked for by name, and that cannot be started: composed serves."""
 
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -70,9 +72,9 @@ class Failing:
 
 
 def kept():
-    """The broken families in the file of this machine's state."""
+    """What the file of this machine's state says of families."""
     found = verdicts.load(verdicts.file_of(machine_files.machine_state()))
-    return [name for families in found.values() for name in families]
+    return {name: each.state for families in found.values() for name, each in families.items()}
 
 
 # ---- what is raised, and what is remembered
@@ -85,7 +87,7 @@ def test_a_family_is_marked_and_said_once():
         fallback.note_failure(FAMILY, CPU, RuntimeError("out of resource: registers\nmore"))
     assert "out of resource: registers" in verdicts.broken(FAMILY, CPU)
     assert "more" not in verdicts.broken(FAMILY, CPU)
-    assert kept() == [FAMILY], "the next process does without, too"
+    assert kept() == {FAMILY: verdicts.UNPROVEN}, "others do without for a while, too"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fallback.note_failure(FAMILY, CPU, RuntimeError("again"))
@@ -93,18 +95,43 @@ def test_a_family_is_marked_and_said_once():
 
 
 @pytest.mark.parametrize(
-    "error", [FileNotFoundError("gcc"), RuntimeError("Failed to find C compiler.")], ids=repr
+    "error",
+    [
+        torch.OutOfMemoryError("full"),
+        MemoryError(),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+    ],
+    ids=repr,
 )
-def test_what_another_process_may_have_is_not_kept(error):
-    with pytest.warns(UserWarning, match="cannot be started"):
+def test_what_says_nothing_of_the_kernel_is_raised(error):
+    with pytest.raises(type(error)) as caught:
         fallback.note_failure(FAMILY, CPU, error)
-    assert verdicts.broken(FAMILY, CPU) and kept() == []
+    assert caught.value is error
+    assert verdicts.broken(FAMILY, CPU) is None and kept() == {}
 
 
-def test_a_full_memory_is_raised():
-    with pytest.raises(torch.OutOfMemoryError):
-        fallback.note_failure(FAMILY, CPU, torch.OutOfMemoryError("full"))
-    assert verdicts.broken(FAMILY, CPU) is None
+def test_two_threads_that_fail_at_once_are_both_served(monkeypatch):
+    x, weight, a, b = (torch.randn(size) for size in ((3, 8), (6, 8), (2, 8), (6, 2)))
+    expected = lora_linear(x, weight, a, b, 0.5, backend="composed")
+    together = threading.Barrier(2)
+
+    class Kernels(Failing):
+        def __init__(self):
+            super().__init__(linear_plan.composed)
+            self.forward = self.fails
+
+        def fails(self, call):
+            together.wait(10)  # both are in them when they fail
+            raise RuntimeError("registers")
+
+    guarded = linear_plan.Guarded(FAMILY, CPU, Kernels())
+    monkeypatch.setattr(linear_plan, "module_of", lambda *_: guarded)
+    with warnings.catch_warnings(), ThreadPoolExecutor(2) as pool:
+        warnings.simplefilter("ignore")
+        calls = [pool.submit(lora_linear, x, weight, a, b, 0.5) for _ in range(2)]
+        assert all(torch.equal(call.result(), expected) for call in calls)
 
 
 def test_a_capture_is_not_served_by_another(monkeypatch):
@@ -122,7 +149,7 @@ def test_an_error_that_sticks_is_raised_by_name_and_kept(monkeypatch):
     cause = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
     with pytest.raises(RuntimeError, match=r"'linear/triton hybrid'.*self-test --again") as caught:
         fallback.note_failure(FAMILY, GPU, cause)
-    assert caught.value.__cause__ is cause and kept() == [FAMILY]
+    assert caught.value.__cause__ is cause and kept() == {FAMILY: verdicts.BROKEN}
 
 
 def test_a_read_only_cache_is_served(monkeypatch):

@@ -15,7 +15,7 @@ from lora_kernels.base_weights import DenseWeight, base_of
 from lora_kernels.ops.linear import choice as measured
 from lora_kernels.ops.linear import composed
 from lora_kernels.ops.linear import cpu as cpu_module
-from lora_kernels.ops.linear.plan import PLANS, Guarded, make_plan, module_of
+from lora_kernels.ops.linear.plan import PLANS, Guarded, key_of, make_plan, module_of
 from lora_kernels.ops.linear.reference import lora_linear_reference
 from lora_kernels.ops.linear.triton import tiles
 from lora_kernels.runtime import dispatch, machine_files, tables, verdicts
@@ -232,8 +232,10 @@ def test_a_shipped_table_needs_the_proof_and_ones_own_does_not(tmp_path, monkeyp
 # ---- on a CPU
 
 
-def test_a_cpu_takes_what_tune_has_measured(monkeypatch, request):
+def test_a_cpu_takes_what_tune_has_measured(monkeypatch, request, tmp_path):
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
     request.addfinalizer(tables.forget)
+    tables.forget()
     x, weight, lora_a, lora_b = (torch.randn(size) for size in ((3, 8), (6, 8), (2, 8), (6, 2)))
     cpu, unmeasured = torch.device("cpu"), explain(x, weight, lora_a, lora_b)
     other = "composed" if unmeasured.backend == "native" else "native"
@@ -257,7 +259,8 @@ def test_a_cpu_takes_what_tune_has_measured(monkeypatch, request):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("ways", [("native", "composed"), ("composed", "native")], ids="-".join)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_directions_of_a_cpu_may_differ(monkeypatch, request, dtype, ways, dropout_p):
+def test_directions_of_a_cpu_may_differ(monkeypatch, request, tmp_path, dtype, ways, dropout_p):
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
     request.addfinalizer(tables.forget)
     cpu = torch.device("cpu")
     if dispatch.unavailable("native", cpu, dtype):
@@ -364,3 +367,85 @@ def test_other_tables_forget_what_was_planned():
         lora_linear(x, weight, lora_a, lora_b, 1.0)
         assert PLANS
     assert not PLANS
+
+
+# ---- keys of plans
+
+
+@pytest.mark.parametrize("first", ["not contiguous", "deterministic", "nothing"])
+def test_the_first_call_does_not_hide_a_table(tmp_path, monkeypatch, first):
+    """Read when a CPU's first plan is made, whatever that one is."""
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
+    x, weight, lora_a, lora_b = (torch.randn(size) for size in ((3, 8), (6, 8), (2, 8), (6, 2)))
+    cpu = torch.device("cpu")
+    other = "composed" if dispatch.choose("auto", cpu, x.dtype).backend == "native" else "native"
+    if dispatch.unavailable(other, cpu, torch.float32):
+        pytest.skip("there are no compiled kernels")
+    key = measured._cell_of("forward", x.dtype, 3, sizes_of(weight, lora_a, lora_b)).key
+    tables.add(cpu, "lora_linear", {key: {"backend": other}})
+    monkeypatch.setattr(tables, "FOR_CPU", False)  # as in a fresh process
+    tables.forget()
+    threads = torch.get_num_threads()
+    try:
+        if first == "not contiguous":
+            lora_linear(x.t().contiguous().t(), weight, lora_a, lora_b, 1.0)
+        elif first == "deterministic":
+            torch.use_deterministic_algorithms(True)
+            lora_linear(x, weight, lora_a, lora_b, 1.0)
+            torch.use_deterministic_algorithms(False)
+        before = set(PLANS)
+        for _ in range(2):
+            lora_linear(x, weight, lora_a, lora_b, 1.0)
+        made = [PLANS[key] for key in PLANS.keys() - before]
+        assert made and made[-1].choice.backend == other
+        assert explain(x, weight, lora_a, lora_b).backend == other
+        torch.set_num_threads(threads + 1)
+        assert explain(x, weight, lora_a, lora_b).backend != other, "measured on fewer"
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
+        monkeypatch.undo()
+        tables.forget()
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        {"backend": "foo"},
+        {"backend": "reference"},
+        {"backend": "native?"},
+        {"backend": "native", "seconds": None},
+        {"backend": "native", "seconds": {"native": "fast"}},
+        {"backend": "triton", "strategy": "other"},
+        {"backend": "triton", "gemm": 3},
+        {},
+    ],
+    ids=str,
+)
+def test_a_cell_that_says_nothing_is_left_out(tmp_path, monkeypatch, cell):
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
+    cpu, good = torch.device("cpu"), {"backend": "composed", "seconds": {"composed": 1}}
+    tables.add(cpu, "lora_linear", {"bad": cell, "good": good})
+    try:
+        assert tables.cells_of("lora_linear", cpu) == {"good": good}
+    finally:
+        monkeypatch.undo()
+        tables.forget()
+
+
+def test_few_rows_of_a_cell_have_another_choice_and_key(monkeypatch):
+    """Fewer than a tile of the fused GEMM take hybrid."""
+    proven(monkeypatch, linear_triton_fused=verdicts.PROVEN, linear_triton_hybrid=verdicts.BROKEN)
+    cells = {FORWARD.replace("M8192", "M128"): CELLS[FORWARD]}
+    monkeypatch.setattr(tables, "_known", lambda kind: {KIND: {"lora_linear": cells}})
+    forget_plans()
+    assert chosen(shape=(128, 4096)).backend == "triton"
+    assert chosen(shape=(100, 4096)).backend == "composed"
+    monkeypatch.setattr(tables, "FOR_CPU", True)
+    weight, a, b = (torch.randn(size) for size in ((6, 8), (2, 8), (6, 2)))
+    base, factors = DenseWeight(weight), LoRAFactors(a, b, 1.0)
+    keys = [
+        key_of(torch.randn(rows, 8), base, factors, None, 0.0, None, "auto", None)
+        for rows in (128, 100, 127, 65)
+    ]
+    assert keys[0] != keys[1] == keys[2] == keys[3] is not None

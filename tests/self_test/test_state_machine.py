@@ -221,7 +221,7 @@ def child(tmp_path, monkeypatch):
         popen = subprocess.Popen
 
         def start(command, **options):
-            return popen([sys.executable, str(path), *command[3:]], **options)
+            return popen([sys.executable, str(path), *command[5:]], **options)
 
         monkeypatch.setattr(subprocess, "Popen", start)
         return list(run_child(CHILD, ["--dtypes", "float32"], seconds, hung))

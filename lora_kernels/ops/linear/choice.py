@@ -33,7 +33,7 @@ from lora_kernels.base_weights import BaseWeight
 from lora_kernels.ops.linear import cost
 from lora_kernels.ops.linear.triton import tiles
 from lora_kernels.runtime import dispatch, tables, verdicts
-from lora_kernels.runtime.device_limits import DeviceLimits, limits_of, next_power_of_two
+from lora_kernels.runtime.device_limits import DeviceLimits, limits_of, next_power_of_two, precision
 from lora_kernels.runtime.dispatch import Choice
 from lora_kernels.runtime.dtypes import short_name
 from lora_kernels.runtime.plan import remembered
@@ -69,6 +69,8 @@ def choose(
 ) -> Choice:
     """The backend of one direction of one call, and why; a named one that cannot serve raises."""
     device, dtype = activation.device, activation.dtype
+    if device.type == "cpu":
+        tables.all_of(device)  # keys of plans ask whether there are any
     if dispatch.requested(backend) != "auto" or device.type not in ("cpu", "cuda"):
         return dispatch.choose(backend, device, dtype)
     if sizes.base_format is None:
@@ -100,8 +102,10 @@ def _unmeasured(device: torch.device, dtype: torch.dtype, reason: str) -> Choice
 def of_sizes(direction: str, activation: Tensor, sizes: Sizes) -> Choice:
     """The choice for a contiguous activation."""
     tokens = math.prod(activation.shape[:-1])
-    find = _on_a_cpu if activation.device.type == "cpu" else _on_a_gpu
-    return find(direction, activation.device, activation.dtype, tokens, sizes)
+    device, dtype = activation.device, activation.dtype
+    if device.type == "cpu":
+        return _on_a_cpu(direction, device, dtype, tokens, sizes)
+    return _on_a_gpu(direction, device, dtype, tokens, sizes, precision(dtype))
 
 
 @remembered
@@ -118,11 +122,17 @@ def _on_a_cpu(
 
 @remembered
 def _on_a_gpu(
-    direction: str, device: torch.device, dtype: torch.dtype, tokens: int, sizes: Sizes
+    direction: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    tokens: int,
+    sizes: Sizes,
+    products: str,  # "tf32" or "ieee"
 ) -> Choice:
     limits, cell = limits_of(device), _cell_of(direction, dtype, tokens, sizes)
     found = tiles.measured(cell, limits)
-    if found.cell is not None and "backend" in found.cell:
+    # fp32 is measured as torch computes it unless it is told to use TF32.
+    if found.cell is not None and "backend" in found.cell and products == "ieee":
         return _of_table(found, found.cell, cell, device, dtype, limits)
     unmeasured = f"nothing is measured of {limits.name} in {cell.key} ({_COMMAND})"
     if dtype.itemsize != 2:
@@ -174,7 +184,7 @@ def _of_table(
         if reason is None:
             return Choice(backend, f"{named} was the fastest {where}{refused}")
         refused += f", but for {backend}: {reason}"
-    return Choice("composed", f"composed was the fastest {where}{refused}")
+    return Choice("composed", f"composed serves what was {where}{refused}")
 
 
 def _times(cell: dict) -> str:

@@ -15,12 +15,13 @@ from lora_kernels.base_weights import BaseWeight, matrix_of
 from lora_kernels.ops.linear import choice as choices
 from lora_kernels.ops.linear import composed, cpu
 from lora_kernels.ops.linear.call import Gradients, LinearBackward, LinearCall, Result
+from lora_kernels.ops.linear.triton import tiles
 from lora_kernels.runtime import cuda_extension, dispatch, tables
-from lora_kernels.runtime.device_limits import next_power_of_two
+from lora_kernels.runtime.device_limits import next_power_of_two, precision
 from lora_kernels.runtime.dispatch import Choice
 from lora_kernels.runtime.dropout import drop_threshold
 from lora_kernels.runtime.fallback import note_failure
-from lora_kernels.runtime.plan import Plans, metadata_of
+from lora_kernels.runtime.plan import Plans, metadata_of, state_of_process
 
 PLANS = Plans()
 
@@ -84,8 +85,10 @@ def key_of(
     measured = None
     if tables.FOR_CPU or not x.is_cpu:
         rows = x.numel() // x.shape[-1]
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        measured = x.is_contiguous(), next_power_of_two(rows), deterministic
+        measured = (
+            x.is_contiguous(), next_power_of_two(rows), rows < tiles.FUSED_ROWS,
+            precision(x.dtype), state_of_process(),
+        )  # fmt: skip
     return (
         found, number, dropout_p, kind, None if base is None else base.meta, measured, backend,
         dispatch.PROCESS_DEFAULT, known_as,
@@ -156,24 +159,20 @@ class Guarded:
         return self._kernels.why_not(base)
 
     def forward(self, call: LinearCall) -> Result:
-        try:
-            return self._module.forward(call)
-        except Exception as error:
-            return self._instead(error).forward(call)
+        return self._serve("forward", call)
 
     def backward(self, call: LinearBackward) -> Gradients:
-        try:
-            return self._module.backward(call)
-        except Exception as error:
-            return self._instead(error).backward(call)
+        return self._serve("backward", call)
 
-    def _instead(self, error: Exception) -> Module:
-        if self._module is composed:
-            raise error
-        note_failure(self._family, self._device, error)
-        # For the backwards of graphs that are there; new calls are not planned for the family.
-        self._module = composed
-        return composed
+    def _serve(self, direction: str, call):
+        if self._module is not composed:
+            try:
+                return getattr(self._kernels, direction)(call)
+            except Exception as error:
+                note_failure(self._family, self._device, error)
+            # For the backwards of graphs that are there; new calls are not planned for the family.
+            self._module = composed
+        return getattr(composed, direction)(call)
 
 
 @functools.cache

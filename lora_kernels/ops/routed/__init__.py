@@ -32,12 +32,12 @@ from lora_kernels.ops.routed.tensors import (
 )
 from lora_kernels.runtime import cuda_extension, dispatch, tables
 from lora_kernels.runtime.capture import is_captured
-from lora_kernels.runtime.device_limits import next_power_of_two
+from lora_kernels.runtime.device_limits import next_power_of_two, precision
 from lora_kernels.runtime.dispatch import Choice
 from lora_kernels.runtime.dropout import MaskPlace, check_place, draw_seed
 from lora_kernels.runtime.dtypes import FLOATING, autocast_dtype, cast_for_autocast
 from lora_kernels.runtime.eager import is_plain_eager, requires_grad
-from lora_kernels.runtime.plan import metadata_of
+from lora_kernels.runtime.plan import metadata_of, state_of_process
 
 __all__ = [
     "Adapter",
@@ -405,7 +405,7 @@ def _key_of(x, base, bias, routing, seed, backend, alone, of_h, device) -> tuple
     if tables.FOR_CPU or not x.is_cpu:
         measured = (
             next_power_of_two(routing.num_tokens), torch.is_grad_enabled(), is_captured(x.device),
-            torch.are_deterministic_algorithms_enabled(),
+            precision(x.dtype), state_of_process(),
         )  # fmt: skip
     return (
         found, kind, meta, routing.device, backend, dispatch.PROCESS_DEFAULT, of_h, device,

@@ -31,6 +31,8 @@ def choose(
     backend: str, device: torch.device, cell: TableCell, *, is_captured: bool = False
 ) -> Choice:
     """The backend of a call, and why; a named one that cannot serve raises."""
+    if device.type == "cpu" and not is_compiling():
+        tables.all_of(device)  # keys of plans ask whether there are any
     if dispatch.requested(backend) != "auto" or device.type not in ("cpu", "cuda"):
         return dispatch.choose(backend, device, cell.dtype)
     if is_compiling():  # a graph is for more calls than this one: no table is read
@@ -39,11 +41,12 @@ def choose(
         return _in_a_graph(device, cell.dtype, cell.adapters)
     if device.type == "cpu":
         return _on_a_cpu(device, cell.key, cell.dtype)
-    return _on_a_gpu(device, cell.key, cell.dtype, cell.adapters, is_captured)
+    products = precision(cell.dtype)
+    return _on_a_gpu(device, cell.key, cell.dtype, cell.adapters, is_captured, products)
 
 
 def _in_a_graph(device: torch.device, dtype: torch.dtype, adapters: int) -> Choice:
-    return _unmeasured(device, "a compiled graph", dtype, adapters, False)
+    return _unmeasured(device, "a compiled graph", dtype, adapters, False, precision(dtype))
 
 
 # A tracer takes the answer for a constant, and follows no files.
@@ -58,22 +61,33 @@ def _on_a_cpu(device: torch.device, key: str, dtype: torch.dtype) -> Choice:
 
 @remembered
 def _on_a_gpu(
-    device: torch.device, key: str, dtype: torch.dtype, adapters: int, is_captured: bool
+    device: torch.device,
+    key: str,
+    dtype: torch.dtype,
+    adapters: int,
+    is_captured: bool,
+    products: str,  # "tf32" or "ieee"
 ) -> Choice:
-    measured = _measured(device, key, dtype)
+    # fp32 is measured as torch computes it unless it is told to use TF32.
+    measured = _measured(device, key, dtype) if products == "ieee" else None
     if measured is not None and (measured.backend != "composed" or not is_captured):
         return measured
-    return _unmeasured(device, key, dtype, adapters, is_captured)
+    return _unmeasured(device, key, dtype, adapters, is_captured, products)
 
 
 def _unmeasured(
-    device: torch.device, key: str, dtype: torch.dtype, adapters: int, is_captured: bool
+    device: torch.device,
+    key: str,
+    dtype: torch.dtype,
+    adapters: int,
+    is_captured: bool,
+    products: str,
 ) -> Choice:
     name = limits_of(device).name
     if not is_captured and adapters < 2:
         return Choice("composed", f"for one adapter, as nothing is measured of {name} in {key}")
     where = "in a CUDA graph" if is_captured else f"with {adapters} adapters"
-    if dtype == torch.float32 and precision(dtype) == "ieee" and not is_captured:
+    if dtype == torch.float32 and products == "ieee" and not is_captured:
         return Choice("composed", f"fp32 without TF32 is left to the vendor's GEMMs {where}")
     reason = dispatch.unavailable("triton", device, dtype)
     reason = reason or verdicts.why_not_proven("routed/triton", device, dtype)

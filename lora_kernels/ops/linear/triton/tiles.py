@@ -372,16 +372,16 @@ def _parts(key: str) -> tuple[str, int, int, int, str] | None:
 def _neighbour(cell: LinearCell, cells: dict) -> str | None:
     """The key with the nearest M, K and N, each within a factor of two, and all else the same."""
     prefix, m, k, n, suffix = _parts(cell.key) or (cell.key, 1, 1, 1, "")
-    best, nearest = None, 3.0
-    for key in cells:
+    best = None
+    for key, entry in cells.items():
         found = _parts(key)
-        if found is None or (found[0], found[4]) != (prefix, suffix):
+        if found is None or (found[0], found[4]) != (prefix, suffix) or "backend" not in entry:
             continue
         sizes = zip((m, k, n), found[1:4], strict=True)
         distances = [abs(math.log2(a / b)) for a, b in sizes]
-        if max(distances) <= 1 and (best is None or sum(distances) < nearest):
-            best, nearest = key, sum(distances)
-    return best
+        if max(distances) <= 1 and (best is None or (sum(distances), key) < best):
+            best = sum(distances), key
+    return best and best[1]
 
 
 @functools.cache
