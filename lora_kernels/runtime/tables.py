@@ -52,6 +52,8 @@ def file_for(device: torch.device) -> Path:
 
 def forget() -> None:
     """Has to be called where the files may have changed."""
+    global FOR_CPU
+    FOR_CPU = False  # until they are read
     _known.cache_clear()
     forget_plans()
 

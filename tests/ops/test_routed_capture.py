@@ -31,6 +31,7 @@ from lora_kernels.ops.routed import (
 from lora_kernels.ops.routed.bank import layouts, versions
 from lora_kernels.ops.routed.bank.storage import anchor
 from lora_kernels.ops.routed.bank.tables import SlotTables
+from lora_kernels.ops.routed.choice import named
 from lora_kernels.ops.routed.tensors import check_groups_can_be_read
 from lora_kernels.ops.routed.unpacked import routed_linear_unpacked
 from lora_kernels.runtime import dispatch, dropout
@@ -318,9 +319,12 @@ def test_kernels_that_count_on_alignment_get_no_view_without_it(
     memory = torch.zeros(4 * 64 * K)
     memory = memory[-(memory.data_ptr() // 4) % 64 + 1 :]
     a, b = memory[: 2 * K].view(2, K), memory[64 * K : 64 * K + 2 * N].view(N, 2)
-    x = SimpleNamespace(device=torch.device(device, 0), dtype=torch.float32, new_empty=torch.empty)
-    monkeypatch.setattr(dispatch, "choose", lambda *_: dispatch.Choice(backend, ""))
+    x = SimpleNamespace(
+        device=torch.device(device, 0), dtype=torch.float32, new_empty=torch.empty, shape=(1, K),
+        numel=lambda: K,
+    )  # fmt: skip
+    monkeypatch.setattr(unpacked, "choose", lambda *_: dispatch.Choice(backend, ""))
     monkeypatch.setattr(unpacked, "_anchor", lambda dtype, _: anchor(dtype, "cpu"))
     monkeypatch.setattr(unpacked, "_tables", lambda *_: SlotTables(x, x, x))
-    _, chosen = unpacked._bank([(0, LoRAFactors(a, b, 1.0))], 1, x, N)
-    assert chosen == ("composed" if aligned else backend)
+    _, chosen = unpacked._bank([(0, LoRAFactors(a, b, 1.0))], 1, x, N, "auto")
+    assert named(chosen) == ("composed" if aligned else backend)
