@@ -3,6 +3,7 @@
 import os
 import tempfile
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +37,13 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(20240607)
+
+
+@pytest.fixture(autouse=True)
+def nothing_measured():
+    """A test that leaves choices behind in the cache is found by the next."""
+    yield
+    assert not list(Path(_CACHE.name).glob("tuned-*.json")), "LORA_KERNELS_CACHE has to be its own"
 
 
 @pytest.fixture

@@ -99,8 +99,10 @@ def test_named_backends_and_other_devices_are_not_looked_up(monkeypatch):
     assert choose("auto", GPU, CELL).reason.startswith("asked for")
 
 
-def test_a_cpu_takes_what_tune_has_measured(request):
+def test_a_cpu_takes_what_tune_has_measured(request, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORA_KERNELS_CACHE", str(tmp_path))
     request.addfinalizer(tables.forget)
+    tables.forget()
     bank = AdapterBank(8, 6)
     for name in ("a", "b"):
         bank.add(name, torch.randn(2, 8), torch.randn(6, 2), scaling=0.5)
