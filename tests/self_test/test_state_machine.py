@@ -7,13 +7,15 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 
 import filelock
 import pytest
 import torch
 
+import lora_kernels
 from lora_kernels import self_test
-from lora_kernels.runtime import machine_files, verdicts
+from lora_kernels.runtime import machine_files, tables, verdicts
 from lora_kernels.runtime.child_process import OUT_OF_TIME, run_child
 from lora_kernels.runtime.verdicts import ABSENT, BROKEN, PROVEN, UNPROVEN, Verdict
 from lora_kernels.self_test.families import FAMILIES
@@ -306,3 +308,103 @@ def test_what_the_child_has_started_ends_with_it(child, tmp_path):
     child(SAY + start + "\ntime.sleep(60)", hung=0.7)
     time.sleep(3)
     assert not mark.exists()
+
+
+# ---- machines that are odd
+
+
+def test_a_test_that_could_not_start_once_is_made_once_more(said, monkeypatch):
+    def cannot_start(arguments, seconds):
+        yield {"ended": "ended with status 1: CUDA error: all CUDA-capable devices are busy"}
+
+    ensure(cannot_start, said)
+    later = time.time() + verdicts.RETRY_SECONDS + 1
+    monkeypatch.setattr(time, "time", lambda: later)
+    runner = Runner()
+    found = [ensure(runner, said) for _ in range(3)]
+    assert len(runner.runs) == 1 and all(set(each) == {KIND} for each in found)
+
+
+def test_what_another_process_has_tested_is_known_here(said):
+    assert verdicts.known() == {}
+    tested = {name: Verdict(PROVEN, "", 1.0, time.time(), verdicts.DTYPES) for name in FAMILIES}
+    state = machine_files.machine_state()
+    assert verdicts.store(verdicts.file_of(state), state, {KIND: tested})
+    runner = Runner()
+    ensure(runner, said)
+    assert not runner.runs and verdicts.known() == {KIND: tested}
+
+
+def test_a_file_that_cannot_be_replaced_does_not_hide_what_is_newer(said, monkeypatch):
+    ensure(Runner(), said)
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(machine_files.tempfile, "NamedTemporaryFile", full)
+    wrong = (BROKEN, "wrong by a tile")
+    runner = Runner(**{named(SECOND): wrong})
+    ensure(runner, said, again=True)
+    found = ensure(runner, said)
+    assert found[KIND][SECOND].state == BROKEN and len(runner.runs) == 1
+
+
+def test_without_a_home_everything_holds_for_the_process(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("LORA_KERNELS_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(machine_files.Path, "home", no_home)
+    verdicts.forget()
+    tables.forget()
+    assert verdicts.known() == {} and tables.all_of(torch.device("cpu")) == {}
+    x, weight, a, b = (torch.randn(size) for size in ((3, 8), (6, 8), (2, 8), (6, 2)))
+    lora_kernels.lora_linear(x, weight, a, b, 1.0)
+    assert not machine_files.write(machine_files.file_of("self-test", {}), {"verdicts": {}})
+
+
+def test_warnings_as_errors_put_a_corrupt_file_aside_all_the_same(said):
+    path = verdicts.file_of(machine_files.machine_state())
+    path.parent.mkdir()
+    path.write_text("{")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="cannot be read"):
+            verdicts.load(path)
+    assert not path.exists() and path.with_suffix(".corrupt").exists()
+
+
+@pytest.mark.parametrize("said_beside", [r'"{not an object\n"', r'"[1]\n"', r'b"\xff\xfe {\n"'])
+def test_what_else_is_printed_is_passed_over(child, said_beside):
+    out = "sys.stdout.buffer.write" if said_beside.startswith("b") else "sys.stdout.write"
+    lines = child(SAY + f"sys.stdout.flush(); {out}({said_beside}); sys.stdout.flush()\n" + SAY)
+    assert lines == [{"ready": []}, {"ready": []}]
+
+
+def test_a_child_that_closes_its_output_and_goes_on_is_ended(child):
+    began = time.monotonic()
+    lines = child(SAY + "sys.stdout.close(); os.close(1); time.sleep(60)", seconds=20.0, hung=1.0)
+    assert lines[-1] == {"ended": "closed its output and went on"}
+    assert time.monotonic() - began < 15
+
+
+def test_the_working_directory_is_no_place_to_import_from(tmp_path, monkeypatch):
+    """Nor may the package's neighbours shadow what Python brings."""
+    (tmp_path / "queue.py").write_text("raise ImportError('my own queue.py')")
+    (tmp_path / "lora_kernels.py").write_text("raise ImportError('my own lora_kernels.py')")
+    monkeypatch.chdir(tmp_path)
+    assert list(run_child("lora_kernels.version", [], 60.0, 60.0)) == []
+
+
+@pytest.mark.parametrize("broken", ["no temporary directory", "no executable"])
+def test_where_no_process_can_be_made_it_is_said(monkeypatch, broken):
+    def none(*arguments, **options):
+        raise FileNotFoundError("no usable temporary directory")
+
+    if broken == "no executable":  # embedded in another program
+        monkeypatch.setattr(sys, "executable", None)
+    else:
+        monkeypatch.setattr(machine_files.tempfile, "TemporaryFile", none)
+    (line,) = run_child("lora_kernels.version", [], 60.0, 60.0)
+    assert "Error: " in line["ended"]
