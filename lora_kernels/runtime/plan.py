@@ -50,11 +50,17 @@ def state_of_process() -> tuple[bool, int]:
     return torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
 
 
-def remembered(function: Callable[Arguments, Plan]) -> Callable[Arguments, Plan]:
-    """``functools.lru_cache`` for what a plan is made of, kept apart by the process's state;
-    :func:`forget_plans` empties it."""
+def until_forgotten(function: Callable[Arguments, Plan]) -> Callable[Arguments, Plan]:
+    """``functools.lru_cache`` that :func:`forget_plans` empties."""
+    find = functools.lru_cache(maxsize=_LIMIT)(function)
+    _remembering.append(find.cache_clear)
+    return find
 
-    @functools.lru_cache(maxsize=_LIMIT)
+
+def remembered(function: Callable[Arguments, Plan]) -> Callable[Arguments, Plan]:
+    """:func:`until_forgotten`, kept apart by the process's state."""
+
+    @until_forgotten
     def find(_state: tuple, *arguments, **named):
         return function(*arguments, **named)
 
@@ -62,7 +68,6 @@ def remembered(function: Callable[Arguments, Plan]) -> Callable[Arguments, Plan]
     def found(*arguments: Arguments.args, **named: Arguments.kwargs) -> Plan:
         return find(state_of_process(), *arguments, **named)
 
-    _remembering.append(find.cache_clear)
     return found
 
 

@@ -29,9 +29,10 @@ from lora_kernels.ops.routed import call as routed_call
 from lora_kernels.ops.routed import plan as routed_plan
 from lora_kernels.runtime import cpu_extension as native
 from lora_kernels.runtime import cuda_extension as native_cuda
-from lora_kernels.runtime import dispatch
+from lora_kernels.runtime import dispatch, machine_files
 from lora_kernels.runtime.device_limits import DeviceLimits
 from lora_kernels.runtime.dropout import ActiveDropout
+from lora_kernels.runtime.plan import forget_plans
 from lora_kernels.testing import (
     LoRAProblem,
     assert_within_policy,
@@ -60,14 +61,14 @@ def built(monkeypatch, plans_forgotten):
         extension = SimpleNamespace(cuda_built_for=targets, level=lambda: 0)
         limits = DeviceLimits("NVIDIA X", capability, 132, 232_448)
         monkeypatch.setattr(native, "_found", lambda: (extension, "built"))
-        for module in (native_cuda, measured):
+        for module in (native_cuda, measured, machine_files):
             monkeypatch.setattr(module, "limits_of", lambda device: limits)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(dispatch, "_triton_unavailable", lambda device, dtype: None)
-        measured._lookup.cache_clear()
+        forget_plans()
 
     yield pretend
-    measured._lookup.cache_clear()
+    forget_plans()
 
 
 # ---- what it says of itself

@@ -43,7 +43,7 @@ SECTIONS = (
     Section("native", "CUDA kernels", 35, 30),
     Section("shapes", "The sizes that models have", 20, 19),
     Section("long", "Graphs, streams, threads, offsets", 15, 14),
-    Section("counts", "Launches that were counted, against the profiler", 10, 10),
+    Section("profiler", "Launches that were counted, against the profiler", 10, 10),
     Section("sanitizer", "compute-sanitizer", 30, 28),
 )
 # Within a section. A GPU's targets by name; others have none.

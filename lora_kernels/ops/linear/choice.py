@@ -153,7 +153,7 @@ def _cell_of(direction: str, dtype: torch.dtype, tokens: int, sizes: Sizes) -> t
     _, in_features, out_features, rank, drops = sizes
     return tiles.LinearCell(
         direction, short_name(dtype), dtype.itemsize, tokens, in_features, out_features, rank,
-        drops, ieee=False,
+        drops, ieee=False, reads_tables=not torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ from lora_kernels.runtime.device_limits import (
     precision,
 )
 from lora_kernels.runtime.dtypes import short_name
-from lora_kernels.runtime.plan import forget_plans, remembered
+from lora_kernels.runtime.plan import forget_plans, until_forgotten
 
 TUNED = Path(__file__).parents[3] / "tuned"
 
@@ -98,6 +98,7 @@ class LinearCell(NamedTuple):
     rank: int  # R
     dropout: bool
     ieee: bool  # fp32 products without TF32: no matrix units
+    reads_tables: bool = True  # of this machine: not where algorithms are to be deterministic
 
     @property
     def key(self) -> str:
@@ -120,11 +121,11 @@ def cell_of(
     ieee = dtype == torch.float32 and precision(dtype) == "ieee"
     return LinearCell(
         direction, short_name(dtype), dtype.itemsize, activation.shape[0], in_features,
-        out_features, rank, dropout, ieee,
+        out_features, rank, dropout, ieee, not torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
 
 
-@remembered
+@until_forgotten
 def strategy(cell: LinearCell, limits: DeviceLimits) -> str:
     """``fused`` or ``hybrid``, as measured; ``hybrid`` where nobody measured.
 
@@ -139,7 +140,7 @@ def strategy(cell: LinearCell, limits: DeviceLimits) -> str:
     return named
 
 
-@remembered
+@until_forgotten
 def shrink_tile(
     cell: LinearCell, depth: int, narrow_itemsize: int, limits: DeviceLimits, *, aligned: bool
 ) -> ShrinkTile:
@@ -176,7 +177,7 @@ def shrink_tile(
     return replace(tile, **tuned(cell, limits).get("shrink", {}))
 
 
-@remembered
+@until_forgotten
 def rank_gradient_tile(
     cell: LinearCell, depth: int, limits: DeviceLimits, *, aligned: bool
 ) -> RankGradientTile:
@@ -239,7 +240,7 @@ def projects_in_same_pass(cell: LinearCell, depth: int, block_d: int) -> bool:
     return 2 * partials <= depth * cell.itemsize
 
 
-@remembered
+@until_forgotten
 def gemm_tile(
     cell: LinearCell,
     columns: int,
@@ -332,13 +333,13 @@ class Measured(NamedTuple):
     shipped: bool = False
 
 
-@remembered
+@until_forgotten
 def measured(cell: LinearCell, limits: DeviceLimits) -> Measured:
     """The entry of the cell in this machine's table or the shipped one, or its neighbour's."""
     if _replacement is not None:
         return Measured(_replacement.get(cell.key) or _replacement.get("*"), cell.key, "given")
     own = {}
-    if limits.name != DeviceLimits.name:
+    if cell.reads_tables and limits.name != DeviceLimits.name:
         own = tables.cells_of_gpu("lora_linear", limits)
     found = (own, "tune on this machine"), (shipped_cells(limits.name), "shipped with the package")
     for cells, source in found:
