@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ def until_forgotten(function: Callable[Arguments, Plan]) -> Callable[Arguments, 
     """``functools.lru_cache`` that :func:`forget_plans` empties."""
     find = functools.lru_cache(maxsize=_LIMIT)(function)
     _remembering.append(find.cache_clear)
-    return find
+    return cast(Callable[Arguments, Plan], find)
 
 
 def remembered(function: Callable[Arguments, Plan]) -> Callable[Arguments, Plan]:
