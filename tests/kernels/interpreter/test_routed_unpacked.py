@@ -50,7 +50,7 @@ def test_scattered_adapters(dtype, adapter_dtype, monkeypatch):
     x, weight, bias = (
         torch.randn(shape, generator=generator).to(dtype) for shape in [(6, 5, K), (N, K), (N,)]
     )
-    _, backend = unpacked._bank(list(enumerate(adapters.values())), 3, x, N)
+    _, backend = unpacked._bank(list(enumerate(adapters.values())), 3, x, N, "auto")
     assert backend == "triton"
     y = unpacked.routed_linear_unpacked(x, DenseWeight(weight), bias, adapters, NAMES)
     plain = eager(x, weight, bias, adapters, dtype)
@@ -66,7 +66,7 @@ def test_what_the_kernels_cannot_reach_goes_to_composed(monkeypatch):
     b = aligned(N, 3, dtype=torch.float16, generator=generator)
     adapters = {"one": LoRAFactors(a, b, 0.5)}
     x, weight, bias = torch.randn(6, 5, K), torch.randn(N, K), torch.randn(N)
-    _, backend = unpacked._bank([(0, adapters["one"])], 1, x, N)
+    _, backend = unpacked._bank([(0, adapters["one"])], 1, x, N, "auto")
     assert backend == "composed"
     y = unpacked.routed_linear_unpacked(x, DenseWeight(weight), bias, adapters, NAMES)
     plain = eager(x, weight, bias, adapters, torch.float32)
