@@ -4,7 +4,7 @@ Files ``tuned-<digest>.json`` (``machine_files.py``), one for the CPU and one fo
 of device and operation cells by their keys, in the format of the tables that the package ships::
 
     {"state": {...}, "cells": {"NVIDIA H200, sm_90, ...": {"lora_linear": {
-        "forward/bf16/M8192/K4096/N4096/R16/p0":
+        "forward/bfloat16/M8192/K4096/N4096/R16/p0":
             {"backend": "triton", "strategy": "hybrid", "seconds": {"composed": ...}}}}}}
 
 Only ``tune`` writes them. With ``torch.use_deterministic_algorithms(True)`` nothing is taken from

@@ -129,20 +129,17 @@ def why_not_proven(family: str, device: torch.device, dtype: torch.dtype) -> str
 _broken_here: dict[tuple[str, str], Verdict] = {}
 
 
-def mark_broken(family: str, device: torch.device, why: str, *, kept_as: str | None = None) -> None:
+def mark_broken(family: str, device: torch.device, why: str, *, kept_as: str) -> None:
     """Nothing of the family is launched on such a device any more in this process.
 
     kept_as: what other processes of this machine's state find: BROKEN, until the self-test is asked
-    for again, or UNPROVEN, which is tested again after a while; None: nothing.
+    for again, or UNPROVEN, which is tested again after a while.
     """
-    kind = kind_of(device)
+    kind, state = kind_of(device), machine_files.machine_state()
     _broken_here[kind, family] = Verdict(BROKEN, why, 0.0, time.time())
-    if kept_as is not None:
-        found = Verdict(kept_as, why, 0.0, time.time(), DTYPES)
-        state = machine_files.machine_state()
-        path = file_of(state)
-        with machine_files.held(path, PATIENCE):
-            verdicts = load(path)
-            verdicts.setdefault(kind, {})[family] = found
-            store(path, state, verdicts)
+    path = file_of(state)
+    with machine_files.held(path, PATIENCE):
+        verdicts = load(path)
+        verdicts.setdefault(kind, {})[family] = Verdict(kept_as, why, 0.0, time.time(), DTYPES)
+        store(path, state, verdicts)
     forget()

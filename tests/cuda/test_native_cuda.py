@@ -273,7 +273,7 @@ def test_a_table_may_name_native(built):
         assert "one CUDA kernel for base and adapter" in said and "; backward composed" in said
         built("")  # an installation without nvcc
         choice = measured.choose("auto", "forward", x, sizes)
-        assert choice.backend == "triton" and "triton (fused) was the fastest" in choice.reason
+        assert choice.backend == "triton" and "linear/triton fused was the fastest" in choice.reason
         assert "but for native: the compiled extension was built without" in choice.reason
     with tiles.use_cells({key: {"backend": "native"}}):  # and no times
         assert measured.choose("auto", "forward", x, sizes).backend == "composed"

@@ -48,20 +48,20 @@ def nothing_known(tmp_path, monkeypatch, plans_forgotten):
 class Failing:
     """A backend that serves some steps as composed does; the others cannot be started."""
 
-    def __init__(self, composed, *serves, error=None):
+    def __init__(self, composed, *serves):
         self.tried = []
         for step in STEPS:
             if hasattr(composed, step):
-                setattr(self, step, self._step(step, composed, step in serves, error))
+                setattr(self, step, self._step(step, composed, step in serves))
 
     def why_not(self, base):
         return None
 
-    def _step(self, name, composed, serves, error):
+    def _step(self, name, composed, serves):
         def step(*arguments):
             self.tried.append(name)
             if not serves:
-                raise error or RuntimeError("out of resource: shared memory")
+                raise RuntimeError("out of resource: shared memory")
             call = arguments[0]
             if hasattr(call, "routing"):  # kernels know the groups without their sizes
                 plan = groups_of(call.routing.offsets, call.routing.tokens)

@@ -3,6 +3,7 @@
 import json
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from lora_kernels import explain, lora_linear
 from lora_kernels.adapters.factors import LoRAFactors
 from lora_kernels.base_weights import DenseWeight, base_of
 from lora_kernels.ops.linear import choice as measured
-from lora_kernels.ops.linear import composed
+from lora_kernels.ops.linear import composed, cost
 from lora_kernels.ops.linear import cpu as cpu_module
 from lora_kernels.ops.linear.plan import PLANS, Guarded, key_of, make_plan, module_of
 from lora_kernels.ops.linear.reference import lora_linear_reference
@@ -30,6 +31,7 @@ from lora_kernels.testing import (
 )
 
 H200 = tiles.DeviceLimits("NVIDIA H200", 90, 132, 232_448)
+COUNTED = Path(__file__).resolve().parents[2] / "benchmarks/results/counted/gpu.jsonl"
 KIND = machine_files.kind_of_gpu(H200)
 FORWARD = "forward/bfloat16/M8192/K4096/N1024/R16/p0"
 BACKWARD = "backward/bfloat16/M8192/K4096/N1024/R16/p0"
@@ -95,7 +97,10 @@ def test_a_recorded_cell_takes_its_fastest_backend():
     with tiles.use_cells(CELLS):
         choice = chosen()
         assert choice.backend == "triton"
-        assert "triton (fused)" in choice.reason and "NVIDIA H200" in choice.reason
+        assert (
+            "linear/triton fused was the fastest" in choice.reason
+            and "NVIDIA H200" in choice.reason
+        )
         assert FORWARD in choice.reason and "composed 0.400 ms" in choice.reason
         assert chosen("backward").backend == "composed"
 
@@ -449,3 +454,25 @@ def test_few_rows_of_a_cell_have_another_choice_and_key(monkeypatch):
         for rows in (128, 100, 127, 65)
     ]
     assert keys[0] != keys[1] == keys[2] == keys[3] is not None
+
+
+# ---- the model of cost
+
+
+@pytest.mark.parametrize("dropout_p", [0, 0.05])
+@pytest.mark.parametrize("adapters", ["fp32", "bf16"])
+def test_the_model_moves_what_was_counted(adapters, dropout_p):
+    """Of composed, with the base's product; the counter counts on its own."""
+    name = f"linear lora_linear, M 8192, r 16, bf16 x, {adapters} adapters, p {dropout_p}, training"
+    rows = map(json.loads, COUNTED.read_text().splitlines())
+    counted = next(row for row in rows if (row["case"], row["provider"]) == (name, "ours"))
+    m, k, n = 8192, 4096, 4096
+    # Either way the base's product reads its operands and adds to the tail.
+    moved, launches = 2 * (2 * (m * k + n * k + 2 * m * n)), 0
+    for direction in ("forward", "backward"):
+        cell = tiles.LinearCell(direction, "bfloat16", 2, m, k, n, 16, dropout_p > 0, False)
+        work = cost.work_of("composed", cell)
+        moved += work.narrow_bytes + work.stream_bytes
+        launches += work.calls + work.launches
+    assert moved == pytest.approx(counted["read"] + counted["written"], rel=0.02)
+    assert abs(launches - counted["launches"]) <= 4

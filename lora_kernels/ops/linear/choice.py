@@ -58,7 +58,7 @@ class Sizes(NamedTuple):
 # What a kernel that nobody has measured has to gain by the model of its cost.
 _PROMISE = 1.05
 
-_COMMAND = "`python -m lora_kernels tune` measures"
+_COMMAND = "`python -m lora_kernels tune` measures it"
 
 
 def choose(
@@ -86,11 +86,15 @@ def family_of(choice: Choice, direction: str, activation: Tensor, sizes: Sizes) 
     """The kernels that serve a choice on a GPU, as the self-test names them."""
     if choice.backend == "composed" or activation.device.type != "cuda":
         return None
-    if choice.backend != "triton":
-        return f"linear/{choice.backend}"
     tokens = math.prod(activation.shape[:-1])
     cell = _cell_of(direction, activation.dtype, tokens, sizes)
-    return f"linear/triton {tiles.strategy(cell, limits_of(activation.device))}"
+    return _family(choice.backend, cell, limits_of(activation.device))
+
+
+def _family(backend: str, cell: tiles.LinearCell, limits: DeviceLimits) -> str:
+    """Of Triton's kernels with the strategy, which a table decides too."""
+    strategy = f" {tiles.strategy(cell, limits)}" if backend == "triton" else ""
+    return f"linear/{backend}{strategy}"
 
 
 def _unmeasured(device: torch.device, dtype: torch.dtype, reason: str) -> Choice:
@@ -173,16 +177,13 @@ def _of_table(
     for backend in dict.fromkeys((entry["backend"], *by_time)):
         if backend == "composed":
             break
-        named = backend
-        if backend == "triton":  # its strategy is the table's too
-            named = f"triton ({tiles.strategy(cell, limits)})"
+        family = _family(backend, cell, limits)
         reason = dispatch.unavailable(backend, device, dtype)
         if reason is None:
-            family = f"linear/{named.replace('(', '').replace(')', '')}"
             proof = verdicts.why_not_proven(family, device, dtype) if found.shipped else None
             reason = proof or verdicts.broken(family, device)
         if reason is None:
-            return Choice(backend, f"{named} was the fastest {where}{refused}")
+            return Choice(backend, f"{family} was the fastest {where}{refused}")
         refused += f", but for {backend}: {reason}"
     return Choice("composed", f"composed serves what was {where}{refused}")
 
