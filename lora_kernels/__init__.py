@@ -1,4 +1,4 @@
-"""LoRA as fast as the frozen layer it adapts: kernels, their autograd, drop-in layers.
+"""LoRA at close to the cost of the frozen layer it adapts: kernels, autograd, drop-in layers.
 
 Importing this package needs torch and nothing else: no GPU, no Triton, no PEFT, no compiled part.
 """

@@ -25,8 +25,16 @@ def error_bound(eager: Tensor, oracle: Tensor, computed_in: torch.dtype | None =
 
     Twice the maximum error of plain eager torch in the same dtype, plus 1e-6 of the largest result;
     for half-precision results of fewer than 64 elements plus the dtype's epsilon instead, because
-    with so few an honest kernel may lose the ratio by luck. ``computed_in`` is the dtype of the
-    products where it is not the result's (the fp32 gradient of an fp32 adapter over a half base).
+    with so few an honest kernel may lose the ratio by luck.
+
+    Args:
+        eager: the plain eager formula's result, any shape, in the dtype a trainer would run it in.
+        oracle: the same in fp64.
+        computed_in: the dtype of the products where it is not the result's (the fp32 gradient of an
+            fp32 adapter over a half base).
+
+    Returns:
+        A bound for the maximum of ``|ours - oracle|``.
     """
     if oracle.numel() == 0:
         return 0.0
@@ -38,7 +46,12 @@ def error_ratio(
 ) -> float:
     """The maximum error of ``ours``, less the slack of :func:`error_bound`, over that of eager.
 
-    At most 2 where ``ours`` is within :func:`error_bound`; 0 where the slack alone covers it.
+    Args:
+        ours: the result under test, of eager's shape and dtype.
+        eager, oracle, computed_in: as for :func:`error_bound`.
+
+    Returns:
+        At most 2 where ``ours`` is within :func:`error_bound`; 0 where the slack alone covers it.
     """
     if oracle.numel() == 0:
         return 0.0

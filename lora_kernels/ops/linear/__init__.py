@@ -79,7 +79,7 @@ def lora_linear(
 
     Gradients reach x, lora_a, lora_b, bias, output_scale and rank_scale, each computed only if
     needed, each in the dtype of its tensor. For the backward x itself, ``D(x) A^T`` ``[M, R]`` in
-    fp32 (bf16 for bf16 on a CPU with ``composed``, where a product has no wider result) and, under
+    fp32 (``composed`` keeps bf16 where the device multiplies bf16 itself) and, under
     dropout, a mask of one bit per element (on a CUDA device with ``composed`` alone) are kept; x
     only where lora_a requires grad. Under autocast x, weight and bias are cast to autocast's dtype.
 
@@ -241,8 +241,15 @@ def explain(
     Takes the same arguments (meta tensors serve too, for their shapes), launches nothing, and
     raises what the call would raise.
 
+    Args:
+        x, weight, lora_a, lora_b, scaling, bias, output_scale, rank_scale, dropout_p, seed,
+            row_offset, column_offset, pitch, backend: as for :func:`lora_linear`.
+
     Returns:
         A named tuple ``(backend, reason)``.
+
+    Raises:
+        TypeError, ValueError: as :func:`lora_linear`.
     """
     x, base, bias = _as_under_autocast(x, base_of(weight), bias)
     factors = LoRAFactors(lora_a, lora_b, scaling, output_scale, rank_scale)

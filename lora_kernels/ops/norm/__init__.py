@@ -26,8 +26,8 @@ def lora_weight_norm(
 
     B A is never stored, nor is W copied to another dtype: blocks of ``W + s B A`` that fit a cache
     are formed, reduced and overwritten. This takes as long as the expansion
-    ``||W||^2 + 2 s sum(W A^T * B) + s^2 sum(B A A^T * B)``, which reads W and multiplies N*K*R as
-    often, and it stays accurate where the three terms of the expansion cancel.
+    ``||W||^2 + 2 s sum(W A^T * B) + s^2 sum(B A A^T * B)``, which reads W and makes ``N K R``
+    multiplications too, and it stays accurate where the three terms of the expansion cancel.
 
     Args:
         weight: W ``[N, K]``, bf16, fp16, fp32 or fp64, any strides (pass a transposed view for a

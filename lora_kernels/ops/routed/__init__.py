@@ -195,6 +195,10 @@ def routed_shrink(
     For tensor parallelism, which communicates between the halves: with A sharded by columns the
     ranks' results are summed.
 
+    Args:
+        x, bank, routing, seed, row_offset, column_offset, pitch, backend: as for
+            :func:`routed_lora`; K is that of the bank, a part of the columns where A is sharded.
+
     Returns:
         h ``[P, H]``: a row for each pair, in the routing's order (by slot); columns beyond the
         adapter's rank and rows of pairs without an adapter are zero. fp32 (fp64 for fp64; bf16 for
@@ -269,8 +273,14 @@ def explain(x: Tensor, bank: AdapterBank, routing: Routing, *, backend: str = "a
 
     Launches nothing, and raises what the call would raise.
 
+    Args:
+        x, bank, routing, backend: as for :func:`routed_lora`.
+
     Returns:
         A named tuple ``(backend, reason)``.
+
+    Raises:
+        TypeError, ValueError: as :func:`routed_lora`.
     """
     (x,) = cast_for_autocast(x)
     check_input(x, bank, routing)

@@ -189,10 +189,17 @@ class Routing:
     def from_tokens(
         ids: Ids, bank, *, adapters: Names | None = None, device: Device | None = None
     ) -> "Routing":
-        """Each token names its slot: ids ``[...]``, integers, -1 for none.
+        """Each token names its slot.
 
         Args:
-            adapters, device: as for :meth:`empty`; also below.
+            ids: ``[...]``, integers, one per token: a slot of the bank, -1 for none.
+            bank, adapters: as for :meth:`empty`.
+            device: where it is built; None is the bank's device, or that of ``ids`` where the bank
+                is :class:`AdapterSlots`, which have none.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit, or an id that can be read is of no
+                adapter, or of none of ``adapters``.
         """
         ids = integers("ids", ids)
         device = device_for(ids, bank, device)
@@ -212,6 +219,10 @@ class Routing:
         Args:
             names: one per sequence.
             lengths: tokens of each sequence, or one number for all.
+            bank, adapters, device: as for :meth:`empty`.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit, or a name is of no adapter.
         """
         lengths = lengths_of(names, lengths)
         return Routing(sum(lengths), bank, 1, adapters, device).set_sequences_(names, lengths)
@@ -226,14 +237,20 @@ class Routing:
         adapters: Names | None = None,
         device: Device | None = None,
     ) -> "Routing":
-        """Segments of neighbouring tokens: ids ``[n]`` and offsets ``[n + 1]``, ascending.
+        """Segments of neighbouring tokens.
 
         Segment i holds the tokens ``offsets[i] .. offsets[i + 1] - 1``; tokens outside of every
         segment use no adapter.
 
         Args:
+            ids: ``[n]``, integers, one per segment: a slot of the bank, -1 for none.
+            offsets: ``[n + 1]``, integers, ascending.
             num_tokens: of the whole batch; None is ``offsets[-1]``, which must then be readable
                 without waiting for a device.
+            bank, adapters, device: as for :meth:`from_tokens`.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit, see :meth:`from_tokens`.
         """
         offsets = integers("offsets", offsets)
         if num_tokens is None:
@@ -256,10 +273,17 @@ class Routing:
         adapters: Names | None = None,
         device: Device | None = None,
     ) -> "Routing":
-        """Several weighted adapters per token: ids and weights ``[M, k]``.
+        """Several weighted adapters per token.
 
-        A token's result is the sum of its adapters' contributions times their weights. Gradients
-        reach ``weights`` if it requires them.
+        A token's result is the sum of its adapters' contributions times their weights.
+
+        Args:
+            ids: ``[M, k]``, integers: slots of the bank, -1 for none.
+            weights: ``[M, k]``, any floating dtype; gradients reach it if it requires them.
+            bank, adapters, device: as for :meth:`from_tokens`.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit, see :meth:`from_tokens`.
         """
         ids = integers("ids", ids)
         if ids.ndim != 2 or ids.shape[1] < 1:
