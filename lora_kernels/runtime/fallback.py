@@ -7,11 +7,41 @@ remembered, so that the next process does without.
 """
 
 import warnings
+from types import ModuleType
+from typing import Any, ClassVar
 
 import torch
 
 from lora_kernels.runtime import verdicts
 from lora_kernels.runtime.capture import is_captured
+
+
+class Guarded:
+    """A backend's kernels, in whose place composed serves once they cannot be started.
+
+    Also in place: only the last launch of a call writes to what is there, so that nothing is
+    written where one cannot be started.
+    """
+
+    _composed: ClassVar[ModuleType]  # of the operation
+
+    def __init__(self, family: str, device: torch.device, kernels: Any) -> None:
+        self._family, self._device = family, device
+        self._kernels, self._failed = kernels, False
+
+    def _serve(self, step: str, call, *others):
+        if not self._failed:
+            try:
+                return getattr(self._kernels, step)(call, *others)
+            except Exception as error:
+                note_failure(self._family, self._device, error)
+            # For the backwards of graphs that are there; new calls are not planned for the family.
+            self._failed = True
+        return getattr(self._composed, step)(self._for_composed(call), *others)
+
+    def _for_composed(self, call):
+        """The call with all that composed reads of it."""
+        return call
 
 
 def note_failure(family: str, device: torch.device, error: Exception) -> None:

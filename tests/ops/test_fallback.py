@@ -126,7 +126,7 @@ def test_two_threads_that_fail_at_once_are_both_served(monkeypatch):
             together.wait(10)  # both are in them when they fail
             raise RuntimeError("registers")
 
-    guarded = linear_plan.Guarded(FAMILY, CPU, Kernels())
+    guarded = linear_plan.GuardedModule(FAMILY, CPU, Kernels())
     monkeypatch.setattr(linear_plan, "module_of", lambda *_: guarded)
     with warnings.catch_warnings(), ThreadPoolExecutor(2) as pool:
         warnings.simplefilter("ignore")
@@ -175,7 +175,7 @@ def test_lora_linear_goes_on_with_composed(monkeypatch, serves, through_the_op):
 
     expected = results("composed")
     failing = Failing(linear_plan.composed, *serves)
-    guarded = linear_plan.Guarded(FAMILY, CPU, failing)
+    guarded = linear_plan.GuardedModule(FAMILY, CPU, failing)
 
     def module_of(backend, *_):
         return guarded
@@ -226,7 +226,7 @@ def test_routed_calls_go_on_with_composed(monkeypatch, serves):
 
     expected = results("composed")
     failing = Failing(routed_composed, *serves)
-    guarded = routed_plan.Guarded("routed/triton", CPU, failing)
+    guarded = routed_plan.GuardedModule("routed/triton", CPU, failing)
     choice = routed_choice.Choice("triton", "planted")
     monkeypatch.setattr(routed_op, "module_of", lambda *_: guarded)
     unasked = routed_plan.RoutedPlan(choice, "triton" + routed_choice.UNASKED, False)

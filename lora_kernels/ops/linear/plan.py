@@ -20,7 +20,7 @@ from lora_kernels.runtime import cuda_extension, dispatch, tables
 from lora_kernels.runtime.device_limits import next_power_of_two, precision
 from lora_kernels.runtime.dispatch import Choice
 from lora_kernels.runtime.dropout import drop_threshold
-from lora_kernels.runtime.fallback import note_failure
+from lora_kernels.runtime.fallback import Guarded
 from lora_kernels.runtime.plan import Plans, metadata_of, state_of_process
 
 PLANS = Plans()
@@ -148,12 +148,8 @@ def module_of(
     return module
 
 
-class Guarded:
-    """Kernels in whose place composed serves once they cannot be started."""
-
-    def __init__(self, family: str, device: torch.device, kernels: Module) -> None:
-        self._family, self._device = family, device
-        self._module = self._kernels = kernels
+class GuardedModule(Guarded):
+    _composed = composed
 
     def why_not(self, base: BaseWeight | None) -> str | None:
         return self._kernels.why_not(base)
@@ -164,20 +160,10 @@ class Guarded:
     def backward(self, call: LinearBackward) -> Gradients:
         return self._serve("backward", call)
 
-    def _serve(self, direction: str, call):
-        if self._module is not composed:
-            try:
-                return getattr(self._kernels, direction)(call)
-            except Exception as error:
-                note_failure(self._family, self._device, error)
-            # For the backwards of graphs that are there; new calls are not planned for the family.
-            self._module = composed
-        return getattr(composed, direction)(call)
-
 
 @functools.cache
-def _guarded(family: str, device: torch.device, kernels: Module) -> Guarded:
-    return Guarded(family, device, kernels)
+def _guarded(family: str, device: torch.device, kernels: Module) -> Module:
+    return GuardedModule(family, device, kernels)
 
 
 def explain_plan(

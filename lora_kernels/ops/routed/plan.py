@@ -24,7 +24,7 @@ from lora_kernels.ops.routed.call import (
 from lora_kernels.ops.routed.choice import UNASKED, named
 from lora_kernels.ops.routed.tensors import check_groups_can_be_read, groups_of
 from lora_kernels.runtime.dispatch import Choice
-from lora_kernels.runtime.fallback import note_failure
+from lora_kernels.runtime.fallback import Guarded
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +80,8 @@ def module_of(backend: str, like: Tensor) -> Module:
     return module
 
 
-class Guarded:
-    """Kernels in whose place composed serves once they cannot be started.
-
-    Also in place: only the last launch of a call writes to what is there, so that nothing is
-    written where one cannot be started.
-    """
-
-    def __init__(self, family: str, device: torch.device, kernels: Module) -> None:
-        self._family, self._device = family, device
-        self._module = self._kernels = kernels
+class GuardedModule(Guarded):
+    _composed = composed
 
     def forward(self, call: ForwardCall) -> Result:
         y, h, mask = self._serve("forward", call)
@@ -111,21 +103,13 @@ class Guarded:
     def expand_backward(self, call: ExpandBackward) -> Gradients:
         return self._serve("expand_backward", call)
 
-    def _serve(self, step: str, call: RoutedCall, *others: Tensor):
-        if self._module is not composed:
-            try:
-                return getattr(self._module, step)(call, *others)
-            except Exception as error:
-                note_failure(self._family, self._device, error)
-            # For the backwards of graphs that are there; new calls are not planned for the family.
-            self._module = composed
+    def _for_composed(self, call: RoutedCall) -> RoutedCall:
         check_groups_can_be_read(self._device)
         routing = call.routing
-        plan = groups_of(routing.offsets, routing.tokens)
-        call.routing = routing._replace(plan=plan)
-        return getattr(composed, step)(call, *others)
+        call.routing = routing._replace(plan=groups_of(routing.offsets, routing.tokens))
+        return call
 
 
 @functools.cache
-def _guarded(family: str, device: torch.device, kernels: Module) -> Guarded:
-    return Guarded(family, device, kernels)
+def _guarded(family: str, device: torch.device, kernels: Module) -> Module:
+    return GuardedModule(family, device, kernels)
