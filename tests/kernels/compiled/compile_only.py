@@ -5,6 +5,7 @@ have launched; ``compile_launch`` compiles one of these as Triton would on that 
 same specialisation of its arguments. So what is checked without a GPU is what runs on one.
 """
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -215,6 +216,7 @@ def _usage(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+@functools.lru_cache(maxsize=64)
 def _cuobjdump(option: str, cubin: bytes) -> str:
     """What the tool that Triton's wheel brings along says."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
