@@ -102,9 +102,7 @@ def test_routed(rows, columns, before, tokens, poisoned_memory):
     place = MaskPlace(before + rows.start, columns.start, PITCH)
     tokens = (repeated - 1) * ROWS + rows.stop - rows.start
     features = columns.stop - columns.start
-    bank = AdapterBank(features, 9)
-    for name in "ab":
-        bank.add(name, torch.eye(features, dtype=DTYPE), torch.ones(9, features), 1.0, P)
+    bank = bank_of(torch.eye(features, dtype=DTYPE))
     slots = torch.arange(tokens) % 2
     routing = Routing.from_tokens(slots.tolist(), bank)
     masks = [keep_mask(SEED, P, repeated * ROWS, PITCH, s, MaskPlace(before)) for s in (0, 1)]
@@ -132,14 +130,28 @@ def test_routed(rows, columns, before, tokens, poisoned_memory):
         dx = run.gemm(left, right, None, t, to_b=False)
     assert torch.equal(dx != 0, mask), "gemm"
 
-    layout, _ = bank.gradients(routing.trained_slots())
-    for token in (0, tokens // 2, tokens - 1):
-        pair = (tensors.tokens == token).nonzero()[0, 0]
-        grad, t = torch.zeros(layout.numel), torch.zeros_like(h)
-        t[pair, 0] = 1
-        run.gradient(x, t, layout, grad, of_a=True)
-        offset = layout.table[slots[token], 0]
+    # Of three tokens, each in a row of its adapter's A.
+    bank = bank_of(torch.zeros(3, features, dtype=DTYPE))
+    layout, _ = bank.gradients((0, 1))
+    grad, t = torch.zeros(layout.numel), torch.zeros(len(tensors.tokens), 3)
+    looked_at = (0, tokens // 2 + 1, tokens - 1)
+    assert {int(slots[token]) for token in looked_at} == {0, 1}
+    for row, token in enumerate(looked_at):
+        t[tensors.tokens == token, row] = 1
+    run = RoutedLaunch(x, RoutedCall(bank.tensors(), tensors, "triton", seed=SEED, place=place))
+    run.gradient(x, t, layout, grad, of_a=True)
+    for row, token in enumerate(looked_at):
+        offset = int(layout.table[slots[token], 0]) + row * features
         assert torch.equal(grad[offset : offset + features] != 0, mask[token]), "gradient of A"
+
+
+def bank_of(lora_a: Tensor) -> AdapterBank:
+    """Two adapters that drop; nothing of B is ever zero."""
+    rank, features = lora_a.shape
+    bank = AdapterBank(features, 9)
+    for name in "ab":
+        bank.add(name, lora_a, torch.ones(9, rank), 1.0, P)
+    return bank
 
 
 def test_one_word_counts_up_to_two_to_the_31_groups():
