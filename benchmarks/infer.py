@@ -82,7 +82,7 @@ def default_cases(device: str) -> list[InferCase]:
 
 
 def default_providers(case: InferCase) -> list[str]:
-    return ["base", "bottleneck", "merged", "naive", "peft", "ours", "routed"]
+    return ["base", "bottleneck", "merged", "merged-switched", "naive", "peft", "ours", "routed"]
 
 
 def base_model(case: InferCase) -> nn.Module:

@@ -243,8 +243,11 @@ def _accelerate(wrapped: nn.Module) -> Callable[[], str | None]:
 # ---- ours without PEFT
 
 
-def our_merged(model: nn.Module, adapters: Sequence[Factors], scaling: float) -> Served:
-    """``LoRALinear``, whose merge keeps the frozen weight and puts that very one back."""
+def our_merged(
+    model: nn.Module, adapters: Sequence[Factors], scaling: float, switched: bool = False
+) -> Served:
+    """``LoRALinear``, merged for good; or so that its frozen weight is kept, and that very one put
+    back for a switch."""
     from lora_kernels import LoRALinear
 
     layers: dict[str, LoRALinear] = {}
@@ -261,11 +264,11 @@ def our_merged(model: nn.Module, adapters: Sequence[Factors], scaling: float) ->
             lora_a, lora_b = adapters[index][name]
             # It unmerges the layer first.
             layer.load_adapter({"lora_A.weight": lora_a, "lora_B.weight": lora_b})
-            layer.merge()
+            layer.merge("device" if switched else "none")
 
     replace_layers(model, made)
     switch(0)
-    return Served(model.requires_grad_(False).eval(), switch)
+    return Served(model.requires_grad_(False).eval(), switch if switched else None)
 
 
 def routed(
@@ -305,6 +308,7 @@ PROVIDERS = {
     "base-copy": Provider(base, own_weights=True, same_function=False),
     "bottleneck": Provider(bottleneck, same_function=False),
     "merged": Provider(our_merged),
+    "merged-switched": Provider(partial(our_merged, switched=True)),
     "merged-accelerated": Provider(partial(peft_merged, accelerated=True), own_weights=True),
     "merged-peft": Provider(peft_merged, own_weights=True),
     "merged-unloaded": Provider(peft_unloaded, own_weights=True),

@@ -23,6 +23,7 @@ _LEAST_REPS = 6
 # PEFT's way to do the same, where it is not `peft`.
 RIVALS = {
     "merged": "merged-peft",
+    "merged-switched": "merged-peft",
     "merged-accelerated": "merged-peft",
     "merged-unloaded": "merged-peft",
     "merged-peft": "merged-peft",
@@ -116,7 +117,7 @@ def claims(rows: list[dict]) -> list[str]:
         return [f"Of fewer than {_LEAST_REPS} repetitions the bounds hold less than they say."]
     by_name = {row["provider"]: row for row in rows if not row["skipped"]}
     said = []
-    for name in ("base-copy", "merged", "merged-accelerated", "merged-peft", "merged-unloaded"):
+    for name in ("base-copy", *(name for name, rival in RIVALS.items() if rival == "merged-peft")):
         over = by_name.get(name, {}).get("over_base", {})
         if over and "base" in by_name:
             said.append(f"{name} / base: {verdicts(over, 'slower', 'faster')}.")

@@ -59,10 +59,12 @@ def test_every_provider_computes_what_its_name_says(dtype):
 
 
 def test_a_run_times_the_prompt_each_token_and_where_there_is_one_the_switch():
-    timed, _ = infer.prepare(CASE, ["base", "merged", "ours", "routed-rows"])
+    names = ["base", "merged", "merged-switched", "ours", "routed-rows"]
+    timed, _ = infer.prepare(CASE, names)
     samples = {name: one.run() for name, one in timed.items()}
-    assert set(samples["base"]) == set(samples["routed-rows"]) == {"prefill", "token"}
-    for name in ("merged", "ours"):
+    for name in ("base", "merged", "routed-rows"):
+        assert set(samples[name]) == {"prefill", "token"}
+    for name in ("merged-switched", "ours"):
         assert set(samples[name]) == {"prefill", "token", "switch", "switch and token"}
         assert samples[name]["switch and token"] > samples[name]["switch"] > 0
 
@@ -348,9 +350,9 @@ def test_tensor_bytes_counts_a_storage_once():
 
 def test_the_command_writes_rows_with_the_memory_of_a_provider(tmp_path, capsys, model):
     out = tmp_path / "infer.jsonl"
-    assert main(command("--threads=1", "--providers=merged", f"--out={out}")) == 0
+    assert main(command("--threads=1", "--providers=merged-switched", f"--out={out}")) == 0
     (row,) = report.read_rows(out)
-    assert (row["kind"], row["case"], row["provider"]) == ("infer", asdict(CASE), "merged")
+    assert (row["kind"], row["case"], row["provider"]) == ("infer", asdict(CASE), "merged-switched")
     assert row["reps"] == 2 and len(row["seconds"]["token"]["samples"]) == 2
     assert row["meta"]["device"] and row["meta"]["command"].startswith("python -m benchmarks infer")
     assert str(tmp_path) not in json.dumps(row)
