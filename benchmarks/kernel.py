@@ -18,7 +18,7 @@ from benchmarks.op_providers import around
 from benchmarks.preparing import Unavailable, prepare_each
 from lora_kernels import lora_linear
 from lora_kernels.measuring.linear_call import SEED, LinearCase, Typed
-from lora_kernels.measuring.replay import TimedCalls, sets_past_cache
+from lora_kernels.measuring.timed_calls import TimedCalls, sets_past_cache
 from lora_kernels.ops.linear.triton.operands import Dropout
 from lora_kernels.runtime import cuda_extension, dispatch
 from lora_kernels.runtime.dropout import ActiveDropout, drop_threshold, keep_mask

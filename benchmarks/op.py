@@ -11,7 +11,7 @@ from benchmarks.op_providers import PROVIDERS, around
 from benchmarks.preparing import prepare_each
 from lora_kernels.measuring import timing
 from lora_kernels.measuring.linear_call import Call, LinearCase, parts_of, problems_of
-from lora_kernels.measuring.replay import TimedCalls
+from lora_kernels.measuring.timed_calls import TimedCalls
 from lora_kernels.ops.linear.reference import lora_linear_reference
 from lora_kernels.testing import (
     LoRAProblem,

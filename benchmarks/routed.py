@@ -20,7 +20,7 @@ from benchmarks.routed_providers import (
 )
 from lora_kernels.measuring import timing
 from lora_kernels.measuring.linear_call import Call
-from lora_kernels.measuring.replay import TimedCalls, sets_past_cache
+from lora_kernels.measuring.timed_calls import TimedCalls, sets_past_cache
 from lora_kernels.testing import assert_within_policy
 
 Case = RoutedCase

@@ -91,7 +91,7 @@ def _backends(device: torch.device) -> list[str]:
 
 
 def _standing(device: torch.device) -> list[str]:
-    from lora_kernels.integrations.kernels import standing
+    from lora_kernels.integrations.kernels_option import standing
 
     return [f"  {line}" for line in standing([device], proofs_on_cpu=True)]
 

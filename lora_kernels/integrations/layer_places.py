@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lora_kernels.nn.choice import Place
+from lora_kernels.nn.batch_choice import Place
 
 # Modules of transformers, by class, that compute [tokens, batch, features], or a layer of theirs
 # that does; the rest of their models comes batch first. Of those, layers that are the batch's.

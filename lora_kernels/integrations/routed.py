@@ -25,7 +25,7 @@ from lora_kernels.files.adapters import (
 )
 from lora_kernels.files.config import check_config, ranks_and_scalings
 from lora_kernels.files.renaming import Renaming
-from lora_kernels.integrations.kernels import backend_for
+from lora_kernels.integrations.kernels_option import backend_for
 from lora_kernels.integrations.layer_places import place_of
 from lora_kernels.integrations.model_calls import unwatch_calls, watch_calls
 from lora_kernels.integrations.routed_checks import (
@@ -38,8 +38,8 @@ from lora_kernels.integrations.routed_checks import (
     targeted_in,
 )
 from lora_kernels.nn.active_adapters import ActiveAdapters
+from lora_kernels.nn.batch_choice import Choice
 from lora_kernels.nn.checks import adapter_dtype_over, check_initialisation
-from lora_kernels.nn.choice import Choice
 from lora_kernels.nn.routed_linear import RoutedLoRALinear
 from lora_kernels.nn.weight_reads import passing_by_refused
 from lora_kernels.ops.routed import Adapter, AdapterSlots, Routing

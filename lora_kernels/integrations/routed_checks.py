@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_kernels.files.adapters import AdapterFile, report_missing
 from lora_kernels.files.config import asks_for_all_linear, targeted, targets
 from lora_kernels.files.renaming import Renaming
-from lora_kernels.integrations.weight_readers import never_calls, parent_of, passes_by
+from lora_kernels.integrations.known_weight_readers import never_calls, parent_of, passes_by
 from lora_kernels.nn.active_adapters import ActiveAdapters
 from lora_kernels.nn.adapter_layer import AdapterLayer
 from lora_kernels.nn.routed_linear import RoutedLoRALinear

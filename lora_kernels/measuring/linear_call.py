@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lora_kernels.measuring.replay import sets_past_cache
+from lora_kernels.measuring.timed_calls import sets_past_cache
 from lora_kernels.ops.linear import lora_linear
 from lora_kernels.ops.linear.reference import lora_linear_reference
 from lora_kernels.ops.linear.triton import tiles

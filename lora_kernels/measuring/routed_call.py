@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_kernels.measuring.linear_call import Typed
-from lora_kernels.measuring.replay import sets_past_cache
+from lora_kernels.measuring.timed_calls import sets_past_cache
 from lora_kernels.ops.routed import routed_lora_linear
 from lora_kernels.ops.routed.cells import DIRECTIONS, TableCell
 from lora_kernels.testing.routed_inputs import RoutedProblem

@@ -19,9 +19,9 @@ import torch
 from lora_kernels import testing
 from lora_kernels.measuring import taking, timing
 from lora_kernels.measuring.linear_call import LinearCase, LinearInputs
-from lora_kernels.measuring.replay import TimedCalls
 from lora_kernels.measuring.routed_call import RoutedCase, RoutedInputs
 from lora_kernels.measuring.taking import Times
+from lora_kernels.measuring.timed_calls import TimedCalls
 from lora_kernels.ops.linear.triton import tiles
 from lora_kernels.runtime import cuda_extension, dispatch
 from lora_kernels.runtime.device_limits import clamp

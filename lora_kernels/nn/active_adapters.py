@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lora_kernels.nn.batch_choice import Batch, Choice, Generation, Part, Place
 from lora_kernels.nn.batch_rows import Forward, forward_of
-from lora_kernels.nn.choice import Batch, Choice, Generation, Part, Place
 from lora_kernels.nn.recomputation import in_a_backward, mark, recomputed
 from lora_kernels.ops.routed import AdapterSlots, Routing
 from lora_kernels.ops.routed.bank.slots import BASE

@@ -131,7 +131,8 @@ class AdapterLayer(BaseParameters):
         The new weight is computed in fp32 and rounded once. The frozen parameters are not written:
         others may share them. While merged, forward is the base layer's alone, so that no gradient
         reaches the adapter, and ``state_dict`` still gives the frozen weight. Hooks on
-        ``base_layer`` then see the merged result.
+        ``base_layer`` then see the merged result. To serve without the wrapper, after
+        ``merge("none")`` put ``base_layer``, a plain layer, into its place.
 
         Where FSDP has sharded the layer every process has to call it, and the shards, which are
         FSDP's own, are written in place: a layer whose weight is tied to this one's changes too.

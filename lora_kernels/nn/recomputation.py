@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch.utils import _pytree as pytree
 
-from lora_kernels.nn.choice import Batch
+from lora_kernels.nn.batch_choice import Batch
 
 if TYPE_CHECKING:
     from lora_kernels.nn.active_adapters import ActiveAdapters

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from lora_kernels.nn.active_adapters import ActiveAdapters
 from lora_kernels.nn.base_call import called, check_not_bypassed, is_plain_linear
 from lora_kernels.nn.base_parameters import BaseParameters, base_parameter
+from lora_kernels.nn.batch_choice import Place
 from lora_kernels.nn.checks import adapter_dtype_over, check_base_parameters, check_linear
-from lora_kernels.nn.choice import Place
 from lora_kernels.nn.weight_reads import note_call, note_read
 from lora_kernels.ops.routed import (
     AdapterBank,

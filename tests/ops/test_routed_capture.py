@@ -14,8 +14,8 @@ from lora_kernels.adapters.factors import LoRAFactors
 from lora_kernels.base_weights import DenseWeight
 from lora_kernels.nn import choice as choices
 from lora_kernels.nn.active_adapters import ActiveAdapters
+from lora_kernels.nn.batch_choice import Choice
 from lora_kernels.nn.batch_rows import Runs
-from lora_kernels.nn.choice import Choice
 from lora_kernels.ops import routed
 from lora_kernels.ops.routed import (
     AdapterBank,

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from lora_kernels.integrations.kernels import backend_for, standing
-from lora_kernels.integrations.weight_readers import never_calls, parent_of, passes_by
+from lora_kernels.integrations.kernels_option import backend_for, standing
+from lora_kernels.integrations.known_weight_readers import never_calls, parent_of, passes_by
 from lora_kernels.nn.weight_reads import also_read_by, reader_in_place_of_calls
 from lora_kernels.runtime.dtypes import short_name
 
