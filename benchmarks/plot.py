@@ -29,11 +29,20 @@ def facts(groups: list[list[dict]]) -> dict:
             for name in PROVIDERS
             if name in found
         }
-    meta, case = groups[0][0]["meta"], groups[0][0]["case"]
+    case = groups[0][0]["case"]
     sizes = f"{case['batch']}x{case['length']} tokens, r {case['rank']}"
-    caption = f"A training step of a Llama of SmolLM2-135M's shape, {sizes}; "
-    caption += report.machine_of(meta)
+    caption = f"A training step of a Llama of SmolLM2-135M's shape, {sizes}; {machines(groups)}"
     return {"caption": caption, "cases": drawn}
+
+
+def machines(groups: list[list[dict]]) -> str:
+    """Where it was measured; by dtype where that differs."""
+    found: dict[str, str] = {}
+    for rows in groups:
+        found.setdefault(rows[0]["case"]["dtype"], report.machine_of(rows[0]["meta"]))
+    if len(set(found.values())) == 1:
+        return next(iter(found.values()))
+    return "; ".join(f"{dtype}: {machine}" for dtype, machine in found.items())
 
 
 def facts_in(path: Path) -> dict | None:

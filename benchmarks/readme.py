@@ -154,8 +154,9 @@ COLUMNS = {
 
 
 def figures(step: list[dict], routed: list[dict], counts: list[dict]) -> str:
-    """Five rows: what, who takes how much (in brackets over frozen's), where, the file."""
+    """A row each: what, who takes how much (in brackets over frozen's), where, the file."""
     plain = {"dtype": "bf16", "dropout": 0.0}
+    single = {"dtype": "fp32", "dropout": 0.0}
     dropping = {"dtype": "bf16", "dropout": 0.05}
     decoding = {"dtype": "bf16", "train": False, "tokens": 1}
     lines = [
@@ -164,6 +165,7 @@ def figures(step: list[dict], routed: list[dict], counts: list[dict]) -> str:
         timed("training step, bf16", step, plain, "step", STEP),
         timed("the same, dropout 0.05", step, dropping, "step", STEP),
         saved("memory kept for its backward", step, dropping, STEP),
+        timed("training step, fp32", step, single, "step", STEP),
         timed("one layer, 64 tokens of 16 bf16 adapters", routed, decoding, "layer", ROUTED),
         launched("launches (GB moved), a layer's training, dropout 0.05", counts),
     ]
