@@ -222,7 +222,7 @@ def rank_gradient_tile(
 
 def rank_gradient_registers(block_r: int, num_warps: int, limits: DeviceLimits) -> int:
     """What a thread of ``rank_gradient_kernel`` takes at most, as every Triton that is tested
-    compiles it for every architecture."""
+    compiles it for every architecture. Of one token alone it may take more; there is one part."""
     if block_r > 32:
         return 255
     if num_warps == 4:

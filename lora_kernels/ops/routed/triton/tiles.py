@@ -178,14 +178,15 @@ def gradient_tile(
     """For ``[depth, n] @ [n, R]`` of each slot; windows are as many as give every SM work."""
     block_r = rank_block(cell, slices)
     block_m = cell.block
-    # For mma.sync every operand passes through registers.
-    in_registers = block_r == 64 and not limits.multiplies_shared_memory
-    narrow = cell.itemsize == 4 or not aligned or in_registers
+    # For mma.sync every operand passes through registers: 128 x 32 spill in four warps.
+    in_registers = block_r >= 32 and not limits.multiplies_shared_memory
+    narrow = cell.itemsize == 4 or not aligned or (in_registers and block_r == 64)
     block_d = 64 if narrow else 128
     if cell.ieee:
-        block_d, block_m = 64, min(block_m, 32)
+        # Sums of 64 x 64 in the cores' own registers spill on sm_80.
+        block_d, block_m = 32 if block_r == 64 else 64, min(block_m, 32)
     cast = cell.itemsize != 4
-    num_warps = 8 if block_r == 64 or (cell.ieee and block_r > 16) else 4
+    num_warps = 8 if block_r == 64 or in_registers or (cell.ieee and block_r > 16) else 4
     if masked and not is_small(cell):
         num_warps = DRAWING_WARPS
     programs = cdiv(depth, block_d) * cdiv(cdiv(cell.max_total_rank, slices), block_r)
