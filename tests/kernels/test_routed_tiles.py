@@ -19,7 +19,7 @@ B200 = DeviceLimits("B200", 100, 148, 232_448)
 
 
 def cell_of(
-    pairs=8192, width=16, itemsize=2, factor_itemsize=2, slots=64, ieee=False
+    pairs=8192, width=16, itemsize=2, factor_itemsize=2, slots=64, ieee=False, fp16=False
 ) -> RoutedCell:
     block = 16 if pairs <= 256 else 64  # as Routing has it
     return RoutedCell(
@@ -30,6 +30,7 @@ def cell_of(
         num_tiles=pairs // block + min(slots + 1, pairs),
         max_total_rank=width,
         ieee=ieee,
+        rounds_to_fp16=fp16 and itemsize == 2 and not ieee and factor_itemsize > 2,
     )
 
 
@@ -41,6 +42,7 @@ cells = st.builds(
     factor_itemsize=st.sampled_from([2, 4, 8]),
     slots=st.integers(1, 4096),
     ieee=st.booleans(),
+    fp16=st.booleans(),
 )
 devices = st.sampled_from([A100, A10, RTX_4090, RTX_5090, H200, B200, DeviceLimits()])
 depths = st.integers(1, 200_000)
@@ -139,4 +141,5 @@ def test_nothing_here_sees_a_routing():
         assert not {"routing", "offsets", "tokens"} & set(inspect.signature(function).parameters)
     assert set(RoutedCell.__dataclass_fields__) == {
         "itemsize", "factor_itemsize", "pairs", "block", "num_tiles", "max_total_rank", "ieee",
+        "rounds_to_fp16",
     }  # fmt: skip

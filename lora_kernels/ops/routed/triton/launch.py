@@ -73,6 +73,7 @@ class RoutedLaunch:
             num_tiles=self.num_tiles,
             max_total_rank=bank.max_total_rank,
             ieee=like.dtype == torch.float32 and precision(like.dtype) == "ieee",
+            rounds_to_fp16=like.dtype == torch.float16 != bank.storage.dtype,
         )
 
     # --- narrow results -----------------------------------------------------------------------

@@ -45,6 +45,7 @@ class RoutedCell:
     num_tiles: int  # T
     max_total_rank: int  # H
     ieee: bool  # fp32 products without TF32: no matrix units
+    rounds_to_fp16: bool  # the factors, by way of registers and shared memory everywhere
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,8 @@ def shrink_tile(
         masked=masked,
         ieee=cell.ieee,
     )
+    if cell.rounds_to_fp16 and not limits.multiplies_shared_memory:
+        loop = replace(loop, besides=loop.besides + block_d * block_r * cell.itemsize)
     if not of_a and cell.factor_itemsize >= 4:
         # Ranks that are multiples of eight and those that are not have a loop each, with buffers
         # side by side. (Elements of two bytes are not copied one by one, so that in halves only
@@ -178,8 +181,11 @@ def gradient_tile(
     """For ``[depth, n] @ [n, R]`` of each slot; windows are as many as give every SM work."""
     block_r = rank_block(cell, slices)
     block_m = cell.block
-    # For mma.sync every operand passes through registers: 128 x 32 spill in four warps.
-    in_registers = block_r >= 32 and not limits.multiplies_shared_memory
+    # For mma.sync every operand passes through registers: 128 x 32 spill in four warps. So they do
+    # on sm_100 where fp32 is rounded to fp16.
+    in_registers = block_r >= 32 and (
+        not limits.multiplies_shared_memory or (cell.rounds_to_fp16 and limits.capability >= 100)
+    )
     narrow = cell.itemsize == 4 or not aligned or (in_registers and block_r == 64)
     block_d = 64 if narrow else 128
     if cell.ieee:
@@ -217,6 +223,8 @@ def gemm_tile(cell: RoutedCell, slices: int, limits: DeviceLimits, *, aligned: b
         block_c, block_d, block_r, num_warps = 64, 16, 16, 8
     elif not aligned or cell.itemsize == 4:
         block_d, num_warps = 32, 8
+    elif block_r == 32 and not limits.multiplies_shared_memory:
+        num_warps = 8  # as for the gradient
     stage = (cell.block + block_c) * block_d * cell.itemsize
     loop = PipelineBytes(stage, 0, cell.block * block_c * 4)
     num_stages, group_m = pipeline_stages(4, loop, limits), 8
