@@ -119,8 +119,8 @@ triton-matrix: $(VENV)/.dev
 triton-%: $(VENV)/.dev
 	$(call BORROW,$(VENV)-triton-$*)
 	$(VENV)-triton-$*/bin/pip install --no-deps triton==$* $(if $(NUMPY),'$(NUMPY)')
-	$(VENV)-triton-$*/bin/python -m pytest tests/kernels/compiled
-	TRITON_INTERPRET=1 $(VENV)-triton-$*/bin/python -m pytest tests/kernels/interpreter
+	$(VENV)-triton-$*/bin/python -m pytest -n $(JOBS) tests/kernels/compiled
+	TRITON_INTERPRET=1 $(VENV)-triton-$*/bin/python -m pytest -n $(JOBS) tests/kernels/interpreter
 
 # All that is longer than `make test`, or SUITES of it; what they gave is recorded in
 # benchmarks/results/slow_suites.jsonl.
