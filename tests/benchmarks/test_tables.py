@@ -117,16 +117,23 @@ def test_bytes_are_readable(count, text):
 
 
 def step_rows():
-    """frozen, naive, PEFT and ours, the dropout twice."""
+    """frozen, naive, PEFT and ours: bf16 without dropout and with it, and fp32, which another
+    machine measured."""
     rows = []
-    for dropout in (0.0, 0.05):
+    for dtype, dropout, device in (
+        ("bf16", 0.0, "a CPU"),
+        ("bf16", 0.05, "a CPU"),
+        ("fp32", 0.0, "another"),
+    ):
         samples = {
             name: [{"forward": 0.4 * t, "backward": 0.6 * t, "step": t} for t in (f, 2 * f, 4 * f)]
             for name, f in (("frozen", 1.0), ("naive", 1.6), ("peft", 2.0), ("ours", 1.25))
         }
         details = {name: {"timing": "wall clock", "saved_bytes": 10**8} for name in samples}
         details["ours"]["saved_bytes"] = 5 * 10**7
-        rows += report.rows_of("step", StepCase(dropout=dropout), META, samples, {}, details)
+        meta = META | {"device": device}
+        case = StepCase(dtype=dtype, dropout=dropout)
+        rows += report.rows_of("step", case, meta, samples, {}, details)
     return rows
 
 
@@ -191,11 +198,12 @@ def test_the_figures_are_the_results(pages, tmp_path):
     assert main(["readme", *pages]) == 0
     lines = (tmp_path / "README.md").read_text().splitlines()
     rows = [line.split(" | ") for line in lines if "results/" in line]
-    assert len(rows) == 5
+    assert len(rows) == 6
     assert rows[0][1:5] == ["2.00 s", "4.00 s (2.00)", "-", "2.50 s (1.25)"]
     assert rows[2][1:5] == ["100 MB", "100 MB", "-", "50.0 MB"]
-    assert rows[3][1:5] == ["1.00 s", "4.00 s (4.00)", "-", "2.00 s (2.00)"]
-    assert rows[4][1:6] == ["-", "30 (2.00)", "20 (2.00)", "10 (2.00)", "counted, not measured"]
+    assert rows[3][1:6] == [*rows[0][1:5], "another (AVX2), 2 threads"]
+    assert rows[4][1:5] == ["1.00 s", "4.00 s (4.00)", "-", "2.00 s (2.00)"]
+    assert rows[5][1:6] == ["-", "30 (2.00)", "20 (2.00)", "10 (2.00)", "counted, not measured"]
     assert rows[0][5] == "a CPU (AVX2), 2 threads"
 
 
@@ -235,7 +243,7 @@ def test_the_same_results_give_the_same_plot(pages, tmp_path):
     assert drawn[0] == drawn[1] and b"<svg" in drawn[0]
     for provider in ("naive", "peft", "ours"):
         assert f'"{provider}": '.encode() in drawn[0].replace(b"&quot;", b'"')
-    assert b"a CPU (AVX2), 2 threads" in drawn[0]
+    assert b"bf16: a CPU (AVX2), 2 threads; fp32: another (AVX2), 2 threads" in drawn[0]
 
 
 @pytest.mark.parametrize(

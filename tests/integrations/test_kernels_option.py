@@ -10,7 +10,7 @@ from peft_models import build, inputs, lora_config, lora_layers
 
 import lora_kernels
 from lora_kernels import self_test
-from lora_kernels.integrations import kernels
+from lora_kernels.integrations import kernels_option
 from lora_kernels.integrations.peft import layers as peft_layers
 from lora_kernels.ops.linear.plan import PLANS
 from lora_kernels.runtime import dispatch, verdicts
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def asked(monkeypatch, plans_forgotten):
     """The dtypes that each self-test was asked for; a CUDA device is there."""
     tests = []
-    monkeypatch.setattr(kernels, "may_run_kernels", lambda: True)
+    monkeypatch.setattr(kernels_option, "may_run_kernels", lambda: True)
     monkeypatch.setattr(self_test, "ensure", lambda dtypes: tests.append(list(dtypes)))
     return tests
 
@@ -80,7 +80,7 @@ def test_where_kernels_may_run(monkeypatch, devices, cuda, missing, may):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     monkeypatch.setattr(dispatch, "triton_missing", lambda: missing)
-    assert kernels.may_run_kernels() is may
+    assert kernels_option.may_run_kernels() is may
 
 
 def test_a_backend_for_the_process_leaves_nothing_to_test(asked, monkeypatch):
@@ -163,10 +163,10 @@ def test_standing_says_what_was_proven(monkeypatch):
         "linear/native": verdicts.Verdict(verdicts.ABSENT, "not built"),
     }
     kind = "a GPU"
-    monkeypatch.setattr(kernels.machine_files, "kind_of", lambda device: kind)
+    monkeypatch.setattr(kernels_option.machine_files, "kind_of", lambda device: kind)
     monkeypatch.setattr(verdicts, "kind_of", lambda device: kind)
     monkeypatch.setattr(verdicts, "known", lambda: {kind: found})
-    title, tested, *others = kernels.standing([torch.device("cuda", 0), torch.device("mps")])
+    title, tested, *others = kernels_option.standing([torch.device("cuda", 0), torch.device("mps")])
     assert title == "kernels on a GPU:" and "self-test (" in tested
     assert others == [
         "  linear/triton hybrid: proven, 24 checks passed",
@@ -174,7 +174,7 @@ def test_standing_says_what_was_proven(monkeypatch):
         "  nothing is measured: lora_kernels.tune(model) measures its shapes",
     ]
     monkeypatch.setattr(verdicts, "known", lambda: {})
-    assert kernels.standing([torch.device("cuda", 0)])[1:] == [
+    assert kernels_option.standing([torch.device("cuda", 0)])[1:] == [
         "  not tested here: python -m lora_kernels self-test",
         "  nothing is measured: lora_kernels.tune(model) measures its shapes",
     ]

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from lora_kernels.measuring import replay
+from lora_kernels.measuring import timed_calls
 from lora_kernels.measuring import timing as measure
 from lora_kernels.measuring.timing import Spread
 
@@ -74,7 +74,7 @@ def test_calls_are_timed_by_part_and_divided_by_their_number(monkeypatch):
     times = iter([0.0, 1.0, 3.0, 100.0, 105.0, 112.0])
     ran = []
     parts = {name: lambda number, name=name: ran.append((name, number)) for name in ("f", "b")}
-    calls = replay.TimedCalls(torch.device("cpu"), parts, 2, total="both")
+    calls = timed_calls.TimedCalls(torch.device("cpu"), parts, 2, total="both")
     monkeypatch.setattr(measure.time, "perf_counter", lambda: next(times))
     assert calls.run() == {"f": 3.0, "b": 4.5, "both": 7.5}
     assert ran == [("f", 0), ("b", 0), ("f", 1), ("b", 1)] and calls.timing == "wall clock"
@@ -84,9 +84,9 @@ def test_eager_calls_of_a_part_follow_one_another_and_the_first_are_not_timed(mo
     times = iter([0.0, 3.0, 100.0, 105.0])
     ran = []
     parts = {name: lambda number, name=name: ran.append((name, number)) for name in ("f", "b")}
-    calls = replay.TimedCalls(torch.device("cpu"), parts, 2)
+    calls = timed_calls.TimedCalls(torch.device("cpu"), parts, 2)
     monkeypatch.setattr(calls, "_wait", lambda: ran.append("wait"))
-    monkeypatch.setattr(replay.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(timed_calls.time, "perf_counter", lambda: next(times))
     assert calls.run_eager() == {"f": 1.5, "b": 2.5} and not calls.captured
     assert ran == [
         ("f", 0), ("b", 0),
@@ -95,6 +95,6 @@ def test_eager_calls_of_a_part_follow_one_another_and_the_first_are_not_timed(mo
 
 
 def test_sets_of_inputs_are_larger_than_the_cache(monkeypatch):
-    monkeypatch.setattr(replay.machine, "last_level_cache_bytes", lambda device: 1000)
+    monkeypatch.setattr(timed_calls.machine, "last_level_cache_bytes", lambda device: 1000)
     cpu = torch.device("cpu")
-    assert [replay.sets_past_cache(n, cpu) for n in (5000, 1000, 700, 1)] == [2, 3, 5, 64]
+    assert [timed_calls.sets_past_cache(n, cpu) for n in (5000, 1000, 700, 1)] == [2, 3, 5, 64]

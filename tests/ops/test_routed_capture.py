@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lora_kernels.adapters.factors import LoRAFactors
 from lora_kernels.base_weights import DenseWeight
-from lora_kernels.nn import choice as choices
+from lora_kernels.nn import batch_choice
 from lora_kernels.nn.active_adapters import ActiveAdapters
 from lora_kernels.nn.batch_choice import Choice
 from lora_kernels.nn.batch_rows import Runs
@@ -289,7 +289,7 @@ def test_streams_do_not_share_what_may_be_dropped(monkeypatch):
     choice = Choice("a", bank.slots)
     seen = []
     for stream in (0, 7, 0, 7):
-        monkeypatch.setattr(choices, "stream_of", lambda device, stream=stream: stream)
+        monkeypatch.setattr(batch_choice, "stream_of", lambda device, stream=stream: stream)
         seen.append(choice.routing_of(Runs(("a",), 3), cpu, bank.slots.current)._tokens)
     assert seen[0] is seen[2] and seen[1] is seen[3] and seen[0] is not seen[1]
 
