@@ -136,6 +136,32 @@ def test_windows_give_every_multiprocessor_work(pairs):
     assert programs >= H200.multiprocessors
 
 
+SMALL = pytest.mark.parametrize("limits", [A10, RTX_4090, RTX_5090], ids=lambda each: each.name)
+
+
+@SMALL
+@pytest.mark.parametrize("fp16, stages", [(False, 4), (True, 3)])
+def test_factors_that_are_rounded_to_fp16_take_memory_of_their_own(fp16, stages, limits):
+    """As the full compile sweep found: 106,496 bytes with four stages, and cards have 101,376."""
+    cell = cell_of(width=32, factor_itemsize=4, fp16=fp16)
+    tile = tiles.shrink_tile(cell, 4096, 1, limits, aligned=True, masked=False, of_a=True)
+    assert (tile.BLOCK_D, tile.BLOCK_R, tile.num_stages) == (128, 32, stages)
+
+
+@pytest.mark.parametrize(
+    "limits, fp16, warps",
+    [(A100, False, 8), (RTX_4090, False, 8), (RTX_5090, False, 8),
+     (H200, False, 4), (H200, True, 4), (B200, False, 4), (B200, True, 8)],
+)  # fmt: skip
+def test_sums_of_rank_32_have_the_registers_that_they_need(limits, fp16, warps):
+    """Four warps spilled, in the full compile sweep, where operands pass through registers."""
+    cell = cell_of(width=32, factor_itemsize=4, fp16=fp16)
+    tile = tiles.gradient_tile(cell, 4096, 1, limits, aligned=True, masked=False)
+    assert (tile.BLOCK_D, tile.BLOCK_R, tile.num_warps) == (128, 32, warps)
+    gemm = tiles.gemm_tile(cell, 1, limits, aligned=True)
+    assert gemm.num_warps == (4 if limits.multiplies_shared_memory else 8)
+
+
 def test_nothing_here_sees_a_routing():
     for function in (tiles.shrink_tile, tiles.expand_tile, tiles.gradient_tile):
         assert not {"routing", "offsets", "tokens"} & set(inspect.signature(function).parameters)
